@@ -1,0 +1,51 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+LMMS_EVAL := lmms-eval==0.7.3
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: install demo test lint browser format schemas clean
+
+install: $(STAMP)
+
+# torch first and alone: from the constraints it takes the CPU build where one is offered. lmms-eval goes in last and
+# without its dependencies (a full install breaks torch, transformers and peft on CPU machines); its real needs are
+# the `benchmark` extra.
+$(STAMP): pyproject.toml constraints.txt Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[benchmark,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(LMMS_EVAL)
+	touch $(STAMP)
+
+demo: install
+	@start=$$(date +%s); $(BIN)/dpaudit demo --out demo; code=$$?; \
+	echo "make demo took $$(( $$(date +%s) - start )) s"; exit $$code
+
+# The report's tests need a browser. Where there is none and it can't be installed they are skipped, loudly.
+browser:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+	( [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq chromium >/dev/null ) || \
+	echo "WARNING: no Chromium and no way to install it: the browser tests of the report will be SKIPPED"
+
+test: install browser
+	@start=$$(date +%s); $(BIN)/python -m pytest; code=$$?; \
+	echo "make test took $$(( $$(date +%s) - start )) s"; exit $$code
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+schemas: install
+	$(BIN)/python -m dpaudit.documents
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info

@@ -1,0 +1,1 @@
+"""Attacks: canaries, membership inference, and the audit of the token-fusion path."""

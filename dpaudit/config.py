@@ -1,0 +1,288 @@
+"""The configuration of one run: typed, strict, and resolved before anything is computed.
+
+`-c run.yaml` and `key.sub=value` both end here. Every error is one line that names the field, the value and what is
+accepted. Field names use dashes on the outside (`data.train-images`) and underscores inside.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dpaudit.errors import UsageError, rejected
+
+Method = Literal["non-private", "dp-sgd", "dual-priv"]
+ReducerName = Literal["none", "random", "cls-topk", "visionzip"]
+CanaryKind = Literal["mislabelled", "noise", "new-token"]
+
+
+def _finite(value: float) -> float:
+    if value != value or value in (float("inf"), float("-inf")):
+        raise ValueError("must be finite")
+    return value
+
+
+Finite = Annotated[float, AfterValidator(_finite)]
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+class Section(BaseModel):
+    """A part of the configuration; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, alias_generator=_dashed)
+
+
+class DataConfig(Section):
+    """Which data. `name` is 'digits' (embedded), or a data set on the hub; `path` + `train` + `test` read local files."""
+
+    name: str | None = Field(default=None, description="'digits' or a hub name; default digits without a path")
+    path: str | None = Field(default=None, description="folder of a local data set")
+    train: str | None = None
+    test: str | None = None
+    train_images: str | None = None
+    test_images: str | None = None
+    unit: str | None = Field(default=None, description="column that names the privacy unit; default: the picture")
+    reserve: int = Field(default=0, ge=0, description="local sets: units held back from training for natural canaries")
+    limit: int | None = Field(default=None, ge=2, description="use only the first N train units (and N test units)")
+    public_size: int | None = Field(
+        default=None, ge=1, description="declared public size of the training set; default: its true size, made public"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "DataConfig":
+        if self.path is not None and self.name is not None:
+            raise ValueError("give either data.name or data.path, not both")
+        if self.path is not None and (self.train is None or self.test is None):
+            raise ValueError("data.path needs data.train and data.test (file names inside it)")
+        return self
+
+
+class LoraConfig(Section):
+    """Low-rank adapters on the language model, through peft."""
+
+    rank: int = Field(default=8, ge=1)
+    alpha: Finite = Field(default=16.0, gt=0)
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    projector: bool = Field(default=False, description="also adapt the multimodal projector")
+
+
+class ModelConfig(Section):
+    """The model to fine-tune."""
+
+    path: str | None = Field(default=None, description="folder or hub id; default: the reference model of the package")
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    lora: LoraConfig = LoraConfig()
+
+
+class ReducerConfig(Section):
+    """Visual token pruning and fusion. `keep` = K dominant patches, `fuse` = k fused tokens."""
+
+    name: ReducerName = "none"
+    keep: int = Field(default=16, ge=1)
+    fuse: int = Field(default=8, ge=0)
+    layer: int = Field(default=-2, description="encoder layer whose attention and features are used (LLaVA: -2)")
+    noise: Literal["none", "sum", "mean"] | Finite = Field(
+        default="none", description="fusion noise std: 'sum' = sigma*C, 'mean' = sigma*C/B, or a number"
+    )
+
+
+class PrivacyConfig(Section):
+    """The claim that the run makes. Either `epsilon` or `noise-multiplier`; a non-private run uses neither."""
+
+    epsilon: float | None = Field(default=8.0, gt=0)
+    delta: Finite = Field(default=1e-5, gt=0, lt=1)
+    noise_multiplier: Finite | None = Field(default=None, gt=0)
+    max_grad_norm: Finite = Field(default=1.0, gt=0)
+    relation: Literal["add-remove", "zero-out", "replace"] = "add-remove"
+
+
+class PruningConfig(Section):
+    """Gradient-update pruning on the noisy gradient (post-processing). `keep` = fraction of blocks updated."""
+
+    keep: Finite = Field(default=1.0, gt=0, le=1)
+    by: Literal["magnitude", "random"] = "magnitude"
+
+
+class TrainingConfig(Section):
+    """The optimisation. `batch-size` is the expected Poisson batch; steps = epochs * candidates / batch-size."""
+
+    epochs: Finite = Field(default=30.0, gt=0)
+    steps: int | None = Field(default=None, ge=1, description="overrides epochs")
+    batch_size: int = Field(default=256, ge=1)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: Finite = Field(default=1e-3, gt=0)
+    weight_decay: Finite = Field(default=0.0, ge=0)
+    warmup: Finite = Field(default=0.05, ge=0, lt=1, description="fraction of the steps")
+    gradient_path: Literal["auto", "micro-batch", "hooks"] = "auto"
+    rows_at_once: int = Field(default=64, ge=1, description="pictures per physical batch of the fast path")
+    checkpoint_every: int = Field(default=20, ge=1, description="steps")
+
+
+class CanaryConfig(Section):
+    """Canaries: `count` candidates, each inserted when its fair coin says so."""
+
+    count: int = Field(default=0, ge=0)
+    kinds: tuple[CanaryKind, ...] = ("mislabelled", "noise", "new-token")
+
+
+class PlantedConfig(Section):
+    """Deliberate faults, to test an audit. A run that uses one says so in its ledger and can't be released."""
+
+    noise_scale: Finite = Field(default=1.0, ge=0, description="the noise really added, relative to the claim")
+
+
+class RunConfig(Section):
+    """Everything that defines a run."""
+
+    method: Method = "dp-sgd"
+    seed: int | None = Field(default=None, ge=0, lt=2**63, description="replaces the secret key: not for release")
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    reducer: ReducerConfig = ReducerConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    pruning: PruningConfig = PruningConfig()
+    training: TrainingConfig = TrainingConfig()
+    canaries: CanaryConfig = CanaryConfig()
+    planted: PlantedConfig = PlantedConfig()
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as YAML, every default spelled out."""
+        return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
+
+    def sha256(self) -> str:
+        """Hash of the resolved configuration."""
+        text = json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+# What a method means before the user changes anything: the paper's switches for dual-priv, all off otherwise.
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "non-private": {},
+    "dp-sgd": {},
+    "dual-priv": {"reducer": {"name": "visionzip", "noise": "mean"}, "pruning": {"keep": 0.8}},
+}
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _normalise(tree: dict[str, Any]) -> dict[str, Any]:
+    """Accept underscores for dashes in keys, so that `batch_size` and `batch-size` are one field."""
+    return {_dashed(str(key)): _normalise(value) if isinstance(value, dict) else value for key, value in tree.items()}
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """`key.sub=value` as a nested dict; the value is YAML (`null`, `true`, `[a, b]`, `0.5`, text)."""
+    key, equals, value = text.partition("=")
+    if not equals or not key or any(not part for part in key.split(".")):
+        raise rejected("override", text, "key.sub=value")
+    try:
+        tree: Any = yaml.safe_load(value) if value else None
+    except yaml.YAMLError as error:
+        raise rejected(key, value, "a YAML value") from error
+    if isinstance(tree, str):
+        try:  # YAML 1.1 reads 1e-5 as text
+            tree = float(tree)
+        except ValueError:
+            pass
+    for part in reversed(key.split(".")):
+        tree = {_dashed(part): tree}
+    assert isinstance(tree, dict)
+    return tree
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A configuration file as a tree; one clear line when it is missing or not a mapping."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: can't be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UsageError(f"--config {path}: must be a mapping of fields, got {type(tree).__name__}")
+    return _normalise(tree)
+
+
+def _message(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(_dashed(str(part)) for part in first["loc"] if not str(part).startswith(("literal", "function")))
+    shown = repr(first.get("input"))
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    text = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        return f"{where}: no such field{_suggestion(where)}"
+    if not where:
+        return text
+    return f"{where}: got {shown}; {text[0].lower()}{text[1:]}"
+
+
+def _suggestion(where: str) -> str:
+    import difflib
+
+    fields: list[str] = []
+
+    def collect(model: type[BaseModel], prefix: str) -> None:
+        for name, field in model.model_fields.items():
+            fields.append(prefix + _dashed(name))
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                collect(field.annotation, f"{prefix}{_dashed(name)}.")
+
+    collect(RunConfig, "")
+    close = difflib.get_close_matches(where, fields, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def resolve(tree: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """Method defaults, then the file, then the overrides; validated. Raises UsageError with one line."""
+    given = _normalise(tree)
+    for text in overrides:
+        given = _merge(given, parse_override(text))
+    method = given.get("method", "dp-sgd")
+    defaults = METHOD_DEFAULTS.get(method, {}) if isinstance(method, str) else {}
+    privacy = given.get("privacy")
+    if isinstance(privacy, dict) and privacy.get("noise-multiplier") is not None and "epsilon" not in privacy:
+        given = _merge(given, {"privacy": {"epsilon": None}})
+    try:
+        config = RunConfig.model_validate(_merge(defaults, given))
+    except ValidationError as error:
+        raise UsageError(_message(error)) from error
+    _check_together(config)
+    return config
+
+
+def _check_together(config: RunConfig) -> None:
+    """Rules that span sections."""
+    privacy = config.privacy
+    if config.method == "non-private":
+        if config.planted.noise_scale != 1.0:
+            raise rejected("planted.noise-scale", config.planted.noise_scale, "1.0 for method non-private")
+    elif (privacy.epsilon is None) == (privacy.noise_multiplier is None):
+        raise rejected(
+            "privacy.epsilon", privacy.epsilon, "either privacy.epsilon or privacy.noise-multiplier, exactly one"
+        )
+    if config.canaries.count and not config.canaries.kinds:
+        raise rejected("canaries.kinds", config.canaries.kinds, "at least one kind")
+    reducer = config.reducer
+    if reducer.noise != "none" and reducer.name not in ("visionzip",):
+        raise rejected("reducer.noise", reducer.noise, f"'none' for reducer {reducer.name} (it fuses no tokens)")
+    if reducer.name == "visionzip" and reducer.fuse < 1:
+        raise rejected("reducer.fuse", reducer.fuse, "at least 1 for reducer visionzip")
+    if isinstance(reducer.noise, float) and reducer.noise < 0:
+        raise rejected("reducer.noise", reducer.noise, "'none', 'sum', 'mean' or a number >= 0")
+    if config.method == "non-private" and reducer.noise in ("sum", "mean"):
+        raise rejected("reducer.noise", reducer.noise, "'none' or a number for method non-private (it has no sigma)")

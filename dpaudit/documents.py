@@ -1,0 +1,381 @@
+"""The JSON documents that dpaudit writes and reads: one typed model per file under `release/`, one JSON Schema each.
+
+People's scripts depend on these shapes, so a change raises `SCHEMA_VERSION`. Numbers that are not finite are the
+strings `"inf"` and `"-inf"` (JSON has none); a missing number is `null`, never NaN. Unknown fields are an error when a
+document is read: a document from another version should say so instead of being half understood.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+
+from dpaudit.errors import UsageError
+
+SCHEMA_VERSION = 1
+
+
+def _parse_number(value: object) -> object:
+    if value == "inf":
+        return math.inf
+    if value == "-inf":
+        return -math.inf
+    return value
+
+
+def _print_number(value: float) -> float | str:
+    if math.isnan(value):
+        raise ValueError("a document can't hold NaN")
+    if math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    return value
+
+
+Number = Annotated[
+    float,
+    BeforeValidator(_parse_number, json_schema_input_type=float | Literal["inf", "-inf"]),
+    PlainSerializer(_print_number, return_type=float | Literal["inf", "-inf"], when_used="json"),
+]
+
+Relation = Literal["add-remove", "zero-out", "replace"]
+Assumes = Literal["none", "gaussian", "laplace", "dp-sgd(q,T)", "claimed-mechanism", "prior"]
+Verdict = Literal["invalid", "refuted", "unsupported", "inconclusive", "not refuted", "no claim"]
+LedgerStatus = Literal["accounted", "post-processing", "per-example preprocessing", "UNACCOUNTED"]
+
+
+class Part(BaseModel):
+    """A piece of a document."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class Document(Part):
+    """A whole JSON document."""
+
+    kind: ClassVar[str]
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        """Stable text: two spaces, a newline at the end, fields in declared order."""
+        return self.model_dump_json(indent=2, by_alias=True) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read and validate `path`; raises UsageError with one line that names file and field."""
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{path}: can't be read as a {cls.kind} document ({error})") from error
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "document"
+            raise UsageError(f"{path}: not a {cls.kind} document: {where}: {first['msg']}") from error
+
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """The JSON Schema of what `to_json` writes."""
+        schema = cls.model_json_schema(mode="serialization", by_alias=True)
+        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+class EpsilonAt(Part):
+    """One point of the privacy curve."""
+
+    delta: float
+    epsilon: Number
+
+
+class Claim(Part):
+    """The statement under audit: eps at delta, for which unit, relation, sampling and mechanism."""
+
+    epsilon: Number = Field(description="Claimed eps at `delta`.")
+    delta: float
+    relation: Relation
+    unit: str = Field(description="What one person contributes, e.g. 'image (with all its questions)'.")
+    mechanism: Literal["gaussian", "laplace", "zeroth-order", "correlated"] = "gaussian"
+    noise_multiplier: Number | None = Field(default=None, description="sigma: noise std of the sum / max_grad_norm.")
+    max_grad_norm: float | None = None
+    sampling: Literal["poisson", "fixed", "shuffle", "full"] | None = None
+    sample_rate: float | None = None
+    steps: int | None = None
+    expected_batch_size: float | None = None
+    candidates: int | None = Field(default=None, description="n + m: declared records plus canary candidates.")
+    accountant: str | None = Field(default=None, description="Name and version, e.g. 'dp-accounting 0.6.0 PLD'.")
+    release: str = Field(default="final weights", description="What leaves the trust boundary.")
+    curve: tuple[EpsilonAt, ...] = Field(default=(), description="eps at other deltas.")
+
+
+class ClaimDocument(Document):
+    """`release/claim.json`: the claim of a run, or `claim: null` for a run that makes none."""
+
+    kind: ClassVar[str] = "claim"
+    claim: Claim | None
+    releasable: bool = Field(default=True, description="False: the noise key came from --seed.")
+    reasons: tuple[str, ...] = Field(default=(), description="Why there is no claim, or why it is not releasable.")
+
+
+class LedgerRow(Part):
+    """One place where private data is touched."""
+
+    path: str = Field(description="Short name, e.g. 'gradients', 'token fusion', 'vocabulary'.")
+    status: LedgerStatus
+    explanation: str = Field(description="One or two sentences for a reader who is no expert.")
+    evidence: str = Field(description="The test, formula or setting that decides the status, with its figures.")
+
+
+class Spent(Part):
+    """Privacy budget spent so far; written before the noisy gradient of a step is used, and never decreases."""
+
+    steps_started: int
+    steps_planned: int
+    epsilon: Number | None
+    delta: float
+
+
+class LedgerDocument(Document):
+    """`release/ledger.json`."""
+
+    kind: ClassVar[str] = "ledger"
+    coins_sha256: str | None = Field(description="Hash of private/coins.parquet, taken before the first step.")
+    rows: tuple[LedgerRow, ...]
+    spent: Spent | None
+
+
+class Test(Part):
+    """One statistical test: a bound with all that it depends on."""
+
+    __test__: ClassVar[bool] = False  # not a test case for pytest
+
+    name: str = Field(description="Which game and records, e.g. 'canaries: all kinds' or 'canaries: new-token'.")
+    statistic: str = Field(description="The score, e.g. 'loss of the base model minus loss'.")
+    bound: str = Field(description="The method, e.g. 'steinke', 'order-statistic', 'clopper-pearson'.")
+    assumes: Assumes
+    selection: str = Field(description="How guesses or thresholds were fixed, e.g. 'fixed: 60 top, 60 bottom'.")
+    confidence: float = Field(description="Of this test alone.")
+    delta: float
+    n: int = Field(description="Records with a coin (m).")
+    guesses: int | None = Field(description="r, fixed beforehand.")
+    correct: int | None = Field(default=None, description="v, correct guesses.")
+    epsilon_lower: Number | None
+    ceiling: Number | None = Field(description="Largest eps that this game could have shown.")
+    p_value: float | None = Field(default=None, description="Of the claim, where the test makes that statement.")
+    statement: str | None = Field(default=None, description="What the p-value says, in words.")
+    power: float | None = Field(default=None, description="Against the stored alternative; null = not known.")
+    estimate: bool = Field(default=False, description="True: no finite-sample validity, never decides a verdict.")
+    decides: bool = Field(default=True, description="False: informative only, outside the error budget.")
+
+
+class RocPoint(Part):
+    """A point of the empirical ROC with simultaneous limits where they exist."""
+
+    fpr: float
+    tpr: float
+    tpr_low: float | None = None
+    tpr_high: float | None = None
+
+
+class ScoreSummary(Part):
+    """What a reader may see of one game's scores: histograms, ROC and AUC, never single scores."""
+
+    name: str
+    n_in: int
+    n_out: int
+    edges: tuple[float, ...] = Field(description="Histogram bin edges, length bins + 1.")
+    counts_in: tuple[int, ...]
+    counts_out: tuple[int, ...]
+    roc: tuple[RocPoint, ...]
+    auc: float = Field(description="Mann-Whitney, ties count one half.")
+    auc_low: float | None = None
+    auc_high: float | None = None
+    tpr_at_fpr: dict[str, RocPoint | None] = Field(
+        default_factory=dict, description="Keys '0.1', '0.01', '0.001'; null = not resolvable with this many records."
+    )
+
+
+class Check(Part):
+    """One deterministic or contract check."""
+
+    name: str
+    status: Literal["pass", "fail", "not applicable"]
+    measured: str
+    allowed: str
+    explanation: str
+
+
+class Validity(Part):
+    """Whether the game is sound at all."""
+
+    sound: bool
+    checks: tuple[Check, ...]
+
+
+class FusionAudit(Part):
+    """The token-fusion path: per-example or not, and what a release of tokens would mean."""
+
+    training: LedgerStatus | Literal["not run"]
+    release: LedgerStatus | Literal["not released", "not run"]
+    reducer: str
+    first_leaking_stage: str | None = None
+    checks: tuple[Check, ...] = ()
+
+
+class ContractAudit(Part):
+    """The step contract on this run's trainer."""
+
+    verdict: Literal["pass", "fail", "inconclusive"]
+    checks: tuple[Check, ...]
+
+
+class RunInfo(Part):
+    """Which run was audited."""
+
+    name: str
+    method: str
+    config_sha256: str
+    audits: str = Field(default="these weights", description="Or: 'the training procedure, not these weights'.")
+    coins_sha256: str | None = None
+    command: str | None = None
+
+
+class Thumbnail(Part):
+    """A small picture for the gallery; only synthetic ones without `--show-examples`."""
+
+    caption: str
+    kind: str
+    png_base64: str
+    question: str
+    answer: str
+
+
+class AuditDocument(Document):
+    """`release/audit.json`, and what `dpaudit audit --json` prints."""
+
+    kind: ClassVar[str] = "audit"
+    verdict: Verdict
+    reasons: tuple[str, ...] = Field(description="Why this verdict, in plain sentences.")
+    claim: Claim | None
+    alternative: str | None = Field(description="The wrong claim that the audit had to be able to find.")
+    alpha: float = Field(description="Level of the claim test.")
+    family_confidence: float = Field(description="All tests of this document together.")
+    tests: tuple[Test, ...]
+    validity: Validity
+    ledger: tuple[LedgerRow, ...] = ()
+    fusion: FusionAudit | None = None
+    contract: ContractAudit | None = None
+    scores: tuple[ScoreSummary, ...] = ()
+    gallery: tuple[Thumbnail, ...] = ()
+    run: RunInfo | None = None
+
+
+class ScoresDocument(Document):
+    """What `dpaudit scores --json` prints."""
+
+    kind: ClassVar[str] = "scores"
+    verdict: Verdict
+    reasons: tuple[str, ...]
+    claim: Claim | None = None
+    alpha: float
+    family_confidence: float
+    tests: tuple[Test, ...]
+    validity: Validity
+    scores: tuple[ScoreSummary, ...] = ()
+
+
+class BoundDocument(Document):
+    """What `dpaudit bound --json` prints."""
+
+    kind: ClassVar[str] = "bound"
+    method: str
+    epsilon_lower: Number
+    ceiling: Number
+    confidence: float
+    delta: float
+    assumes: Assumes
+    estimate: bool = False
+
+
+class Metric(Part):
+    """A measured utility with its interval (95 %, bootstrap over pictures)."""
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int = Field(description="Questions.")
+    pictures: int | None = Field(default=None, description="Independent clusters behind the interval.")
+
+
+class BenchmarkDocument(Document):
+    """`release/benchmark.json`, and what `dpaudit benchmark --json` prints.
+
+    Metric names: `exact_match` over everything, `exact_match/KIND` per question kind.
+    """
+
+    kind: ClassVar[str] = "benchmark"
+    tasks: dict[str, dict[str, Metric]]
+    base: dict[str, dict[str, Metric]] | None = Field(default=None, description="The base model, same tasks.")
+    majority: dict[str, Metric] = Field(
+        default_factory=dict, description="Per task, always giving the commonest public answer of the question kind."
+    )
+    lmms_eval_version: str
+    prompt: str
+    batch_size: int
+    precision: str
+    device: str
+    sample_sha256: dict[str, str] = Field(description="Per task: hash over questions, answers and pictures.")
+    seconds: float
+
+
+class EnvironmentDocument(Document):
+    """`release/environment.json`."""
+
+    kind: ClassVar[str] = "environment"
+    dpaudit: str
+    python: str
+    platform: str
+    device: str
+    packages: dict[str, str]
+    command: str | None = None
+
+
+class CheckDocument(Document):
+    """What `dpaudit check --json` prints."""
+
+    kind: ClassVar[str] = "check"
+    verdict: Literal["pass", "fail", "inconclusive"]
+    checks: tuple[Check, ...]
+
+
+class DoctorDocument(Document):
+    """What `dpaudit doctor --json` prints."""
+
+    kind: ClassVar[str] = "doctor"
+    healthy: bool
+    checks: tuple[Check, ...]
+
+
+DOCUMENTS: tuple[type[Document], ...] = (
+    ClaimDocument,
+    LedgerDocument,
+    AuditDocument,
+    ScoresDocument,
+    BoundDocument,
+    BenchmarkDocument,
+    EnvironmentDocument,
+    CheckDocument,
+    DoctorDocument,
+)
+
+
+def write_schemas(folder: Path) -> None:
+    """Write one `KIND.json` per document; a test keeps the committed files in step with the code."""
+    for document in DOCUMENTS:
+        text = json.dumps(document.json_schema(), indent=2, ensure_ascii=False) + "\n"
+        (folder / f"{document.kind}.json").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_schemas(Path(__file__).parent / "schemas")

@@ -1,0 +1,1 @@
+"""Reports: the VQA benchmark through lmms-eval, figures and the HTML report."""

@@ -1,0 +1,1 @@
+"""Reference trainer: data, models, token reducers, gradient pruning and the training methods."""
