@@ -4,6 +4,8 @@
 accepted. Field names use dashes on the outside (`data.train-images`) and underscores inside.
 """
 
+import contextlib
+import difflib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -40,7 +42,7 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """Which data. `name` is 'digits' (embedded), or a data set on the hub; `path` + `train` + `test` read local files."""
+    """Which data: `name` is 'digits' (embedded) or a set on the hub; `path`, `train` and `test` name local files."""
 
     name: str | None = Field(default=None, description="'digits' or a hub name; default digits without a path")
     path: str | None = Field(default=None, description="folder of a local data set")
@@ -96,7 +98,7 @@ class ReducerConfig(Section):
 class PrivacyConfig(Section):
     """The claim that the run makes. Either `epsilon` or `noise-multiplier`; a non-private run uses neither."""
 
-    epsilon: float | None = Field(default=8.0, gt=0)
+    epsilon: Finite | None = Field(default=8.0, gt=0, description="for no claim at all: method=non-private")
     delta: Finite = Field(default=1e-5, gt=0, lt=1)
     noise_multiplier: Finite | None = Field(default=None, gt=0)
     max_grad_norm: Finite = Field(default=1.0, gt=0)
@@ -193,10 +195,8 @@ def parse_override(text: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise rejected(key, value, "a YAML value") from error
     if isinstance(tree, str):
-        try:  # YAML 1.1 reads 1e-5 as text
+        with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-5 as text
             tree = float(tree)
-        except ValueError:
-            pass
     for part in reversed(key.split(".")):
         tree = {_dashed(part): tree}
     assert isinstance(tree, dict)
@@ -232,8 +232,6 @@ def _message(error: ValidationError) -> str:
 
 
 def _suggestion(where: str) -> str:
-    import difflib
-
     fields: list[str] = []
 
     def collect(model: type[BaseModel], prefix: str) -> None:

@@ -3,15 +3,22 @@
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-import click
 import typer
+from typer.core import TyperGroup
 
 from dpaudit import __version__
 from dpaudit.cli import console
 from dpaudit.errors import DpauditError
 
-# Command name -> module with a function `command`. Modules are imported only when their command runs, so that
+# typer brings its own copy of click in newer releases and the real one in older: the base of its usage errors is
+# ClickException in both.
+CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]
+SETTINGS = {"help_option_names": ["-h", "--help"]}
+ABOUT = "Privacy audits for DP fine-tuning of vision-language models."
+
+# Command name -> module with a typer function `command`. Modules are imported only when their command runs, so that
 # `dpaudit bound` never pays for torch.
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("dpaudit.cli.demo", "The whole story in minutes on the embedded data."),
@@ -26,37 +33,43 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
-class LazyGroup(click.Group):
+class LazyGroup(TyperGroup):
     """Commands by name; each module is imported on first use."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(COMMANDS[cmd_name][0])
-        return module.command()  # type: ignore[no-any-return]
+        app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+        app.command(name=cmd_name, context_settings=SETTINGS)(module.command)
+        return typer.main.get_command(app)
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, about) for name, (_, about) in COMMANDS.items()])
 
 
-def typer_command(function: object, name: str) -> click.Command:
-    """One typer function as a click command."""
-    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command(name=name)(function)  # type: ignore[type-var]
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        console.say(f"dpaudit {__version__}")
+        raise typer.Exit(console.DONE)
+
+
+def _group() -> Any:
+    app = typer.Typer(cls=LazyGroup, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+    @app.callback(context_settings=SETTINGS, help=f"{ABOUT}\n\n{console.LIMIT_SENTENCE}")
+    def root(
+        version: bool = typer.Option(
+            False, "--version", callback=_show_version, is_eager=True, help="Show the version."
+        ),
+    ) -> None:
+        return None
+
     return typer.main.get_command(app)
-
-
-def _group() -> click.Group:
-    group = LazyGroup(
-        name="dpaudit",
-        help="Privacy audits for DP fine-tuning of vision-language models.\n\n" + console.LIMIT_SENTENCE,
-        context_settings={"help_option_names": ["-h", "--help"]},
-    )
-    return click.version_option(__version__, prog_name="dpaudit")(group)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -64,15 +77,15 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         result = _group().main(args=arguments, prog_name="dpaudit", standalone_mode=False)
         return result if isinstance(result, int) else console.DONE
-    except (click.exceptions.Exit, typer.Exit) as stop:
-        return stop.exit_code
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except typer.Exit as stop:
+        return int(stop.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
         console.log("dpaudit: interrupted; what was written stays, nothing is lost")
         return console.INTERRUPTED
-    except click.ClickException as error:
+    except CommandLineError as error:
         where = getattr(error, "ctx", None)
         hint = f" (see '{where.command_path} --help')" if where is not None else ""
-        console.log(f"dpaudit: {error.format_message()}{hint}")
+        console.log(f"dpaudit: {' '.join(error.format_message().split())}{hint}")  # type: ignore[attr-defined]
         return console.USAGE
     except DpauditError as error:
         console.log(f"dpaudit: {' '.join(str(error).split())}")

@@ -25,7 +25,7 @@ def say(text: str) -> None:
 
 def log(text: str) -> None:
     """A line for the person who watches, on stderr, printed literally."""
-    stderr.print(text, markup=False)
+    stderr.print(text, markup=False, soft_wrap=True)
 
 
 def emit(document: Document) -> None:
