@@ -1,0 +1,283 @@
+"""eps from (sigma, q, T), sigma from eps, and the privacy-loss distributions behind both.
+
+The number is dp-accounting's privacy-loss distribution (PLD) with pessimistic discretisation ("connect the dots",
+Doroshenko et al. 2022): an upper bound on the true eps, tight to about 1e-4. RDP is a cross-check.
+
+This module owns the conventions of the neighbouring relations. `noise_multiplier` is always sigma / C: the noise's
+standard deviation on the *sum* over the clip norm, whatever the relation. What one unit can move is
+
+    add-remove, zero-out: C     (mu = 1 / sigma for one step on everybody)
+    replace:             2C     (mu = 2 / sigma)
+
+dp-accounting 0.6 holds two conventions: its PLD takes sigma / C and doubles the sensitivity itself under REPLACE_ONE,
+its RDP takes sigma over the relation's own sensitivity and never doubles. Tests hold every relation and accountant
+against the Gaussian's closed form.
+"""
+
+import importlib.metadata
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import brentq
+from scipy.special import log_ndtr, ndtr
+
+from dpaudit.documents import EpsilonAt, Relation
+from dpaudit.errors import rejected
+
+Direction = Literal["remove", "add"]
+
+_FINE = 1e-4  # discretisation of the loss; 1e-5 changes the sixth digit and takes ten times as long
+_COARSE = 1e-3  # for searching and for progress bars: still an upper bound
+_POINTS = 2_000_000  # at most this many loss values after composition; beyond it the grid gets coarser
+_SMALLEST_DELTA = 1e-12  # below it the FFT's rounding (1e-16 a point) is no longer negligible
+_PROGRESS_POINTS = 100
+
+
+@dataclass(frozen=True)
+class DpSgd:
+    """T steps of the Poisson-subsampled Gaussian mechanism.
+
+    noise_multiplier: sigma / C (0 = no noise). sample_rate: q, each unit's chance to be in a batch. steps: T.
+    """
+
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+    relation: Relation = "add-remove"
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
+            raise rejected("noise-multiplier", self.noise_multiplier, "a finite number >= 0")
+        if not 0 <= self.sample_rate <= 1:
+            raise rejected("sample-rate", self.sample_rate, "a number from 0 to 1")
+        if self.steps != int(self.steps) or self.steps < 0:
+            raise rejected("steps", self.steps, "an integer >= 0")
+        if self.relation not in get_args(Relation):
+            raise rejected("relation", self.relation, get_args(Relation))
+
+
+@dataclass(frozen=True)
+class PrivacyLosses:
+    """A discretised privacy-loss distribution: shapes (k,) and (k,), losses ascending.
+
+    `probabilities` are those of the loss ln(P/Q) under P, where P is the run with the unit for direction "remove" and
+    without it for "add"; under Q a loss l has probability p * exp(-l). `infinity_mass` is P(loss = inf).
+    """
+
+    losses: npt.NDArray[np.float64]
+    probabilities: npt.NDArray[np.float64]
+    infinity_mass: float
+
+
+def accountant_name() -> str:
+    """Name and version for the claim, e.g. 'dp-accounting 0.6.0 PLD'."""
+    return f"dp-accounting {importlib.metadata.version('dp-accounting')} PLD"
+
+
+def gaussian_delta(mu: float, epsilon: float) -> float:
+    """delta(eps) of N(0,1) against N(mu,1): Phi(mu/2 - eps/mu) - e^eps Phi(-mu/2 - eps/mu) (Balle & Wang 2018)."""
+    if mu <= 0 or epsilon == math.inf:
+        return 0.0
+    first = float(ndtr(mu / 2 - epsilon / mu))
+    second = math.exp(min(0.0, epsilon + float(log_ndtr(-mu / 2 - epsilon / mu))))
+    return max(0.0, first - second)
+
+
+def gaussian_epsilon(mu: float, delta: float) -> float:
+    """The smallest eps >= 0 with gaussian_delta(mu, eps) <= delta; inf for mu = inf."""
+    _check_delta(delta)
+    if mu == math.inf:
+        return math.inf
+    if gaussian_delta(mu, 0.0) <= delta:
+        return 0.0
+    high = 1.0
+    while gaussian_delta(mu, high) > delta:
+        high *= 2
+    return float(brentq(lambda epsilon: gaussian_delta(mu, epsilon) - delta, 0.0, high, xtol=1e-12))
+
+
+def epsilon(event: DpSgd, delta: float) -> float:
+    """eps of `event` at `delta`: dp-accounting's PLD, pessimistic. inf when there is no noise."""
+    _check_delta(delta)
+    return _epsilon(event, float(delta), _FINE)
+
+
+def curve(event: DpSgd, deltas: "npt.ArrayLike") -> tuple[EpsilonAt, ...]:
+    """eps at several deltas, as the claim document holds them."""
+    return tuple(
+        EpsilonAt(delta=float(delta), epsilon=epsilon(event, float(delta)))
+        for delta in np.atleast_1d(np.asarray(deltas, dtype=np.float64))
+    )
+
+
+def epsilon_after(event: DpSgd, steps: int, delta: float) -> float:
+    """eps spent after the first `steps` of `event`: an upper bound for a progress bar and the ledger.
+
+    At `event.steps` it is exactly `epsilon(event, delta)`. Before, the step count is rounded up to one of a hundred
+    and the grid of the PLD is coarser; both can only raise the value, which never exceeds `epsilon(event, delta)`
+    and never decreases with `steps`.
+    """
+    _check_delta(delta)
+    if steps <= 0:
+        return 0.0
+    if steps >= event.steps:
+        return epsilon(replace(event, steps=steps), delta)
+    stride = max(1, math.ceil(event.steps / _PROGRESS_POINTS))
+    rounded = min(event.steps, math.ceil(steps / stride) * stride)
+    return min(_epsilon(replace(event, steps=rounded), float(delta), _COARSE), epsilon(event, delta))
+
+
+def rdp_epsilon(event: DpSgd, delta: float) -> float | None:
+    """Cross-check by Rényi DP (an upper bound too, looser). None: RDP knows no Poisson sampling under replace."""
+    _check_delta(delta)
+    trivial = _trivial(event)
+    if trivial is not None:
+        return trivial
+    if event.relation == "replace" and event.sample_rate < 1:
+        return None
+    import dp_accounting
+    from dp_accounting.rdp import RdpAccountant
+
+    # This accountant wants sigma over the sensitivity of the relation itself, which is 2C for replace.
+    sensitivity = 2.0 if event.relation == "replace" else 1.0
+    step: Any = dp_accounting.GaussianDpEvent(event.noise_multiplier / sensitivity)
+    if event.sample_rate < 1:
+        step = dp_accounting.PoissonSampledDpEvent(event.sample_rate, step)
+    accountant = RdpAccountant(neighboring_relation=_neighbouring(event.relation))
+    accountant.compose(dp_accounting.SelfComposedDpEvent(step, event.steps))
+    return float(accountant.get_epsilon(delta))
+
+
+def noise_multiplier_for(
+    *, epsilon: float, delta: float, sample_rate: float, steps: int, relation: Relation = "add-remove"
+) -> float:
+    """The smallest sigma (to 1e-3, relative) whose PLD eps at `delta` is at most `epsilon`.
+
+    Searched on a coarse grid, decided on the final one: the eps of the returned sigma never exceeds the target.
+    """
+    if not (math.isfinite(epsilon) and epsilon > 0):
+        raise rejected("epsilon", epsilon, "a finite number > 0")
+    _check_delta(delta)
+    if steps < 1 or not 0 < sample_rate <= 1:
+        field, value = ("steps", steps) if steps < 1 else ("sample-rate", sample_rate)
+        raise rejected(field, value, "more than 0 (and a sample rate of at most 1)")
+
+    def exceeds(sigma: float, grid: float) -> bool:
+        return _epsilon(DpSgd(sigma, sample_rate, steps, relation), float(delta), grid) > epsilon
+
+    low, high = _bracket(epsilon, delta, steps, relation, lambda sigma: exceeds(sigma, _COARSE))
+    while high / low > 1 + 2e-4:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if exceeds(middle, _COARSE) else (low, middle)
+    # The coarse answer is right up to its discretisation: widen, then settle on the final grid.
+    for _ in range(200):
+        if not exceeds(high, _FINE):
+            break
+        low, high = high, high * 1.0005
+    else:
+        raise rejected("epsilon", epsilon, f"a target that {accountant_name()} can resolve at delta={delta}")
+    low = min(low, high / 1.0008)
+    while not exceeds(low, _FINE):
+        low, high = low / 1.0016, low
+    while high / low > 1.001:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if exceeds(middle, _FINE) else (low, middle)
+    return high
+
+
+def discrete_losses(event: DpSgd, direction: Direction) -> PrivacyLosses:
+    """The composed privacy-loss distribution of `event`; the only reader of dp-accounting's private attributes.
+
+    Pessimistic: its hockey-stick divergence is an upper bound at every eps. Under replace both directions are equal.
+    """
+    if direction not in get_args(Direction):
+        raise rejected("direction", direction, get_args(Direction))
+    if event.sample_rate == 0 or event.steps == 0:
+        return PrivacyLosses(np.zeros(1), np.ones(1), 0.0)
+    if event.noise_multiplier == 0:
+        return PrivacyLosses(np.zeros(0), np.zeros(0), 1.0)
+    composed = _composed(event, _FINE)
+    pmf = (composed._pmf_remove if direction == "remove" else composed._pmf_add).to_dense_pmf()
+    losses = (pmf._lower_loss + np.arange(pmf.size)) * pmf._discretization
+    # The FFT leaves values of about -1e-17 where the probability is zero.
+    probabilities = np.clip(np.asarray(pmf._probs, dtype=np.float64), 0.0, None)
+    return PrivacyLosses(losses, probabilities, float(pmf._infinity_mass))
+
+
+def _check_delta(delta: float) -> None:
+    if not _SMALLEST_DELTA <= delta < 1:
+        raise rejected("delta", delta, f"a number from {_SMALLEST_DELTA:g} to below 1")
+
+
+def _neighbouring(relation: Relation) -> Any:
+    from dp_accounting.privacy_accountant import NeighboringRelation
+
+    return {
+        "add-remove": NeighboringRelation.ADD_OR_REMOVE_ONE,
+        "zero-out": NeighboringRelation.REPLACE_SPECIAL,
+        "replace": NeighboringRelation.REPLACE_ONE,
+    }[relation]
+
+
+def _trivial(event: DpSgd) -> float | None:
+    if event.sample_rate == 0 or event.steps == 0:
+        return 0.0
+    return math.inf if event.noise_multiplier == 0 else None
+
+
+@lru_cache(maxsize=4096)
+def _epsilon(event: DpSgd, delta: float, grid: float) -> float:
+    trivial = _trivial(event)
+    return trivial if trivial is not None else float(_composed(event, grid).get_epsilon_for_delta(delta))
+
+
+def _single(event: DpSgd, grid: float) -> Any:
+    from dp_accounting.pld import privacy_loss_distribution
+
+    # Without subsampling T Gaussians are one Gaussian with sigma / sqrt(T), exactly.
+    times = event.steps if event.sample_rate == 1 else 1
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        event.noise_multiplier / math.sqrt(times),
+        sampling_prob=event.sample_rate,
+        value_discretization_interval=grid,
+        neighboring_relation=_neighbouring(event.relation),
+    )
+
+
+@lru_cache(maxsize=4)
+def _composed(event: DpSgd, grid: float) -> Any:
+    """The composed PLD on a grid that the event's own scale may make finer or coarser."""
+    single = _single(event, _grid(event, grid))
+    return single if event.sample_rate == 1 or event.steps == 1 else single.self_compose(event.steps)
+
+
+def _grid(event: DpSgd, wished: float) -> float:
+    """The discretisation: as wished, finer for tiny losses, coarser where it would take too many points.
+
+    The width of the composed distribution is at most about that of T unsubsampled Gaussians (mu = sqrt(T) / sigma:
+    mean mu^2/2, 10 standard deviations mu either way) and T times that of one step.
+    """
+    mu = (2.0 if event.relation == "replace" else 1.0) / event.noise_multiplier
+    total = mu * math.sqrt(event.steps)
+    width = total * total / 2 + 20 * total
+    grid = max(wished, width / _POINTS) if event.sample_rate == 1 else max(wished, (mu * mu / 2 + 20 * mu) / _POINTS)
+    return min(grid, max(width / 20_000, 1e-9))
+
+
+def _bracket(epsilon: float, delta: float, steps: int, relation: Relation, exceeds: Any) -> tuple[float, float]:
+    """(low, high) with eps(low) > target >= eps(high) on the search grid."""
+    # Without amplification the closed form gives a sigma that is always enough.
+    mu = brentq(lambda m: gaussian_epsilon(m, delta) - epsilon, 1e-9, 10 * (math.sqrt(2 * epsilon) + epsilon + 10))
+    high = (2.0 if relation == "replace" else 1.0) * math.sqrt(steps) / mu
+    for _ in range(40):
+        if not exceeds(high):
+            break
+        high *= 1.01
+    low = high / 1.5
+    while not exceeds(low):
+        low, high = low / 1.5, low
+    return low, high

@@ -1,0 +1,190 @@
+"""Files are whole or absent: written under a temporary name in the same folder, fsynced, renamed, folder fsynced.
+
+A process killed at any moment leaves either the old file or the new one, plus at most a temporary file that
+`remove_leftovers` deletes. Every failure of the disk is one line (EnvironmentFailure).
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dpaudit.documents import Document
+from dpaudit.errors import EnvironmentFailure
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+_SUFFIX = ".dpaudit-tmp"
+_WHY = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.ENOENT: "the folder does not exist",
+    errno.ENOTDIR: "a part of the path is not a folder",
+    errno.EISDIR: "a folder of this name is in the way",
+    errno.ENAMETOOLONG: "the name is too long",
+}
+
+
+def failure(path: Path, error: OSError, verb: str = "written") -> EnvironmentFailure:
+    """The one line for a file that can't be written (or read): which file, and why."""
+    why = _WHY.get(error.errno or 0) or error.strerror or str(error)
+    return EnvironmentFailure(f"{path}: can't be {verb}: {why}")
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        # Some network file systems can't fsync a folder; the rename itself is atomic there all the same.
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, mode: int = 0o644) -> Iterator[Path]:
+    """Yield an empty temporary file of mode `mode` beside `path`; it becomes `path` when the block ends well.
+
+    Raises EnvironmentFailure for every OSError inside the block; the temporary file is removed then.
+    """
+    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}{_SUFFIX}")
+    try:
+        # The mode is there from the start: a secret is at no time readable by others.
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
+        yield temporary
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise failure(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_bytes(path: Path, content: bytes, mode: int = 0o644) -> None:
+    """Write `content` to `path` atomically; `mode` is further limited by the umask."""
+    with replacing(path, mode) as temporary, temporary.open("wb") as file:
+        file.write(content)
+
+
+def write_text(path: Path, text: str, mode: int = 0o644) -> None:
+    """Write `text` as UTF-8 to `path` atomically."""
+    write_bytes(path, text.encode("utf-8"), mode)
+
+
+def write_document(path: Path, document: Document) -> None:
+    """Write a JSON document to `path` atomically."""
+    write_text(path, document.to_json())
+
+
+def write_tensors(
+    path: Path, tensors: "Mapping[str, torch.Tensor]", metadata: Mapping[str, str] | None = None, mode: int = 0o644
+) -> None:
+    """Write tensors as safetensors to `path` atomically; any device, contiguous or not, shared memory or not."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    owned: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        storage = plain.untyped_storage().data_ptr()
+        # safetensors refuses tensors that share memory (tied weights): each name gets its own copy.
+        owned[name] = plain.clone() if storage in seen else plain
+        seen.add(storage)
+    with replacing(path, mode) as temporary:
+        try:
+            save_file(owned, temporary, metadata=dict(metadata) if metadata is not None else None)
+        except SafetensorError as error:  # its wrapper around the operating system's error
+            raise EnvironmentFailure(f"{path}: can't be written: {' '.join(str(error).split())}") from error
+
+
+def write_frame(path: Path, frame: "pd.DataFrame", mode: int = 0o644) -> None:
+    """Write a data frame as Parquet to `path` atomically, without its index."""
+    with replacing(path, mode) as temporary:
+        frame.to_parquet(temporary, index=False, engine="pyarrow")
+
+
+def append_line(path: Path, text: str) -> None:
+    """Append one line to a log such as metrics.jsonl, in one write that has left the process when this returns.
+
+    A last line that an earlier crash tore is cut off first, so that every line of the file stays whole.
+    """
+    if "\n" in text or "\r" in text:
+        raise ValueError("append_line takes one line")
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            _cut_torn_line(descriptor)
+            content = (text + "\n").encode("utf-8")
+            if os.write(descriptor, content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise failure(path, error) from error
+
+
+def _cut_torn_line(descriptor: int) -> None:
+    size = os.fstat(descriptor).st_size
+    if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
+        return
+    end = size
+    while end > 0:
+        start = max(0, end - 65536)
+        newline = os.pread(descriptor, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            os.ftruncate(descriptor, start + newline + 1)
+            return
+        end = start
+    os.ftruncate(descriptor, 0)
+
+
+def make_folder(path: Path, mode: int = 0o755) -> None:
+    """Create a folder with its parents; an existing one stays as it is."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=mode, exist_ok=True)
+    except OSError as error:
+        raise failure(path, error, "created") from error
+
+
+def remove_leftovers(folder: Path) -> int:
+    """Delete temporary files that a killed process left anywhere below `folder`; returns how many.
+
+    Only the process that holds the run's lock may call this.
+    """
+    removed = 0
+    for path in folder.rglob(f".*{_SUFFIX}"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+            removed += 1
+    return removed
+
+
+def sha256_bytes(content: bytes) -> str:
+    """Hex SHA-256."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file; EnvironmentFailure when it can't be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise failure(path, error, "read") from error
