@@ -1,0 +1,184 @@
+"""The run folder: what lies where, one process at a time, and nothing used before it is whole.
+
+`release/` may leave the house, `private/` (mode 0700) may not. A run is finished when `release/model/complete.json`
+exists: it is written last and holds the SHA-256 of every file of the model.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpaudit import atomic
+from dpaudit.errors import EnvironmentFailure, UsageError
+
+MODEL_COMPLETE = "complete.json"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run on disk. The properties name its files; they need not exist yet."""
+
+    path: Path
+
+    @property
+    def release(self) -> Path:
+        return self.path / "release"
+
+    @property
+    def private(self) -> Path:
+        return self.path / "private"
+
+    @property
+    def config(self) -> Path:
+        return self.release / "config.yaml"
+
+    @property
+    def claim(self) -> Path:
+        return self.release / "claim.json"
+
+    @property
+    def ledger(self) -> Path:
+        return self.release / "ledger.json"
+
+    @property
+    def model(self) -> Path:
+        return self.release / "model"
+
+    @property
+    def audit(self) -> Path:
+        return self.release / "audit.json"
+
+    @property
+    def benchmark(self) -> Path:
+        return self.release / "benchmark.json"
+
+    @property
+    def environment(self) -> Path:
+        return self.release / "environment.json"
+
+    @property
+    def coins(self) -> Path:
+        return self.private / "coins.parquet"
+
+    @property
+    def scores(self) -> Path:
+        return self.private / "scores.parquet"
+
+    @property
+    def metrics(self) -> Path:
+        return self.private / "metrics.jsonl"
+
+    @property
+    def noise_key(self) -> Path:
+        return self.private / "noise.key"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.private / "checkpoints"
+
+    @classmethod
+    def create(cls, path: Path) -> "RunFolder":
+        """Make the folders of a new run, or take up an unfinished creation; UsageError for a folder in other use."""
+        run = cls(path)
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"--out {path}: is a file; a run needs a folder")
+        try:
+            names = {entry.name for entry in path.iterdir()} if path.exists() else set()
+        except OSError as error:
+            raise atomic.failure(path, error, "read") from error
+        if names and not run._looks_like_a_run(names):
+            raise UsageError(f"--out {path}: is not empty and not a run folder; choose a new or empty folder")
+        atomic.make_folder(path)
+        atomic.make_folder(run.private, mode=0o700)
+        atomic.make_folder(run.release)
+        atomic.make_folder(run.model)
+        atomic.make_folder(run.checkpoints, mode=0o700)
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """An existing run; UsageError when `path` holds none."""
+        run = cls(path)
+        if not path.is_dir():
+            raise UsageError(f"run {path}: no such folder")
+        if not run.config.is_file():
+            raise UsageError(f"run {path}: not a run folder (release/config.yaml is missing)")
+        return run
+
+    def _looks_like_a_run(self, names: set[str]) -> bool:
+        if self.config.is_file():
+            return True
+        # A creation that was interrupted before the configuration was written. `private` comes first and has mode
+        # 0700, which tells it from somebody's build folder that happens to have a `release`.
+        return (
+            names <= {"release", "private"} and self.private.is_dir() and self.private.stat().st_mode & 0o777 == 0o700
+        )
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run alone; EnvironmentFailure at once when another process has it.
+
+        The operating system drops the lock with the process, also after kill -9, so none is ever stale.
+        """
+        path = self.private / "lock"
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise atomic.failure(path, error) from error
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise atomic.failure(path, error, "locked") from error
+                owner = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
+                who = f" (process {owner})" if owner.isdigit() else ""
+                raise EnvironmentFailure(f"run {self.path}: in use by another process{who}; wait for it") from error
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+            atomic.remove_leftovers(self.path)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def finish_model(self) -> None:
+        """Declare the model complete: hash every file of `release/model`; the last write of a training."""
+        hashes = {
+            file.relative_to(self.model).as_posix(): atomic.sha256_file(file)
+            for file in sorted(self.model.rglob("*"))
+            if file.is_file() and file.name != MODEL_COMPLETE and not file.name.startswith(".")
+        }
+        if not hashes:
+            raise ValueError("a model without files can't be complete")
+        atomic.write_text(self.model / MODEL_COMPLETE, json.dumps({"sha256": hashes}, indent=2) + "\n")
+
+    @property
+    def finished(self) -> bool:
+        """Whether the model was declared complete (its hashes are not checked here)."""
+        return (self.model / MODEL_COMPLETE).is_file()
+
+    def require_finished(self) -> None:
+        """Check that the run is whole, hash by hash; UsageError that names the file and what to do."""
+        marker = self.model / MODEL_COMPLETE
+        if not marker.is_file():
+            raise UsageError(f"run {self.path}: its training has not finished; dpaudit train --resume {self.path}")
+        remedy = f"restore it from a copy, or delete {self.model} and run dpaudit train --resume {self.path}"
+        try:
+            hashes = json.loads(marker.read_text(encoding="utf-8"))["sha256"]
+            if not isinstance(hashes, dict) or not hashes:
+                raise ValueError
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UsageError(f"{marker}: damaged; {remedy}") from None
+        for name, expected in hashes.items():
+            file = self.model / name
+            if not file.resolve().is_relative_to(self.model.resolve()):
+                raise UsageError(f"{marker}: damaged (names a file outside the model); {remedy}")
+            if not file.is_file():
+                raise UsageError(f"{file}: missing; {remedy}")
+            if atomic.sha256_file(file) != expected:
+                raise UsageError(f"{file}: damaged (its SHA-256 is not the one recorded); {remedy}")
