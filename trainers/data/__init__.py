@@ -1,0 +1,76 @@
+"""Data sets by configuration: the embedded digits, local files, or a set on the hub."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from dpaudit.config import DataConfig
+from dpaudit.documents import LedgerRow
+from dpaudit.errors import rejected
+from trainers.records import Dataset
+
+EMBEDDED = "digits"
+
+
+def load(config: DataConfig, *, cache: Path | None = None) -> Dataset:
+    """The data set that `config` names, with `data.limit` and `data.reserve` applied.
+
+    `cache`: folder for downloads of a hub set (inside the run's private part); None keeps nothing. Loading is
+    deterministic. Raises UsageError (files, rows, fields) or EnvironmentFailure (hub out of reach).
+    """
+    if config.path is not None:
+        from trainers.data.local import load_local
+
+        dataset = load_local(config)
+    elif config.name in (None, EMBEDDED):
+        dataset = _embedded(config)
+    else:
+        from trainers.data.hub import load_hub
+
+        dataset = load_hub(config, cache)
+    if len(dataset.train) < 2:
+        raise rejected("data.train", f"{len(dataset.train)} units", "at least 2 units")
+    return replace(dataset, ledger=(*dataset.ledger, *_size_row(config, dataset), *_limit_row(config)))
+
+
+def _embedded(config: DataConfig) -> Dataset:
+    for name in ("train", "test", "train_images", "test_images", "unit"):
+        if getattr(config, name) is not None:
+            field = f"data.{name.replace('_', '-')}"
+            raise rejected(field, getattr(config, name), "nothing for the embedded digits; data.path for local files")
+    if config.reserve:
+        raise rejected("data.reserve", config.reserve, "0 for the embedded digits, which have a reserve of their own")
+    from trainers.data.digits import load_digits_vqa
+
+    dataset: Dataset = load_digits_vqa()
+    return replace(dataset, train=dataset.train[: config.limit], test=dataset.test[: config.limit])
+
+
+def _size_row(config: DataConfig, dataset: Dataset) -> tuple[LedgerRow, ...]:
+    """The one number about the whole training set that training uses: how many units it has."""
+    if config.public_size is not None:
+        return ()
+    return (
+        LedgerRow(
+            path="size of the training set",
+            status="accounted",
+            explanation="The exact number of training units sets the sampling rate and the expected batch size. It is "
+            "made public by declaration: the claim protects what a unit contains, taken that this number is known. "
+            "Someone who knew all but one unit could tell from the number whether one is missing.",
+            evidence=f"data.public-size was not given, so the true size {len(dataset.train)} is the declared one; give "
+            "data.public-size to keep the true one private.",
+        ),
+    )
+
+
+def _limit_row(config: DataConfig) -> tuple[LedgerRow, ...]:
+    if config.limit is None:
+        return ()
+    return (
+        LedgerRow(
+            path="limit on the training set",
+            status="per-example preprocessing",
+            explanation="Only the first units of the data take part. The claim is about the set after this cut: a unit "
+            "removed before it would let the next one in, which is a replacement and not a removal.",
+            evidence=f"data.limit: {config.limit}.",
+        ),
+    )

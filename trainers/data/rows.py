@@ -1,0 +1,219 @@
+"""Rows and pictures from untrusted files: every value checked, every fault one line that names file, row and field.
+
+The rows are private. So no message ever repeats a value from a row, not even a file name found in one; types, lengths
+and limits are all that an error says.
+"""
+
+import base64
+import binascii
+import hashlib
+import io
+import json
+import struct
+import unicodedata
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from dpaudit.errors import UsageError, rejected
+from trainers.records import Pixels
+
+Row = dict[str, Any]
+
+# A picture larger than this is a mistake or a decompression bomb: it would take 50 MB once decoded.
+MAX_PIXELS = 1 << 24
+MAX_PICTURE_BYTES = 1 << 26
+MAX_LINE_BYTES = 1 << 27  # a JSONL row may carry its picture in base64
+MAX_CHARACTERS = {"question": 2000, "answer": 500, "kind": 100}
+# Decoders for other formats (EPS runs a program, for one) are never started on untrusted bytes.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data file. `label` is the name that the user gave; `root` is the folder that nothing may leave."""
+
+    path: Path
+    label: str
+    root: Path
+
+    def fault(self, row: int, field: str, problem: str) -> UsageError:
+        """The error for one bad value, without the value."""
+        return UsageError(f"{self.label}, row {row}, {field}: {problem}")
+
+
+def inside(root: Path, name: str) -> Path | None:
+    """`root / name` with links resolved; None when it is absolute, has '..' or ends outside `root`."""
+    if not name or "\0" in name or PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive:
+        return None
+    if ".." in PurePosixPath(name).parts or ".." in PureWindowsPath(name).parts:
+        return None
+    try:
+        target = (root / name).resolve()
+        return target if target.is_relative_to(root.resolve()) else None
+    except (OSError, ValueError, RuntimeError):  # a loop of links, a name too long
+        return None
+
+
+def open_source(root: Path, name: str, field: str) -> Source:
+    """The data file that the configuration field `field` names; errors name that field."""
+    path = inside(root, name)
+    if path is None:
+        raise rejected(field, name, "a file name inside data.path (not absolute, no '..', no link that leads out)")
+    if not path.is_file():
+        raise UsageError(f"{field}: no file {name!r} in {root}")
+    if path.suffix.lower() not in (".parquet", ".jsonl"):
+        raise rejected(field, name, "a .parquet or .jsonl file")
+    return Source(path=path, label=name, root=root.resolve())
+
+
+def sha256_file(path: Path) -> str:
+    """Hash of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_rows(source: Source, required: Iterable[str], optional: Iterable[str] = ()) -> Iterator[tuple[int, Row]]:
+    """Rows in file order with their number (from 1; the line number for JSONL), reduced to the columns named.
+
+    Raises UsageError when the file is damaged or a required column is missing.
+    """
+    needed = list(required)
+    reader = _parquet_rows if source.path.suffix.lower() == ".parquet" else _jsonl_rows
+    return reader(source, needed, [*needed, *(name for name in optional if name not in needed)])
+
+
+def _jsonl_rows(source: Source, needed: list[str], wanted: list[str]) -> Iterator[tuple[int, Row]]:
+    with source.path.open("rb") as file:
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if len(line) > MAX_LINE_BYTES:
+                raise source.fault(number, "line", f"longer than {MAX_LINE_BYTES} bytes")
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except (ValueError, RecursionError):
+                raise source.fault(number, "line", "not a JSON object in UTF-8") from None
+            if not isinstance(row, dict):
+                raise source.fault(number, "line", f"must be a JSON object, got {type(row).__name__}")
+            for name in needed:
+                if name not in row:
+                    raise source.fault(number, name, "missing")
+            yield number, {name: row[name] for name in wanted if name in row}
+
+
+def _parquet_rows(source: Source, needed: list[str], wanted: list[str]) -> Iterator[tuple[int, Row]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(source.path) as file:
+            present = list(file.schema_arrow.names)
+            for name in needed:
+                if name not in present:
+                    raise UsageError(f"{source.label}: no column {name!r}; columns: {', '.join(present[:20])}")
+            number = 0
+            for batch in file.iter_batches(batch_size=256, columns=[name for name in wanted if name in present]):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (pyarrow.ArrowException, OSError, ValueError):
+        # Arrow's own text may quote what it read.
+        raise UsageError(f"{source.label}: not a readable Parquet file") from None
+
+
+def text(source: Source, number: int, row: Row, field: str) -> str:
+    """A checked text value: present, not blank, not too long, no control characters."""
+    value = row.get(field)
+    if value is None:
+        raise source.fault(number, field, "missing")
+    if not isinstance(value, str):
+        raise source.fault(number, field, f"must be text, got {type(value).__name__}")
+    limit = MAX_CHARACTERS[field]
+    if len(value) > limit:
+        raise source.fault(number, field, f"{len(value)} characters; at most {limit} are accepted")
+    if not value.strip():
+        raise source.fault(number, field, "empty")
+    if any(unicodedata.category(sign) in ("Cc", "Cs") and sign not in "\n\t" for sign in value):
+        raise source.fault(number, field, "contains a control character or half a surrogate pair")
+    return value.strip()
+
+
+def key(source: Source, number: int, row: Row, field: str) -> str | int:
+    """A checked identifier: text or a whole number."""
+    value = row.get(field)
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        found = "nothing" if value is None else type(value).__name__
+        raise source.fault(number, field, f"must be text or a whole number, got {found}")
+    if value == "":
+        raise source.fault(number, field, "empty")
+    return value
+
+
+def picture_bytes(source: Source, number: int, row: Row, field: str = "image") -> bytes:
+    """The encoded picture of a row: bytes, base64 in a JSONL struct, or a file beside the data file."""
+    value = row.get(field)
+    if isinstance(value, dict):
+        data = value.get("bytes")
+        value = data if data is not None else value.get("path")
+        if isinstance(data, str):
+            try:
+                value = base64.b64decode(data, validate=True)
+            except (binascii.Error, ValueError):
+                raise source.fault(number, field, "bytes are not base64") from None
+    if isinstance(value, str):
+        value = _file_bytes(source, number, field, value)
+    if not isinstance(value, bytes):
+        found = "nothing" if value is None else type(value).__name__
+        raise source.fault(number, field, f"must be bytes, a path or a struct of both, got {found}")
+    if not value:
+        raise source.fault(number, field, "empty")
+    if len(value) > MAX_PICTURE_BYTES:
+        raise source.fault(number, field, f"{len(value)} bytes; at most {MAX_PICTURE_BYTES} are accepted")
+    return value
+
+
+def _file_bytes(source: Source, number: int, field: str, name: str) -> bytes:
+    folder = source.path.parent
+    path = inside(folder, name)
+    if path is None or not path.is_relative_to(source.root):
+        raise source.fault(number, field, "its path is absolute, has '..' or leads out of data.path")
+    if not path.is_file():
+        raise source.fault(number, field, "its path names no file beside the data file")
+    if path.stat().st_size > MAX_PICTURE_BYTES:
+        raise source.fault(number, field, f"the file is larger than {MAX_PICTURE_BYTES} bytes")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise source.fault(number, field, f"the file can't be read ({error.strerror})") from None
+
+
+def decode(source: Source, number: int, data: bytes, field: str = "image") -> Pixels:
+    """Encoded picture -> uint8 (height, width, 3), upright, RGB. The size is checked before anything is decoded."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+                width, height = picture.size
+                if width * height > MAX_PIXELS:
+                    raise source.fault(number, field, f"{width}x{height} pixels; at most {MAX_PIXELS} are accepted")
+                return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"), dtype=np.uint8)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise source.fault(number, field, f"more than {MAX_PIXELS} pixels") from None
+    except (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError, struct.error, MemoryError):
+        accepted = ", ".join(FORMATS)
+        raise source.fault(number, field, f"not a readable picture; accepted formats: {accepted}") from None
+
+
+def content_sha256(pixels: Pixels) -> str:
+    """Hash of what a picture shows: equal for the same pixels in any file format."""
+    digest = hashlib.sha256(f"{pixels.shape[0]}x{pixels.shape[1]}:".encode())
+    digest.update(np.ascontiguousarray(pixels).tobytes())
+    return digest.hexdigest()
