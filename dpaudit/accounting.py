@@ -11,7 +11,7 @@ standard deviation on the *sum* over the clip norm, whatever the relation. What 
 
 dp-accounting 0.6 holds two conventions: its PLD takes sigma / C and doubles the sensitivity itself under REPLACE_ONE,
 its RDP takes sigma over the relation's own sensitivity and never doubles. Tests hold every relation and accountant
-against the Gaussian's closed form.
+against the Gaussian's closed form. No other module may import dp-accounting or read its private attributes.
 """
 
 import importlib.metadata
@@ -32,9 +32,9 @@ Direction = Literal["remove", "add"]
 
 _FINE = 1e-4  # discretisation of the loss; 1e-5 changes the sixth digit and takes ten times as long
 _COARSE = 1e-3  # for searching and for progress bars: still an upper bound
-_POINTS = 2_000_000  # at most this many loss values after composition; beyond it the grid gets coarser
+_POINTS = 500_000  # at most this many loss values after composition; beyond it the grid gets coarser
 _SMALLEST_DELTA = 1e-12  # below it the FFT's rounding (1e-16 a point) is no longer negligible
-_PROGRESS_POINTS = 100
+_PROGRESS_POINTS = 50
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def curve(event: DpSgd, deltas: "npt.ArrayLike") -> tuple[EpsilonAt, ...]:
 def epsilon_after(event: DpSgd, steps: int, delta: float) -> float:
     """eps spent after the first `steps` of `event`: an upper bound for a progress bar and the ledger.
 
-    At `event.steps` it is exactly `epsilon(event, delta)`. Before, the step count is rounded up to one of a hundred
+    At `event.steps` it is exactly `epsilon(event, delta)`. Before, the step count is rounded up to one of fifty
     and the grid of the PLD is coarser; both can only raise the value, which never exceeds `epsilon(event, delta)`
     and never decreases with `steps`.
     """
@@ -190,7 +190,7 @@ def noise_multiplier_for(
 
 
 def discrete_losses(event: DpSgd, direction: Direction) -> PrivacyLosses:
-    """The composed privacy-loss distribution of `event`; the only reader of dp-accounting's private attributes.
+    """The composed privacy-loss distribution of `event`, for the claim test.
 
     Pessimistic: its hockey-stick divergence is an upper bound at every eps. Under replace both directions are equal.
     """
@@ -251,21 +251,29 @@ def _single(event: DpSgd, grid: float) -> Any:
 @lru_cache(maxsize=4)
 def _composed(event: DpSgd, grid: float) -> Any:
     """The composed PLD on a grid that the event's own scale may make finer or coarser."""
-    single = _single(event, _grid(event, grid))
+    return _compose(event, _grid(event, grid))
+
+
+def _compose(event: DpSgd, grid: float) -> Any:
+    single = _single(event, grid)
     return single if event.sample_rate == 1 or event.steps == 1 else single.self_compose(event.steps)
 
 
-def _grid(event: DpSgd, wished: float) -> float:
-    """The discretisation: as wished, finer for tiny losses, coarser where it would take too many points.
-
-    The width of the composed distribution is at most about that of T unsubsampled Gaussians (mu = sqrt(T) / sigma:
-    mean mu^2/2, 10 standard deviations mu either way) and T times that of one step.
-    """
+@lru_cache(maxsize=256)
+def _width(event: DpSgd) -> float:
+    """How wide the composed distribution is, from a rough one."""
     mu = (2.0 if event.relation == "replace" else 1.0) / event.noise_multiplier
-    total = mu * math.sqrt(event.steps)
-    width = total * total / 2 + 20 * total
-    grid = max(wished, width / _POINTS) if event.sample_rate == 1 else max(wished, (mu * mu / 2 + 20 * mu) / _POINTS)
-    return min(grid, max(width / 20_000, 1e-9))
+    # One step without subsampling: from the mean mu^2/2 ten standard deviations mu either way.
+    widest = mu * mu / 2 + 20 * mu
+    rough = max(min(1e-2, widest / 100), widest / 20_000)
+    composed = _compose(event, rough)
+    return float(rough * max(composed._pmf_remove.to_dense_pmf().size, composed._pmf_add.to_dense_pmf().size))
+
+
+def _grid(event: DpSgd, wished: float) -> float:
+    """The discretisation: as wished, finer for tiny losses, coarser where it would take too many points."""
+    width = _width(event)
+    return min(max(wished, width / _POINTS), max(width / 20_000, 1e-9))
 
 
 def _bracket(epsilon: float, delta: float, steps: int, relation: Relation, exceeds: Any) -> tuple[float, float]:
