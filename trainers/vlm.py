@@ -67,7 +67,9 @@ class VisionLanguageModel:
     def load(cls, path: str | None = None, *, device: str = "auto") -> "VisionLanguageModel":
         """The reference model (path None), a folder, or a hub id. Never runs code that a checkpoint brings along."""
         from transformers import AutoConfig, AutoTokenizer, LlavaForConditionalGeneration
+        from transformers.utils import logging as hf_logging
 
+        hf_logging.disable_progress_bar()
         source = str(REFERENCE) if path is None else path
         try:
             config = AutoConfig.from_pretrained(source)
@@ -325,9 +327,9 @@ def short_name(name: str) -> str:
 def _processor_of(source: str) -> Any:
     """The checkpoint's own picture processor, or None where it ships none (then: plain resize)."""
     folder = Path(source)
-    if folder.is_dir() and not (folder / "preprocessor_config.json").exists():
-        if not (folder / "processor_config.json").exists():
-            return None
+    names = ("preprocessor_config.json", "processor_config.json")
+    if folder.is_dir() and not any((folder / name).exists() for name in names):
+        return None
     from transformers import AutoImageProcessor
 
     return AutoImageProcessor.from_pretrained(source)

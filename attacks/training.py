@@ -1,0 +1,117 @@
+"""A run from its configuration alone: folder, key, data, model, canary game, training.
+
+The game is drawn here, before the first step, and handed to the trainer as units; the trainer never learns a coin.
+"""
+
+from pathlib import Path
+
+from attacks.canaries import Game, check_coins, draw_game
+from dpaudit import atomic
+from dpaudit.config import RunConfig
+from dpaudit.errors import InvalidGame, UsageError
+from dpaudit.randomness import Key
+from dpaudit.runs import RunFolder
+from trainers import data
+from trainers.plan import Inserted, Plan, make_plan
+from trainers.progress import Reporter
+from trainers.records import Dataset
+from trainers.run import AfterStep, estimate_seconds, read_config, train
+from trainers.vlm import VisionLanguageModel
+
+
+def redraw_game(config: RunConfig, dataset: Dataset, key: Key, model: VisionLanguageModel) -> Game | None:
+    """The canary game of a run: a function of its configuration, data and key. None without canaries."""
+    count = config.canaries.count
+    if count == 0:
+        return None
+    return draw_game(dataset, count, config.canaries.kinds, key=key, spare_tokens=model.spare_tokens(count))
+
+
+def start_run(
+    config: RunConfig,
+    out: Path,
+    *,
+    reporter: Reporter | None = None,
+    after_step: AfterStep | None = None,
+    dataset: Dataset | None = None,
+) -> RunFolder:
+    """Train a new run in `out`. Raises UsageError when `out` holds a run already.
+
+    `dataset` replaces what the configuration names, for callers that hold it already.
+    """
+    run = RunFolder.create(out)
+    with run.lock():
+        if run.ledger.exists() or run.finished:
+            raise UsageError(
+                f"--out {out}: holds a run already; choose another folder, or dpaudit train --resume {out}"
+            )
+        dataset = dataset or data.load(config.data)
+        model = VisionLanguageModel.load(config.model.path, device=config.model.device)
+        make_plan(config, dataset, config.canaries.count)  # every setting is checked before a key or coin is drawn
+        model.set_reducer(config.reducer)
+        key = _key(config, run)
+        atomic.write_text(run.config, config.to_yaml())
+        _train(config, run, key, dataset, model, False, reporter, after_step)
+    return run
+
+
+def resume_run(path: Path, *, reporter: Reporter | None = None, dataset: Dataset | None = None) -> RunFolder:
+    """Go on with an interrupted run: same key, same coins, same ledger. A finished run is left as it is."""
+    run = RunFolder.open(path)
+    config = read_config(run)
+    with run.lock():
+        if run.finished:
+            run.require_finished()
+            return run
+        dataset = dataset or data.load(config.data)
+        model = VisionLanguageModel.load(config.model.path, device=config.model.device)
+        _train(config, run, Key.load(run.noise_key), dataset, model, True, reporter, None)
+    return run
+
+
+def _key(config: RunConfig, run: RunFolder) -> Key:
+    if run.noise_key.exists():  # an earlier start stopped before its first step: its key has released nothing
+        return Key.load(run.noise_key)
+    key = Key.fresh() if config.seed is None else Key.from_seed(config.seed)
+    key.save(run.noise_key)
+    return key
+
+
+def _train(
+    config: RunConfig,
+    run: RunFolder,
+    key: Key,
+    dataset: Dataset,
+    model: VisionLanguageModel,
+    resume: bool,
+    reporter: Reporter | None,
+    after_step: AfterStep | None,
+) -> Plan:
+    game = redraw_game(config, dataset, key, model)
+    inserted = Inserted()
+    if game is not None:
+        if not run.coins.exists():
+            if resume and run.ledger.exists():
+                raise InvalidGame(f"{run.coins}: missing; without its coins the run can't be audited or resumed")
+            game.save_coins(run.coins)
+        digest = atomic.sha256_file(run.coins)
+        check_coins(run.coins, digest)
+        inserted = Inserted(len(game.candidates), game.members(), digest)
+    return train(
+        config,
+        run,
+        key=key,
+        dataset=dataset,
+        model=model,
+        inserted=inserted,
+        resume=resume,
+        reporter=reporter,
+        after_step=after_step,
+    )
+
+
+def dry_run(config: RunConfig, dataset: Dataset | None = None) -> tuple[Plan, float]:
+    """The plan of a configuration and its estimated wall time in seconds; trains and writes nothing."""
+    dataset = dataset or data.load(config.data)
+    plan = make_plan(config, dataset, config.canaries.count)
+    return plan, estimate_seconds(config, dataset, plan)

@@ -1,0 +1,107 @@
+"""`dpaudit train`: one fine-tuning."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dpaudit.cli import console
+from dpaudit.documents import ClaimDocument
+from dpaudit.errors import UsageError
+
+
+def command(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings, e.g. training.epochs=20.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="A YAML file of settings.")] = None,
+    method: Annotated[str | None, typer.Option(help="non-private, dp-sgd or dual-priv.")] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(help="Target eps; sigma is found so that it is never exceeded.")
+    ] = None,
+    delta: Annotated[float | None, typer.Option(help="delta of the claim.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or hub id; default: the compact reference model.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
+    canaries: Annotated[int | None, typer.Option(help="Number of canary candidates.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Replaces the secret key: the run is not for release.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/METHOD.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with an interrupted run.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print eps, sigma, steps and cost; train nothing.")
+    ] = False,
+    as_json: Annotated[bool, console.JSON_OPTION] = False,
+) -> None:
+    """Fine-tune a vision-language model, with or without differential privacy."""
+    from dpaudit.config import read_yaml, resolve
+
+    if resume is not None:
+        given = {"settings": overrides, "--config": config, "--method": method, "--epsilon": epsilon, "--out": out}
+        clash = [name for name, value in given.items() if value]
+        if clash:
+            raise UsageError(f"--resume: goes on with the run's own configuration; drop {', '.join(clash)}")
+        return _resume(resume, as_json)
+    flags = {
+        "method": method,
+        "privacy.epsilon": epsilon,
+        "privacy.delta": delta,
+        "model.path": model,
+        "model.device": device,
+        "canaries.count": canaries,
+        "seed": seed,
+    }
+    settings = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    resolved = resolve(read_yaml(config) if config else {}, [*(overrides or []), *settings])
+    if dry_run:
+        return _dry_run(resolved, as_json)
+    from attacks.training import start_run
+    from trainers.progress import Live
+
+    run = start_run(resolved, out or Path("runs") / resolved.method, reporter=Live())
+    _finish(run.path, as_json)
+
+
+def _resume(path: Path, as_json: bool) -> None:
+    from attacks.training import resume_run
+    from trainers.progress import Live
+
+    _finish(resume_run(path, reporter=Live()).path, as_json)
+
+
+def _finish(path: Path, as_json: bool) -> None:
+    from dpaudit.runs import RunFolder
+
+    document = ClaimDocument.read(RunFolder(path).claim)
+    if as_json:
+        return console.emit(document)
+    console.say(_claim_sentence(document))
+    console.say(f"run: {path}   next: dpaudit audit {path}")
+
+
+def _claim_sentence(document: ClaimDocument) -> str:
+    claim = document.claim
+    if claim is None:
+        text = "This run claims no privacy."
+    else:
+        text = (
+            f"Claim: eps = {float(claim.epsilon):.4g} at delta = {claim.delta:g} ({claim.relation}, "
+            f"unit: {claim.unit}); sigma = {float(claim.noise_multiplier or 0):.4g}, q = {claim.sample_rate:.4g}, T = {claim.steps}."
+        )
+    return text if document.releasable else f"{text} Not for release: {'; '.join(document.reasons[-1:])}."
+
+
+def _dry_run(config: "object", as_json: bool) -> None:
+    from attacks.training import dry_run
+    from dpaudit.config import RunConfig
+
+    assert isinstance(config, RunConfig)
+    plan, seconds = dry_run(config)
+    document = plan.document()
+    if as_json:
+        return console.emit(document)
+    console.say(_claim_sentence(document))
+    for delta in plan.claim.curve if plan.claim else ():
+        console.say(f"  eps = {float(delta.epsilon):.4g} at delta = {delta.delta:g}")
+    console.say(
+        f"{plan.steps} steps, expected batch {plan.expected_batch_size:g} of {plan.candidates} candidates; "
+        f"about {seconds:.0f} s here. Nothing was trained."
+    )

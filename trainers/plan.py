@@ -1,0 +1,200 @@
+"""What a run is going to do and claim, fixed before the first step: q, T, sigma, claim, ledger rows."""
+
+import math
+from dataclasses import dataclass
+
+from dpaudit import accounting
+from dpaudit.config import RunConfig
+from dpaudit.documents import Claim, ClaimDocument, LedgerRow
+from dpaudit.errors import rejected
+from trainers.records import Dataset, Unit
+
+CURVE_DELTAS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
+
+
+@dataclass(frozen=True)
+class Inserted:
+    """Canaries as the trainer sees them: how many candidates there were, and the units whose coin fell heads.
+
+    Only `candidates` enters q, T and the batch size; the number of heads is private to the game.
+    """
+
+    candidates: int = 0
+    units: tuple[Unit, ...] = ()
+    coins_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything public about a run. sigma is 0 for a run without privacy; `claim` is None then."""
+
+    candidates: int
+    sample_rate: float
+    steps: int
+    expected_batch_size: float
+    noise_multiplier: float
+    max_grad_norm: float
+    claim: Claim | None
+    releasable: bool
+
+    @property
+    def event(self) -> accounting.DpSgd | None:
+        """What the accountant composes; None for a run without a claim."""
+        if self.claim is None:
+            return None
+        return accounting.DpSgd(self.noise_multiplier, self.sample_rate, self.steps, self.claim.relation)
+
+    def epsilon_after(self, step: int) -> float | None:
+        """eps spent after `step` steps (an upper bound before the last one); None without a claim."""
+        event = self.event
+        if event is None or self.claim is None:
+            return None
+        return accounting.epsilon_after(event, step, self.claim.delta)
+
+    def document(self) -> ClaimDocument:
+        """`release/claim.json`."""
+        reasons = []
+        if self.claim is None:
+            reasons.append("method non-private: no clipping, no noise, no claim")
+        if not self.releasable:
+            reasons.append("--seed replaced the secret noise key, so anyone can recompute the noise: not for release")
+        return ClaimDocument(claim=self.claim, releasable=self.releasable, reasons=tuple(reasons))
+
+
+def make_plan(config: RunConfig, dataset: Dataset, canaries: int) -> Plan:
+    """q, T, sigma and the claim of a configuration; raises UsageError before anything is trained.
+
+    q, T and the expected batch size follow from the declared public size plus the number of canary candidates.
+    """
+    training, privacy = config.training, config.privacy
+    candidates = (config.data.public_size or len(dataset.train)) + canaries
+    if not dataset.train:
+        raise rejected("data.train", 0, "at least one unit")
+    if training.batch_size > candidates:
+        raise rejected(
+            "training.batch-size", training.batch_size, f"at most {candidates} (units and canary candidates)"
+        )
+    rate = training.batch_size / candidates
+    steps = training.steps or max(1, round(training.epochs / rate))
+    releasable = config.seed is None and config.planted.noise_scale == 1.0
+    if config.method == "non-private":
+        return Plan(candidates, rate, steps, float(training.batch_size), 0.0, math.inf, None, releasable)
+    if privacy.delta >= 1 / candidates:
+        raise rejected("privacy.delta", privacy.delta, f"below 1/n = {1 / candidates:.2g} for {candidates} units")
+    sigma = privacy.noise_multiplier
+    if sigma is None:
+        assert privacy.epsilon is not None
+        sigma = accounting.noise_multiplier_for(
+            epsilon=privacy.epsilon, delta=privacy.delta, sample_rate=rate, steps=steps, relation=privacy.relation
+        )
+    event = accounting.DpSgd(sigma, rate, steps, privacy.relation)
+    spent = accounting.epsilon(event, privacy.delta)
+    claim = Claim(
+        epsilon=privacy.epsilon if privacy.epsilon is not None else spent,
+        delta=privacy.delta,
+        relation=privacy.relation,
+        unit=dataset.unit,
+        noise_multiplier=sigma,
+        max_grad_norm=privacy.max_grad_norm,
+        sampling="poisson",
+        sample_rate=rate,
+        steps=steps,
+        expected_batch_size=float(training.batch_size),
+        candidates=candidates,
+        accountant=accounting.accountant_name(),
+        release="final weights (LoRA adapter)",
+        curve=accounting.curve(event, [delta for delta in CURVE_DELTAS if delta < 1 / candidates]),
+    )
+    return Plan(candidates, rate, steps, float(training.batch_size), sigma, privacy.max_grad_norm, claim, releasable)
+
+
+def ledger_rows(config: RunConfig, dataset: Dataset, plan: Plan, inserted: Inserted) -> tuple[LedgerRow, ...]:
+    """Every place where this run touches private data."""
+    rows = [_gradient_row(config, plan), *_token_rows(config, plan)]
+    if plan.claim is not None and config.pruning.keep < 1:
+        rows.append(
+            LedgerRow(
+                path="gradient-update pruning",
+                status="post-processing",
+                explanation="Which blocks are updated is decided from the gradient after the noise was added.",
+                evidence=f"trainers.updates.select_blocks sees the noisy gradient only; keeps {config.pruning.keep:g} "
+                f"of the blocks by {config.pruning.by}",
+            )
+        )
+    if inserted.candidates:
+        rows.append(
+            LedgerRow(
+                path="canaries",
+                status="accounted" if plan.claim else "UNACCOUNTED",
+                explanation="Test records that a fair coin inserts or leaves out; each is one unit like any other. "
+                "Mislabelled ones are reserved pictures with wrong answers.",
+                evidence=f"{inserted.candidates} candidates, all counted in q, T and the batch size; coins hashed "
+                "before the first step",
+            )
+        )
+    rows.extend(dataset.ledger)
+    if config.planted.noise_scale != 1.0:
+        rows.append(
+            LedgerRow(
+                path="planted fault",
+                status="UNACCOUNTED",
+                explanation="This run deliberately adds less noise than it claims, to test the audit.",
+                evidence=f"planted.noise-scale = {config.planted.noise_scale:g}",
+            )
+        )
+    return tuple(rows)
+
+
+def _gradient_row(config: RunConfig, plan: Plan) -> LedgerRow:
+    if plan.claim is None:
+        return LedgerRow(
+            path="gradients",
+            status="UNACCOUNTED",
+            explanation="Gradients of private records are used without clipping or noise.",
+            evidence="method non-private",
+        )
+    claim = plan.claim
+    return LedgerRow(
+        path="gradients",
+        status="accounted",
+        explanation="The gradient of each unit is clipped, summed over a Poisson sample and noised; the sum is "
+        "divided by the public expected batch size.",
+        evidence=f"C = {plan.max_grad_norm:g}, sigma = {plan.noise_multiplier:.4g}, q = {plan.sample_rate:.4g}, "
+        f"T = {plan.steps}; {claim.accountant}, {claim.relation}: eps <= {float(claim.epsilon):.4g} at {claim.delta:g}",
+    )
+
+
+def _token_rows(config: RunConfig, plan: Plan) -> list[LedgerRow]:
+    reducer = config.reducer
+    if reducer.name == "none":
+        return []
+    pruned = LedgerRow(
+        path="token pruning and fusion",
+        status="per-example preprocessing",
+        explanation="The visual tokens of a picture are chosen and fused from that picture alone, before its gradient "
+        "is clipped. Valid for the trained weights only; tokens themselves must not leave the trust boundary.",
+        evidence=f"reducer {reducer.name}, K = {reducer.keep}, k = {reducer.fuse}; by construction, and decided by the "
+        "isolation test (dpaudit audit RUN --fusion)",
+    )
+    if reducer.noise == "none":
+        return [pruned]
+    noise = LedgerRow(
+        path="fusion noise",
+        status="per-example preprocessing",
+        explanation="Noise on the fused tokens is a random augmentation of each picture. It buys no differential "
+        "privacy and is not counted as any.",
+        evidence=f"std = {fusion_std(config, plan):.4g} ({reducer.noise}), independent for every picture and step",
+    )
+    return [pruned, noise]
+
+
+def fusion_std(config: RunConfig, plan: Plan) -> float:
+    """Std of the fusion noise: 'sum' = sigma*C, 'mean' = sigma*C/B, or the number given (references disagree)."""
+    noise = config.reducer.noise
+    if noise == "none":
+        return 0.0
+    if noise == "sum":
+        return plan.noise_multiplier * plan.max_grad_norm
+    if noise == "mean":
+        return plan.noise_multiplier * plan.max_grad_norm / plan.expected_batch_size
+    return float(noise)

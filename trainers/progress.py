@@ -1,0 +1,108 @@
+"""What a person sees while a run trains: always on stderr, never in the way of a document on stdout."""
+
+import sys
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step, for the owner's eyes: loss and clip fraction are exact statistics of private data."""
+
+    step: int
+    steps: int
+    loss: float | None
+    clipped: float | None
+    epsilon: float | None
+
+
+class Reporter(Protocol):
+    """Receives the progress of a run."""
+
+    def phase(self, text: str) -> None:
+        """A new phase begins."""
+        ...
+
+    def step(self, report: StepReport) -> None:
+        """A step is done."""
+        ...
+
+    def close(self) -> None:
+        """No more reports."""
+        ...
+
+
+class Silent:
+    """Reports nothing."""
+
+    def phase(self, text: str) -> None:
+        return None
+
+    def step(self, report: StepReport) -> None:
+        return None
+
+    def close(self) -> None:
+        return None
+
+
+def _words(report: StepReport) -> str:
+    parts = []
+    if report.loss is not None:
+        parts.append(f"loss {report.loss:.3f}")
+    if report.clipped is not None:
+        parts.append(f"clipped {report.clipped:.0%}")
+    if report.epsilon is not None:
+        parts.append(f"eps {report.epsilon:.3f}")
+    return "  ".join(parts)
+
+
+class Live:
+    """A progress bar on a terminal; a line about every tenth of the way where stderr is no terminal."""
+
+    def __init__(self, name: str = "") -> None:
+        self.name = f"{name}: " if name else ""
+        self._console = Console(stderr=True, highlight=False)
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._started = time.monotonic()
+        self._shown = -1
+
+    def phase(self, text: str) -> None:
+        self._console.print(f"{self.name}{text}", markup=False, soft_wrap=True)
+
+    def step(self, report: StepReport) -> None:
+        if not sys.stderr.isatty():
+            self._line(report)
+            return
+        if self._bar is None:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("step {task.completed}/{task.total}"),
+                TextColumn("{task.fields[words]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self.name + "training", total=report.steps, words="")
+        assert self._task is not None
+        self._bar.update(self._task, completed=report.step, words=_words(report))
+
+    def _line(self, report: StepReport) -> None:
+        tenth = 10 * report.step // report.steps
+        if tenth == self._shown and report.step != report.steps:
+            return
+        self._shown = tenth
+        elapsed = time.monotonic() - self._started
+        left = elapsed / report.step * (report.steps - report.step)
+        self.phase(f"step {report.step}/{report.steps}  {_words(report)}  {left:.0f} s left")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,288 @@
+"""One training run, from plan to released adapter.
+
+Batch, noise and random masks of step t are functions of (key, t, name); the ledger is on disk before the noisy
+gradient of a step is used. Hence a run that was killed anywhere and resumed ends with the same weights and ledger.
+"""
+
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from dpaudit import atomic
+from dpaudit import config as configuration
+from dpaudit.config import RunConfig
+from dpaudit.environment import describe
+from dpaudit.errors import DpauditError, UsageError
+from dpaudit.ledger import Ledger
+from dpaudit.randomness import Key
+from dpaudit.runs import RunFolder
+from trainers import checkpoints, updates
+from trainers.gradients import Gradient, GradientPath, Hooks, MicroBatch, Plain, UnitSum, add_sums
+from trainers.inputs import UnitInputs
+from trainers.plan import Inserted, Plan, fusion_std, ledger_rows, make_plan
+from trainers.progress import Reporter, Silent, StepReport
+from trainers.records import Dataset, Picture, Unit
+from trainers.vlm import VisionLanguageModel
+
+AfterStep = Callable[[int, Gradient], None]
+
+
+def poisson_batch(key: Key, *, step: int, units: int, rate: float) -> npt.NDArray[np.int64]:
+    """Indices of the units in the batch of `step`: each joins independently with probability `rate`."""
+    return np.flatnonzero(key.uniform(units, step=step, name="units", purpose="poisson") < rate)
+
+
+def noise_like(key: Key, parameters: Mapping[str, nn.Parameter], *, step: int, std: float) -> Gradient:
+    """Gaussian noise of std `std` for every parameter: PRF(key, step, parameter name)."""
+    return {
+        name: torch.from_numpy(key.normal(tuple(parameter.shape), step=step, name=name)).to(parameter.device) * std
+        for name, parameter in parameters.items()
+    }
+
+
+@dataclass
+class Trainer:
+    """The state of a run between steps."""
+
+    config: RunConfig
+    plan: Plan
+    key: Key
+    model: VisionLanguageModel
+    inputs: UnitInputs
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    path: GradientPath
+
+    @classmethod
+    def build(
+        cls,
+        config: RunConfig,
+        plan: Plan,
+        key: Key,
+        model: VisionLanguageModel,
+        units: Sequence[Unit],
+    ) -> "Trainer":
+        """Choose reducer and adapter, encode the units once, set up the optimiser."""
+        model.set_reducer(config.reducer)
+        parameters = model.attach_lora(config.model.lora, generator=key.generator(purpose="initialisation"))
+        inputs = UnitInputs(model, units)
+        longest = inputs.longest + 1 + len(model.prompter.prefix) + model.patches
+        if longest > model.max_positions:
+            raise UsageError(
+                f"data.train: the longest question with its answer needs {longest} positions with the picture; "
+                f"accepted: at most {model.max_positions}, the model's context"
+            )
+        path = gradient_path(config, model, parameters)
+        return cls(
+            config, plan, key, model, inputs, parameters, updates.make_optimizer(parameters, config.training), path
+        )
+
+    def clipped_sum(self, step: int, units: Sequence[int]) -> UnitSum:
+        """Sum of the clipped gradients of some units at the present parameters, with the fusion noise of `step`."""
+        std = fusion_std(self.config, self.plan)
+        parts = [
+            self.path(self.inputs.select(chunk, key=self.key, step=step, fusion_std=std), self.plan.max_grad_norm)
+            for chunk in self.inputs.chunks(units, self.config.training.rows_at_once)
+        ]
+        return add_sums(parts, self.parameters, self.model.device)
+
+    def noisy_mean(self, step: int, total: UnitSum) -> Gradient:
+        """(sum + N(0, (sigma C)^2)) / expected batch size; without a claim the plain mean."""
+        size = self.plan.expected_batch_size
+        if self.plan.claim is None:
+            return {name: value / size for name, value in total.gradient.items()}
+        std = self.config.planted.noise_scale * self.plan.noise_multiplier * self.plan.max_grad_norm
+        noise = noise_like(self.key, self.parameters, step=step, std=std)
+        return {name: (value + noise[name]) / size for name, value in total.gradient.items()}
+
+    def update(self, step: int, noisy: Gradient) -> set[str]:
+        """Prune and apply; returns the blocks that were updated."""
+        kept = updates.select_blocks(noisy, self.config.pruning, rng=self.key.generator(purpose="pruning", step=step))
+        rate = updates.learning_rate(self.config.training, step=step, steps=self.plan.steps)
+        updates.apply_update(self.parameters, noisy, kept, self.optimizer, rate)
+        return kept
+
+
+def gradient_path(
+    config: RunConfig, model: VisionLanguageModel, parameters: Mapping[str, nn.Parameter]
+) -> GradientPath:
+    """Plain sums without privacy, Opacus hooks by default, the micro-batch loop when asked for."""
+    if config.method == "non-private":
+        return Plain(model, parameters)
+    if config.training.gradient_path == "micro-batch":
+        return MicroBatch(model, parameters)
+    return Hooks(model, parameters)
+
+
+def train(
+    config: RunConfig,
+    run: RunFolder,
+    *,
+    key: Key,
+    dataset: Dataset,
+    model: VisionLanguageModel,
+    inserted: Inserted | None = None,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    after_step: AfterStep | None = None,
+) -> Plan:
+    """Train (or go on with) the run in `run`, whose lock the caller holds, and release the adapter.
+
+    `after_step(step, noisy)` sees every released noisy gradient, before pruning. Raises UsageError before the first
+    step when a setting does not fit; DpauditError when the weights did not move or a frozen one did.
+    """
+    inserted = inserted or Inserted()
+    reporter = reporter or Silent()
+    plan = make_plan(config, dataset, inserted.candidates)
+    units = [*dataset.train, *inserted.units]
+    reporter.phase(f"encoding {sum(len(unit.pictures) for unit in units)} pictures")
+    trainer = Trainer.build(config, plan, key, model, units)
+    ledger = _open_ledger(config, run, dataset, plan, inserted, resume)
+    frozen = _fingerprint(model, trainer.parameters)
+    start = {name: parameter.detach().clone() for name, parameter in trainer.parameters.items()}
+    done = checkpoints.restore(run.checkpoints, trainer.parameters, trainer.optimizer, config.sha256()) if resume else 0
+    for step in range(done + 1, plan.steps + 1):
+        _one_step(trainer, ledger, run, step, len(units), reporter, after_step)
+        if step % config.training.checkpoint_every == 0 and step < plan.steps:
+            checkpoints.save(run.checkpoints, step, trainer.parameters, trainer.optimizer, config.sha256())
+    reporter.close()
+    _check_movement(model, trainer.parameters, start, frozen)
+    _release(run, trainer)
+    return plan
+
+
+def _one_step(
+    trainer: Trainer,
+    ledger: Ledger,
+    run: RunFolder,
+    step: int,
+    units: int,
+    reporter: Reporter,
+    after_step: AfterStep | None,
+) -> None:
+    began = time.perf_counter()
+    plan = trainer.plan
+    batch = poisson_batch(trainer.key, step=step, units=units, rate=plan.sample_rate)
+    total = trainer.clipped_sum(step, [int(index) for index in batch])
+    epsilon = plan.epsilon_after(step)
+    if plan.claim is not None and step > ledger.steps_started:
+        ledger.start_step(step, epsilon)  # on disk before the noisy gradient exists
+    noisy = trainer.noisy_mean(step, total)
+    if after_step is not None:
+        after_step(step, noisy)
+    kept = trainer.update(step, noisy)
+    loss = float(total.losses.mean()) if len(batch) else None
+    clipped = float((total.norms > plan.max_grad_norm).float().mean()) if plan.claim and len(batch) else None
+    line = {
+        "step": step,
+        "batch": len(batch),
+        "loss": loss if loss is None or math.isfinite(loss) else None,
+        "clipped": clipped,
+        "epsilon": epsilon,
+        "blocks": len(kept),
+        "seconds": round(time.perf_counter() - began, 4),
+    }
+    atomic.append_line(run.metrics, json.dumps(line))
+    reporter.step(StepReport(step, plan.steps, line["loss"], clipped, epsilon))
+
+
+def _open_ledger(
+    config: RunConfig, run: RunFolder, dataset: Dataset, plan: Plan, inserted: Inserted, resume: bool
+) -> Ledger:
+    if resume and run.ledger.exists():
+        ledger = Ledger.load(run.ledger)
+        if ledger.document.coins_sha256 != inserted.coins_sha256:
+            raise UsageError(f"{run.ledger}: names other coins than {run.coins}; this is not the run that was started")
+        return ledger
+    rows = ledger_rows(config, dataset, plan, inserted)
+    atomic.write_document(run.claim, plan.document())
+    claim = plan.claim
+    return Ledger.create(
+        run.ledger, rows, inserted.coins_sha256, plan.steps if claim else None, claim.delta if claim else None
+    )
+
+
+def _fingerprint(model: VisionLanguageModel, trained: Mapping[str, nn.Parameter]) -> dict[str, tuple[float, float]]:
+    mine = {id(parameter) for parameter in trained.values()}
+    return {
+        name: (float(value.double().sum()), float(value.double().square().sum()))
+        for name, value in model.hf.named_parameters()
+        if id(value) not in mine
+    }
+
+
+def _check_movement(
+    model: VisionLanguageModel,
+    parameters: Mapping[str, nn.Parameter],
+    start: Mapping[str, torch.Tensor],
+    frozen: Mapping[str, tuple[float, float]],
+) -> None:
+    if all(torch.equal(parameter.detach(), start[name]) for name, parameter in parameters.items()):
+        raise DpauditError("training: no trained weight moved; check model.lora.targets and training.learning-rate")
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters.values()):
+        raise DpauditError("training: a weight is not finite; lower training.learning-rate")
+    for name, value in _fingerprint(model, parameters).items():
+        if value != frozen[name]:
+            raise DpauditError(f"training: the frozen weight {name} moved")
+
+
+def _release(run: RunFolder, trainer: Trainer) -> None:
+    """Write the adapter beside its place and move it in file by file; `finish_model` hashes it last."""
+    temporary = run.private / "adapter.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    trainer.model.save_adapter(temporary)
+    for file in sorted(temporary.iterdir()):
+        if file.is_file() and file.suffix in (".safetensors", ".json"):
+            atomic.write_bytes(run.model / file.name, file.read_bytes())
+    shutil.rmtree(temporary, ignore_errors=True)
+    atomic.write_document(run.environment, describe(str(trainer.model.device), sys.argv[1:]))
+    run.finish_model()
+
+
+def read_config(run: RunFolder) -> RunConfig:
+    """The resolved configuration of a run."""
+    return configuration.resolve(configuration.read_yaml(run.config))
+
+
+def load_model(run: RunFolder | None, device: str = "auto", *, config: RunConfig | None = None) -> VisionLanguageModel:
+    """The fine-tuned model of a finished run, or the base model (run None, `config` says which base and reducer).
+
+    The base model keeps its full tokens unless a configuration is given.
+    """
+    if run is None:
+        model = VisionLanguageModel.load(config.model.path if config else None, device=device)
+        if config is not None:
+            model.set_reducer(config.reducer)
+        return model
+    run.require_finished()
+    mine = read_config(run)
+    model = VisionLanguageModel.load(mine.model.path, device=device)
+    model.set_reducer(mine.reducer)
+    model.load_adapter(run.model)
+    return model
+
+
+def estimate_seconds(config: RunConfig, dataset: Dataset, plan: Plan) -> float:
+    """Rough wall time of a run: one gradient on noise pictures of the data's size, times T. Nothing private is read."""
+    sample = min(16, max(1, round(plan.expected_batch_size)))
+    rng = np.random.default_rng(0)
+    like = dataset.train[0].pictures[0]
+    units = [
+        Unit(str(index), (Picture(str(index), rng.integers(0, 256, like.pixels.shape, np.uint8), like.questions),))
+        for index in range(sample)
+    ]
+    model = VisionLanguageModel.load(config.model.path, device=config.model.device)
+    trainer = Trainer.build(config, plan, Key.from_seed(0), model, units)
+    trainer.clipped_sum(1, range(sample))
+    began = time.perf_counter()
+    trainer.clipped_sum(2, range(sample))
+    return (time.perf_counter() - began) / sample * plan.expected_batch_size * plan.steps
