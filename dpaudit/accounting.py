@@ -128,7 +128,10 @@ def epsilon_after(event: DpSgd, steps: int, delta: float) -> float:
         return epsilon(replace(event, steps=steps), delta)
     stride = max(1, math.ceil(event.steps / _PROGRESS_POINTS))
     rounded = min(event.steps, math.ceil(steps / stride) * stride)
-    return min(_epsilon(replace(event, steps=rounded), float(delta), _COARSE), epsilon(event, delta))
+    total = epsilon(event, delta)
+    if _trivial(event) is not None:
+        return total
+    return min(_epsilon_on(replace(event, steps=rounded), float(delta), _grid(event, _COARSE)), total)
 
 
 def rdp_epsilon(event: DpSgd, delta: float) -> float | None:
@@ -200,7 +203,7 @@ def discrete_losses(event: DpSgd, direction: Direction) -> PrivacyLosses:
         return PrivacyLosses(np.zeros(1), np.ones(1), 0.0)
     if event.noise_multiplier == 0:
         return PrivacyLosses(np.zeros(0), np.zeros(0), 1.0)
-    composed = _composed(event, _FINE)
+    composed = _compose(event, _grid(event, _FINE))
     pmf = (composed._pmf_remove if direction == "remove" else composed._pmf_add).to_dense_pmf()
     losses = (pmf._lower_loss + np.arange(pmf.size)) * pmf._discretization
     # The FFT leaves values of about -1e-17 where the probability is zero.
@@ -229,34 +232,35 @@ def _trivial(event: DpSgd) -> float | None:
     return math.inf if event.noise_multiplier == 0 else None
 
 
-@lru_cache(maxsize=4096)
-def _epsilon(event: DpSgd, delta: float, grid: float) -> float:
+def _epsilon(event: DpSgd, delta: float, wished: float) -> float:
     trivial = _trivial(event)
-    return trivial if trivial is not None else float(_composed(event, grid).get_epsilon_for_delta(delta))
+    return trivial if trivial is not None else _epsilon_on(event, delta, _grid(event, wished))
 
 
-def _single(event: DpSgd, grid: float) -> Any:
+@lru_cache(maxsize=4096)
+def _epsilon_on(event: DpSgd, delta: float, grid: float) -> float:
+    return float(_compose(event, grid).get_epsilon_for_delta(delta))
+
+
+@lru_cache(maxsize=8)
+def _mechanism(sigma: float, sample_rate: float, relation: Relation, grid: float) -> Any:
     from dp_accounting.pld import privacy_loss_distribution
 
-    # Without subsampling T Gaussians are one Gaussian with sigma / sqrt(T), exactly.
-    times = event.steps if event.sample_rate == 1 else 1
     return privacy_loss_distribution.from_gaussian_mechanism(
-        event.noise_multiplier / math.sqrt(times),
-        sampling_prob=event.sample_rate,
+        sigma,
+        sampling_prob=sample_rate,
         value_discretization_interval=grid,
-        neighboring_relation=_neighbouring(event.relation),
+        neighboring_relation=_neighbouring(relation),
     )
 
 
-@lru_cache(maxsize=4)
-def _composed(event: DpSgd, grid: float) -> Any:
-    """The composed PLD on a grid that the event's own scale may make finer or coarser."""
-    return _compose(event, _grid(event, grid))
-
-
+@lru_cache(maxsize=2)
 def _compose(event: DpSgd, grid: float) -> Any:
-    single = _single(event, grid)
-    return single if event.sample_rate == 1 or event.steps == 1 else single.self_compose(event.steps)
+    if event.sample_rate == 1:
+        # Without subsampling T Gaussians are one Gaussian with sigma / sqrt(T), exactly.
+        return _mechanism(event.noise_multiplier / math.sqrt(event.steps), 1.0, event.relation, grid)
+    single = _mechanism(event.noise_multiplier, event.sample_rate, event.relation, grid)
+    return single if event.steps == 1 else single.self_compose(event.steps)
 
 
 @lru_cache(maxsize=256)
