@@ -8,7 +8,8 @@ from pathlib import Path
 from attacks.canaries import Game, check_coins, draw_game
 from dpaudit import atomic
 from dpaudit.config import RunConfig
-from dpaudit.errors import InvalidGame, UsageError
+from dpaudit.errors import UsageError
+from dpaudit.ledger import Ledger
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
 from trainers import data
@@ -90,12 +91,11 @@ def _train(
     game = redraw_game(config, dataset, key, model)
     inserted = Inserted()
     if game is not None:
-        if not run.coins.exists():
-            if resume and run.ledger.exists():
-                raise InvalidGame(f"{run.coins}: missing; without its coins the run can't be audited or resumed")
-            game.save_coins(run.coins)
-        digest = atomic.sha256_file(run.coins)
-        check_coins(run.coins, digest)
+        if resume and run.ledger.exists():
+            digest = Ledger.load(run.ledger).document.coins_sha256
+        else:
+            digest = game.save_coins(run.coins)
+        game.check_against(check_coins(run.coins, digest))
         inserted = Inserted(len(game.candidates), game.members(), digest)
     return train(
         config,

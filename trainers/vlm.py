@@ -122,15 +122,14 @@ class VisionLanguageModel:
         return int(self.core.config.text_config.max_position_embeddings)
 
     def spare_tokens(self, count: int) -> list[str]:
-        """`count` single tokens that ordinary text does not use, for new-token canaries.
+        """At most `count` single tokens that ordinary text does not use, for new-token canaries.
 
-        The reference tokenizer reserves them. For other models: the last ordinary vocabulary entries that survive a
+        The reference tokenizer reserves 256. For other models: the last ordinary vocabulary entries that survive a
         round trip through text; a public choice, made without looking at any data.
         """
         vocabulary = self.tokenizer.get_vocab()
-        reserved = [SPARE.format(index) for index in range(count)]
-        if all(token in vocabulary for token in reserved):
-            return reserved
+        if SPARE.format(0) in vocabulary:
+            return [token for token in map(SPARE.format, range(count)) if token in vocabulary]
         special = set(self.tokenizer.all_special_ids)
         found: list[str] = []
         for index in sorted(vocabulary.values(), reverse=True):

@@ -1,0 +1,197 @@
+"""The training run: sampling, noise, plan, ledger before use, resume after kill -9."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from scipy.stats import binom, chi2, kstest
+
+from attacks.training import resume_run, start_run
+from dpaudit import accounting
+from dpaudit.config import resolve
+from dpaudit.documents import ClaimDocument, LedgerDocument
+from dpaudit.errors import UsageError
+from dpaudit.randomness import Key
+from dpaudit.runs import RunFolder
+from tests.tiny import random_units
+from trainers.plan import fusion_std, make_plan
+from trainers.records import Dataset
+from trainers.run import Trainer, load_model, poisson_batch
+from trainers.vlm import VisionLanguageModel
+
+DPAUDIT = Path(sys.executable).parent / "dpaudit"
+FAST = ["training.batch-size=8", "training.steps=4", "model.lora.rank=2", "model.device=cpu"]
+
+
+def small(units: int = 24) -> Dataset:
+    return Dataset("random", "image (with all its questions)", random_units(units), random_units(4, seed=9, prefix="t"))
+
+
+def settings(tiny: Path, *extra: str) -> list[str]:
+    return [f"model.path={tiny}", "seed=1", *FAST, *extra]
+
+
+def test_inclusion_frequencies_are_those_claimed() -> None:
+    key, units, rate, steps = Key.from_seed(3), 40, 0.2, 2000
+    counts = np.zeros(units)
+    sizes = []
+    for step in range(steps):
+        batch = poisson_batch(key, step=step, units=units, rate=rate)
+        counts[batch] += 1
+        sizes.append(len(batch))
+    # false alarm below 1e-6 in all: 40 two-sided binomial tests at 1e-8, one chi-square for the batch-size variance
+    low, high = binom.ppf(0.5e-8, steps, rate), binom.ppf(1 - 0.5e-8, steps, rate)
+    assert bool(((counts >= low) & (counts <= high)).all())
+    variance = units * rate * (1 - rate)
+    ratio = steps * np.var(sizes) / variance
+    assert chi2.ppf(1e-8, steps) < ratio < chi2.ppf(1 - 1e-8, steps)
+
+
+def build(tiny: Path, *extra: str) -> Trainer:
+    config = resolve({}, settings(tiny, *extra))
+    dataset = small()
+    model = VisionLanguageModel.load(str(tiny), device="cpu")
+    return Trainer.build(config, make_plan(config, dataset, 0), Key.from_seed(1), model, dataset.train)
+
+
+def test_noise_has_the_claimed_law_and_is_the_same_for_neighbours(tiny: Path) -> None:
+    trainer = build(tiny, "privacy.max-grad-norm=0.5", "model.lora.rank=8")
+    plan = trainer.plan
+    residuals = []
+    for step in (1, 2, 3):
+        total = trainer.clipped_sum(step, range(8))
+        noisy = trainer.noisy_mean(step, total)
+        fewer = trainer.noisy_mean(step, trainer.clipped_sum(step, range(7)))
+        parts = [noisy[name] * plan.expected_batch_size - total.gradient[name] for name in sorted(noisy)]
+        residuals.append(torch.cat([part.flatten() for part in parts]).double().numpy())
+        gap = [(noisy[name] - fewer[name]) * plan.expected_batch_size for name in sorted(noisy)]
+        assert float(torch.cat([part.flatten() for part in gap]).norm()) <= 0.5 * (1 + 1e-3)
+    std = plan.noise_multiplier * 0.5
+    values = np.concatenate(residuals) / std
+    n = len(values)
+    assert chi2.ppf(1e-8, n) < float((values**2).sum()) < chi2.ppf(1 - 1e-8, n)
+    assert kstest(values, "norm").pvalue > 1e-8
+    correlation = abs(float(np.corrcoef(residuals[0], residuals[1])[0, 1]))
+    assert correlation * math.sqrt(len(residuals[0])) < 6.0
+
+
+def test_an_empty_batch_is_a_noise_only_step(tiny: Path) -> None:
+    trainer = build(tiny)
+    noisy = trainer.noisy_mean(1, trainer.clipped_sum(1, []))
+    assert all(float(value.abs().max()) > 0 for value in noisy.values())
+    before = {name: value.detach().clone() for name, value in trainer.parameters.items()}
+    kept = trainer.update(1, noisy)
+    assert kept == set(before)
+    assert all(not torch.equal(before[name], value) for name, value in trainer.parameters.items())
+
+
+def test_the_plan_never_exceeds_the_target_and_counts_every_candidate(tiny: Path) -> None:
+    dataset = small(60)
+    for canaries in (0, 20):
+        config = resolve({}, settings(tiny, "privacy.epsilon=3", "training.epochs=5", "training.steps=null"))
+        plan = make_plan(config, dataset, canaries)
+        assert plan.sample_rate == 8 / (60 + canaries)
+        assert plan.steps == round(5 * (60 + canaries) / 8)
+        event = accounting.DpSgd(plan.noise_multiplier, plan.sample_rate, plan.steps)
+        assert 0.97 * 3 <= accounting.epsilon(event, 1e-5) <= 3
+        assert plan.epsilon_after(plan.steps) == pytest.approx(accounting.epsilon(event, 1e-5))
+        assert plan.claim is not None and plan.claim.candidates == 60 + canaries
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        ("training.batch-size=25", "training.batch-size"),
+        ("privacy.delta=0.1", "privacy.delta"),
+        ("reducer.name=cls-topk", "reducer.keep"),
+        ("reducer={name: visionzip, keep: 10, fuse: 7}", "reducer.fuse"),
+        ("reducer={name: visionzip, keep: 4, fuse: 2, layer: 9}", "reducer.layer"),
+        ("model.lora.targets=[nothing]", "model.lora.targets"),
+        ("model.device=cuda", "model.device"),
+    ],
+)
+def test_bad_settings_fail_before_training(tiny: Path, tmp_path: Path, override: str, field: str) -> None:
+    with pytest.raises(Exception, match=rf"^{field}: got") as error:
+        start_run(resolve({}, settings(tiny, override)), tmp_path / "run", dataset=small())
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run" / "release" / "ledger.json").exists()
+
+
+@pytest.mark.parametrize("method", ["non-private", "dp-sgd", "dual-priv"])
+def test_a_run_of_every_method_from_start_to_reload(tiny: Path, tmp_path: Path, method: str) -> None:
+    extra = ["reducer.keep=4", "reducer.fuse=3"] if method == "dual-priv" else []
+    config = resolve({"method": method}, settings(tiny, *extra))
+    run = start_run(config, tmp_path / "run", dataset=small())
+    run.require_finished()
+    claim = ClaimDocument.read(run.claim)
+    ledger = LedgerDocument.read(run.ledger)
+    assert (claim.claim is None) == (method == "non-private") and not claim.releasable
+    if claim.claim is not None:
+        assert ledger.spent is not None and ledger.spent.steps_started == 4
+        assert float(ledger.spent.epsilon or 0) <= 8
+    paths = {row.path: row.status for row in ledger.rows}
+    assert paths["gradients"] == ("UNACCOUNTED" if method == "non-private" else "accounted")
+    assert ("gradient-update pruning" in paths) == (method == "dual-priv")
+    again = load_model(run, "cpu")
+    pixels = [unit.pictures[0].pixels for unit in small().test]
+    assert len(again.answer(pixels, ["what digit is this?"] * len(pixels))) == len(pixels)
+    with pytest.raises(UsageError, match="holds a run already"):
+        start_run(config, tmp_path / "run", dataset=small())
+
+
+def test_fusion_noise_std_is_what_the_option_says(tiny: Path) -> None:
+    for noise, factor in (("none", 0.0), ("sum", 1.0), ("mean", 1 / 8)):
+        text = f"reducer={{name: visionzip, keep: 4, fuse: 2, noise: {noise}}}"
+        config = resolve({}, settings(tiny, "privacy.max-grad-norm=0.3", text))
+        plan = make_plan(config, small(), 0)
+        assert fusion_std(config, plan) == pytest.approx(plan.noise_multiplier * 0.3 * factor)
+
+
+def train_command(tiny: Path, out: Path) -> list[str]:
+    extra = ["method=dual-priv", "reducer.keep=4", "reducer.fuse=3", "data.limit=60", "training.steps=24"]
+    return [
+        str(DPAUDIT), "train", *settings(tiny, *extra, "training.checkpoint-every=5"), "--canaries", "12",
+        "--out", str(out),
+    ]  # fmt: skip
+
+
+def test_kill_in_the_middle_then_resume_equals_an_uninterrupted_run(tiny: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(train_command(tiny, whole), check=True, capture_output=True, timeout=300)
+    process = subprocess.Popen(train_command(tiny, killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = killed / "private" / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and metrics.read_text().count("\n") >= 8:
+            break
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not RunFolder(killed).finished, "the kill came too late to test anything"
+    spent = LedgerDocument.read(RunFolder(killed).ledger).spent
+    assert spent is not None and spent.steps_started >= 8
+    done = subprocess.run(
+        [str(DPAUDIT), "train", "--resume", str(killed), "--json"], check=True, capture_output=True, timeout=300
+    )
+    assert json.loads(done.stdout)["claim"]["steps"] == 24
+    assert RunFolder(killed).ledger.read_bytes() == RunFolder(whole).ledger.read_bytes()
+    assert RunFolder(killed).coins.read_bytes() == RunFolder(whole).coins.read_bytes()
+    one, two = (load_file(folder / "release/model/adapter_model.safetensors") for folder in (whole, killed))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_resume_of_a_finished_run_changes_nothing(tiny: Path, tmp_path: Path) -> None:
+    config = resolve({}, settings(tiny))
+    run = start_run(config, tmp_path / "run", dataset=small())
+    before = {path: path.read_bytes() for path in sorted(run.release.rglob("*")) if path.is_file()}
+    resume_run(tmp_path / "run", dataset=small())
+    assert before == {path: path.read_bytes() for path in sorted(run.release.rglob("*")) if path.is_file()}
