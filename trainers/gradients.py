@@ -103,7 +103,8 @@ class Hooks:
     def __init__(self, model: VisionLanguageModel, parameters: Mapping[str, nn.Parameter]) -> None:
         self.model, self.parameters = model, parameters
 
-    def __call__(self, rows: Rows, max_grad_norm: float) -> UnitSum:
+    def per_unit(self, rows: Rows) -> tuple[Gradient, Tensor]:
+        """Gradient of each unit before clipping, (U, ...) a parameter, and the units' losses (U,)."""
         with _opacus(self.model, self.parameters) as per_row:
             losses = unit_losses(self.model, rows)
             with warnings.catch_warnings():
@@ -111,6 +112,10 @@ class Hooks:
                 warnings.filterwarnings("ignore", message="Full backward hook is firing")
                 torch.autograd.backward(losses.sum())
             gradients = {name: self._per_unit(name, value, rows) for name, value in per_row().items()}
+        return gradients, losses.detach()
+
+    def __call__(self, rows: Rows, max_grad_norm: float) -> UnitSum:
+        gradients, losses = self.per_unit(rows)
         squares = torch.stack([value.flatten(1).square().sum(dim=1) for value in gradients.values()]).sum(dim=0)
         norms = squares.sqrt()
         factors = clip_factors(norms, max_grad_norm)
@@ -118,7 +123,7 @@ class Hooks:
         for name, value in gradients.items():
             clean = torch.where((factors > 0).view(-1, *[1] * (value.dim() - 1)), value, torch.zeros_like(value))
             total[name] = torch.einsum("u,u...->...", factors, clean)
-        return UnitSum(total, norms, losses.detach())
+        return UnitSum(total, norms, losses)
 
     def _per_unit(self, name: str, value: Tensor, rows: Rows) -> Tensor:
         """Add the rows of each unit; refuses a gradient whose rows are anything else (tiles, patches, questions)."""

@@ -311,6 +311,13 @@ class VisionLanguageModel:
 
         self.hf = PeftModel.from_pretrained(self.hf, str(folder)).to(self.device).eval()
 
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """The adapter's parameters by name, made trainable: for attacks that need gradients of a released model."""
+        found = {short_name(name): value for name, value in self.hf.named_parameters() if "lora_" in name}
+        for parameter in found.values():
+            parameter.requires_grad_(True)
+        return found
+
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter in PEFT's own layout (safetensors)."""
         self.hf.save_pretrained(str(folder), safe_serialization=True)
