@@ -1,0 +1,325 @@
+"""The claim test: does a one-run game contradict the claimed mechanism itself?
+
+Instead of asking whether the scores fit *some* eps, it takes the claimed (sigma, q, T), builds the accountant's own
+privacy-loss distribution of it, and computes how likely so few wrong guesses are. Two p-values with two statements:
+
+- `f-dp` (Mahloujifar et al. 2025): valid for every mechanism whose coins satisfy the claimed trade-off curve, however
+  the canaries interfere. It decides, unless the game has separate canaries.
+- `order-statistic` (Xiang et al. 2025): much sharper, and exact for canaries on separate directions of the noise (such
+  as orthogonal injected gradients). It decides when the caller vouches for that (`separate=True`), never otherwise.
+
+One of them decides, chosen before looking, so the error budget is not split.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from dpaudit.accounting import DpSgd, epsilon
+from dpaudit.bounds import mahloujifar, order_statistic, pld, validate
+from dpaudit.bounds.guesses import as_members, as_scores, count_correct, rank_guesses
+from dpaudit.bounds.profile import DiscreteProfile, Profile, epsilon_delta
+from dpaudit.bounds.roots import largest_below
+from dpaudit.documents import Assumes, Claim, Test
+from dpaudit.errors import rejected
+
+ALTERNATIVE = 0.7  # the wrong claim that an audit must be able to find: true sigma = 0.7 of the claimed one
+
+ANY = (
+    "p-value of 'every canary's coin satisfies the claimed trade-off curve'; valid for every mechanism that meets the "
+    "claim, however the canaries interfere"
+)
+SEPARATE = (
+    "p-value of 'each canary passes independently through the claimed mechanism'; exact for canaries on separate "
+    "directions of the noise, as in this game"
+)
+MEETING = (
+    "p-value of 'each canary passes independently through the claimed mechanism'; these canaries may meet, which is "
+    "covered by simulation and not by a theorem, so it informs and does not decide"
+)
+
+
+@dataclass(frozen=True)
+class Game:
+    """Counts of a one-run game with guesses fixed beforehand: canaries (m), guesses (r), correct ones (v)."""
+
+    canaries: int
+    guesses: int
+    correct: int
+
+    @property
+    def errors(self) -> int:
+        return self.guesses - self.correct
+
+    def perfect(self) -> "Game":
+        return Game(self.canaries, self.guesses, self.guesses)
+
+
+def claimed_event(claim: Claim) -> DpSgd | None:
+    """The claim as Poisson-subsampled (or full-batch) Gaussian steps; None if it does not say enough for that."""
+    sigma, steps = claim.noise_multiplier, claim.steps
+    rate = 1.0 if claim.sampling == "full" else claim.sample_rate
+    if claim.mechanism != "gaussian" or claim.sampling not in ("poisson", "full"):
+        return None
+    if sigma is None or not 0 < sigma < np.inf or rate is None or steps is None or steps < 1 or rate <= 0:
+        return None
+    return DpSgd(float(sigma), float(rate), steps, claim.relation)
+
+
+def null_profile(claim: Claim) -> Profile:
+    """The most that one canary's coin may leak under the claim: of the mechanism, or of (eps, delta) alone."""
+    event = claimed_event(claim)
+    if event is None:
+        if not 0 <= claim.epsilon < np.inf:
+            raise rejected("claim.epsilon", claim.epsilon, "a finite eps >= 0 (an infinite one claims nothing to test)")
+        return epsilon_delta(claim.epsilon, claim.delta)
+    return pld.claimed_profile(event)
+
+
+def alternative_profile(claim: Claim, scale: float = ALTERNATIVE) -> Profile | None:
+    """The alternative: the same mechanism with `scale` times the noise (0 = none at all). None without a mechanism."""
+    event = claimed_event(claim)
+    if event is None:
+        return None
+    validate.real("alternative", scale, low=0.0, high=1.0, open_high=True)
+    if scale == 0.0:
+        return noiseless_profile(event.sample_rate, event.steps)
+    return pld.dp_sgd_profile(event.noise_multiplier * scale, event.sample_rate, event.steps)
+
+
+def noiseless_profile(sample_rate: float, steps: int) -> DiscreteProfile:
+    """No noise: a canary that was ever sampled is seen; one that never was looks like one that is out."""
+    missed = (1.0 - sample_rate) ** steps
+    # Seen: half of `in` that was sampled. Not seen: all of `out` and the missed rest, likelihood ratio `missed`.
+    unseen = 0.5 * (1.0 + missed)
+    level = -np.log(missed) if missed > 0 else np.inf
+    return DiscreteProfile(np.array([level, np.inf]), np.array([unseen, 1.0 - unseen]))
+
+
+def p_any(profile: Profile, game: Game) -> float:
+    """p-value through the f-DP theorem: valid under any interference."""
+    return mahloujifar.p_value(profile, canaries=game.canaries, guesses=game.guesses, correct=game.correct)
+
+
+def p_separate(profile: Profile, game: Game) -> float:
+    """p-value through order statistics: exact for canaries on separate directions."""
+    return order_statistic.p_value(profile, canaries=game.canaries, guesses=game.guesses, errors=game.errors)
+
+
+def critical_errors(profile: Profile, *, canaries: int, guesses: int, alpha: float, separate: bool) -> int:
+    """The most errors at which the claim is still refuted at `alpha`; -1 if even a perfect guesser refutes nothing."""
+    p_of = p_separate if separate else p_any
+    low, high = -1, guesses
+    while high - low > 1:
+        middle = (low + high) // 2
+        if p_of(profile, Game(canaries, guesses, guesses - middle)) <= alpha:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def ideal_power(
+    claim: Claim,
+    *,
+    canaries: int,
+    guesses: int,
+    alpha: float,
+    separate: bool,
+    alternative: float = ALTERNATIVE,
+) -> float | None:
+    """P[the deciding test refutes] when the true sigma is `alternative` times the claimed one.
+
+    Every canary is guessed as well as can be, so this is an upper limit for weaker attacks. None when the claim names no
+    mechanism.
+    """
+    truth = alternative_profile(claim, alternative)
+    if truth is None:
+        return None
+    critical = critical_errors(null_profile(claim), canaries=canaries, guesses=guesses, alpha=alpha, separate=separate)
+    if critical < 0:
+        return 0.0
+    return order_statistic.p_value(truth, canaries=canaries, guesses=guesses, errors=critical)
+
+
+def sigma_upper(event: DpSgd, game: Game, *, confidence: float, separate: bool) -> float:
+    """The largest sigma (noise std / clip norm) of DP-SGD with this q and T that the counts don't refute.
+
+    inf: no amount of noise is refuted; 0: not even a noiseless run with this q and T guesses so well.
+    """
+    return _sigma_upper(event.sample_rate, event.steps, game, confidence, separate)
+
+
+@lru_cache(maxsize=4096)
+def _sigma_upper(rate: float, steps: int, game: Game, confidence: float, separate: bool) -> float:
+    level = 1.0 - validate.confidence(confidence)
+    p_of = p_separate if separate else p_any
+
+    def tail(leak: float) -> float:
+        return p_of(epsilon_delta(0.0, 0.0) if leak == 0.0 else pld.dp_sgd_profile(1.0 / leak, rate, steps), game)
+
+    if p_of(noiseless_profile(rate, steps), game) <= level:
+        return 0.0
+    leak = largest_below(tail, level, start=0.5, most=64.0, tolerance=1e-4)
+    return np.inf if leak == 0.0 else 1.0 / leak
+
+
+def epsilon_lower(event: DpSgd, game: Game, *, delta: float, confidence: float, separate: bool) -> float:
+    """Lower bound on eps at `delta` within "DP-SGD with this q and T, unknown sigma" (`assumes: dp-sgd(q,T)`)."""
+    sigma = sigma_upper(event, game, confidence=confidence, separate=separate)
+    if sigma == 0.0 or sigma == np.inf:
+        return np.inf if sigma == 0.0 else 0.0
+    if event.relation == "replace":
+        return epsilon(DpSgd(sigma, event.sample_rate, event.steps, "replace"), delta)
+    return pld.dp_sgd_epsilon(sigma, event.sample_rate, event.steps, delta)
+
+
+def play(scores: npt.ArrayLike, members: npt.ArrayLike, *, top: int, bottom: int, rng: np.random.Generator) -> Game:
+    """Scores and coins, both (n,), to counts: the top and bottom ranks are guessed, ties in random order."""
+    values = as_scores(scores)
+    inside = as_members(members, values.size)
+    correct = count_correct(rank_guesses(values, top, bottom, rng=rng), inside)
+    return Game(values.size, top + bottom, correct)
+
+
+def claim_test(
+    scores: npt.ArrayLike,
+    members: npt.ArrayLike,
+    *,
+    claim: Claim,
+    top: int,
+    bottom: int,
+    rng: np.random.Generator,
+    name: str = "canaries",
+    statistic: str = "score",
+    alpha: float = 0.001,
+    confidence: float = 0.95,
+    separate: bool = False,
+    alternative: float = ALTERNATIVE,
+) -> list[Test]:
+    """Put scores to the claim: p-values with their statements, and bounds within the claimed q and T.
+
+    scores: (n,), higher = was in training; members: (n,) coins, fair and independent; `top` and `bottom` guesses fixed
+    beforehand; `rng` breaks ties. `separate`: the caller vouches that canaries act on separate directions of the noise.
+    `alpha` is the level of the claim test, `confidence` that of the bounds. Exactly one test has `decides=True`.
+    Raises UsageError for arguments outside their domain, or a claim with nothing to test.
+    """
+    game = play(scores, members, top=top, bottom=bottom, rng=rng)
+    return tests_of(
+        game,
+        claim=claim,
+        selection=f"fixed: {top} top, {bottom} bottom",
+        name=name,
+        statistic=statistic,
+        alpha=validate.real("alpha", alpha, low=0.0, high=1.0, open_low=True, open_high=True),
+        confidence=confidence,
+        separate=separate,
+        alternative=alternative,
+    )
+
+
+def tests_of(
+    game: Game,
+    *,
+    claim: Claim,
+    selection: str,
+    name: str,
+    statistic: str,
+    alpha: float,
+    confidence: float,
+    separate: bool,
+    alternative: float,
+) -> list[Test]:
+    """`claim_test` from counts."""
+    event = claimed_event(claim)
+    profile = null_profile(claim)
+    power = ideal_power(
+        claim,
+        canaries=game.canaries,
+        guesses=game.guesses,
+        alpha=alpha,
+        separate=separate,
+        alternative=alternative,
+    )
+
+    def test(
+        bound: str,
+        assumes: Assumes,
+        *,
+        p: float | None,
+        text: str,
+        decides: bool,
+        at: float,
+        eps: tuple[float, float] | None,
+    ) -> Test:
+        return Test(
+            name=name,
+            statistic=statistic,
+            bound=bound,
+            assumes=assumes,
+            selection=selection,
+            confidence=at,
+            delta=claim.delta,
+            n=game.canaries,
+            guesses=game.guesses,
+            correct=game.correct,
+            epsilon_lower=None if eps is None else eps[0],
+            ceiling=None if eps is None else eps[1],
+            p_value=p,
+            statement=text,
+            # What the ideal attack would find says nothing about a weaker one: only separate canaries are ideal.
+            power=power if decides and separate else None,
+            decides=decides,
+        )
+
+    if event is None:
+        text = f"p-value of 'the training is ({claim.epsilon:g}, {claim.delta:g})-DP'; valid for every mechanism"
+        return [test("f-dp", "none", p=p_any(profile, game), text=text, decides=True, at=1 - alpha, eps=None)]
+    results = [
+        test(
+            "f-dp", "claimed-mechanism", p=p_any(profile, game), text=ANY, decides=not separate, at=1 - alpha, eps=None
+        ),
+        test(
+            "order-statistic",
+            "claimed-mechanism",
+            p=p_separate(profile, game),
+            text=SEPARATE if separate else MEETING,
+            decides=separate,
+            at=1 - alpha,
+            eps=None,
+        ),
+    ]
+    for bound, ordered in (("f-dp", False), ("order-statistic", True)):
+        bounds = tuple(
+            epsilon_lower(event, g, delta=claim.delta, confidence=confidence, separate=ordered)
+            for g in (game, game.perfect())
+        )
+        sigma = sigma_upper(event, game, confidence=confidence, separate=ordered)
+        results.append(
+            test(
+                bound,
+                "dp-sgd(q,T)",
+                p=None,
+                text=sigma_sentence(sigma, event, confidence, ordered and not separate),
+                decides=False,
+                at=confidence,
+                eps=(bounds[0], bounds[1]),
+            )
+        )
+    return results
+
+
+def sigma_sentence(sigma: float, event: DpSgd, confidence: float, meeting: bool) -> str:
+    """What the counts say about sigma, in words."""
+    family = f"DP-SGD with q = {event.sample_rate:g} and T = {event.steps}"
+    limit = " (if canaries don't interfere)" if meeting else ""
+    if sigma == np.inf:
+        return f"within {family}: no noise multiplier is refuted at {confidence:.3g}{limit}"
+    if sigma == 0.0:
+        return f"within {family}: even a run without noise is refuted at {confidence:.3g}{limit}"
+    return (
+        f"within {family}: noise multipliers above {sigma:.4g} are refuted at {confidence:.3g} "
+        f"(claimed: {event.noise_multiplier:.4g}){limit}"
+    )
