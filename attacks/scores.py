@@ -1,0 +1,100 @@
+"""Scores of canaries: how much fine-tuning lowered a candidate's loss, joined to its coin by id.
+
+score = loss of the base model minus loss of the fine-tuned one, both on the candidate's own questions: the mean over
+questions of the mean over that question's own answer tokens, exactly the loss that training lowers. The base model is
+public, so it costs no privacy and takes out how hard a candidate is; higher = "was in training".
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+
+from attacks.canaries import Game
+from dpaudit import atomic
+from dpaudit.errors import InvalidGame
+from dpaudit.runs import RunFolder
+from trainers.gradients import unit_losses
+from trainers.inputs import UnitInputs
+from trainers.records import Unit
+from trainers.run import load_model, read_config
+from trainers.vlm import VisionLanguageModel
+
+STATISTIC = "loss of the base model minus loss, mean over questions of the mean over answer tokens"
+ROWS_AT_ONCE = 64
+Floats = npt.NDArray[np.float64]
+
+# For normal scores the median absolute deviation is 0.6745 standard deviations.
+_MAD_OF_NORMAL = 0.6745
+
+
+@torch.no_grad()
+def losses(model: VisionLanguageModel, units: Sequence[Unit]) -> Floats:
+    """(U,) loss of each unit under `model` with its reducer, without fusion noise."""
+    inputs = UnitInputs(model, units)
+    parts = [
+        unit_losses(model, inputs.select(chunk)).double().cpu().numpy()
+        for chunk in inputs.chunks(range(len(units)), ROWS_AT_ONCE)
+    ]
+    return np.concatenate(parts) if parts else np.empty(0)
+
+
+def loss_scores(run: RunFolder, game: Game, *, device: str = "auto") -> pd.DataFrame:
+    """One row a candidate: id, kind, member, score. Raises InvalidGame for a score that is not finite.
+
+    Both models see the picture through the run's own reducer, the base model without the adapter.
+    """
+    units = [canary.unit for canary in game.candidates]
+    before = losses(load_model(None, device, config=read_config(run)), units)
+    after = losses(load_model(run, device), units)
+    scores = pd.DataFrame({"id": [canary.id for canary in game.candidates], "score": before - after})
+    return join_coins(scores, game.frame())
+
+
+def join_coins(scores: pd.DataFrame, coins: pd.DataFrame) -> pd.DataFrame:
+    """Scores (columns id, score) with the coins (id, kind, member) of the same ids, in the order of the coins.
+
+    Raises InvalidGame for a missing, doubled or foreign id and for a score that is not finite.
+    """
+    doubled = scores.loc[scores["id"].duplicated(), "id"]
+    if len(doubled):
+        raise InvalidGame(f"scores: {len(doubled)} ids occur twice, the first is {doubled.iloc[0]!r}")
+    foreign = sorted(set(scores["id"]) - set(coins["id"]))
+    if foreign:
+        raise InvalidGame(f"scores: {len(foreign)} ids have no coin, the first is {foreign[0]!r}")
+    missing = sorted(set(coins["id"]) - set(scores["id"]))
+    if missing:
+        raise InvalidGame(f"scores: {len(missing)} ids of the coin file have no score, the first is {missing[0]!r}")
+    joined = coins[["id", "kind", "member"]].merge(scores[["id", "score"]], on="id", validate="one_to_one")
+    bad = joined.loc[~np.isfinite(joined["score"].to_numpy(dtype=np.float64)), "id"]
+    if len(bad):
+        raise InvalidGame(f"scores: {len(bad)} are not finite, the first is that of {bad.iloc[0]!r}")
+    return joined
+
+
+def save_scores(run: RunFolder, frame: pd.DataFrame) -> None:
+    """Write private/scores.parquet: exact losses of single records never leave the house."""
+    atomic.write_frame(run.scores, frame, mode=0o600)
+
+
+def standardise(frame: pd.DataFrame) -> Floats:
+    """(m,) scores on a common scale over kinds: (score - median of its kind) / robust spread of its kind.
+
+    Kinds differ in scale (a code word of many tokens loses more than a yes), so raw scores would fill the top ranks
+    with one kind. Median and median absolute deviation are taken over all candidates of the kind, members or not: a
+    function of scores and kinds without the coins. The one-run theorem allows any guesser that doesn't see the coins,
+    so the bound stays valid.
+    """
+    scores = frame["score"].to_numpy(dtype=np.float64)
+    kinds = frame["kind"].to_numpy()
+    out = np.empty_like(scores)
+    for kind in np.unique(kinds):
+        mine = kinds == kind
+        centred = scores[mine] - np.median(scores[mine])
+        spread = np.median(np.abs(centred)) / _MAD_OF_NORMAL
+        if spread == 0:  # more than half of the scores are equal
+            spread = np.mean(np.abs(centred)) or 1.0
+        out[mine] = centred / spread
+    return out
