@@ -1,0 +1,345 @@
+"""What a report is made of: the typed documents in the `release/` part of each run folder, and nothing else.
+
+`private/` is opened only when the reader's user asks for it (`--include-private`, `--show-examples`), and what comes
+from there carries an UNACCOUNTED ledger row.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from dpaudit.config import RunConfig, read_yaml, resolve
+from dpaudit.documents import (
+    SCHEMA_VERSION,
+    AuditDocument,
+    BenchmarkDocument,
+    Claim,
+    ClaimDocument,
+    Document,
+    EnvironmentDocument,
+    LedgerDocument,
+    LedgerRow,
+    Part,
+    ScoreSummary,
+    Test,
+    Thumbnail,
+    Verdict,
+)
+from dpaudit.errors import UsageError
+from reports.text import clean
+
+AnyDocument = TypeVar("AnyDocument", bound=Document)
+
+# Bounds that may be a headline: they assume nothing beyond the game, or only the claimed mechanism itself.
+HEADLINE_ASSUMPTIONS = ("none", "claimed-mechanism")
+
+PRIVATE_CURVES = LedgerRow(
+    path="report: training curves",
+    status="UNACCOUNTED",
+    explanation="This report shows exact training curves, which are computed from private records without noise.",
+    evidence="Asked for with --include-private; the claim does not cover this page.",
+)
+PRIVATE_PICTURES = LedgerRow(
+    path="report: pictures",
+    status="UNACCOUNTED",
+    explanation="This report shows pictures that were made from real data.",
+    evidence="Asked for with --show-examples; the claim does not cover this page.",
+)
+
+
+@dataclass(frozen=True)
+class ReleasedFile:
+    """A file under `release/` as it was read: its hash pins the report to it."""
+
+    name: str
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One training curve from the private part: values by step."""
+
+    name: str
+    steps: tuple[float, ...]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """One run as the report sees it. A document that isn't there (yet) is None.
+
+    `key` is the letter that stands for the run in figures; `notices` are contradictions between its documents.
+    """
+
+    key: str
+    name: str
+    config: RunConfig | None
+    claim_document: ClaimDocument | None
+    ledger_document: LedgerDocument | None
+    audit: AuditDocument | None
+    benchmark: BenchmarkDocument | None
+    environment: EnvironmentDocument | None
+    files: tuple[ReleasedFile, ...]
+    notices: tuple[str, ...] = ()
+    curves: tuple[Curve, ...] = ()
+    private_gallery: tuple[Thumbnail, ...] = ()
+
+    @property
+    def claim(self) -> Claim | None:
+        """The claim under audit; `claim.json` is the owner's word, the audit's copy stands in where it is missing."""
+        if self.claim_document is not None:
+            return self.claim_document.claim
+        return self.audit.claim if self.audit is not None else None
+
+    @property
+    def method(self) -> str:
+        if self.config is not None:
+            return self.config.method
+        return self.audit.run.method if self.audit is not None and self.audit.run is not None else "unknown method"
+
+    @property
+    def verdict(self) -> Verdict | None:
+        return self.audit.verdict if self.audit is not None else None
+
+    @property
+    def ledger(self) -> tuple[LedgerRow, ...]:
+        """The rows of the run, those that the audit added, and those that this report itself adds."""
+        own = self.ledger_document.rows if self.ledger_document is not None else ()
+        rows = self.audit.ledger if self.audit is not None and self.audit.ledger else own
+        extra = [PRIVATE_CURVES] if self.curves else []
+        extra += [PRIVATE_PICTURES] if self.private_gallery else []
+        return (*rows, *extra)
+
+    @property
+    def gallery(self) -> tuple[Thumbnail, ...]:
+        released = self.audit.gallery if self.audit is not None else ()
+        return (*released, *self.private_gallery)
+
+    @property
+    def headline(self) -> Test | None:
+        """The test behind the headline bound: the best deciding bound that assumes at most the claimed mechanism.
+
+        Taking the best of several is valid only because deciding tests share one error budget, so this is checked
+        (`shares_budget`); where the budget does not hold, the first deciding test stands instead.
+        """
+        tests = [test for test in self._deciding() if test.epsilon_lower is not None]
+        if not tests:
+            return None
+        return max(tests, key=lambda test: test.epsilon_lower or 0.0) if self.shares_budget else tests[0]
+
+    @property
+    def headline_confidence(self) -> float | None:
+        test = self.headline
+        if test is None or self.audit is None:
+            return None
+        return self.audit.family_confidence if self.shares_budget else test.confidence
+
+    @property
+    def shares_budget(self) -> bool:
+        """Do the error probabilities of the deciding bounds add up to no more than the document's?"""
+        if self.audit is None:
+            return False
+        spent = sum(1 - test.confidence for test in self._deciding() if test.epsilon_lower is not None)
+        return spent <= 1 - self.audit.family_confidence + 1e-9
+
+    def _deciding(self) -> tuple[Test, ...]:
+        tests = self.audit.tests if self.audit is not None else ()
+        return tuple(t for t in tests if t.decides and not t.estimate and t.assumes in HEADLINE_ASSUMPTIONS)
+
+
+class Gallery(Part):
+    """`private/gallery.json`: canary pictures made from real data, shown only with `--show-examples`."""
+
+    thumbnails: tuple[Thumbnail, ...]
+
+
+def load_runs(
+    paths: Sequence[Path], *, include_private: bool = False, show_examples: bool = False
+) -> tuple[RunReport, ...]:
+    """Read every run's documents; UsageError (one line naming file and field) when one can't be understood."""
+    if not paths:
+        raise UsageError("RUN: give at least one run folder")
+    folders = [_release(path) for path in paths]
+    seen: dict[Path, Path] = {}
+    for path, folder in zip(paths, folders, strict=True):
+        if folder.resolve() in seen:
+            raise UsageError(f"RUN: {path} is given twice (also as {seen[folder.resolve()]})")
+        seen[folder.resolve()] = path
+    names = _distinct([_name(folder) for folder in folders])
+    runs = []
+    for index, (folder, name) in enumerate(zip(folders, names, strict=True)):
+        run = _load(folder, key=_key(index), name=name)
+        private = folder.parent / "private"
+        if include_private:
+            run = replace(run, curves=_curves(private / "metrics.jsonl"))
+        if show_examples:
+            run = replace(run, private_gallery=_private_gallery(private / "gallery.json"))
+        runs.append(run)
+    return tuple(runs)
+
+
+def _release(path: Path) -> Path:
+    """The release part of a run folder; an auditor who was given `release/` alone may name that."""
+    if not path.exists():
+        raise UsageError(f"RUN: {path}: no such folder")
+    if (path / "release").is_dir():
+        return path / "release"
+    if path.is_dir() and any((path / name).is_file() for name in ("config.yaml", "claim.json", "audit.json")):
+        return path
+    raise UsageError(f"RUN: {path}: not a run folder (it has no release/ with config.yaml, claim.json or audit.json)")
+
+
+def _name(folder: Path) -> str:
+    folder = folder.resolve()
+    return (folder.parent.name if folder.name == "release" else folder.name) or "run"
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    counts: dict[str, int] = {}
+    distinct = []
+    for name in names:
+        counts[name] = counts.get(name, 0) + 1
+        distinct.append(name if names.count(name) == 1 else f"{name} ({counts[name]})")
+    return distinct
+
+
+def _key(index: int) -> str:
+    """A, B, …, Z, AA, AB, …"""
+    letters = ""
+    index += 1
+    while index:
+        index, rest = divmod(index - 1, 26)
+        letters = chr(ord("A") + rest) + letters
+    return letters
+
+
+def _load(folder: Path, *, key: str, name: str) -> RunReport:
+    config = _config(folder / "config.yaml")
+    audit = _document(AuditDocument, folder / "audit.json")
+    claim = _document(ClaimDocument, folder / "claim.json")
+    if audit is not None:
+        for index, summary in enumerate(audit.scores):
+            _check_summary(folder / "audit.json", f"scores.{index}", summary)
+    run = RunReport(
+        key=key,
+        name=clean(name, 60),
+        config=config,
+        claim_document=claim,
+        ledger_document=_document(LedgerDocument, folder / "ledger.json"),
+        audit=audit,
+        benchmark=_document(BenchmarkDocument, folder / "benchmark.json"),
+        environment=_document(EnvironmentDocument, folder / "environment.json"),
+        files=_files(folder),
+    )
+    return replace(run, notices=_contradictions(run))
+
+
+def _config(path: Path) -> RunConfig | None:
+    if not path.exists():
+        return None
+    try:
+        return resolve(read_yaml(path))
+    except UsageError as error:
+        text = str(error).removeprefix(f"--config {path}: ")
+        raise UsageError(f"{path}: not a run configuration: {text}") from error
+
+
+def _document(model: type[AnyDocument], path: Path) -> AnyDocument | None:
+    if not path.exists():
+        return None
+    document = model.read(path)
+    if document.schema_version != SCHEMA_VERSION:
+        raise UsageError(f"{path}: schema_version: got {document.schema_version}; this dpaudit reads {SCHEMA_VERSION}")
+    try:
+        document.to_json()
+    except ValueError as error:  # NaN is no JSON, but parsers let it pass
+        raise UsageError(f"{path}: not a {model.kind} document: it holds a value that is not a number") from error
+    return document
+
+
+def _check_summary(path: Path, field: str, summary: ScoreSummary) -> None:
+    bins = len(summary.edges) - 1
+    if bins < 1 or len(summary.counts_in) != bins or len(summary.counts_out) != bins:
+        raise UsageError(f"{path}: {field}: edges must be one more than counts_in and counts_out")
+    if any(b <= a for a, b in zip(summary.edges, summary.edges[1:], strict=False)):
+        raise UsageError(f"{path}: {field}.edges: must rise")
+    if any(count < 0 for count in (*summary.counts_in, *summary.counts_out)):
+        raise UsageError(f"{path}: {field}: counts must not be negative")
+    if any(not (0 <= point.fpr <= 1 and 0 <= point.tpr <= 1) for point in summary.roc):
+        raise UsageError(f"{path}: {field}.roc: rates must lie between 0 and 1")
+
+
+def _files(folder: Path) -> tuple[ReleasedFile, ...]:
+    found = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.is_symlink():
+            with path.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            found.append(ReleasedFile(path.relative_to(folder).as_posix(), digest, path.stat().st_size))
+    return tuple(found)
+
+
+def _contradictions(run: RunReport) -> tuple[str, ...]:
+    """Places where the documents of one run don't fit each other: a reader must not take one for the other's."""
+    notices = []
+    audit, claim = run.audit, run.claim_document
+    if audit is not None and claim is not None and audit.claim != claim.claim:
+        notices.append("audit.json was made for another claim than the one in claim.json.")
+    if audit is not None and audit.run is not None:
+        if run.config is not None and audit.run.config_sha256 != run.config.sha256():
+            notices.append("audit.json was made for another configuration than the one in config.yaml.")
+        coins = run.ledger_document.coins_sha256 if run.ledger_document is not None else None
+        if coins is not None and audit.run.coins_sha256 is not None and coins != audit.run.coins_sha256:
+            notices.append("The coins that were audited are not the ones that the ledger hashed before training.")
+    spent = run.ledger_document.spent if run.ledger_document is not None else None
+    if spent is not None and spent.epsilon is not None and run.claim is not None and spent.delta == run.claim.delta:
+        # The ledger is written in steps of its own; a hundredth covers the rounding of printed values.
+        if spent.epsilon > run.claim.epsilon * 1.0001 + 1e-9:
+            notices.append("The ledger has spent more eps than the claim states.")
+        if spent.steps_started < spent.steps_planned:
+            notices.append(
+                f"Training stopped after {spent.steps_started} of {spent.steps_planned} steps; the claim is for all."
+            )
+    return tuple(notices)
+
+
+def _curves(path: Path) -> tuple[Curve, ...]:
+    """Every number that the private metrics log holds by step, as curves."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--include-private: {path}: can't be read ({error})") from error
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row, line in enumerate(lines, start=1):
+        try:
+            event = json.loads(line) if line.strip() else {}
+        except json.JSONDecodeError as error:
+            raise UsageError(f"--include-private: {path}: row {row}: not JSON") from error
+        step = event.get("step") if isinstance(event, dict) else None
+        if not isinstance(step, int):
+            continue
+        for name, value in event.items():
+            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+                points.setdefault(name, []).append((float(step), float(value)))
+    return tuple(
+        Curve(clean(name, 40), tuple(s for s, _ in pairs), tuple(v for _, v in pairs))
+        for name, pairs in sorted(points.items())
+        if len(pairs) > 1
+    )
+
+
+def _private_gallery(path: Path) -> tuple[Thumbnail, ...]:
+    if not path.exists():
+        return ()
+    try:
+        return Gallery.model_validate_json(path.read_bytes()).thumbnails
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "document"
+        raise UsageError(f"{path}: not a gallery: {where}: {first['msg']}") from error

@@ -1,0 +1,163 @@
+"""Sentences generated from the documents: the claim, what it leaves open, what the audit could and couldn't see.
+
+Every sentence states a field or follows from one by a formula named in the docstring; nothing is written by hand for
+a particular run.
+"""
+
+import math
+from collections.abc import Sequence
+
+from dpaudit.documents import Claim, Test
+from reports.inputs import RunReport
+from reports.text import clean, number, percent, plural
+
+LIMIT = "An audit can refute a claim; it can never prove privacy."
+
+_RELATION = {
+    "add-remove": "adding or removing one {unit}",
+    "zero-out": "replacing one {unit} by an empty one",
+    "replace": "replacing one {unit} by any other",
+}
+_SAMPLING = {
+    "poisson": "Each step draws every {unit} independently (Poisson sampling)",
+    "fixed": "Each step draws a batch of fixed size",
+    "shuffle": "Batches come from a shuffled order",
+    "full": "Each step uses all of the data",
+}
+VERDICT_MEANING = {
+    "invalid": "The game itself is unsound, so no number of it counts.",
+    "refuted": "The evidence contradicts the claim.",
+    "unsupported": "A check of the training path failed: the proof behind the claim does not apply.",
+    "inconclusive": "Nothing contradicts the claim, and the audit was too weak to expect that something would.",
+    "not refuted": "Nothing contradicts the claim, and the audit would probably have noticed the stated alternative.",
+    "no claim": "The run makes no privacy claim; the audit shows what leaks without one.",
+}
+
+
+def best_guess(epsilon: float, delta: float) -> float:
+    """The largest share of right guesses about one record's membership (fair coin) under (eps, delta)-DP.
+
+    The rates of any test obey FNR + e^eps FPR >= 1 - delta and FPR + e^eps FNR >= 1 - delta (Kairouz, Oh, Viswanath
+    2015, theorem 2.1); their sum gives FPR + FNR >= 2 (1 - delta) / (1 + e^eps), and accuracy = 1 - (FPR + FNR) / 2.
+    """
+    if math.isinf(epsilon) or epsilon > 700:
+        return 1.0
+    return min(1.0, (math.exp(epsilon) + delta) / (math.exp(epsilon) + 1))
+
+
+def claim_paragraphs(run: RunReport) -> list[str]:
+    """The claim of a run in plain sentences."""
+    claim = run.claim
+    if claim is None:
+        reasons = run.claim_document.reasons if run.claim_document is not None else ()
+        first = "This run makes no privacy claim."
+        if run.claim_document is None and run.audit is None:
+            first = "There is no claim.json in this run: no privacy claim is stated."
+        return [" ".join([first, *(clean(reason, 400) for reason in reasons)])]
+    unit = clean(claim.unit, 120)
+    relation = _RELATION[claim.relation].format(unit=unit)
+    paragraphs = [
+        f"The owner claims differential privacy with eps = {number(claim.epsilon)} at delta = {number(claim.delta)}. "
+        f"The protected unit is one {unit}; data sets are neighbours by {relation} ({claim.relation}).",
+        _meaning(claim, unit),
+        _mechanism(claim, unit),
+    ]
+    if run.claim_document is not None and not run.claim_document.releasable:
+        reasons_text = " ".join(clean(reason, 400) for reason in run.claim_document.reasons)
+        paragraphs.append(f"This run must not be released. {reasons_text}".strip())
+    return [paragraph for paragraph in paragraphs if paragraph]
+
+
+def _meaning(claim: Claim, unit: str) -> str:
+    if math.isinf(claim.epsilon):
+        return "An infinite eps promises nothing."
+    factor = math.exp(min(claim.epsilon, 700.0))
+    return (
+        f"In words: whether or not one {unit} took part changes the probability of any outcome by a factor of at most "
+        f"e^eps = {number(factor)}, apart from {number(claim.delta)}. Someone who must guess from the release whether "
+        f"it took part is right at most {percent(best_guess(claim.epsilon, claim.delta), 2)} of the time; a coin "
+        "flip is right 50 % of the time."
+    )
+
+
+def _mechanism(claim: Claim, unit: str) -> str:
+    parts = []
+    if claim.sampling is not None:
+        drawn = _SAMPLING[claim.sampling].format(unit=unit)
+        rate = f" with probability q = {number(claim.sample_rate, 4)}" if claim.sample_rate is not None else ""
+        parts.append(f"{drawn}{rate}.")
+    if claim.max_grad_norm is not None:
+        parts.append(f"Its gradient is clipped to norm C = {number(claim.max_grad_norm)}.")
+    if claim.noise_multiplier is not None:
+        parts.append(
+            f"The sum receives {claim.mechanism} noise of standard deviation sigma × C with sigma = "
+            f"{number(claim.noise_multiplier, 4)}."
+        )
+    if claim.steps is not None:
+        parts.append(f"There are {plural(claim.steps, 'step')}.")
+    if claim.candidates is not None:
+        parts.append(f"q and the batch size follow from {claim.candidates:,} candidate records, canaries included.")
+    if claim.accountant is not None:
+        parts.append(f"eps was computed by {clean(claim.accountant, 120)}.")
+    parts.append(f"Released: {clean(claim.release, 120)}.")
+    return " ".join(parts)
+
+
+def not_covered(run: RunReport) -> list[str]:
+    """What the claim leaves open even if it holds."""
+    claim = run.claim
+    if claim is None:
+        return []
+    unit = clean(claim.unit, 120)
+    items = [
+        f"Anyone who contributes more than one {unit}: k of them are protected by about k × eps only.",
+        f"Anything beyond “{clean(claim.release, 120)}”: intermediate checkpoints, gradients, fused tokens, exact "
+        "training curves and logs.",
+        "What the base model learned before this fine-tuning, and the accuracy figures below: they are computed on "
+        "held-out records without noise.",
+        "Side channels: timing, memory, floating-point artefacts of the noise, and who can read the private folder.",
+    ]
+    if claim.relation != "replace":
+        items.insert(1, "Replacing one record by another: that costs up to twice the eps of adding or removing one.")
+    tuning = [row for row in run.ledger if "tuning" in row.path.lower() or "hyper" in row.path.lower()]
+    if not tuning:
+        items.insert(2, "The choice of hyper-parameters: the ledger has no row about it.")
+    return items
+
+
+def ceiling_note(test: Test, claim: Claim | None) -> str | None:
+    """What a reader must know about a bound and its ceiling; None when there is nothing to add."""
+    if test.epsilon_lower is None or test.ceiling is None:
+        return None
+    if math.isfinite(test.ceiling) and test.epsilon_lower >= test.ceiling - 1e-6 * max(1.0, test.ceiling):
+        return "at its ceiling: more canaries needed"
+    if claim is not None and test.ceiling < claim.epsilon:
+        return f"ceiling below the claimed {number(claim.epsilon)}: can't refute it by this bound"
+    return None
+
+
+def limits(runs: Sequence[RunReport]) -> list[str]:
+    """The limits of what this page shows, first the general ones, then those of these runs."""
+    items = [
+        "A bound counts what these attacks found. A better attack may find more.",
+        "Canaries are records chosen to be found. They say how much the training procedure can leak, not how much "
+        "it leaked about one real person.",
+        "The audit trusts the machine that ran it: coins, scores and code were not witnessed by anyone else.",
+        "Each lower bound holds with the stated confidence: at 95 %, up to one audit in twenty overstates the leak.",
+    ]
+    for run in runs:
+        test = run.headline
+        if test is not None and run.claim is not None and test.ceiling is not None and test.ceiling < run.claim.epsilon:
+            items.append(
+                f"Run {run.key}: the claim is eps = {number(run.claim.epsilon)}, but this game could not have shown "
+                f"more than {number(test.ceiling)}, even with every guess right. By its bound alone it could not "
+                "refute the claim."
+            )
+        if run.audit is None:
+            items.append(f"Run {run.key} has not been audited: nothing here supports or contradicts its claim.")
+        if run.audit is not None and run.audit.run is not None and run.audit.run.audits != "these weights":
+            items.append(f"Run {run.key}: the audit is about {clean(run.audit.run.audits, 200)}.")
+    unmeasured = [run.key for run in runs if run.benchmark is None]
+    if unmeasured:
+        items.append(f"No accuracy was measured for run {', '.join(unmeasured)}.")
+    return items

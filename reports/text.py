@@ -1,0 +1,89 @@
+"""Numbers and foreign text, made fit for a page.
+
+Names, questions and answers come from data sets and file systems: they may hold markup, control characters, text
+direction overrides or ten thousand letters. Markup is the template's matter (autoescape); everything else is here.
+"""
+
+import math
+import unicodedata
+
+# Characters that change how the text around them is read. `<bdi>` isolates them in HTML, but an SVG title or a
+# document title has no such element, so they are shown as what they are instead.
+_DIRECTION = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def clean(text: str, limit: int = 200) -> str:
+    """One line of at most `limit` characters (plus a note of the true length) without invisible characters.
+
+    Control, direction, surrogate and non-character code points become U+FFFD; white space becomes single spaces.
+    """
+    shown = "".join(_visible(character) for character in text[: 4 * limit])
+    shown = " ".join(shown.split())
+    if len(shown) > limit or len(text) > 4 * limit:
+        return f"{shown[:limit].rstrip()} … ({len(text):,} characters)"
+    return shown
+
+
+def _visible(character: str) -> str:
+    if character.isspace():
+        return " "
+    point = ord(character)
+    noncharacter = 0xFDD0 <= point <= 0xFDEF or point & 0xFFFE == 0xFFFE
+    if noncharacter or character in _DIRECTION or unicodedata.category(character) in ("Cc", "Cs"):
+        return "\ufffd"
+    return character
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """`digits` significant digits, without exponent where a reader would not expect one; ∞ for infinity."""
+    if value is None:
+        return "–"
+    if math.isnan(value):
+        return "not a number"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    if value == 0:
+        return "0"
+    size = math.floor(math.log10(abs(value)))
+    if size < -4 or size >= 6:
+        mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
+        mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+        return f"{mantissa}e{int(exponent)}".replace("-", "−") if value < 0 else f"{mantissa}e{int(exponent)}"
+    text = f"{value:,.{max(digits - 1 - size, 0)}f}"
+    if "." in text:
+        text = text.rstrip("0").rstrip(".")
+    return text.replace("-", "−")
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share as per cent, e.g. 0.8765 -> '87.7 %'."""
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{100 * value:.{digits}f} %".replace("-", "−")
+
+
+def confidence(value: float | None) -> str:
+    """A confidence level as per cent with as many digits as it needs: 0.95 -> '95 %', 0.98333 -> '98.33 %'."""
+    if value is None or math.isnan(value):
+        return "–"
+    text = f"{100 * value:.2f}".rstrip("0").rstrip(".")
+    return f"{text} %"
+
+
+def p_value(value: float | None) -> str:
+    """A p-value: two significant digits, never a bare 0."""
+    if value is None or math.isnan(value):
+        return "–"
+    return "< 1e-9" if value < 1e-9 else number(value, 2)
+
+
+def file_size(count: int) -> str:
+    """Bytes as B, kB or MB."""
+    if count < 1000:
+        return f"{count} B"
+    return f"{count / 1000:.1f} kB" if count < 1_000_000 else f"{count / 1_000_000:.1f} MB"
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 run`, `3 runs`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

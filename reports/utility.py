@@ -1,0 +1,127 @@
+"""Utility side by side: which numbers of several runs may be compared, and what privacy cost."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dpaudit.documents import BenchmarkDocument, Metric
+from reports.figures import FrontierPoint
+from reports.inputs import RunReport
+
+OVERALL = "exact_match"
+
+
+@dataclass(frozen=True)
+class TaskColumn:
+    """One model's numbers for a task. `key` is a run's letter, or empty for the base model and the majority."""
+
+    key: str
+    label: str
+    metrics: dict[str, Metric]
+
+
+@dataclass(frozen=True)
+class TaskTable:
+    """One task: columns that were measured on the same questions (equal sample hash), and rows of metric names.
+
+    `others` are runs whose numbers come from other questions: shown, never compared.
+    """
+
+    task: str
+    rows: tuple[tuple[str, str], ...]  # (metric name, what a reader sees)
+    columns: tuple[TaskColumn, ...]
+    others: tuple[TaskColumn, ...]
+    base: Metric | None
+    sample_sha256: str | None
+
+
+@dataclass(frozen=True)
+class Utility:
+    """A run's accuracy beside its yardsticks, in the units of exact match (0 to 1).
+
+    `kept` is (run - base) / (non-private - base); it has no interval, because release documents hold no pairs.
+    """
+
+    task: str
+    metric: Metric
+    over_base: float | None
+    to_non_private: float | None
+    kept: float | None
+
+
+def tables(runs: Sequence[RunReport]) -> tuple[TaskTable, ...]:
+    """One table per task that any run was measured on."""
+    names = dict.fromkeys(task for run in runs if run.benchmark is not None for task in run.benchmark.tasks)
+    return tuple(_table(task, runs) for task in names)
+
+
+def _table(task: str, runs: Sequence[RunReport]) -> TaskTable:
+    measured = [(run, run.benchmark) for run in runs if run.benchmark is not None and task in run.benchmark.tasks]
+    reference = _reference_hash(task, [document for _, document in measured])
+    same: list[TaskColumn] = []
+    others: list[TaskColumn] = []
+    for run, document in measured:
+        column = TaskColumn(run.key, run.name, document.tasks[task])
+        (same if document.sample_sha256.get(task) == reference else others).append(column)
+    comparable = [document for _, document in measured if document.sample_sha256.get(task) == reference]
+    base = next((d.base[task] for d in comparable if d.base is not None and task in d.base), None)
+    majority = next((d.majority[task] for d in comparable if task in d.majority), None)
+    yardsticks = []
+    if majority is not None:
+        yardsticks.append(TaskColumn("", "commonest answer", {OVERALL: majority}))
+    if base is not None:
+        yardsticks.append(TaskColumn("", "base model", base))
+    metrics = dict.fromkeys(name for column in (*same, *others) for name in column.metrics)
+    rows = sorted(metrics, key=lambda name: (name != OVERALL, name))
+    return TaskTable(
+        task=task,
+        rows=tuple((name, "all questions" if name == OVERALL else name.removeprefix(f"{OVERALL}/")) for name in rows),
+        columns=(*yardsticks, *same),
+        others=tuple(others),
+        base=base.get(OVERALL) if base is not None else None,
+        sample_sha256=reference,
+    )
+
+
+def _reference_hash(task: str, documents: Sequence[BenchmarkDocument]) -> str | None:
+    """The questions that most runs share; the first of equals."""
+    hashes = [document.sample_sha256.get(task) for document in documents]
+    return max(hashes, key=hashes.count) if hashes else None
+
+
+def utility(run: RunReport, runs: Sequence[RunReport], table: TaskTable | None) -> Utility | None:
+    """Accuracy of one run against base and non-private, on the same questions only."""
+    if table is None:
+        return None
+    own = next((c.metrics.get(OVERALL) for c in (*table.columns, *table.others) if c.key == run.key), None)
+    if own is None:
+        return None
+    if all(column.key != run.key for column in table.columns):
+        return Utility(table.task, own, None, None, None)
+    base = table.base
+    reference = _non_private(runs, table)
+    over_base = own.value - base.value if base is not None else None
+    against = own.value - reference.value if reference is not None and run.method != "non-private" else None
+    kept = None
+    if against is not None and base is not None and reference is not None and reference.value > base.value:
+        kept = (own.value - base.value) / (reference.value - base.value)
+    return Utility(table.task, own, over_base, against, kept)
+
+
+def _non_private(runs: Sequence[RunReport], table: TaskTable) -> Metric | None:
+    keys = [run.key for run in runs if run.method == "non-private"]
+    return next((c.metrics.get(OVERALL) for c in table.columns if c.key in keys), None)
+
+
+def frontier_points(runs: Sequence[RunReport], table: TaskTable) -> tuple[FrontierPoint, ...]:
+    """The runs that share the task's questions, in the order given."""
+    found = []
+    for run in runs:
+        column = next((c for c in table.columns if c.key == run.key), None)
+        metric = column.metrics.get(OVERALL) if column is not None else None
+        if metric is None:
+            continue
+        test = run.headline
+        claimed = run.claim.epsilon if run.claim is not None else math.inf
+        found.append(FrontierPoint(run.key, claimed, test.epsilon_lower if test is not None else None, metric))
+    return tuple(found)

@@ -1,0 +1,320 @@
+"""Run folders as a real demo leaves them, built from the typed documents: a page must look right on these."""
+
+import base64
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dpaudit.config import RunConfig, resolve
+from dpaudit.documents import (
+    AuditDocument,
+    BenchmarkDocument,
+    Check,
+    Claim,
+    ClaimDocument,
+    EnvironmentDocument,
+    EpsilonAt,
+    FusionAudit,
+    LedgerDocument,
+    LedgerRow,
+    Metric,
+    RocPoint,
+    RunInfo,
+    ScoreSummary,
+    Spent,
+    Test,
+    Thumbnail,
+    Validity,
+)
+
+COINS = "5f" * 32
+KINDS = ("digit", "is-it", "parity", "greater", "where")
+UNIT = "image (with all its questions)"
+
+
+def claim(epsilon: float = 8.0) -> Claim:
+    return Claim(
+        epsilon=epsilon,
+        delta=1e-5,
+        relation="add-remove",
+        unit=UNIT,
+        noise_multiplier=0.7134,
+        max_grad_norm=1.0,
+        sampling="poisson",
+        sample_rate=0.1549,
+        steps=194,
+        expected_batch_size=256.0,
+        candidates=1653,
+        accountant="dp-accounting 0.6.0 PLD",
+        curve=tuple(EpsilonAt(delta=d, epsilon=e) for d, e in ((1e-3, 4.91), (1e-4, 6.5), (1e-5, 8.0), (1e-6, 9.31))),
+    )
+
+
+def config(method: str) -> RunConfig:
+    return resolve({"method": method, "canaries": {"count": 300}, "seed": 7})
+
+
+def ledger_rows(method: str) -> tuple[LedgerRow, ...]:
+    if method == "non-private":
+        return (
+            LedgerRow(
+                path="gradients",
+                status="UNACCOUNTED",
+                explanation="Gradients of private records change the weights without noise.",
+                evidence="method=non-private adds no noise",
+            ),
+        )
+    rows = [
+        LedgerRow(
+            path="gradients",
+            status="accounted",
+            explanation="Each image's gradient is clipped, summed and noised before anything else sees it.",
+            evidence="Gaussian, sigma 0.7134, C 1, Poisson q 0.1549, 194 steps: eps 8 at delta 1e-05",
+        ),
+        LedgerRow(
+            path="answer vocabulary",
+            status="post-processing",
+            explanation="The tokenizer is public; nothing is derived from private answers.",
+            evidence="byte-level vocabulary shipped with the package",
+        ),
+    ]
+    if method == "dual-priv":
+        rows.insert(
+            1,
+            LedgerRow(
+                path="token fusion",
+                status="per-example preprocessing",
+                explanation="Tokens of an image are pruned and fused from that image alone, before clipping.",
+                evidence="isolation test: 0 of 6 stages moved when another record changed",
+            ),
+        )
+        rows.insert(
+            2,
+            LedgerRow(
+                path="gradient pruning",
+                status="post-processing",
+                explanation="Blocks are chosen by the noisy gradient.",
+                evidence="80 % of 28 blocks are kept, by magnitude of the released gradient",
+            ),
+        )
+    return tuple(rows)
+
+
+def score_summary(name: str, gap: float, *, n: int = 150, seed: int = 0) -> ScoreSummary:
+    generator = np.random.default_rng(seed)
+    inside = generator.normal(gap, 1.0, n)
+    outside = generator.normal(0.0, 1.0, n)
+    edges = np.linspace(-4.0, 4.0 + gap, 25)
+    roc = [RocPoint(fpr=0.0, tpr=0.0, tpr_low=0.0, tpr_high=0.1)]
+    for threshold in np.sort(np.concatenate([inside, outside]))[::-2]:
+        fpr, tpr = float((outside >= threshold).mean()), float((inside >= threshold).mean())
+        roc.append(RocPoint(fpr=fpr, tpr=tpr, tpr_low=max(0.0, tpr - 0.11), tpr_high=min(1.0, tpr + 0.11)))
+    auc = float((inside[:, None] > outside[None, :]).mean())
+    return ScoreSummary(
+        name=name,
+        n_in=n,
+        n_out=n,
+        edges=tuple(float(edge) for edge in edges),
+        counts_in=tuple(int(c) for c in np.histogram(inside, edges)[0]),
+        counts_out=tuple(int(c) for c in np.histogram(outside, edges)[0]),
+        roc=tuple(roc),
+        auc=auc,
+        auc_low=max(0.0, auc - 0.06),
+        auc_high=min(1.0, auc + 0.06),
+        tpr_at_fpr={"0.1": roc[len(roc) // 5], "0.01": RocPoint(fpr=0.01, tpr=0.02), "0.001": None},
+    )
+
+
+def audit(method: str) -> AuditDocument:
+    caught = method == "non-private"
+    bound = 3.41 if caught else 0.0 if method == "dp-sgd" else 0.12
+    tests = [
+        Test(
+            name="canaries: all kinds",
+            statistic="loss of the base model minus loss",
+            bound="steinke",
+            assumes="none",
+            selection="fixed: 60 top, 60 bottom",
+            confidence=0.95,
+            delta=1e-5,
+            n=300,
+            guesses=120,
+            correct=120 if caught else 66,
+            epsilon_lower=bound,
+            ceiling=3.41 if caught else 3.66,
+            p_value=None,
+            power=None if caught else 0.04,
+        )
+    ]
+    for kind in ("mislabelled", "noise", "new-token"):
+        tests.append(
+            Test(
+                name=f"canaries: {kind}",
+                statistic="loss of the base model minus loss",
+                bound="steinke",
+                assumes="none",
+                selection="fixed: 20 top, 20 bottom",
+                confidence=0.95,
+                delta=1e-5,
+                n=100,
+                guesses=40,
+                correct=38 if caught else 22,
+                epsilon_lower=1.6 if caught else 0.0,
+                ceiling=2.54,
+                p_value=None if caught else 0.43,
+                statement=None if caught else "chance of as many correct guesses if eps = 8 holds",
+                decides=False,
+            )
+        )
+    checks = (
+        Check(
+            name="coins",
+            status="pass",
+            measured="sha256 5f5f5f5f…",
+            allowed="the hash in the first ledger event",
+            explanation="The coins are the ones drawn before the first step.",
+        ),
+        Check(
+            name="blind baseline",
+            status="pass",
+            measured="AUC 0.51, p = 0.38",
+            allowed="p >= 0.001",
+            explanation="A classifier that never sees the model can't tell members from others.",
+        ),
+    )
+    fusion = FusionAudit(
+        training="per-example preprocessing" if method == "dual-priv" else "not run",
+        release="not released",
+        reducer="visionzip" if method == "dual-priv" else "none",
+        checks=(
+            Check(
+                name="selection",
+                status="pass",
+                measured="0",
+                allowed="0",
+                explanation="No token of an image moved when another image changed.",
+            ),
+        )
+        if method == "dual-priv"
+        else (),
+    )
+    return AuditDocument(
+        verdict="no claim" if caught else "inconclusive",
+        reasons=(
+            ("The run makes no claim; its canaries were found: eps is at least 3.41.",)
+            if caught
+            else (
+                "No test contradicts the claim.",
+                "The largest eps that this game could have shown is 3.66, below the claimed 8.",
+            )
+        ),
+        claim=None if caught else claim(),
+        alternative=None if caught else "true sigma 30 % smaller than claimed",
+        alpha=0.001,
+        family_confidence=0.95,
+        tests=tuple(tests),
+        validity=Validity(sound=True, checks=checks),
+        ledger=ledger_rows(method),
+        fusion=fusion,
+        scores=(
+            score_summary("canaries: all kinds", 3.2 if caught else 0.2),
+            score_summary("canaries: noise", 4.0 if caught else 0.1, n=50, seed=1),
+        ),
+        gallery=thumbnails(),
+        run=RunInfo(
+            name=method,
+            method=method,
+            config_sha256=config(method).sha256(),
+            coins_sha256=COINS,
+            command=f"dpaudit audit runs/{method} --canaries",
+        ),
+    )
+
+
+def thumbnails() -> tuple[Thumbnail, ...]:
+    generator = np.random.default_rng(3)
+    items = []
+    for index in range(4):
+        buffer = io.BytesIO()
+        Image.fromarray(generator.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(buffer, "PNG")
+        items.append(
+            Thumbnail(
+                caption=f"candidate {index}",
+                kind="noise" if index % 2 else "new-token",
+                png_base64=base64.b64encode(buffer.getvalue()).decode(),
+                question="Which digit is this?",
+                answer="<|spare_7|>",
+            )
+        )
+    return tuple(items)
+
+
+def _metric(value: float, n: int, pictures: int) -> Metric:
+    half = 1.96 * (value * (1 - value) / pictures) ** 0.5
+    return Metric(value=value, low=max(0.0, value - half), high=min(1.0, value + half), n=n, pictures=pictures)
+
+
+def _scores(level: float) -> dict[str, Metric]:
+    shifts = (-0.08, 0.06, 0.03, 0.02, -0.03)
+    kinds = {
+        f"exact_match/{kind}": _metric(min(0.995, level + s), 350, 350) for kind, s in zip(KINDS, shifts, strict=True)
+    }
+    return {"exact_match": _metric(level, 1750, 350), **kinds}
+
+
+def benchmark(level: float) -> BenchmarkDocument:
+    return BenchmarkDocument(
+        tasks={"dpaudit_vqa": _scores(level)},
+        base={"dpaudit_vqa": _scores(0.552)},
+        majority={"dpaudit_vqa": _metric(0.421, 1750, 350)},
+        lmms_eval_version="0.7.3",
+        prompt="{question}",
+        batch_size=128,
+        precision="float32",
+        device="cpu",
+        sample_sha256={"dpaudit_vqa": "ab" * 32},
+        seconds=11.2,
+    )
+
+
+def environment(method: str) -> EnvironmentDocument:
+    return EnvironmentDocument(
+        dpaudit="0.1.0",
+        python="3.12.4",
+        platform="Linux-6.1-x86_64",
+        device="cpu (2 cores)",
+        packages={"torch": "2.13.0", "transformers": "5.23.0", "opacus": "1.6.0", "dp-accounting": "0.6.0"},
+        command=f"dpaudit train method={method} --canaries 300 --out runs/{method}",
+    )
+
+
+def write_run(
+    parent: Path, method: str, *, name: str | None = None, with_audit: bool = True, with_benchmark: bool = True
+) -> Path:
+    """A run folder with everything in its release part."""
+    folder = parent / (name or method)
+    release = folder / "release"
+    release.mkdir(parents=True)
+    private = method == "non-private"
+    own = None if private else claim()
+    reasons = ("The method is non-private: no noise is added.",) if private else ()
+    (release / "config.yaml").write_text(config(method).to_yaml())
+    (release / "claim.json").write_text(ClaimDocument(claim=own, reasons=reasons).to_json())
+    spent = Spent(steps_started=194, steps_planned=194, epsilon=None if private else 8.0, delta=1e-5)
+    (release / "ledger.json").write_text(
+        LedgerDocument(coins_sha256=COINS, rows=ledger_rows(method), spent=None if private else spent).to_json()
+    )
+    (release / "environment.json").write_text(environment(method).to_json())
+    if with_audit:
+        (release / "audit.json").write_text(audit(method).to_json())
+    if with_benchmark:
+        level = {"non-private": 0.942, "dp-sgd": 0.861, "dual-priv": 0.847}[method]
+        (release / "benchmark.json").write_text(benchmark(level).to_json())
+    return folder
+
+
+def write_three(parent: Path) -> list[Path]:
+    """The three runs of the demo."""
+    return [write_run(parent, method) for method in ("non-private", "dp-sgd", "dual-priv")]
