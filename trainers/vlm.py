@@ -71,6 +71,8 @@ class VisionLanguageModel:
 
         hf_logging.disable_progress_bar()
         source = str(REFERENCE) if path is None else path
+        if (source.startswith((".", "/", "~")) or source.count("/") > 1) and not Path(source).is_dir():
+            raise rejected("model.path", path, "an existing folder, or a hub id such as llava-hf/llava-1.5-7b-hf")
         try:
             config = AutoConfig.from_pretrained(source)
             if config.model_type != "llava":

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,6 +75,9 @@ def _group() -> Any:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    # Other packages' notices to their own developers would bury the lines that our users should read.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
     try:
         result = _group().main(args=arguments, prog_name="dpaudit", standalone_mode=False)
         return result if isinstance(result, int) else console.DONE

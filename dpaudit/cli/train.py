@@ -56,7 +56,8 @@ def command(
     from attacks.training import start_run
     from trainers.progress import Live
 
-    run = start_run(resolved, out or Path("runs") / resolved.method, reporter=Live())
+    target = out or Path("runs") / resolved.method
+    run = start_run(resolved, target, reporter=Live(target.name))
     _finish(run.path, as_json)
 
 
@@ -64,7 +65,7 @@ def _resume(path: Path, as_json: bool) -> None:
     from attacks.training import resume_run
     from trainers.progress import Live
 
-    _finish(resume_run(path, reporter=Live()).path, as_json)
+    _finish(resume_run(path, reporter=Live(path.name)).path, as_json)
 
 
 def _finish(path: Path, as_json: bool) -> None:
@@ -84,7 +85,8 @@ def _claim_sentence(document: ClaimDocument) -> str:
     else:
         text = (
             f"Claim: eps = {float(claim.epsilon):.4g} at delta = {claim.delta:g} ({claim.relation}, "
-            f"unit: {claim.unit}); sigma = {float(claim.noise_multiplier or 0):.4g}, q = {claim.sample_rate:.4g}, T = {claim.steps}."
+            f"unit: {claim.unit}); sigma = {float(claim.noise_multiplier or 0):.4g}, "
+            f"q = {claim.sample_rate:.4g}, T = {claim.steps}."
         )
     return text if document.releasable else f"{text} Not for release: {'; '.join(document.reasons[-1:])}."
 

@@ -1,0 +1,125 @@
+"""`dpaudit demo`: train three ways, attack, benchmark and report, on the embedded handwriting."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dpaudit.cli import console
+from dpaudit.errors import DpauditError
+
+CANARIES = 300
+AT_ONCE = 2  # trainings side by side, one thread each: small matrices gain nothing from more threads
+
+# What is trained, longest first. Everything not named here is the default of `dpaudit train`; the settings were
+# chosen on public synthetic pictures only (benchmarks/demo_settings.py).
+RUNS: dict[str, tuple[str, ...]] = {
+    "dp-sgd": ("method=dp-sgd",),
+    "non-private": ("method=non-private",),
+    "dual-priv": ("method=dual-priv",),
+}
+
+
+def command(
+    out: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path("demo"),
+    canaries: Annotated[int, typer.Option(help="Canary candidates per run.", min=30)] = CANARIES,
+    seed: Annotated[
+        int | None, typer.Option(help="Makes the demo repeatable; its runs are then not for release.")
+    ] = None,
+) -> None:
+    """The whole story in minutes on the embedded data: train, attack, benchmark, report.
+
+    Trains OUT/runs/non-private, dp-sgd and dual-priv with canaries, audits and benchmarks them, and writes
+    OUT/report.html. Finished parts are kept when the demo is started again.
+    """
+    began = time.monotonic()
+    runs = {name: out / "runs" / name for name in RUNS}
+    console.log(f"dpaudit demo: three fine-tunings with {canaries} canary candidates each, then audit and benchmark")
+    _together([_training(name, path, canaries, seed) for name, path in runs.items()])
+    paths = [str(runs[name]) for name in ("non-private", "dp-sgd", "dual-priv")]
+    _together([["audit", path] for path in paths], quiet=True, accepted=(0, 1, 3))
+    _together([["benchmark", *paths]])
+    report = out / "report.html"
+    _together(
+        [["report", *paths, "-o", str(report), "--title", "dpaudit demo: three ways to fine-tune on handwriting"]]
+    )
+    _summary([Path(path) for path in paths])
+    console.say(f"\n{console.LIMIT_SENTENCE}")
+    console.say(f"Report: {report}   ({time.monotonic() - began:.0f} s)")
+
+
+def _training(name: str, path: Path, canaries: int, seed: int | None) -> list[str]:
+    from dpaudit.runs import RunFolder
+
+    if RunFolder(path).ledger.exists():
+        return ["train", "--resume", str(path)]
+    extra = [] if seed is None else ["--seed", str(seed)]
+    return ["train", *RUNS[name], "--canaries", str(canaries), *extra, "--out", str(path)]
+
+
+def _together(commands: Sequence[list[str]], *, quiet: bool = False, accepted: tuple[int, ...] = (0,)) -> None:
+    """Run dpaudit commands, at most AT_ONCE side by side; stops all of them when one fails or on Ctrl-C."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    waiting = list(commands)
+    running: list[tuple[list[str], subprocess.Popen[bytes]]] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < AT_ONCE:
+                arguments = waiting.pop(0)
+                full = [sys.executable, "-m", "dpaudit", *arguments]
+                output = subprocess.DEVNULL
+                running.append((arguments, subprocess.Popen(full, env=environment, stdout=output)))
+                if not quiet:
+                    console.log(f"$ dpaudit {' '.join(arguments)}")
+            time.sleep(0.05)
+            for entry in list(running):
+                arguments, process = entry
+                code = process.poll()
+                if code is None:
+                    continue
+                running.remove(entry)
+                if code not in accepted:
+                    raise DpauditError(f"demo: 'dpaudit {' '.join(arguments)}' ended with exit code {code}")
+    finally:
+        for _, process in running:
+            process.terminate()
+        for _, process in running:
+            process.wait()
+
+
+def _summary(paths: Sequence[Path]) -> None:
+    from dpaudit.documents import AuditDocument, BenchmarkDocument
+    from dpaudit.runs import RunFolder
+
+    rows = [("run", "claim", "audited eps >=", "ceiling", "verdict", "exact match")]
+    base = None
+    for path in paths:
+        run = RunFolder(path)
+        audit, bench = AuditDocument.read(run.audit), BenchmarkDocument.read(run.benchmark)
+        headline = max(
+            (test for test in audit.tests if test.decides and test.epsilon_lower is not None),
+            key=lambda test: float(test.epsilon_lower or 0),
+        )
+        task, metrics = next(iter(bench.tasks.items()))
+        base = bench.base[task]["exact_match"].value if bench.base else base
+        claim = "none" if audit.claim is None else f"eps {float(audit.claim.epsilon):g}"
+        rows.append(
+            (
+                path.name,
+                claim,
+                f"{float(headline.epsilon_lower or 0):.2f}",
+                f"{float(headline.ceiling or 0):.2f}",
+                audit.verdict,
+                f"{metrics['exact_match'].value:.3f}",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        console.say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    if base is not None:
+        console.say(f"base model before fine-tuning: exact match {base:.3f}")
