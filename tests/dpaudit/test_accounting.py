@@ -1,5 +1,6 @@
 """eps against closed forms, published and measured values, numerical integration and dp-accounting called directly."""
 
+import itertools
 import math
 
 import dp_accounting
@@ -105,9 +106,10 @@ def test_losses_reproduce_eps_and_are_a_distribution(relation: Relation, directi
     losses = accounting.discrete_losses(event, direction)
     assert losses.losses.shape == losses.probabilities.shape and np.all(np.diff(losses.losses) > 0)
     assert np.all(losses.probabilities >= 0)
-    assert losses.probabilities.sum() + losses.infinity_mass == pytest.approx(1.0, abs=1e-9)
-    # Under Q a loss l has probability p exp(-l); what is missing lies where P has nothing.
-    assert losses.probabilities @ np.exp(-losses.losses) <= 1 + 1e-9
+    # dp-accounting cuts negative rounding errors to 0, which adds about 1e-8 a step in the direction "add".
+    assert -1e-12 <= losses.probabilities.sum() + losses.infinity_mass - 1 <= 5e-7
+    # Under Q a loss l has probability p exp(-l); exp(-l) magnifies that rounding.
+    assert losses.probabilities @ np.exp(-losses.losses) <= 1 + 2e-5
     eps, delta = accounting.epsilon(event, 1e-5), 1e-5
     above = losses.losses > eps
     stick = losses.infinity_mass + losses.probabilities[above] @ -np.expm1(eps - losses.losses[above])
@@ -125,8 +127,18 @@ def test_one_of_the_directions_attains_eps() -> None:
     assert max(sticks) == pytest.approx(1e-5, rel=1e-3)
 
 
+def test_the_two_directions_are_each_other_turned() -> None:
+    """Q of one direction is P of the other: exact for the mechanism, up to the grid (1e-4 a step at most) here."""
+    event = DpSgd(1.7, 0.2, 150)
+    remove, add = (accounting.discrete_losses(event, direction) for direction in ("remove", "add"))
+    under_q = remove.probabilities * np.exp(-remove.losses)
+    for threshold in (-3.0, -1.0, 0.0, 1.0, 3.0, 5.0):
+        turned = add.probabilities[-add.losses > threshold].sum()
+        assert under_q[remove.losses > threshold].sum() == pytest.approx(turned, rel=2e-3, abs=5e-6)
+
+
 def test_directions_name_the_right_distributions() -> None:
-    """'remove': P has the unit. One step: with the unit the loss is at most unbounded above, without it log(1/(1-q))."""
+    """'remove': P has the unit. Its loss in one step is unbounded above; without the unit it is at most -log(1-q)."""
     event = DpSgd(1.0, 0.3, 1)
     add, remove = (accounting.discrete_losses(event, direction) for direction in ("add", "remove"))
     assert add.losses[add.probabilities > 1e-12].max() == pytest.approx(-math.log(1 - 0.3), abs=1e-3)
@@ -162,7 +174,7 @@ def test_sigma_is_the_smallest_that_keeps_the_target(target: float, q: float, st
         assert accounting.gaussian_epsilon(SENSITIVITY[relation] * math.sqrt(steps) / sigma, 1e-5) <= target
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.floats(0.2, 20), st.floats(0.01, 1.0), st.integers(1, 200), st.sampled_from(RELATIONS), st.floats(-7, -2))
 def test_sigma_never_exceeds_the_target(
     target: float, q: float, steps: int, relation: Relation, exponent: float
@@ -176,7 +188,7 @@ def test_progress_is_an_upper_bound_that_ends_at_the_number() -> None:
     event = DpSgd(1.8, 0.2, 120)
     shown = [accounting.epsilon_after(event, steps, 1e-5) for steps in range(121)]
     assert shown[0] == 0 and shown[-1] == accounting.epsilon(event, 1e-5)
-    assert all(a <= b for a, b in zip(shown, shown[1:], strict=False))
+    assert all(a <= b for a, b in itertools.pairwise(shown))
     for steps in (1, 2, 50, 77, 119):
         exact = accounting.epsilon(DpSgd(1.8, 0.2, steps), 1e-5)
         assert exact - 1e-9 <= shown[steps] <= accounting.epsilon(DpSgd(1.8, 0.2, steps + 3), 1e-5) + 0.01
@@ -204,14 +216,14 @@ def test_trivial_events() -> None:
 def test_gaussian_closed_form() -> None:
     """Dong, Roth and Su (2022), corollary 2.13, by numerical integration of the hockey stick."""
     for mu, eps in [(1.0, 0.5), (0.3, 0.0), (3.0, 6.0), (0.05, 0.1)]:
+        crossing = mu / 2 + eps / mu  # N(mu, 1) is more than e^eps N(0, 1) beyond it
         truth, _ = integrate.quad(
-            lambda x, mu=mu, eps=eps: max(0.0, stats.norm.pdf(x, mu) - math.exp(eps) * stats.norm.pdf(x)),
-            -12,
-            12 + mu,
-            limit=1000,
+            lambda x, mu=mu, eps=eps: stats.norm.pdf(x, mu) - math.exp(eps) * stats.norm.pdf(x),
+            crossing,
+            crossing + 40,
             epsabs=1e-14,
         )
-        assert accounting.gaussian_delta(mu, eps) == pytest.approx(truth, abs=1e-10)
+        assert accounting.gaussian_delta(mu, eps) == pytest.approx(truth, abs=1e-11)
     assert accounting.gaussian_delta(0.0, 1.0) == 0
     assert accounting.gaussian_epsilon(math.inf, 1e-5) == math.inf
 
@@ -252,12 +264,12 @@ def test_bad_events_name_the_field(arguments: tuple[object, ...], field: str) ->
 
 def test_bad_targets_name_the_field() -> None:
     for delta in (0.0, 1.0, -1.0, 1e-13, math.nan):
-        with pytest.raises(UsageError, match="^delta: got"):
+        with pytest.raises(UsageError, match=r"^delta: got"):
             accounting.epsilon(DpSgd(1.0, 0.1, 1), delta)
     for target in (0.0, -1.0, math.inf, math.nan):
-        with pytest.raises(UsageError, match="^epsilon: got"):
+        with pytest.raises(UsageError, match=r"^epsilon: got"):
             accounting.noise_multiplier_for(epsilon=target, delta=1e-5, sample_rate=0.1, steps=5)
-    with pytest.raises(UsageError, match="^steps: got"):
+    with pytest.raises(UsageError, match=r"^steps: got"):
         accounting.noise_multiplier_for(epsilon=1.0, delta=1e-5, sample_rate=0.1, steps=0)
-    with pytest.raises(UsageError, match="^sample-rate: got"):
+    with pytest.raises(UsageError, match=r"^sample-rate: got"):
         accounting.noise_multiplier_for(epsilon=1.0, delta=1e-5, sample_rate=0.0, steps=1)
