@@ -12,16 +12,14 @@ One of them decides, chosen before looking, so the error budget is not split.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
 from dpaudit.accounting import DpSgd, epsilon
-from dpaudit.bounds import mahloujifar, order_statistic, pld, validate
+from dpaudit.bounds import dp_sgd, order_statistic, pld, validate
 from dpaudit.bounds.guesses import as_members, as_scores, count_correct, rank_guesses
-from dpaudit.bounds.profile import DiscreteProfile, Profile, epsilon_delta
-from dpaudit.bounds.roots import largest_below
+from dpaudit.bounds.profile import Profile, epsilon_delta
 from dpaudit.documents import Assumes, Claim, Test
 from dpaudit.errors import rejected
 
@@ -49,11 +47,13 @@ class Game:
     guesses: int
     correct: int
 
-    @property
-    def errors(self) -> int:
-        return self.guesses - self.correct
+    def read_by(self, *, separate: bool) -> dp_sgd.Game:
+        """The counts with a theory: order statistics for separate canaries, otherwise the f-DP theorem."""
+        reader = dp_sgd.Ordered if separate else dp_sgd.Interfering
+        return reader(self.canaries, self.guesses, self.guesses - self.correct)
 
     def perfect(self) -> "Game":
+        """The same game without a wrong guess."""
         return Game(self.canaries, self.guesses, self.guesses)
 
 
@@ -85,36 +85,16 @@ def alternative_profile(claim: Claim, scale: float = ALTERNATIVE) -> Profile | N
         return None
     validate.real("alternative", scale, low=0.0, high=1.0, open_high=True)
     if scale == 0.0:
-        return noiseless_profile(event.sample_rate, event.steps)
+        return dp_sgd.noiseless_profile(event.sample_rate, event.steps)
     return pld.dp_sgd_profile(event.noise_multiplier * scale, event.sample_rate, event.steps)
-
-
-def noiseless_profile(sample_rate: float, steps: int) -> DiscreteProfile:
-    """No noise: a canary that was ever sampled is seen; one that never was looks like one that is out."""
-    missed = (1.0 - sample_rate) ** steps
-    # Seen: half of `in` that was sampled. Not seen: all of `out` and the missed rest, likelihood ratio `missed`.
-    unseen = 0.5 * (1.0 + missed)
-    level = -np.log(missed) if missed > 0 else np.inf
-    return DiscreteProfile(np.array([level, np.inf]), np.array([unseen, 1.0 - unseen]))
-
-
-def p_any(profile: Profile, game: Game) -> float:
-    """p-value through the f-DP theorem: valid under any interference."""
-    return mahloujifar.p_value(profile, canaries=game.canaries, guesses=game.guesses, correct=game.correct)
-
-
-def p_separate(profile: Profile, game: Game) -> float:
-    """p-value through order statistics: exact for canaries on separate directions."""
-    return order_statistic.p_value(profile, canaries=game.canaries, guesses=game.guesses, errors=game.errors)
 
 
 def critical_errors(profile: Profile, *, canaries: int, guesses: int, alpha: float, separate: bool) -> int:
     """The most errors at which the claim is still refuted at `alpha`; -1 if even a perfect guesser refutes nothing."""
-    p_of = p_separate if separate else p_any
     low, high = -1, guesses
     while high - low > 1:
         middle = (low + high) // 2
-        if p_of(profile, Game(canaries, guesses, guesses - middle)) <= alpha:
+        if Game(canaries, guesses, guesses - middle).read_by(separate=separate).p_value(profile) <= alpha:
             low = middle
         else:
             high = middle
@@ -132,8 +112,8 @@ def ideal_power(
 ) -> float | None:
     """P[the deciding test refutes] when the true sigma is `alternative` times the claimed one.
 
-    Every canary is guessed as well as can be, so this is an upper limit for weaker attacks. None when the claim names no
-    mechanism.
+    Every canary is guessed as well as can be, so this is an upper limit for weaker attacks. None when the claim names
+    no mechanism.
     """
     truth = alternative_profile(claim, alternative)
     if truth is None:
@@ -144,36 +124,14 @@ def ideal_power(
     return order_statistic.p_value(truth, canaries=canaries, guesses=guesses, errors=critical)
 
 
-def sigma_upper(event: DpSgd, game: Game, *, confidence: float, separate: bool) -> float:
-    """The largest sigma (noise std / clip norm) of DP-SGD with this q and T that the counts don't refute.
-
-    inf: no amount of noise is refuted; 0: not even a noiseless run with this q and T guesses so well.
-    """
-    return _sigma_upper(event.sample_rate, event.steps, game, confidence, separate)
-
-
-@lru_cache(maxsize=4096)
-def _sigma_upper(rate: float, steps: int, game: Game, confidence: float, separate: bool) -> float:
-    level = 1.0 - validate.confidence(confidence)
-    p_of = p_separate if separate else p_any
-
-    def tail(leak: float) -> float:
-        return p_of(epsilon_delta(0.0, 0.0) if leak == 0.0 else pld.dp_sgd_profile(1.0 / leak, rate, steps), game)
-
-    if p_of(noiseless_profile(rate, steps), game) <= level:
-        return 0.0
-    leak = largest_below(tail, level, start=0.5, most=64.0, tolerance=1e-4)
-    return np.inf if leak == 0.0 else 1.0 / leak
-
-
-def epsilon_lower(event: DpSgd, game: Game, *, delta: float, confidence: float, separate: bool) -> float:
-    """Lower bound on eps at `delta` within "DP-SGD with this q and T, unknown sigma" (`assumes: dp-sgd(q,T)`)."""
-    sigma = sigma_upper(event, game, confidence=confidence, separate=separate)
+def epsilon_lower(event: DpSgd, game: dp_sgd.Game, *, delta: float, confidence: float) -> float:
+    """Lower bound on eps at `delta` within "DP-SGD with this q and T, unknown sigma", under the claim's relation."""
+    if event.relation != "replace":
+        return dp_sgd.epsilon_lower(event.sample_rate, event.steps, game, delta=delta, confidence=confidence)
+    sigma = dp_sgd.sigma_upper(event.sample_rate, event.steps, game, confidence=confidence)
     if sigma == 0.0 or sigma == np.inf:
         return np.inf if sigma == 0.0 else 0.0
-    if event.relation == "replace":
-        return epsilon(DpSgd(sigma, event.sample_rate, event.steps, "replace"), delta)
-    return pld.dp_sgd_epsilon(sigma, event.sample_rate, event.steps, delta)
+    return epsilon(DpSgd(sigma, event.sample_rate, event.steps, "replace"), delta)
 
 
 def play(scores: npt.ArrayLike, members: npt.ArrayLike, *, top: int, bottom: int, rng: np.random.Generator) -> Game:
@@ -276,15 +234,31 @@ def tests_of(
 
     if event is None:
         text = f"p-value of 'the training is ({claim.epsilon:g}, {claim.delta:g})-DP'; valid for every mechanism"
-        return [test("f-dp", "none", p=p_any(profile, game), text=text, decides=True, at=1 - alpha, eps=None)]
+        return [
+            test(
+                "f-dp",
+                "none",
+                p=game.read_by(separate=False).p_value(profile),
+                text=text,
+                decides=True,
+                at=1 - alpha,
+                eps=None,
+            )
+        ]
     results = [
         test(
-            "f-dp", "claimed-mechanism", p=p_any(profile, game), text=ANY, decides=not separate, at=1 - alpha, eps=None
+            "f-dp",
+            "claimed-mechanism",
+            p=game.read_by(separate=False).p_value(profile),
+            text=ANY,
+            decides=not separate,
+            at=1 - alpha,
+            eps=None,
         ),
         test(
             "order-statistic",
             "claimed-mechanism",
-            p=p_separate(profile, game),
+            p=game.read_by(separate=True).p_value(profile),
             text=SEPARATE if separate else MEETING,
             decides=separate,
             at=1 - alpha,
@@ -293,10 +267,12 @@ def tests_of(
     ]
     for bound, ordered in (("f-dp", False), ("order-statistic", True)):
         bounds = tuple(
-            epsilon_lower(event, g, delta=claim.delta, confidence=confidence, separate=ordered)
+            epsilon_lower(event, g.read_by(separate=ordered), delta=claim.delta, confidence=confidence)
             for g in (game, game.perfect())
         )
-        sigma = sigma_upper(event, game, confidence=confidence, separate=ordered)
+        sigma = dp_sgd.sigma_upper(
+            event.sample_rate, event.steps, game.read_by(separate=ordered), confidence=confidence
+        )
         results.append(
             test(
                 bound,

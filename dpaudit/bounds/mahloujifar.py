@@ -1,7 +1,7 @@
 """One-run bound for f-DP with any trade-off function.
 
-Mahloujifar, Melis, Chaudhuri, "Auditing f-Differential Privacy in One Run" (ICML 2025, arXiv 2410.22235): the theorem on
-adversaries with bounded guesses and its recursion.
+Mahloujifar, Melis, Chaudhuri, "Auditing f-Differential Privacy in One Run" (ICML 2025, arXiv 2410.22235): the theorem
+on adversaries with bounded guesses and its recursion.
 
 m canaries with independent fair coins, c' guesses, c of them right. Let p_l be the probability of exactly l right. Take
 the event "the guess on canary j is right and at least i + 1 are": with coin j flipped the same outputs make that guess
