@@ -172,26 +172,23 @@ def noise_multiplier_for(
         field, value = ("steps", steps) if steps < 1 else ("sample-rate", sample_rate)
         raise rejected(field, value, "more than 0 (and a sample rate of at most 1)")
 
-    def exceeds(sigma: float, grid: float) -> bool:
-        return _epsilon(DpSgd(sigma, sample_rate, steps, relation), float(delta), grid) > epsilon
+    def eps(sigma: float, grid: float) -> float:
+        return _epsilon(DpSgd(sigma, sample_rate, steps, relation), float(delta), grid)
 
-    low, high = _bracket(epsilon, delta, steps, relation, lambda sigma: exceeds(sigma, _COARSE))
-    while high / low > 1 + 2e-4:
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if exceeds(middle, _COARSE) else (low, middle)
-    # The coarse answer is right up to its discretisation: widen, then settle on the final grid.
+    def log_excess(log_sigma: float) -> float:
+        return math.log(max(eps(math.exp(log_sigma), _COARSE), 1e-300) / epsilon)
+
+    low, high = _bracket(epsilon, delta, steps, relation, lambda sigma: eps(sigma, _COARSE) > epsilon)
+    # Right up to the coarse discretisation. The final grid decides: out until it holds, in while it still does.
+    high = math.exp(brentq(log_excess, math.log(low), math.log(high), xtol=1e-4, rtol=1e-8)) * 1.0002
     for _ in range(200):
-        if not exceeds(high, _FINE):
+        if eps(high, _FINE) <= epsilon:
             break
-        low, high = high, high * 1.0005
+        high *= 1.0005
     else:
         raise rejected("epsilon", epsilon, f"a target that {accountant_name()} can resolve at delta={delta}")
-    low = min(low, high / 1.0008)
-    while not exceeds(low, _FINE):
-        low, high = low / 1.0016, low
-    while high / low > 1.001:
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if exceeds(middle, _FINE) else (low, middle)
+    while eps(high / 1.001, _FINE) <= epsilon:
+        high /= 1.001
     return high
 
 

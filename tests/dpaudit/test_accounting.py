@@ -22,8 +22,8 @@ SENSITIVITY = {"add-remove": 1.0, "zero-out": 1.0, "replace": 2.0}
 
 
 @pytest.mark.parametrize("relation", RELATIONS)
-@pytest.mark.parametrize("sigma, steps", [(1.0, 1), (5.0, 1), (0.7, 1), (4.0, 10), (20.0, 400)])
-@pytest.mark.parametrize("delta", [1e-3, 1e-5, 1e-8])
+@pytest.mark.parametrize("sigma, steps", [(1.0, 1), (0.7, 1), (20.0, 400)])
+@pytest.mark.parametrize("delta", [1e-3, 1e-7])
 def test_every_accountant_against_the_gaussian_closed_form(
     relation: Relation, sigma: float, steps: int, delta: float
 ) -> None:
@@ -58,11 +58,11 @@ def test_subsampled_figures() -> None:
 def _hockey_stick(sigma: float, q: float, eps: float, direction: str) -> float:
     """sup over outputs of P - e^eps Q for one subsampled step, by numerical integration."""
 
-    def mixture(x: float) -> float:
-        return (1 - q) * stats.norm.pdf(x, 0, sigma) + q * stats.norm.pdf(x, 1, sigma)
-
     def plain(x: float) -> float:
-        return float(stats.norm.pdf(x, 0, sigma))
+        return math.exp(-0.5 * (x / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
+
+    def mixture(x: float) -> float:
+        return (1 - q) * plain(x) + q * plain(x - 1)
 
     first, second = (mixture, plain) if direction == "remove" else (plain, mixture)
     value, _ = integrate.quad(
@@ -71,7 +71,7 @@ def _hockey_stick(sigma: float, q: float, eps: float, direction: str) -> float:
     return float(value)
 
 
-@pytest.mark.parametrize("sigma, q", [(1.0, 0.1), (0.7, 0.5), (2.0, 0.02)])
+@pytest.mark.parametrize("sigma, q", [(1.0, 0.1), (0.7, 0.5)])
 def test_one_subsampled_step_against_integration(sigma: float, q: float) -> None:
     delta = 1e-5
     eps = accounting.epsilon(DpSgd(sigma, q, 1), delta)
@@ -93,7 +93,7 @@ def _direct(event: DpSgd, delta: float) -> float:
 
 
 @pytest.mark.parametrize("relation", RELATIONS)
-@pytest.mark.parametrize("sigma, q, steps", [(1.7, 0.2, 150), (0.8, 0.05, 40), (3.0, 0.3, 7)])
+@pytest.mark.parametrize("sigma, q, steps", [(1.7, 0.2, 150), (3.0, 0.3, 7)])
 def test_equal_to_dp_accounting_called_directly(relation: Relation, sigma: float, q: float, steps: int) -> None:
     event = DpSgd(sigma, q, steps, relation)
     assert accounting.epsilon(event, 1e-5) == pytest.approx(_direct(event, 1e-5), rel=2e-5)
@@ -163,7 +163,6 @@ def test_losses_of_a_gaussian_have_its_moments() -> None:
         (3.0, 1.0, 50, "add-remove"),
         (1.0, 0.01, 2000, "add-remove"),
         (0.01, 0.5, 3, "replace"),
-        (40.0, 0.5, 10, "add-remove"),
     ],
 )
 def test_sigma_is_the_smallest_that_keeps_the_target(target: float, q: float, steps: int, relation: Relation) -> None:
@@ -174,8 +173,8 @@ def test_sigma_is_the_smallest_that_keeps_the_target(target: float, q: float, st
         assert accounting.gaussian_epsilon(SENSITIVITY[relation] * math.sqrt(steps) / sigma, 1e-5) <= target
 
 
-@settings(max_examples=8, deadline=None)
-@given(st.floats(0.2, 20), st.floats(0.01, 1.0), st.integers(1, 200), st.sampled_from(RELATIONS), st.floats(-7, -2))
+@settings(max_examples=5, deadline=None)
+@given(st.floats(0.2, 10), st.floats(0.01, 1.0), st.integers(1, 60), st.sampled_from(RELATIONS), st.floats(-7, -2))
 def test_sigma_never_exceeds_the_target(
     target: float, q: float, steps: int, relation: Relation, exponent: float
 ) -> None:
