@@ -1,0 +1,199 @@
+"""`audit`: a run in, an AuditDocument out. What was run is what the document holds; nothing is carried over.
+
+An audit without canaries of its own trains a twin with them first: the same configuration, fresh key, canaries added.
+It then speaks of the training procedure and not of the weights that were released.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from attacks.canary_audit import CanaryAudit, audit_canaries
+from attacks.options import TWIN, Options, prepare
+from attacks.training import resume_run, start_run
+from dpaudit import accounting, atomic
+from dpaudit.bounds import pld
+from dpaudit.claims import decide
+from dpaudit.config import RunConfig, resolve
+from dpaudit.documents import (
+    AuditDocument,
+    Claim,
+    ClaimDocument,
+    FusionAudit,
+    LedgerDocument,
+    LedgerRow,
+    RunInfo,
+    Validity,
+)
+from dpaudit.runs import RunFolder
+from trainers.progress import Reporter
+from trainers.run import read_config
+
+TWIN_COUNT = 300
+SIGMA_REDUCTION = 0.3
+THESE_WEIGHTS = "these weights"
+PROCEDURE = "the training procedure, not these weights"
+TOKEN_ROW = "token pruning and fusion"
+
+
+def audit(
+    path: Path, options: Options, *, reporter: Reporter | None = None, log: Callable[[str], None] = lambda _: None
+) -> AuditDocument:
+    """Audit the run in `path`, write its release/audit.json and return it. Raises UsageError before any work."""
+    run = RunFolder.open(path)
+    config = prepare(run, options)
+    chosen = options.named(config)
+    if not options.audits and not config.canaries.count:
+        log(f"{path}: trained without canaries; --canaries trains {TWIN} with them and audits that")
+    target, about = run, THESE_WEIGHTS
+    if "canaries" in chosen:
+        target, about = _with_canaries(run, config, options, reporter, log)
+    with run.lock():
+        canaries = None
+        if "canaries" in chosen:
+            log("scoring canaries against the base model")
+            canaries = audit_canaries(
+                target,
+                claim=ClaimDocument.read(target.claim).claim,
+                delta=config.privacy.delta,
+                confidence=options.confidence,
+                alpha=options.alpha,
+                device=options.device,
+            )
+        fusion = _fusion(run, log) if "fusion" in chosen else None
+        document = assemble(run, target, about, canaries, fusion, options)
+        atomic.write_document(run.audit, document)
+    return document
+
+
+def _with_canaries(
+    run: RunFolder, config: RunConfig, options: Options, reporter: Reporter | None, log: Callable[[str], None]
+) -> tuple[RunFolder, str]:
+    """The run itself when it was trained with canaries, else its twin, trained now unless it is there already."""
+    if config.canaries.count:
+        return run, THESE_WEIGHTS
+    place = run.path / TWIN
+    if RunFolder(place).config.is_file():
+        twin = RunFolder.open(place)
+        if not twin.finished:
+            log(f"going on with {place}")
+            twin = resume_run(place, reporter=reporter)
+        return twin, PROCEDURE
+    wanted = twin_config(config, options.count or TWIN_COUNT)
+    log(f"training {place} with {wanted.canaries.count} canary candidates: the audit {PROCEDURE[len('the ') :]}")
+    return start_run(wanted, place, reporter=reporter), PROCEDURE
+
+
+def twin_config(config: RunConfig, count: int) -> RunConfig:
+    """The configuration of a twin. A local set without a reserve has no record to mislabel: the kind is left out."""
+    tree = config.model_dump(mode="json", by_alias=True)
+    kinds = [
+        kind
+        for kind in config.canaries.kinds
+        if kind != "mislabelled"
+        or config.data.reserve
+        or (config.data.path is None and config.data.name in (None, "digits"))
+    ]
+    tree["canaries"] = {"count": count, "kinds": kinds}
+    return resolve(tree)
+
+
+def _fusion(run: RunFolder, log: Callable[[str], None]) -> FusionAudit:
+    from attacks.isolation import audit_fusion
+
+    log("isolation test of the token path")
+    result: FusionAudit = audit_fusion(run)
+    return result
+
+
+def assemble(
+    run: RunFolder,
+    target: RunFolder,
+    about: str,
+    canaries: CanaryAudit | None,
+    fusion: FusionAudit | None,
+    options: Options,
+) -> AuditDocument:
+    """The document: `run` is what was asked about, `target` what was attacked (the run or its twin)."""
+    claim = ClaimDocument.read(target.claim).claim
+    ledger = _ledger(LedgerDocument.read(target.ledger).rows, fusion)
+    part = canaries or CanaryAudit(Validity(sound=True, checks=()))
+    verdict, reasons = decide(
+        claim=claim,
+        alpha=options.alpha,
+        family_confidence=options.confidence,
+        validity=part.validity,
+        tests=part.tests,
+        ledger=ledger,
+    )
+    config = read_config(run)
+    if about == PROCEDURE:
+        reasons = (*reasons, "Audited a twin trained with canaries: this speaks of " + PROCEDURE + ".")
+    return AuditDocument(
+        verdict=verdict,
+        reasons=reasons,
+        claim=claim,
+        alternative=alternative(claim) if claim else None,
+        alpha=options.alpha,
+        family_confidence=options.confidence,
+        tests=part.tests,
+        validity=part.validity,
+        ledger=ledger,
+        fusion=fusion,
+        scores=part.scores,
+        gallery=part.gallery,
+        run=RunInfo(
+            name=run.path.resolve().name,
+            method=config.method,
+            config_sha256=config.sha256(),
+            audits=about,
+            coins_sha256=part.coins_sha256,
+            command=options.command,
+        ),
+    )
+
+
+def _ledger(rows: Sequence[LedgerRow], fusion: FusionAudit | None) -> tuple[LedgerRow, ...]:
+    """The run's ledger, with the token path as the isolation test found it instead of as construction promises."""
+    if fusion is None or fusion.training == "not run":
+        return tuple(rows)
+    tested = [check for check in fusion.checks if check.name.startswith("isolation")]
+    failed = [check for check in tested if check.status == "fail"]
+    evidence = "; ".join(f"{check.name}: {check.measured}" for check in failed) or "; ".join(
+        f"{check.name}: {check.status}" for check in tested
+    )
+    found = [row for row in rows if row.path == TOKEN_ROW]
+    evidence = f"isolation test on this run's model and data: {evidence}"
+    changed = {"status": fusion.training, "evidence": evidence}
+    kept = [row.model_copy(update=changed) if row.path == TOKEN_ROW else row for row in rows]
+    if fusion.training == "UNACCOUNTED" and not found:
+        explanation = (
+            f"One record reaches what the model computes about another, first at {fusion.first_leaking_stage}."
+        )
+        kept.append(
+            LedgerRow(path="isolation of records", status=fusion.training, explanation=explanation, evidence=evidence)
+        )
+    return tuple(kept)
+
+
+def alternative(claim: Claim, reduction: float = SIGMA_REDUCTION) -> str:
+    """The wrong claim that the audit must be able to find, in words and figures."""
+    text = f"the true sigma is {reduction:.0%} smaller than claimed"
+    if claim.noise_multiplier is None or claim.sample_rate is None or claim.steps is None:
+        return text
+    sigma = float(claim.noise_multiplier) * (1 - reduction)
+    if claim.relation == "replace":
+        event = accounting.DpSgd(sigma, claim.sample_rate, claim.steps, claim.relation)
+        epsilon = accounting.epsilon(event, claim.delta)
+    else:
+        epsilon = pld.dp_sgd_epsilon(sigma, claim.sample_rate, claim.steps, claim.delta)
+    return f"{text} ({sigma:.3g} instead of {float(claim.noise_multiplier):.3g}: eps {epsilon:.3g} at {claim.delta:g})"
+
+
+def headline(document: AuditDocument) -> float | None:
+    """The largest lower bound on eps that assumes nothing, or only the claimed mechanism; None without a bound."""
+    found = [
+        float(test.epsilon_lower)
+        for test in document.tests
+        if test.epsilon_lower is not None and not test.estimate and test.assumes in ("none", "claimed-mechanism")
+    ]
+    return max(found, default=None)

@@ -1,0 +1,60 @@
+"""What to audit and how strictly: checked in a moment, before anything heavy is imported."""
+
+from dataclasses import dataclass
+
+from dpaudit import config as configuration
+from dpaudit.bounds import validate
+from dpaudit.config import RunConfig
+from dpaudit.errors import UsageError, rejected
+from dpaudit.runs import RunFolder
+
+TWIN = "twin-canaries"
+
+# Audits by flag; the ones that this version does not have are refused by name instead of being skipped.
+AVAILABLE = ("canaries", "fusion")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to audit and how strictly. audits: names out of AVAILABLE, empty = all that the run allows."""
+
+    audits: tuple[str, ...] = ()
+    count: int | None = None
+    confidence: float = 0.95
+    alpha: float = 0.001
+    device: str = "auto"
+    command: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.audits:
+            if name not in AVAILABLE:
+                flags = " ".join(f"--{known}" for known in AVAILABLE)
+                raise UsageError(f"--{name}: this version of dpaudit has no such audit; accepted: {flags}")
+        if self.count is not None:
+            validate.count("--count", self.count, least=1)
+        validate.real("--confidence", self.confidence, low=0.0, high=1.0, open_low=True, open_high=True)
+        validate.real("--alpha", self.alpha, low=0.0, high=1.0, open_low=True, open_high=True)
+
+    def named(self, config: RunConfig) -> tuple[str, ...]:
+        """The audits to run on a run with this configuration."""
+        if self.audits:
+            return self.audits
+        return AVAILABLE if config.canaries.count else ("fusion",)
+
+
+def prepare(run: RunFolder, options: Options) -> RunConfig:
+    """Check that the run is whole and that the options fit it; returns its configuration. Raises UsageError."""
+    run.require_finished()
+    config = configuration.resolve(configuration.read_yaml(run.config))
+    if options.count is None:
+        return config
+    if "canaries" not in options.named(config):
+        raise UsageError("--count: sets the canaries of a twin; give --canaries with it")
+    have, where = config.canaries.count, "this run was trained"
+    twin = RunFolder(run.path / TWIN)
+    if not have and twin.config.is_file():
+        have = configuration.resolve(configuration.read_yaml(twin.config)).canaries.count
+        where = f"{twin.path} was trained; delete it for another count"
+    if have and have != options.count:
+        raise rejected("--count", options.count, f"{have}, with which {where}")
+    return config

@@ -1,0 +1,139 @@
+"""`dpaudit audit`: attack a run and say what its claim of eps is worth."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dpaudit.cli import console
+
+if TYPE_CHECKING:
+    from dpaudit.documents import AuditDocument, Test
+
+
+def command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")],
+    canaries: Annotated[bool, typer.Option("--canaries", help="The canary game; trains a twin if need be.")] = False,
+    mia: Annotated[bool, typer.Option("--mia", help="Membership inference on real records.")] = False,
+    fusion: Annotated[bool, typer.Option("--fusion", help="The isolation test of the token path.")] = False,
+    contract: Annotated[bool, typer.Option("--contract", help="The step contract on this run's trainer.")] = False,
+    white_box: Annotated[bool, typer.Option("--white-box", help="The game with injected gradients.")] = False,
+    count: Annotated[int | None, typer.Option(help="Canary candidates of a twin (default 300).")] = None,
+    fail_above: Annotated[
+        float | None, typer.Option(metavar="EPS", help="Exit 1 when the best lower bound on eps exceeds EPS.")
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="Of all bounds together.")] = 0.95,
+    alpha: Annotated[float, typer.Option(help="Level of the test of the claim itself.")] = 0.001,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 3 when the verdict is inconclusive.")] = False,
+    as_json: Annotated[bool, console.JSON_OPTION] = False,
+) -> None:
+    """Attack a run and say what its claim of eps is worth. None named: all audits that this run allows."""
+    from attacks.options import Options, prepare
+    from dpaudit.bounds import validate
+    from dpaudit.runs import RunFolder
+
+    console.existing(run, "run")
+    if fail_above is not None:
+        validate.real("--fail-above", fail_above, low=0.0, high=float("inf"))
+    flags = {"canaries": canaries, "mia": mia, "fusion": fusion, "contract": contract, "white-box": white_box}
+    options = Options(
+        audits=tuple(name for name, wanted in flags.items() if wanted),
+        count=count,
+        confidence=confidence,
+        alpha=alpha,
+        device=device,
+        command=_typed(run),
+    )
+    prepare(RunFolder.open(run), options)  # a wrong flag is told before the heavy imports
+
+    from attacks.audit import audit, headline
+    from trainers.progress import Live
+
+    document = audit(run, options, reporter=Live("twin"), log=console.log)
+    if as_json:
+        console.emit(document)
+    else:
+        for line in describe(document):
+            console.say(line)
+    code = console.verdict_exit_code(document.verdict, strict=strict)
+    best = headline(document)
+    if fail_above is not None and code != console.INCONCLUSIVE:
+        if best is None:
+            console.log("dpaudit: --fail-above: no bound was computed, so the gate says nothing")
+        elif best > fail_above:
+            console.log(f"dpaudit: --fail-above: eps is at least {best:.3g}, the gate allows {fail_above:g}")
+            code = console.REFUTED
+    console.finish(code)
+
+
+def _typed(run: Path) -> str:
+    """The command line for the document, with the run's name for its path: a path tells who works where."""
+    words = [run.resolve().name if word == str(run) else word for word in sys.argv[1:]]
+    return shlex.join(["dpaudit", *words])
+
+
+def describe(document: "AuditDocument") -> list[str]:
+    """The document as aligned text, for people."""
+    assert document.run is not None
+    claim = document.claim
+    lines = [f"run       {document.run.name} ({document.run.method}); audits {document.run.audits}"]
+    if claim is None:
+        lines.append("claim     none")
+    else:
+        lines.append(
+            f"claim     eps = {float(claim.epsilon):.4g} at delta = {claim.delta:g} "
+            f"({claim.relation}; unit: {claim.unit})"
+        )
+        lines.append(f"find      {document.alternative}")
+    lines += [f"verdict   {document.verdict}", *(f"          {reason}" for reason in document.reasons), ""]
+    if document.tests:
+        lines += [*_table(document.tests, document.alpha), ""]
+    for summary in document.scores:
+        low, high = summary.auc_low or 0.0, summary.auc_high or 1.0
+        lines.append(f"AUC       {summary.auc:.3f} ({low:.3f} to {high:.3f})  {summary.name}")
+    for check in document.validity.checks:
+        lines.append(f"game      {check.status}: {check.name} ({check.measured})")
+    if document.fusion is not None:
+        lines.append(f"fusion    training: {document.fusion.training}; tokens: {document.fusion.release}")
+        lines += [f"          {check.status}: {check.name}" for check in document.fusion.checks]
+    lines += [f"ledger    {row.status}: {row.path}" for row in document.ledger]
+    return [*lines, "", console.LIMIT_SENTENCE]
+
+
+def _table(tests: "tuple[Test, ...]", alpha: float) -> list[str]:
+    rows: list[tuple[str, ...]] = [("test", "method", "records", "guesses", "right", "eps >=", "ceiling", "conf.", "")]
+    rows += [_row(test, alpha) for test in tests]
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    text = []
+    for row in rows:
+        left = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
+        right = [cell.rjust(width) for cell, width in zip(row[2:8], widths[2:8], strict=True)]
+        text.append("  ".join([*left, *right, row[8]]).rstrip())
+    return text
+
+
+def _row(test: "Test", alpha: float) -> tuple[str, ...]:
+    notes = []
+    if test.p_value is not None:
+        notes.append(f"p = {test.p_value:.3g} (level {alpha:g})")
+    if test.assumes != "none":
+        notes.append(f"assumes {test.assumes}")
+    lower, top = test.epsilon_lower, test.ceiling
+    if lower is not None and top is not None and lower >= top > 0:
+        notes.append("at its ceiling: more canaries needed")
+    if not test.decides or test.estimate:
+        notes.append("informs only")
+    return (
+        test.name,
+        test.bound,
+        str(test.n),
+        "-" if test.guesses is None else str(test.guesses),
+        "-" if test.correct is None else str(test.correct),
+        "-" if lower is None else f"{lower:.2f}",
+        "-" if top is None else f"{top:.2f}",
+        f"{test.confidence:.4g}",
+        "; ".join(notes),
+    )
