@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from dpaudit.errors import UsageError, rejected
 
@@ -39,6 +48,14 @@ class Section(BaseModel):
     """A part of the configuration; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, alias_generator=_dashed)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: object, info: ValidationInfo) -> object:
+        """`privacy.epsilon=true` is a slip, not eps = 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("must not be true or false")
+        return value
 
 
 class DataConfig(Section):
@@ -185,15 +202,43 @@ def _normalise(tree: dict[str, Any]) -> dict[str, Any]:
     return {_dashed(str(key)): _normalise(value) if isinstance(value, dict) else value for key, value in tree.items()}
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain YAML: no anchors (a few lines of them can expand to gigabytes, or never end), no key given twice."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("anchors and aliases are not accepted")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [child.value for child, _ in node.value if isinstance(child, yaml.ScalarNode)]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise yaml.YAMLError(f"{sorted(twice)[0]} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+def _load_yaml(text: str) -> Any:
+    """The tree of a YAML text; YAMLError for everything that can't be one."""
+    try:
+        tree = yaml.load(text, _Loader)
+        repr(tree)  # refuses integers of more than 4,300 digits, which no message could show
+    except (ValueError, OverflowError) as error:  # dates and integers that YAML's own conversion refuses
+        raise yaml.YAMLError(str(error)) from error
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+    return tree
+
+
 def parse_override(text: str) -> dict[str, Any]:
     """`key.sub=value` as a nested dict; the value is YAML (`null`, `true`, `[a, b]`, `0.5`, text)."""
     key, equals, value = text.partition("=")
     if not equals or not key or any(not part for part in key.split(".")):
         raise rejected("override", text, "key.sub=value")
     try:
-        tree: Any = yaml.safe_load(value) if value else None
+        tree: Any = _load_yaml(value) if value else None
     except yaml.YAMLError as error:
-        raise rejected(key, value, "a YAML value") from error
+        raise rejected(_short(key), value, f"a YAML value ({' '.join(str(error).split())[:120]})") from error
     if isinstance(tree, str):
         with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-5 as text
             tree = float(tree)
@@ -206,7 +251,7 @@ def parse_override(text: str) -> dict[str, Any]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """A configuration file as a tree; one clear line when it is missing or not a mapping."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = _load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path}: can't be read ({error})") from error
     except yaml.YAMLError as error:
@@ -218,17 +263,34 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return _normalise(tree)
 
 
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _where(error: Any) -> str:
+    """The field, without pydantic's names for the branches of a union."""
+    parts = [_dashed(str(part)) for part in error["loc"] if not str(part).startswith(("literal[", "function-"))]
+    return _short(".".join(parts))
+
+
 def _message(error: ValidationError) -> str:
     first = error.errors()[0]
-    where = ".".join(_dashed(str(part)) for part in first["loc"] if not str(part).startswith(("literal", "function")))
-    shown = repr(first.get("input"))
-    shown = shown if len(shown) <= 80 else shown[:77] + "..."
-    text = first["msg"].removeprefix("Value error, ")
+    where = _where(first)
     if first["type"] == "extra_forbidden":
         return f"{where}: no such field{_suggestion(where)}"
-    if not where:
-        return text
-    return f"{where}: got {shown}; {text[0].lower()}{text[1:]}"
+    # A field of several types has one error for each.
+    same = [_accepted(other) for other in error.errors() if _where(other) == where]
+    text = " or ".join(dict.fromkeys(same))
+    return f"{where}: got {_short(repr(first.get('input')))}; {text}" if where else text
+
+
+def _accepted(error: Any) -> str:
+    if error["type"] in ("model_type", "model_attributes_type"):
+        return "should be a mapping of fields"
+    if error["type"] == "string_pattern_mismatch":
+        return "accepted: auto, cpu, mps, cuda or cuda:N"  # the only field with a pattern
+    text = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    return text[0].lower() + text[1:]
 
 
 def _suggestion(where: str) -> str:

@@ -1,6 +1,7 @@
 """Assembles the commands and turns every expected failure into one line and the right exit code."""
 
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -73,6 +74,11 @@ def _group() -> Any:
     return typer.main.get_command(app)
 
 
+def _one_line(text: str) -> str:
+    """One line without control characters: a message may quote a file that somebody else wrote."""
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+
+
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     # Other packages' notices to their own developers would bury the lines that our users should read.
@@ -89,12 +95,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except CommandLineError as error:
         where = getattr(error, "ctx", None)
         hint = f" (see '{where.command_path} --help')" if where is not None else ""
-        console.log(f"dpaudit: {' '.join(error.format_message().split())}{hint}")  # type: ignore[attr-defined]
+        console.log(f"dpaudit: {_one_line(error.format_message())}{hint}")  # type: ignore[attr-defined]
         return console.USAGE
     except DpauditError as error:
-        console.log(f"dpaudit: {' '.join(str(error).split())}")
+        console.log(f"dpaudit: {_one_line(str(error))}")
         return error.exit_code
     except BrokenPipeError:
+        # The reader (`| head`) has gone: nothing more can be said, not even by Python's own flush at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return console.DONE
 
 
