@@ -1,0 +1,115 @@
+"""dpaudit's models inside lmms-eval: the model class (`lmms-eval --model dpaudit --model_args run=RUN`).
+
+Importing this module imports lmms-eval, which reseeds global generators and patches other libraries: only the
+benchmark's worker process and lmms-eval's own command line do that.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+
+from dpaudit.errors import UsageError, rejected
+from dpaudit.runs import RunFolder
+from trainers.records import Pixels
+from trainers.vlm import VisionLanguageModel
+
+REQUESTS_AT_ONCE = 4096  # pictures decoded at a time; answers do not depend on it
+NEW_TOKENS = 12
+
+
+class DpauditModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
+    """A run (or the base model, without `run`) as an lmms-eval model: one picture and one question in, one answer out.
+
+    Greedy generation, batched; the answer to a question does not depend on the batch it is in.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        run: str | None = None,
+        device: str | None = None,
+        batch_size: int | str | None = None,
+        model: VisionLanguageModel | None = None,
+        max_batch_size: int | str | None = None,
+    ) -> None:
+        super().__init__()
+        from trainers.run import load_model
+
+        self.batch_size = _batch_size(batch_size)
+        if model is None:
+            folder = RunFolder.open(Path(run)) if run is not None else None
+            model = load_model(folder, device or "auto")
+        self.model = model
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Answers in the order of the requests."""
+        answers: list[str] = []
+        for at in range(0, len(requests), REQUESTS_AT_ONCE):
+            answers += self._answers(requests[at : at + REQUESTS_AT_ONCE])
+        return answers
+
+    def _answers(self, requests: Sequence[Instance]) -> list[str]:
+        pixels, questions, settings = [], [], []
+        for request in requests:
+            context, generation, doc_to_visual, doc_id, task, split = request.args
+            visuals = doc_to_visual(self.task_dict[task][split][doc_id])
+            if not isinstance(visuals, list | tuple) or len(visuals) != 1:
+                found = len(visuals) if isinstance(visuals, list | tuple) else 0
+                raise rejected(f"task {task}, question {doc_id}", f"{found} pictures", "exactly one picture a question")
+            pixels.append(_pixels(visuals[0]))
+            questions.append(str(context))
+            settings.append((int(generation.get("max_new_tokens") or NEW_TOKENS), _stops(generation.get("until"))))
+        answers = [""] * len(questions)
+        for length in sorted({tokens for tokens, _ in settings}):
+            chosen = [index for index, (tokens, _) in enumerate(settings) if tokens == length]
+            texts = self.model.answer(
+                [pixels[index] for index in chosen],
+                [questions[index] for index in chosen],
+                batch_size=self.batch_size,
+                max_new_tokens=length,
+            )
+            for index, text in zip(chosen, texts, strict=True):
+                answers[index] = _until(text, settings[index][1])
+        return answers
+
+    def clean(self) -> None:
+        """Nothing to free: the worker moves on to the next model or ends (the base class spends seconds on this)."""
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Not offered: dpaudit's models answer in words."""
+        raise UsageError("task output_type: got 'loglikelihood'; accepted: 'generate_until' for model dpaudit")
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        """Not offered: one question, one answer."""
+        raise UsageError(
+            "task output_type: got 'generate_until_multi_round'; accepted: 'generate_until' for model dpaudit"
+        )
+
+
+def _batch_size(value: int | str | None) -> int:
+    try:
+        size = 128 if value is None else int(value)
+    except ValueError as error:
+        raise rejected("batch_size", value, "a whole number of at least 1") from error
+    if size < 1:
+        raise rejected("batch_size", value, "a whole number of at least 1")
+    return size
+
+
+def _pixels(image: Any) -> Pixels:
+    return np.asarray(image.convert("RGB"), dtype=np.uint8)
+
+
+def _stops(until: object) -> tuple[str, ...]:
+    stops = [until] if isinstance(until, str) else until if isinstance(until, list | tuple) else []
+    return tuple(str(stop) for stop in stops if stop)
+
+
+def _until(text: str, stops: Sequence[str]) -> str:
+    cuts = [at for at in (text.find(stop) for stop in stops) if at >= 0]
+    return text[: min(cuts)] if cuts else text
