@@ -10,7 +10,16 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+)
 
 from dpaudit.errors import UsageError
 
@@ -25,16 +34,23 @@ def _parse_number(value: object) -> object:
     return value
 
 
-def _print_number(value: float) -> float | str:
+def _no_nan(value: float) -> float:
     if math.isnan(value):
         raise ValueError("a document can't hold NaN")
+    return value
+
+
+def _print_number(value: float) -> float | str:
     if math.isinf(value):
         return "inf" if value > 0 else "-inf"
     return value
 
 
+# Infinite numbers where they mean something; every plain `float` of a document is finite.
 Number = Annotated[
     float,
+    Field(allow_inf_nan=True),
+    AfterValidator(_no_nan),
     BeforeValidator(_parse_number, json_schema_input_type=float | Literal["inf", "-inf"]),
     PlainSerializer(_print_number, return_type=float | Literal["inf", "-inf"], when_used="json"),
 ]
@@ -48,7 +64,7 @@ LedgerStatus = Literal["accounted", "post-processing", "per-example preprocessin
 class Part(BaseModel):
     """A piece of a document."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
 
 class Document(Part):
@@ -56,6 +72,13 @@ class Document(Part):
 
     kind: ClassVar[str]
     schema_version: int = SCHEMA_VERSION
+
+    @field_validator("schema_version")
+    @classmethod
+    def _this_version(cls, value: int) -> int:
+        if value != SCHEMA_VERSION:
+            raise ValueError(f"is {value}; this dpaudit reads {SCHEMA_VERSION}")
+        return value
 
     def to_json(self) -> str:
         """Stable text: two spaces, a newline at the end, fields in declared order."""
