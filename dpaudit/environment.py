@@ -8,13 +8,12 @@ import importlib.resources
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dpaudit import __version__
@@ -66,9 +65,17 @@ def versions(names: Sequence[str] = REPORTED) -> dict[str, str]:
 
 
 def public_command(arguments: Sequence[str]) -> str:
-    """The command line with every absolute or home path cut to its last part: paths name users and projects."""
-    cut = [re.sub(r"(?<![\w.])(?:~|/)[^\s=,:]*/([^/\s=,:]+)/?", r"\1", argument) for argument in arguments]
-    return " ".join(["dpaudit", *cut])
+    """The command line with every path that leads elsewhere (/…, ~…, ../…) cut to its last part: paths name people.
+
+    Paths below the working directory and hub ids (`org/model`) stay as they are.
+    """
+    return " ".join(["dpaudit", *(_cut(argument) for argument in arguments)])
+
+
+def _cut(argument: str) -> str:
+    field, equals, value = argument.rpartition("=")
+    pieces = [PurePosixPath(piece).name if piece.startswith(("/", "~", "..")) else piece for piece in value.split(",")]
+    return field + equals + ",".join(pieces)
 
 
 def describe(device: str = "cpu", arguments: Sequence[str] | None = None) -> EnvironmentDocument:

