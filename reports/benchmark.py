@@ -92,6 +92,10 @@ def benchmark_many(
         raise rejected("--batch-size", batch_size, "a whole number of at least 1")
     if importlib.util.find_spec("lmms_eval") is None:
         raise EnvironmentFailure("lmms-eval is not installed; mend it with: pip install --no-deps lmms-eval==0.7.3")
+    if device not in ("auto", "cpu"):
+        from trainers.vlm import pick_device
+
+        pick_device(device)  # a missing device is told at once, not after lmms-eval's slow start
     for run in runs:
         run.require_finished()
     configs = [resolve(read_yaml(run.config)) for run in runs]
