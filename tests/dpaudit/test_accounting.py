@@ -183,23 +183,23 @@ def test_sigma_never_exceeds_the_target(
 
 
 def test_progress_is_an_upper_bound_that_ends_at_the_number() -> None:
-    event = DpSgd(1.8, 0.2, 120)
+    event = DpSgd(3.8, 0.2, 120)
     shown = [accounting.epsilon_after(event, steps, 1e-5) for steps in range(121)]
     assert shown[0] == 0 and shown[-1] == accounting.epsilon(event, 1e-5)
     assert all(a <= b for a, b in itertools.pairwise(shown))
     for steps in (1, 2, 50, 77, 119):
-        exact = accounting.epsilon(DpSgd(1.8, 0.2, steps), 1e-5)
-        assert exact - 1e-9 <= shown[steps] <= accounting.epsilon(DpSgd(1.8, 0.2, steps + 3), 1e-5) + 0.01
+        exact = accounting.epsilon(DpSgd(3.8, 0.2, steps), 1e-5)
+        assert exact - 1e-9 <= shown[steps] <= accounting.epsilon(DpSgd(3.8, 0.2, steps + 3), 1e-5) + 0.01
     assert accounting.epsilon_after(event, 130, 1e-5) > shown[-1]
 
 
 def test_monotone_in_everything() -> None:
-    base = accounting.epsilon(DpSgd(1.2, 0.1, 50), 1e-5)
-    assert accounting.epsilon(DpSgd(1.3, 0.1, 50), 1e-5) < base
-    assert accounting.epsilon(DpSgd(1.2, 0.11, 50), 1e-5) > base
-    assert accounting.epsilon(DpSgd(1.2, 0.1, 51), 1e-5) > base
-    assert accounting.epsilon(DpSgd(1.2, 0.1, 50), 1e-4) < base
-    assert accounting.epsilon(DpSgd(1.2, 0.1, 50, "replace"), 1e-5) > base
+    base = accounting.epsilon(DpSgd(3.2, 0.1, 50), 1e-5)
+    assert accounting.epsilon(DpSgd(3.3, 0.1, 50), 1e-5) < base
+    assert accounting.epsilon(DpSgd(3.2, 0.11, 50), 1e-5) > base
+    assert accounting.epsilon(DpSgd(3.2, 0.1, 51), 1e-5) > base
+    assert accounting.epsilon(DpSgd(3.2, 0.1, 50), 1e-4) < base
+    assert accounting.epsilon(DpSgd(3.2, 0.1, 50, "replace"), 1e-5) > base
 
 
 def test_trivial_events() -> None:
