@@ -1,0 +1,67 @@
+"""Text that tries to break out of a page."""
+
+from pathlib import Path
+from typing import Any
+
+from dpaudit.documents import AuditDocument, BenchmarkDocument, EnvironmentDocument, LedgerDocument, LedgerRow
+from tests.reports import fixtures
+
+HOSTILE = (
+    "<script>document.title='owned'</script>",
+    "</script><img src=x onerror=\"document.title='owned'\">",
+    "\"'><svg onload=document.title='owned'>",
+    "{{ 7*7 }} {% for x in y %} $x^2$ \\(a\\) &lt;b&gt; &amp;",
+    "אבג \u202egnp.exe \u2066 العربية \u200f",
+    "🙂👩‍👩‍👧 " * 10,
+    "x" * 10_000,
+    "a\x00b\x07c\x1b[31m\x9bd\ufffe\u2028e",
+    "--><!-- ]]> <![CDATA[ </style><style>*{display:none}</style>",
+)
+
+
+def tainted(document: Any, index: int = 0) -> Any:
+    """The same document with hostile text in every free text field (enumerations and hashes stay)."""
+    kept = {
+        "verdict",
+        "relation",
+        "assumes",
+        "status",
+        "mechanism",
+        "sampling",
+        "training",
+        "release_status",
+        "png_base64",
+    }
+    kept |= {"config_sha256", "coins_sha256", "method"}
+
+    def walk(value: Any, name: str, place: list[int]) -> Any:
+        if isinstance(value, dict):
+            return {key: walk(item, key, place) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [walk(item, name, place) for item in value]
+        if isinstance(value, str) and name not in kept and value not in ("inf", "-inf", "not released", "not run"):
+            place[0] += 1
+            return HOSTILE[place[0] % len(HOSTILE)]
+        return value
+
+    return type(document).model_validate(walk(document.model_dump(mode="json"), "", [index]))
+
+
+def write_hostile_run(parent: Path, name: str) -> Path:
+    """A dual-priv run whose every free text is hostile, its name included."""
+    run = fixtures.write_run(parent, "dual-priv", name=name)
+    release = run / "release"
+    (release / "audit.json").write_text(tainted(fixtures.audit("dual-priv")).to_json())
+    environment: EnvironmentDocument = tainted(fixtures.environment("dual-priv"))
+    (release / "environment.json").write_text(environment.to_json())
+    rows = [LedgerRow(path=text, status="UNACCOUNTED", explanation=text, evidence=text) for text in HOSTILE]
+    (release / "ledger.json").write_text(LedgerDocument(coins_sha256=None, rows=tuple(rows), spent=None).to_json())
+    document = fixtures.benchmark(0.8)
+    metrics = document.tasks["dpaudit_vqa"]
+    kinds = {f"exact_match/{text}": metrics["exact_match/digit"] for text in HOSTILE}
+    raw = document.model_copy(
+        update={"tasks": {HOSTILE[0]: {**metrics, **kinds}}, "prompt": HOSTILE[1], "sample_sha256": {HOSTILE[0]: "ab"}}
+    )
+    (release / "benchmark.json").write_text(BenchmarkDocument.model_validate(raw.model_dump()).to_json())
+    assert isinstance(AuditDocument.read(release / "audit.json"), AuditDocument)
+    return run

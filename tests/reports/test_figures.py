@@ -1,0 +1,133 @@
+"""Figures and sentences against formulas."""
+
+import math
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpaudit.documents import LedgerRow, Metric
+from reports.diagram import boxes, diagram, evidence_bar, scale_top, stage_rows, worst
+from reports.figures import FrontierPoint, allowed_tpr, frontier, histogram, roc
+from reports.prose import best_guess, ceiling_note
+from reports.svg import StyleSheet
+from tests.reports.fixtures import audit, claim, config, ledger_rows, score_summary
+
+
+@given(st.floats(0.01, 12), st.floats(0, 1))
+def test_allowed_rates_obey_both_inequalities_with_equality_in_one(epsilon: float, fpr: float) -> None:
+    delta = 1e-5
+    tpr = allowed_tpr(fpr, epsilon, delta)
+    assert 0 <= tpr <= 1
+    assert tpr <= math.exp(epsilon) * fpr + delta + 1e-12
+    assert 1 - fpr <= math.exp(epsilon) * (1 - tpr) + delta + 1e-9
+    tight = min(math.exp(epsilon) * fpr + delta, 1 - math.exp(-epsilon) * max(1 - fpr - delta, 0.0), 1.0)
+    assert tpr == pytest.approx(tight)
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 1.0, 3.0, 8.0])
+def test_best_guess_is_the_maximum_over_the_curve(epsilon: float) -> None:
+    delta = 1e-5
+    grid = [i / 20000 for i in range(20001)]
+    best = max((1 + allowed_tpr(fpr, epsilon, delta) - fpr) / 2 for fpr in grid)
+    assert best <= best_guess(epsilon, delta) + 1e-12
+    assert best == pytest.approx(best_guess(epsilon, delta), abs=5e-4)
+    assert best_guess(0.0, 0.0) == 0.5 and best_guess(math.inf, 1e-5) == 1.0
+
+
+def test_histogram_holds_its_numbers() -> None:
+    """The drawn outline reaches the tallest bin at the height of the axis' own scale."""
+    summary = score_summary("s", 1.0)
+    svg = str(histogram(summary, key="h", styles=StyleSheet()))
+    assert svg.startswith("<svg") and "<title" in svg and "<desc" in svg and " style=" not in svg
+    assert len(re.findall(r"<path", svg)) > 6
+    assert svg == str(histogram(summary, key="h", styles=StyleSheet()))
+
+
+def test_two_figures_share_no_id_and_refer_to_their_own() -> None:
+    styles = StyleSheet()
+    summary = score_summary("s", 0.5)
+    both = str(roc(summary, claim(), key="one", styles=styles)) + str(roc(summary, claim(), key="two", styles=styles))
+    ids = re.findall(r'\sid="([^"]+)"', both)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:href="#|url\(#)([\w-]+)', both)) <= set(ids)
+    used = set(re.findall(r'class="(v\d+)"', both))
+    assert used <= set(styles.classes.values())
+    assert "#" not in re.sub(r"url\(#|var\(", "", styles.css())  # every colour is a variable of the page
+
+
+def test_frontier_draws_every_run_and_no_claim_at_the_right() -> None:
+    metric = Metric(value=0.8, low=0.7, high=0.9, n=10)
+    points = [FrontierPoint("A", math.inf, 3.0, metric), FrontierPoint("B", 8.0, 0.0, metric)]
+    svg = str(frontier(points, metric, key="f", styles=StyleSheet()))
+    text = re.findall(r"<text[^>]*>([^<]+)</text>", svg)
+    assert {"A", "B", "no claim", "8", "base model, not fine-tuned"} <= set(text)
+    place = {label: float(x) for x, label in re.findall(r'<text[^>]* x="([\d.]+)"[^>]*>([^<]+)</text>', svg)}
+    place |= {b: float(x) for x, b in re.findall(r"<text[^>]*translate\(([\d.]+) [\d.]+\)[^>]*>(A|B)</text>", svg)}
+    if "A" in place and "B" in place:
+        assert place["A"] > place["B"]
+    lonely = str(frontier([FrontierPoint("A", math.inf, None, metric)], None, key="g", styles=StyleSheet()))
+    assert "no claim" in lonely
+
+
+def test_rows_find_their_arrow() -> None:
+    def row(path: str, status: str = "accounted") -> LedgerRow:
+        return LedgerRow.model_validate({"path": path, "status": status, "explanation": "e", "evidence": "v"})
+
+    stages = stage_rows(
+        [
+            row("gradients"),
+            row("token pruning and fusion", "per-example preprocessing"),
+            row("fusion noise", "per-example preprocessing"),
+            row("gradient-update pruning", "post-processing"),
+            row("canaries"),
+            row("planted fault", "UNACCOUNTED"),
+            row("size of the training set"),
+            row("tokenizer vocabulary", "UNACCOUNTED"),
+        ]
+    )
+    assert [r.path for r in stages["fusion"]] == ["token pruning and fusion", "fusion noise"]
+    assert [r.path for r in stages["update"]] == ["gradient-update pruning"]
+    assert [r.path for r in stages["gradients"]] == ["gradients", "canaries", "planted fault"]
+    assert [r.path for r in stages["other"]] == ["size of the training set", "tokenizer vocabulary"]
+    assert worst(stages["gradients"]) == "UNACCOUNTED" and worst(()) is None
+
+
+def test_diagram_tells_private_from_protected_and_shows_a_bypass() -> None:
+    dp = boxes(config("dual-priv"), claim(), ledger_rows("dual-priv"))
+    assert [box.private for box in dp] == [True] * 5 + [False] * 3
+    assert [box.status for box in dp if box.status] == [
+        "per-example preprocessing",
+        "accounted",
+        "post-processing",
+        "post-processing",
+    ]
+    plain = boxes(config("non-private"), None, ledger_rows("non-private"))
+    assert all(box.private for box in plain) and {box.status for box in plain[4:7]} == {"UNACCOUNTED"}
+    bad = LedgerRow(path="vocabulary <b>", status="UNACCOUNTED", explanation="e", evidence="v")
+    drawn = str(diagram(config("dp-sgd"), claim(), (*ledger_rows("dp-sgd"), bad), key="d"))
+    assert "UNACCOUNTED: vocabulary &lt;b&gt;" in drawn and "Around the noise" in drawn
+    assert "Around the noise" not in str(diagram(config("dp-sgd"), claim(), ledger_rows("dp-sgd"), key="d"))
+    silent = boxes(config("dual-priv"), claim(), ())
+    assert silent[2].status == "missing"  # a reducer that the ledger does not mention
+
+
+def test_evidence_bar_is_to_scale() -> None:
+    test = audit("dual-priv").tests[0]
+    top = scale_top([(test, claim())])
+    bar = str(evidence_bar(test, claim(), top))
+    ends = [float(x) for x in re.findall(r'class="(?:reach|found)" d="M4 10H([\d.]+)', bar)]
+    mark = float(re.findall(r'class="mark" d="M([\d.]+)', bar)[0])
+    scale = [4 + 192 * math.log2(1 + eps) / math.log2(1 + top) for eps in (3.66, 0.12, 8.0)]
+    assert [*ends, mark] == pytest.approx(scale, abs=0.06)
+
+
+def test_ceiling_notes() -> None:
+    test = audit("non-private").tests[0]
+    assert ceiling_note(test, None) == "at its ceiling: more canaries needed"
+    low = test.model_copy(update={"epsilon_lower": 1.0})
+    assert ceiling_note(low, None) is None
+    assert "ceiling below the claimed 8" in (ceiling_note(low, claim()) or "")
+    assert ceiling_note(low, claim(2.0)) is None
+    assert ceiling_note(low.model_copy(update={"epsilon_lower": None}), claim()) is None

@@ -1,0 +1,279 @@
+"""The page as text: bytes, size, what it says, and what it refuses."""
+
+import base64
+import hashlib
+import html
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from dpaudit.documents import AuditDocument, Thumbnail
+from dpaudit.errors import UsageError
+from reports.html import SIZE_LIMIT, ReportDocument, render
+from reports.inputs import Gallery, load_runs
+from tests.reports.fixtures import audit, thumbnails, write_run, write_three
+from tests.reports.hostile import HOSTILE, write_hostile_run
+
+DPAUDIT = Path(sys.executable).parent / "dpaudit"
+VOID = {"meta", "link", "img", "br"}
+
+
+def page_of(*paths: Path, title: str = "T", **options: bool) -> str:
+    runs = load_runs(paths, **options)
+    return render(runs, title=title, show_examples=options.get("show_examples", False))[0]
+
+
+def visible(page: str) -> str:
+    """What a reader sees as words: tags gone, spaces joined."""
+    body = re.sub(r"<script.*?</script>|<style.*?</style>", " ", page, flags=re.S)
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", body)).split())
+
+
+def embedded(page: str) -> dict[str, object]:
+    text = page.split('id="dpaudit-report">', 1)[1].split("</script>", 1)[0]
+    data: dict[str, object] = json.loads(text)
+    return data
+
+
+class Balance(HTMLParser):
+    """Every opened element is closed by its own end tag."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], str]:
+    paths = write_three(tmp_path_factory.mktemp("runs"))
+    return paths, page_of(*paths)
+
+
+def test_same_inputs_same_bytes(three: tuple[list[Path], str], tmp_path: Path) -> None:
+    paths, page = three
+    assert page_of(*paths) == page
+    assert page_of(*write_three(tmp_path)) == page  # neither paths nor times are in it
+
+
+def test_one_closed_file(three: tuple[list[Path], str]) -> None:
+    _, page = three
+    assert len(page.encode()) < SIZE_LIMIT
+    parser = Balance()
+    parser.feed(page)
+    assert parser.open == []
+    # nothing to fetch: addresses are fragments or data:, and the only style sheet is the one that the policy names
+    for address in re.findall(r'(?:src|href)="([^"]*)"', page):
+        assert address.startswith(("#", "data:image/png;base64,", "data:,"))
+    assert "url(" not in re.sub(r"url\(#[\w-]+\)", "", page)
+    style = page.split("<style>", 1)[1].split("</style>", 1)[0]
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    policy = page.split('http-equiv="Content-Security-Policy" content="', 1)[1].split('"', 1)[0]
+    assert f"style-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy and "unsafe" not in policy
+    assert re.findall(r"<script([^>]*)>", page) == [' type="application/json" id="dpaudit-report"']
+    assert not re.search(r"\sstyle=", page)
+
+
+def test_says_what_an_auditor_needs(three: tuple[list[Path], str]) -> None:
+    text = visible(three[1])
+    for words in (
+        "An audit can refute a claim; it can never prove privacy.",
+        "eps = 8 at delta = 1e-5",
+        "image (with all its questions)",
+        "(add-remove)",
+        "right at most 99.97 % of the time",
+        "dp-accounting 0.6.0 PLD",
+        "at its ceiling: more canaries needed",
+        "ceiling below the claimed 8",
+        "keeps 79 % of the gain",  # (0.861 - 0.552) / (0.942 - 0.552) = 0.792
+        "This run makes no privacy claim.",
+        "true sigma 30 % smaller than claimed",
+        "fixed: 60 top, 60 bottom",
+        "per-example preprocessing",
+        "dpaudit train method=dp-sgd",
+        "this game could not have shown more than 3.66",
+    ):
+        assert words in text, words
+
+
+def test_embedded_json_is_the_documents(three: tuple[list[Path], str]) -> None:
+    paths, page = three
+    data = embedded(page)
+    runs = data["runs"]
+    assert isinstance(runs, list) and [run["summary"]["key"] for run in runs] == ["A", "B", "C"]
+    for path, run in zip(paths, runs, strict=True):
+        files = {file.name: file for file in (path / "release").iterdir()}
+        assert run["files"] == {name: hashlib.sha256(f.read_bytes()).hexdigest() for name, f in files.items()}
+        own = json.loads(files["audit.json"].read_text())
+        own.pop("gallery")
+        assert run["documents"]["audit"] == own
+        assert run["documents"]["ledger"] == json.loads(files["ledger.json"].read_text())
+
+
+def test_ten_runs_stay_small_and_say_what_was_left_out(tmp_path: Path) -> None:
+    methods = ["non-private", *["dp-sgd", "dual-priv"] * 5][:10]
+    paths = [write_run(tmp_path, method, name=f"run-{index}") for index, method in enumerate(methods)]
+    page = page_of(*paths)
+    assert len(page.encode()) < SIZE_LIMIT
+    assert "to keep the page small" in visible(page)
+
+
+def test_hostile_text_is_shown_but_never_markup(tmp_path: Path) -> None:
+    page = page_of(write_hostile_run(tmp_path, "a</title><script>"), title=HOSTILE[0])
+    parser = Balance()
+    parser.feed(page)
+    assert parser.open == []
+    assert page.count("<script") == 1 and "<img src=x" not in page and "<svg onload" not in page
+    raw = page.split('id="dpaudit-report">', 1)[1]
+    assert raw.index("</script") == raw.index("</script>\n</body>")
+    assert "\x00" not in page and "\u202e" not in page and "\x1b" not in page and "\u2028" not in page
+    assert "{{ 7*7 }}" in visible(page) and "10,000 characters" in page and "x" * 1000 not in page.split("<script")[0]
+    assert "🙂" in page and "אבג" in page
+
+
+def test_private_parts_stay_out_unless_asked_for(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "dp-sgd")
+    (run / "private").mkdir()
+    steps = [{"step": step, "loss": 2.0 / step, "secret": "seven-of-nine"} for step in range(1, 9)]
+    (run / "private" / "metrics.jsonl").write_text("\n".join(json.dumps(step) for step in steps))
+    photo = Thumbnail(**{**thumbnails()[0].model_dump(), "caption": "a real picture", "kind": "mislabelled"})
+    (run / "private" / "gallery.json").write_text(Gallery(thumbnails=(photo,)).model_dump_json())
+    plain, curves, pictures = page_of(run), page_of(run, include_private=True), page_of(run, show_examples=True)
+    assert "training curves" not in visible(plain).replace("exact training curves and logs", "")
+    assert "a real picture" not in plain
+    assert "report: training curves" in visible(curves) and curves.count("Training curve</title>") == 1
+    assert "report: pictures" in visible(pictures) and "a real picture" in pictures
+    assert "UNACCOUNTED" in visible(curves) and "UNACCOUNTED" in visible(pictures)
+    assert "seven-of-nine" not in curves
+
+
+def test_contradictions_between_documents_are_notices(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "dp-sgd")
+    assert load_runs([run])[0].notices == ()
+    other = audit("dp-sgd").model_copy(update={"claim": audit("dp-sgd").claim.model_copy(update={"epsilon": 2.0})})  # type: ignore[union-attr]
+    (run / "release" / "audit.json").write_text(other.to_json())
+    config = run / "release" / "config.yaml"
+    config.write_text(config.read_text().replace("batch-size: 256", "batch-size: 128"))
+    notices = load_runs([run])[0].notices
+    assert any("another claim" in notice for notice in notices)
+    assert any("another configuration" in notice for notice in notices)
+    assert all(notice in visible(page_of(run)) for notice in notices)
+
+
+def test_headline_is_the_best_deciding_bound_within_the_budget(tmp_path: Path) -> None:
+    document = audit("non-private")
+    first = document.tests[0]
+    free = first.model_copy(update={"name": "free", "decides": False, "epsilon_lower": 9.0})
+    guess = first.model_copy(update={"name": "estimate", "estimate": True, "epsilon_lower": 9.0})
+    family = first.model_copy(update={"name": "gaussian", "assumes": "gaussian", "epsilon_lower": 9.0})
+    half = [
+        first.model_copy(update={"name": name, "confidence": 0.975, "epsilon_lower": bound})
+        for name, bound in (("low", 1.0), ("high", 2.0))
+    ]
+
+    def headline(*tests: object) -> tuple[str, float | None]:
+        run = write_run(tmp_path, "non-private", name=f"r{len(list(tmp_path.iterdir()))}")
+        text = document.model_copy(update={"tests": tuple(tests)}).to_json()
+        (run / "release" / "audit.json").write_text(text)
+        loaded = load_runs([run])[0]
+        assert loaded.headline is not None
+        return loaded.headline.name, loaded.headline_confidence
+
+    assert headline(first, free, guess, family) == (first.name, 0.95)
+    assert headline(*half) == ("high", 0.95)
+    # two tests at 95 % each overdraw a 95 % budget: the best of them may not be picked after the fact
+    wide = [test.model_copy(update={"confidence": 0.95}) for test in half]
+    assert headline(*wide) == ("low", 0.95)
+
+
+def test_other_questions_are_not_compared(tmp_path: Path) -> None:
+    base, run = write_run(tmp_path, "non-private"), write_run(tmp_path, "dp-sgd")
+    path = run / "release" / "benchmark.json"
+    path.write_text(path.read_text().replace("ab" * 32, "cd" * 32))
+    text = visible(page_of(base, run))
+    assert "measured on other questions" in text and "of the gain" not in text
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("audit.json", '{"schema_version": 1, "verd', "audit.json: not a audit document"),
+        ("audit.json", "[]", "audit.json: not a audit document"),
+        ("claim.json", '{"name": "package", "version": "1.0"}', "claim.json: not a claim document"),
+        ("ledger.json", "\x00\x01", "ledger.json: not a ledger document"),
+        ("benchmark.json", b"\xff\xfe\xfa", "benchmark.json: can't be read"),
+        ("config.yaml", "method: magic\n", "config.yaml: not a run configuration: method"),
+        ("config.yaml", "- a\n- b\n", "config.yaml: not a run configuration"),
+        ("claim.json", '{"schema_version": 99, "claim": null}', "schema_version"),
+    ],
+)
+def test_a_foreign_document_is_one_clear_line(tmp_path: Path, file: str, content: str | bytes, words: str) -> None:
+    run = write_run(tmp_path, "dp-sgd")
+    (run / "release" / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UsageError) as caught:
+        load_runs([run])
+    assert words in str(caught.value) and "\n" not in str(caught.value).strip()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"edges": (0.0, 1.0)}, "edges"),
+        ({"counts_in": (-1,) * 24}, "negative"),
+        ({"edges": tuple(float(-i) for i in range(25))}, "rise"),
+        ({"auc": float("nan")}, "finite number"),
+    ],
+)
+def test_impossible_scores_are_refused(tmp_path: Path, change: dict[str, object], words: str) -> None:
+    run = write_run(tmp_path, "dp-sgd")
+    document = audit("dp-sgd")
+    broken = document.scores[0].model_copy(update=change)
+    raw = document.model_copy(update={"scores": (broken,)}).model_dump(mode="python")
+    (run / "release" / "audit.json").write_text(json.dumps(raw))
+    with pytest.raises(UsageError, match=words):
+        load_runs([run])
+
+
+def test_command_line(tmp_path: Path) -> None:
+    paths = write_three(tmp_path / "runs")
+    out = tmp_path / "out.html"
+    done = subprocess.run(
+        [str(DPAUDIT), "report", *map(str, paths), "-o", str(out), "--title", "Ours & theirs", "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    document = ReportDocument.model_validate_json(done.stdout)
+    assert document.bytes == out.stat().st_size and document.sha256 == hashlib.sha256(out.read_bytes()).hexdigest()
+    assert [(run.verdict, run.epsilon_lower) for run in document.runs] == [
+        ("no claim", 3.41),
+        ("inconclusive", 0.0),
+        ("inconclusive", 0.12),
+    ]
+    assert "<h1><bdi>Ours &amp; theirs</bdi></h1>" in out.read_text()
+    for arguments, words in (
+        ([str(tmp_path / "none")], "no such folder"),
+        ([str(tmp_path)], "not a run folder"),
+        ([str(paths[0]), str(paths[0] / "release")], "given twice"),
+        ([], "Missing argument"),
+    ):
+        failed = subprocess.run([str(DPAUDIT), "report", *arguments], capture_output=True, text=True, check=False)
+        assert failed.returncode == 2 and words in failed.stderr and len(failed.stderr.strip().splitlines()) == 1
+
+
+def test_release_alone_is_enough(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "dp-sgd")
+    assert page_of(run / "release") == page_of(run)
+    assert AuditDocument.read(run / "release" / "audit.json").verdict == "inconclusive"
