@@ -12,6 +12,7 @@ One of them decides, chosen before looking, so the error budget is not split.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +20,14 @@ import numpy.typing as npt
 from dpaudit.accounting import DpSgd, epsilon
 from dpaudit.bounds import dp_sgd, order_statistic, pld, validate
 from dpaudit.bounds.guesses import as_members, as_scores, count_correct, rank_guesses
-from dpaudit.bounds.profile import Profile, epsilon_delta
+from dpaudit.bounds.profile import DiscreteProfile, Profile, epsilon_delta
 from dpaudit.documents import Assumes, Claim, Test
 from dpaudit.errors import rejected
 
-ALTERNATIVE = 0.7  # the wrong claim that an audit must be able to find: true sigma = 0.7 of the claimed one
+# The wrong claim that an audit must be able to find: a true sigma of so many times the claimed one (0 = clipped, but
+# the noise is missing), or no DP at all (nothing clipped, every member trains in every epoch).
+Alternative = float | Literal["no-dp"]
+ALTERNATIVE = 0.7
 
 ANY = (
     "p-value of 'every canary's coin satisfies the claimed trade-off curve'; valid for every mechanism that meets the "
@@ -78,15 +82,26 @@ def null_profile(claim: Claim) -> Profile:
     return pld.claimed_profile(event)
 
 
-def alternative_profile(claim: Claim, scale: float = ALTERNATIVE) -> Profile | None:
-    """The alternative: the same mechanism with `scale` times the noise (0 = none at all). None without a mechanism."""
+def alternative_profile(claim: Claim, alternative: Alternative = ALTERNATIVE) -> Profile | None:
+    """What a canary leaks under the alternative. None when the claim names no mechanism to be wrong about."""
     event = claimed_event(claim)
     if event is None:
         return None
-    validate.real("alternative", scale, low=0.0, high=1.0, open_high=True)
+    if alternative == "no-dp":
+        return DiscreteProfile(np.array([np.inf]), np.ones(1))
+    scale = validate.real("alternative", alternative, low=0.0, high=1.0, open_high=True)
     if scale == 0.0:
         return dp_sgd.noiseless_profile(event.sample_rate, event.steps)
     return pld.dp_sgd_profile(event.noise_multiplier * scale, event.sample_rate, event.steps)
+
+
+def describe_alternative(alternative: Alternative) -> str:
+    """The alternative in words, as it is stored before scoring."""
+    if alternative == "no-dp":
+        return "no DP at all: nothing clipped, no noise"
+    if alternative == 0.0:
+        return "the noise is missing"
+    return f"the true sigma is {1.0 - float(alternative):.0%} smaller than claimed"
 
 
 def critical_errors(profile: Profile, *, canaries: int, guesses: int, alpha: float, separate: bool) -> int:
@@ -108,7 +123,7 @@ def ideal_power(
     guesses: int,
     alpha: float,
     separate: bool,
-    alternative: float = ALTERNATIVE,
+    alternative: Alternative = ALTERNATIVE,
 ) -> float | None:
     """P[the deciding test refutes] when the true sigma is `alternative` times the claimed one.
 
@@ -155,7 +170,7 @@ def claim_test(
     alpha: float = 0.001,
     confidence: float = 0.95,
     separate: bool = False,
-    alternative: float = ALTERNATIVE,
+    alternative: Alternative = ALTERNATIVE,
 ) -> list[Test]:
     """Put scores to the claim: p-values with their statements, and bounds within the claimed q and T.
 
@@ -188,7 +203,7 @@ def tests_of(
     alpha: float,
     confidence: float,
     separate: bool,
-    alternative: float,
+    alternative: Alternative,
 ) -> list[Test]:
     """`claim_test` from counts."""
     event = claimed_event(claim)

@@ -1,0 +1,324 @@
+"""The whole analysis of a score file from any system: validity first, then what the scores show, then what they prove.
+
+Which bounds apply depends on how the scores came about, and a file can't show that: fair independent coins in one run
+open the one-run bounds, independent runs open Clopper-Pearson; without either statement nothing is bounded.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import ndtr
+
+from dpaudit.analysis import blind
+from dpaudit.analysis.claim import ALTERNATIVE, Alternative, Game, play, tests_of
+from dpaudit.analysis.plan import bound_guesses, plan
+from dpaudit.analysis.tables import ScoreTable
+from dpaudit.bounds import bayes, mahloujifar, order_statistic, roc, selection, steinke
+from dpaudit.bounds.clopper_pearson import Counts
+from dpaudit.claims import decide
+from dpaudit.documents import Assumes, Check, Claim, ScoresDocument, Test, Validity
+
+Coins = Literal["independent", "half", "unknown"]
+COIN_LEVEL = 1e-6  # two-sided, for "so many heads from fair coins": a broken coin misses it by far
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the scores came about and what is asked of them.
+
+    coins: how membership was drawn. independent_runs: every row is a training of its own. separate: canaries act on
+    separate directions of the noise. seed: for ties.
+    """
+
+    delta: float
+    confidence: float = 0.95
+    alpha: float = 0.001
+    coins: Coins = "unknown"
+    independent_runs: bool = False
+    separate: bool = False
+    claim: Claim | None = None
+    alternative: Alternative = ALTERNATIVE
+    seed: int = 0
+    name: str = "scores"
+
+
+def analyse(table: ScoreTable, options: Options, *, features: npt.NDArray[np.float64] | None = None) -> ScoresDocument:
+    """Everything that this file allows. Tests never choose guesses or thresholds by looking without paying for it."""
+    rng = np.random.default_rng(options.seed)
+    checks = validity_checks(table, options, features, rng)
+    validity = Validity(sound=all(check.status != "fail" for check in checks), checks=tuple(checks))
+    tests: list[Test] = []
+    if validity.sound and options.coins == "independent":
+        tests += one_run_tests(table, options, rng)
+    if validity.sound and options.independent_runs:
+        tests += independent_run_tests(table, options)
+    verdict, reasons = decide(
+        claim=options.claim,
+        alpha=options.alpha,
+        family_confidence=options.confidence,
+        validity=validity,
+        tests=tests,
+    )
+    return ScoresDocument(
+        verdict=verdict,
+        reasons=reasons,
+        claim=options.claim,
+        alpha=options.alpha,
+        family_confidence=options.confidence,
+        tests=tuple(tests),
+        validity=validity,
+        # An unsound game may print no number about the model.
+        scores=(roc.summarise(options.name, table.scores, table.members),) if validity.sound else (),
+    )
+
+
+def validity_checks(
+    table: ScoreTable,
+    options: Options,
+    features: npt.NDArray[np.float64] | None,
+    rng: np.random.Generator,
+) -> list[Check]:
+    """Ids, coins, ties, sample size, blind baseline, and which bounds this game opens."""
+    n, n_in = table.members.size, int(table.members.sum())
+    ids = Check(
+        name="ids",
+        status="pass",
+        measured=f"{n} rows, {n} ids",
+        allowed="one row per id",
+        explanation="Every record is counted once.",
+    )
+    checks = [ids, _coins(n, n_in, options), _ties(table, options), _sample_size(n - n_in)]
+    checks.append(_blind(table, features, rng))
+    if options.coins != "independent":
+        why = {
+            "unknown": "A file can't show how its coins were drawn; if each was an independent fair toss before "
+            "training, --coins independent opens the one-run bounds.",
+            "half": "With exactly half of the records in, coins depend on each other and no one-run theorem applies.",
+        }[options.coins]
+        checks.append(_not_applicable("one-run bounds", f"coins {options.coins}", "coins independent", why))
+    if not options.independent_runs:
+        checks.append(
+            _not_applicable(
+                "bounds for independent runs",
+                "not stated",
+                "--independent-runs",
+                "Rows of one training are not independent runs; if every row is a training of its own, "
+                "--independent-runs opens Clopper-Pearson.",
+            )
+        )
+    return checks
+
+
+def _not_applicable(name: str, measured: str, allowed: str, why: str) -> Check:
+    return Check(name=name, status="not applicable", measured=measured, allowed=allowed, explanation=why)
+
+
+def _coins(n: int, n_in: int, options: Options) -> Check:
+    measured = f"{n_in} of {n} in"
+    if options.coins == "half":
+        return Check(
+            name="coins",
+            status="pass" if abs(2 * n_in - n) <= 1 else "fail",
+            measured=measured,
+            allowed="exactly half (+- 1 for an odd number)",
+            explanation="Stated as an exactly-half split.",
+        )
+    if options.coins == "unknown":
+        why = "How the coins were drawn is not stated, so their number is not judged."
+        return _not_applicable("coins", measured, "stated by --coins", why)
+    # Normal approximation with continuity correction: at 1e-6 and n >= 20 it only decides gross cases.
+    far = max(0.0, abs(n_in - n / 2) - 0.5) / (0.5 * np.sqrt(n))
+    p = 2 * float(ndtr(-far))
+    return Check(
+        name="coins",
+        status="fail" if p < COIN_LEVEL else "pass",
+        measured=f"{measured} (p = {p:.2g})",
+        allowed=f"p >= {COIN_LEVEL:g} for fair independent coins",
+        explanation="So many heads must be plausible for fair coins.",
+    )
+
+
+def _ties(table: ScoreTable, options: Options) -> Check:
+    tied = table.scores.size - np.unique(table.scores).size
+    return Check(
+        name="ties",
+        status="pass",
+        measured=f"{tied} of {table.scores.size} scores repeat another ({tied / table.scores.size:.1%})",
+        allowed="any",
+        explanation=f"Ties are broken at random (seed {options.seed}), and thresholds never split them.",
+    )
+
+
+def _sample_size(n_out: int) -> Check:
+    short = [f"{fpr:g}" for fpr in roc.FPRS if n_out * fpr < roc.LEAST_FALSE_POSITIVES]
+    return Check(
+        name="sample size",
+        status="pass",
+        measured=f"{n_out} non-members" + (f"; FPR {', '.join(short)} not resolvable" if short else ""),
+        allowed=f"{roc.LEAST_FALSE_POSITIVES} expected false positives for a TPR at that FPR",
+        explanation="A rate that too few records could show is reported as not resolvable.",
+    )
+
+
+def _blind(table: ScoreTable, features: npt.NDArray[np.float64] | None, rng: np.random.Generator) -> Check:
+    allowed = f"p >= {blind.LEVEL:g} one-sided for better than chance"
+    if features is None:
+        why = "Not checkable without features of the records (--features FILE): members may differ from non-members."
+        return _not_applicable("blind baseline", "no features", allowed, why)
+    found = blind.baseline(features, table.members, rng=rng)
+    return Check(
+        name="blind baseline",
+        status="fail" if found.p_value < blind.LEVEL else "pass",
+        measured=f"AUC {found.auc:.3f} on {found.n} held-out records (p = {found.p_value:.2g})",
+        allowed=allowed,
+        explanation="Features alone must not tell members from non-members, or the scores show a shift and no leakage.",
+    )
+
+
+def one_run_tests(table: ScoreTable, options: Options, rng: np.random.Generator) -> list[Test]:
+    """Bounds from fair coins, guesses planned from the number of records; the claim test if there is a claim."""
+    n = table.scores.size
+    delta, confidence = options.delta, options.confidence
+    # Independent runs are the extreme of separate canaries.
+    separate = options.separate or options.independent_runs
+    tests = []
+    rows: tuple[tuple[str, Assumes], ...] = (
+        ("steinke", "none"),
+        ("mahloujifar", "gaussian"),
+        ("order-statistic", "gaussian"),
+    )
+    for method, assumes in rows:
+        guesses = bound_guesses(method, canaries=n, delta=delta, confidence=confidence)
+        game, words = _play(table, guesses, options, rng)
+        lower, top = (_one_run_bound(method, g, delta, confidence) for g in (game, game.perfect()))
+        tests.append(
+            Test(
+                name=f"{options.name}: one run",
+                statistic="score",
+                bound=method,
+                assumes=assumes,
+                selection=words,
+                confidence=confidence,
+                delta=delta,
+                n=n,
+                guesses=guesses,
+                correct=game.correct,
+                epsilon_lower=lower,
+                ceiling=top,
+                statement=None
+                if separate or method != "order-statistic"
+                else "exact for canaries on separate directions of the noise, no theorem for canaries that interfere",
+                decides=method == "steinke",
+            )
+        )
+    if options.claim is not None:
+        tests += _claim_tests(table, options, options.claim, separate, rng)
+    return tests
+
+
+def _play(table: ScoreTable, guesses: int, options: Options, rng: np.random.Generator) -> tuple[Game, str]:
+    top, bottom = guesses - guesses // 2, guesses // 2
+    game = play(table.scores, table.members, top=top, bottom=bottom, rng=rng)
+    return game, f"fixed by the number of records: {top} top, {bottom} bottom (ties: seed {options.seed})"
+
+
+def _one_run_bound(method: str, game: Game, delta: float, confidence: float) -> float:
+    m, r, v = game.canaries, game.guesses, game.correct
+    if method == "steinke":
+        return steinke.epsilon_lower(canaries=m, guesses=r, correct=v, delta=delta, confidence=confidence)
+    if method == "mahloujifar":
+        return mahloujifar.epsilon_lower(canaries=m, guesses=r, correct=v, delta=delta, confidence=confidence)
+    return order_statistic.epsilon_lower(canaries=m, guesses=r, errors=r - v, delta=delta, confidence=confidence)
+
+
+def _claim_tests(
+    table: ScoreTable, options: Options, claim: Claim, separate: bool, rng: np.random.Generator
+) -> list[Test]:
+    """Each of the two theories with the number of guesses that suits it, both planned from claim and alternative."""
+    tests = []
+    for bound, ordered in (("f-dp", False), ("order-statistic", True)):
+        row = plan(
+            claim,
+            canaries=table.scores.size,
+            alpha=options.alpha,
+            alternative=options.alternative,
+            separate=ordered,
+        )
+        game = play(table.scores, table.members, top=row.top, bottom=row.bottom, rng=rng)
+        found = tests_of(
+            game,
+            claim=claim,
+            selection=f"fixed by plan: {row.top} top, {row.bottom} bottom (ties: seed {options.seed})",
+            name=f"{options.name}: claim",
+            statistic="score",
+            alpha=options.alpha,
+            confidence=options.confidence,
+            separate=separate,
+            alternative=options.alternative,
+        )
+        tests += [test for test in found if test.bound == bound]
+    return tests
+
+
+def independent_run_tests(table: ScoreTable, options: Options) -> list[Test]:
+    """Bounds for rows that are trainings of their own: all thresholds at once through the exact band."""
+    inside, outside = table.scores[table.members], table.scores[~table.members]
+    delta, confidence = options.delta, options.confidence
+    band = selection.OrderStatisticBand()
+    far = float(np.ptp(table.scores)) + 1.0
+    rows: Sequence[tuple[str, Assumes, selection.RateBound]] = (
+        ("clopper-pearson", "none", selection.epsilon_of),
+        ("gdp", "gaussian", selection.gaussian_epsilon_of),
+    )
+    tests = []
+    for method, assumes, bound in rows:
+        found, top = (
+            selection.runs_lower(inside + shift, outside, bound, rule=band, delta=delta, confidence=confidence)
+            for shift in (0.0, far)
+        )
+        tests.append(
+            _runs_test(
+                method, assumes, options, found.selection, table.scores.size, (found.epsilon_lower, top.epsilon_lower)
+            )
+        )
+    # Threshold from the pooled median: fixed by the scores without their coins.
+    middle = float(np.median(table.scores))
+    tp, fp = int((inside >= middle).sum()), int((outside >= middle).sum())
+    counts = Counts(tp, inside.size - tp, fp, outside.size - fp)
+    pair = (
+        bayes.epsilon_lower(counts, delta=delta, confidence=confidence),
+        bayes.ceiling(counts, delta=delta, confidence=confidence),
+    )
+    tests.append(
+        _runs_test("bayes", "prior", options, f"threshold {middle:g}, the pooled median", table.scores.size, pair)
+    )
+    return tests
+
+
+def _runs_test(
+    method: str, assumes: Assumes, options: Options, words: str, n: int, bounds: tuple[float, float]
+) -> Test:
+    return Test(
+        name=f"{options.name}: independent runs",
+        statistic="score",
+        bound=method,
+        assumes=assumes,
+        selection=words,
+        confidence=options.confidence,
+        delta=options.delta,
+        n=n,
+        guesses=None,
+        epsilon_lower=bounds[0],
+        ceiling=bounds[1],
+        estimate=method == "bayes",
+        # One test decides: with fair coins that is the one-run bound, which needs no independence.
+        decides=method == "clopper-pearson" and options.coins != "independent",
+    )
+
+
+def advantage(table: ScoreTable) -> float:
+    """max(TPR - FPR): descriptive, its threshold is chosen on the same records."""
+    return roc.advantage(*roc.curve(table.scores, table.members))

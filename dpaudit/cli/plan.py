@@ -1,0 +1,127 @@
+"""`dpaudit plan`: how many canaries it takes to refute a wrong claim, before any training."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dpaudit.cli import console
+
+if TYPE_CHECKING:
+    from dpaudit.analysis.plan import PlanDocument
+
+THEORIES = {
+    "order-statistic": "canaries on separate directions (white-box)",
+    "f-dp": "any canaries, whatever they do to each other",
+}
+
+
+def command(
+    claim_sigma: Annotated[float, typer.Option(help="Claimed noise multiplier.")],
+    claim_rate: Annotated[float, typer.Option(help="Claimed Poisson sample rate (1 = everybody in every step).")],
+    claim_steps: Annotated[int, typer.Option(help="Claimed number of steps.")],
+    alternative: Annotated[
+        str, typer.Option(help="What may be true instead: 30% (sigma smaller by so much), noise-missing, no-dp.")
+    ] = "30%",
+    canaries: Annotated[str, typer.Option(help="Numbers of canaries to compare, separated by commas.")] = (
+        "50,100,200,500,1000,2000,5000,10000"
+    ),
+    delta: Annotated[float, typer.Option(help="delta of the claim.")] = 1e-5,
+    alpha: Annotated[float, typer.Option(help="Level of the claim test.")] = 0.001,
+    confidence: Annotated[float, typer.Option(help="Confidence of the bounds.")] = 0.95,
+    figure: Annotated[Path | None, typer.Option(help="Also draw power over canaries: .png, .svg or .pdf.")] = None,
+    as_json: Annotated[bool, console.JSON_OPTION] = False,
+) -> None:
+    """Plan an audit: for a claim and an alternative, the guesses to fix, the power and the expected p-value.
+
+    Power is that of an ideal attack, an upper limit for a real one. Fix the guesses of the row that you use before
+    training: they then cost nothing.
+    """
+    from dpaudit.analysis import plan
+    from dpaudit.bounds import validate
+    from dpaudit.cli.scores import make_claim
+
+    sizes = parse_sizes(canaries)
+    level = validate.real("alpha", alpha, low=0.0, high=1.0, open_low=True, open_high=True)
+    claim = make_claim(claim_sigma, claim_rate, claim_steps, delta)
+    assert claim is not None
+    document = plan.document(
+        claim,
+        alpha=level,
+        alternative=plan.parse_alternative(alternative),
+        sizes=sizes,
+        confidence=validate.confidence(confidence),
+    )
+    if figure is not None:
+        draw(document, figure)
+        console.log(f"figure: {figure}")
+    if as_json:
+        console.emit(document)
+    else:
+        show(document, confidence)
+
+
+def parse_sizes(text: str) -> list[int]:
+    """'100,1000' as ascending whole numbers."""
+    from dpaudit.bounds import validate
+    from dpaudit.errors import rejected
+
+    try:
+        sizes = sorted({int(part) for part in text.split(",")})
+    except ValueError as error:
+        raise rejected("--canaries", text, "whole numbers separated by commas") from error
+    return [validate.count("--canaries", size, least=1, most=1_000_000) for size in sizes]
+
+
+def show(document: "PlanDocument", confidence: float) -> None:
+    """The plan for people."""
+    claim = document.claim
+    console.say(
+        f"Claim: eps = {claim.epsilon:.3f} at delta = {claim.delta:g} (sigma {claim.noise_multiplier:g}, "
+        f"q {claim.sample_rate:g}, T {claim.steps}, {claim.relation})"
+    )
+    console.say(f"Alternative: {document.alternative}; claim test at alpha = {document.alpha:g}")
+    for theory, meaning in THEORIES.items():
+        console.say(f"\n{theory}: {meaning}")
+        console.say(f"  {'canaries':>9} {'top':>7} {'bottom':>7} {'power':>7}  expected p")
+        for row in document.rows:
+            if row.theory == theory:
+                console.say(f"  {row.canaries:>9} {row.top:>7} {row.bottom:>7} {row.power:>7.1%}  {row.expected_p:.2g}")
+        needed = document.canaries_needed[theory]
+        console.say(
+            "  80 % power: " + (f"{needed} canaries" if needed else f"more than {document.rows[-1].canaries} canaries")
+        )
+    exceed = document.guesses_to_exceed
+    console.say(
+        f"\nA bound that assumes nothing passes the claimed eps with confidence {confidence:g} only with "
+        + (f"{exceed} guesses, all right." if exceed else "more guesses than any game has.")
+    )
+    console.say("Power is that of an ideal attack; a real one finds less.")
+    console.say(console.LIMIT_SENTENCE)
+
+
+def draw(document: "PlanDocument", path: Path) -> None:
+    """Power over the number of canaries, one line per theory."""
+    from dpaudit.errors import EnvironmentFailure, rejected
+
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise rejected("--figure", str(path), "a file name that ends in .png, .svg or .pdf")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for (theory, meaning), marker in zip(THEORIES.items(), "os", strict=True):
+        rows = [row for row in document.rows if row.theory == theory]
+        axes.plot([r.canaries for r in rows], [r.power for r in rows], marker=marker, label=f"{theory}: {meaning}")
+    axes.axhline(0.8, color="grey", linestyle=":", linewidth=1)
+    axes.set(xscale="log", xlabel="canaries", ylabel=f"power at alpha = {document.alpha:g}", ylim=(-0.02, 1.02))
+    axes.set_title(f"Ideal attack, if {document.alternative}", fontsize=10)
+    axes.legend(fontsize=8, loc="lower right")
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise EnvironmentFailure(f"--figure {path}: can't be written ({error})") from error
+    finally:
+        plt.close(figure)

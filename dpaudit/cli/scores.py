@@ -1,0 +1,144 @@
+"""`dpaudit scores`: audit score arrays from anywhere."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dpaudit.cli import console
+
+if TYPE_CHECKING:
+    from dpaudit.documents import Claim, ScoresDocument, Test
+
+
+def command(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="CSV or Parquet with columns id, member, score.")],
+    delta: Annotated[float, typer.Option(help="delta of the (eps, delta) that is bounded.")],
+    coins: Annotated[
+        str, typer.Option(help="How membership was drawn: independent (a fair toss each), half, or unknown.")
+    ] = "unknown",
+    confidence: Annotated[float, typer.Option(help="Confidence of the bounds.")] = 0.95,
+    alpha: Annotated[float, typer.Option(help="Level of the claim test.")] = 0.001,
+    claim_sigma: Annotated[float | None, typer.Option(help="Claimed noise multiplier.")] = None,
+    claim_rate: Annotated[float | None, typer.Option(help="Claimed Poisson sample rate.")] = None,
+    claim_steps: Annotated[int | None, typer.Option(help="Claimed number of steps.")] = None,
+    independent_runs: Annotated[
+        bool, typer.Option("--independent-runs", help="Every row is a training of its own.")
+    ] = False,
+    separate: Annotated[
+        bool, typer.Option("--separate", help="Canaries act on separate (orthogonal) directions of the noise.")
+    ] = False,
+    features: Annotated[
+        Path | None, typer.Option(help="CSV or Parquet with id and numeric features, for the blind baseline.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Breaks ties.")] = 0,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 when inconclusive.")] = False,
+    as_json: Annotated[bool, console.JSON_OPTION] = False,
+) -> None:
+    """Audit scores (higher = "was in training") of any system: validity, AUC, TPR at small FPR, bounds, verdict.
+
+    A file can't show how it came about: --coins independent opens the one-run bounds, --independent-runs those for
+    independent runs. With --claim-sigma, --claim-rate and --claim-steps the claimed mechanism itself is tested.
+    """
+    from dpaudit.analysis.scores import Options, advantage, analyse
+    from dpaudit.analysis.tables import read_features, read_scores
+    from dpaudit.bounds import validate
+    from dpaudit.errors import rejected
+
+    if coins not in ("independent", "half", "unknown"):
+        raise rejected("--coins", coins, ("independent", "half", "unknown"))
+    options = Options(
+        delta=validate.delta(delta),
+        confidence=validate.confidence(confidence),
+        alpha=validate.real("alpha", alpha, low=0.0, high=1.0, open_low=True, open_high=True),
+        coins=coins,  # type: ignore[arg-type]
+        independent_runs=independent_runs,
+        separate=separate,
+        claim=make_claim(claim_sigma, claim_rate, claim_steps, delta),
+        seed=seed,
+        name=file.stem,
+    )
+    table = read_scores(file)
+    values = None if features is None else read_features(features, table.ids)
+    document = analyse(table, options, features=values)
+    if as_json:
+        console.emit(document)
+    else:
+        show(document, advantage(table) if document.validity.sound else None)
+    console.finish(console.verdict_exit_code(document.verdict, strict=strict))
+
+
+def make_claim(sigma: float | None, rate: float | None, steps: int | None, delta: float) -> "Claim | None":
+    """The claimed mechanism from its three flags, with the accountant's eps; None if none is given."""
+    if sigma is None and rate is None and steps is None:
+        return None
+    from dpaudit import accounting
+    from dpaudit.bounds.pld import check_dp_sgd
+    from dpaudit.documents import Claim
+    from dpaudit.errors import UsageError
+
+    for flag, value in (("--claim-sigma", sigma), ("--claim-rate", rate), ("--claim-steps", steps)):
+        if value is None:
+            raise UsageError(f"{flag}: missing; a claim needs --claim-sigma, --claim-rate and --claim-steps")
+    assert sigma is not None and rate is not None and steps is not None
+    s, q, times = check_dp_sgd(sigma, rate, steps)
+    return Claim(
+        epsilon=accounting.epsilon(accounting.DpSgd(s, q, times), delta),
+        delta=delta,
+        relation="add-remove",
+        unit="record",
+        noise_multiplier=s,
+        sampling="poisson",
+        sample_rate=q,
+        steps=times,
+        accountant=accounting.accountant_name(),
+    )
+
+
+def show(document: "ScoresDocument", advantage: float | None) -> None:
+    """The document for people."""
+    console.say(f"Verdict: {document.verdict}")
+    for reason in document.reasons:
+        console.say(f"  {reason}")
+    if document.claim is not None:
+        claim = document.claim
+        console.say(
+            f"Claim: eps = {claim.epsilon:.3f} at delta = {claim.delta:g} (sigma {claim.noise_multiplier:g}, "
+            f"q {claim.sample_rate:g}, T {claim.steps}, {claim.relation})"
+        )
+    console.say("Validity")
+    for check in document.validity.checks:
+        console.say(f"  [{check.status}] {check.name}: {check.measured}. {check.explanation}")
+    for summary in document.scores:
+        console.say(f"Scores: {summary.n_in} in, {summary.n_out} out")
+        console.say(f"  AUC (Mann-Whitney) {summary.auc:.4f} [{summary.auc_low:.4f}, {summary.auc_high:.4f}]")
+        for fpr, point in summary.tpr_at_fpr.items():
+            text = (
+                "not resolvable with so few non-members"
+                if point is None
+                else f"{point.tpr:.4f} [{point.tpr_low:.4f}, {point.tpr_high:.4f}] (at FPR {point.fpr:.4g})"
+            )
+            console.say(f"  TPR at FPR {float(fpr):.1%}: {text}")
+        if advantage is not None:
+            console.say(f"  Advantage (max TPR - FPR, threshold chosen on these records): {advantage:.4f}")
+    if document.tests:
+        console.say(f"Tests at delta = {document.tests[0].delta:g}")
+    for test in document.tests:
+        show_test(test)
+    console.say(console.LIMIT_SENTENCE)
+
+
+def show_test(test: "Test") -> None:
+    """One test in two or three lines."""
+    label = "estimate" if test.estimate else ("decides" if test.decides else "informs")
+    counted = "" if test.guesses is None else f", {test.correct} of {test.guesses} guesses right"
+    console.say(f"  {test.bound} [{label}; assumes {test.assumes}] {test.selection}{counted}")
+    if test.epsilon_lower is not None and test.ceiling is not None:
+        at_top = "; at its ceiling: more canaries needed" if 0 < test.ceiling <= test.epsilon_lower * (1 + 1e-6) else ""
+        bound = f"eps >= {test.epsilon_lower:.4f} with confidence {test.confidence:g}"
+        console.say(f"    {bound} (ceiling {test.ceiling:.4f}{at_top})")
+    if test.p_value is not None:
+        power = "" if test.power is None else f"; power {test.power:.0%} against the alternative"
+        console.say(f"    p = {test.p_value:.3g}{power}")
+    if test.statement:
+        console.say(f"    {test.statement}")
