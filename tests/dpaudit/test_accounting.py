@@ -271,3 +271,10 @@ def test_bad_targets_name_the_field() -> None:
         accounting.noise_multiplier_for(epsilon=1.0, delta=1e-5, sample_rate=0.1, steps=0)
     with pytest.raises(UsageError, match=r"^sample-rate: got"):
         accounting.noise_multiplier_for(epsilon=1.0, delta=1e-5, sample_rate=0.0, steps=1)
+
+
+@pytest.mark.parametrize("delta", [1e-5, 1e-9, 1e-12])
+def test_composition_stays_above_the_closed_form_down_to_the_smallest_delta(delta: float) -> None:
+    """q just below 1 goes through the FFT, whose rounding must not push eps below the Gaussian's closed form."""
+    truth = accounting.gaussian_epsilon(math.sqrt(50) / 3, delta)
+    assert truth <= accounting.epsilon(DpSgd(3.0, 1 - 1e-9, 50), delta) <= truth + 1e-3
