@@ -1,5 +1,6 @@
 """`dpaudit plan`: powers against simulation, needed canaries, words, figure, errors."""
 
+import io
 import json
 import subprocess
 import sys
@@ -9,11 +10,11 @@ import numpy as np
 import pytest
 
 from dpaudit.analysis import claim as claims
-from dpaudit.analysis import plan
+from dpaudit.analysis import plan, simulate
 from dpaudit.analysis.claim import Game
+from dpaudit.cli import app, console
 from dpaudit.documents import Claim
 from dpaudit.errors import UsageError
-from tests.dpaudit.bounds import simulate
 
 DPAUDIT = Path(sys.executable).parent / "dpaudit"
 CLAIM = Claim(
@@ -28,6 +29,16 @@ CLAIM = Claim(
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command in this process (starting Python and pandas anew for each call would take minutes)."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        patch.setattr(console.stderr, "file", err)
+        code = app.run(["plan", *map(str, arguments)])
+    return subprocess.CompletedProcess([], code, out.getvalue(), err.getvalue())
+
+
+def from_the_shell(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(DPAUDIT), "plan", *map(str, arguments)], capture_output=True, text=True, timeout=120)
 
 
@@ -89,7 +100,7 @@ def test_command(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "20% smaller" in done.stdout and "80 % power: 1000 canaries" in done.stdout
     assert figure.read_bytes().startswith(b"\x89PNG")
-    missing = run(*flags, "--alternative", "noise-missing", "--json")
+    missing = from_the_shell(*flags, "--alternative", "noise-missing", "--json")
     document = json.loads(missing.stdout)
     assert document["alternative"] == "the noise is missing"
     assert document["canaries_needed"] == {"order-statistic": 100, "f-dp": 100}

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from dpaudit.analysis import claim as claims
+from dpaudit.analysis import simulate
 from dpaudit.analysis.claim import Game, claim_test
 from dpaudit.bounds import order_statistic
 from dpaudit.bounds.profile import GaussianProfile
 from dpaudit.documents import Claim
 from dpaudit.errors import UsageError
-from tests.dpaudit.bounds import simulate
 
 
 def make(sigma: float | None = 1.0, q: float = 1.0, steps: int = 1, **other: object) -> Claim:

@@ -1,5 +1,6 @@
 """`dpaudit scores` end to end: what each way of drawing coins opens, bad files, blind baseline, documents."""
 
+import io
 import json
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import pytest
 
 from dpaudit.analysis import blind
 from dpaudit.analysis.scores import Options, analyse
-from dpaudit.analysis.tables import read_features, read_scores
+from dpaudit.analysis.tables import ScoreTable, read_features, read_scores
+from dpaudit.cli import app, console
 from dpaudit.documents import ScoresDocument
 from dpaudit.errors import UsageError
 
@@ -19,6 +21,16 @@ DPAUDIT = Path(sys.executable).parent / "dpaudit"
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command in this process (starting Python and pandas anew for each call would take minutes)."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        patch.setattr(console.stderr, "file", err)
+        code = app.run(["scores", *map(str, arguments)])
+    return subprocess.CompletedProcess([], code, out.getvalue(), err.getvalue())
+
+
+def from_the_shell(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(DPAUDIT), "scores", *map(str, arguments)], capture_output=True, text=True, timeout=120)
 
 
@@ -62,7 +74,7 @@ def test_independent_coins_and_a_claim(tmp_path: Path) -> None:
 
 
 def test_independent_runs(tmp_path: Path) -> None:
-    done = run(write(tmp_path / "s.csv", 2.0), "--delta", "1e-5", "--independent-runs", "--json")
+    done = from_the_shell(write(tmp_path / "s.csv", 2.0), "--delta", "1e-5", "--independent-runs", "--json")
     document = ScoresDocument.model_validate_json(done.stdout)
     rows = {test.bound: test for test in document.tests}
     assert set(rows) == {"clopper-pearson", "gdp", "bayes"}
@@ -112,10 +124,10 @@ def test_blind_baseline(tmp_path: Path) -> None:
 def test_blind_baseline_level() -> None:
     rng = np.random.default_rng(2)
     p = []
-    for _ in range(150):
+    for _ in range(60):
         features = rng.normal(size=(120, 3)).round(1)
         p.append(blind.baseline(features, rng.random(120) < 0.5, rng=rng).p_value)
-    assert sum(value < 0.05 for value in p) <= 23  # P[Binomial(150, 0.05) > 23] < 1e-6
+    assert sum(value < 0.05 for value in p) <= 14  # P[Binomial(60, 0.05) > 14] < 1e-6
     assert min(p) < 0.5 < max(p)
 
 
@@ -148,11 +160,11 @@ def test_bad_files(case: str, tmp_path: Path) -> None:
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("case", ["NaN", "wrong delimiter", "empty"])
+@pytest.mark.parametrize("case", ["wrong delimiter"])
 def test_bad_files_from_the_shell(case: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.csv"
     path.write_text(BAD[case][0])
-    done = run(path, "--delta", "1e-5")
+    done = from_the_shell(path, "--delta", "1e-5")
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
 
@@ -197,16 +209,14 @@ def test_file_order_and_monotone_maps_change_nothing(tmp_path: Path) -> None:
 
 
 def test_null_scores_bound_nothing() -> None:
-    """200 leak-free files: each printed bound is positive in at most 5 % (P[Binomial(200, 0.05) > 27] < 1e-6)."""
+    """80 leak-free files: each printed bound is positive in at most 5 % (P[Binomial(80, 0.05) > 16] < 1e-6)."""
     rng = np.random.default_rng(9)
     options = Options(delta=1e-5, coins="independent", independent_runs=True)
     alarms: dict[str, int] = {}
-    for _ in range(200):
-        from dpaudit.analysis.tables import ScoreTable
-
+    for _ in range(80):
         members = rng.random(200) < 0.5
         table = ScoreTable(np.array([str(i) for i in range(200)]), members, rng.integers(0, 50, 200).astype(float))
         for test in analyse(table, options).tests:
             if not test.estimate:
                 alarms[test.bound] = alarms.get(test.bound, 0) + ((test.epsilon_lower or 0) > 0)
-    assert len(alarms) == 5 and max(alarms.values()) <= 27, alarms
+    assert len(alarms) == 5 and max(alarms.values()) <= 16, alarms

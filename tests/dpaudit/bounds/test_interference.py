@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from dpaudit.analysis import simulate
 from dpaudit.bounds import mahloujifar, order_statistic
 from dpaudit.bounds.profile import GaussianProfile, Profile
-from tests.dpaudit.bounds import simulate
 
 AUDITS = 2000
 MOST = 152  # P[Binomial(2000, 0.05) > 152] < 1e-6

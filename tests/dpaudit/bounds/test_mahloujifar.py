@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 from scipy.stats import norm
 
+from dpaudit.analysis import simulate
 from dpaudit.bounds import mahloujifar, steinke
 from dpaudit.bounds.profile import GaussianProfile, epsilon_delta
 from dpaudit.errors import UsageError
-from tests.dpaudit.bounds import simulate
 
 GAMES = [(10, 10, 9), (20, 12, 11), (30, 20, 16), (12, 12, 7), (8, 3, 3)]
 

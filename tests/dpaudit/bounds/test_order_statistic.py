@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
+from dpaudit.analysis import simulate
 from dpaudit.bounds import dp_sgd, order_statistic
 from dpaudit.bounds.profile import DiscreteProfile, GaussianProfile, Profile, epsilon_delta, laplace
 from dpaudit.errors import UsageError
-from tests.dpaudit.bounds import simulate
 
 
 def brute_force(profile: Profile, n: int, r: int, u: int, audits: int, rng: np.random.Generator) -> float:

@@ -2,12 +2,16 @@
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import expit
+
+from dpaudit.bounds.profile import DiscreteProfile
 
 Floats = npt.NDArray[np.float64]
 Coins = npt.NDArray[np.bool_]
 
 
 def coins(audits: int, n: int, rng: np.random.Generator) -> Coins:
+    """Fair independent coins, (audits, n); True = in training."""
     return rng.random((audits, n)) < 0.5
 
 
@@ -64,3 +68,34 @@ def common_fate(
     fate = errors[rng.choice(len(leaks), size=audits, p=weights / weights.sum())]
     wrong = rng.random((audits, n)) < fate[:, None]
     return np.where(wrong, ~inside, inside).astype(np.float64), inside
+
+
+def from_profile(audits: int, n: int, profile: DiscreteProfile, rng: np.random.Generator) -> tuple[Floats, Coins]:
+    """Ideal canaries of any discrete mechanism: score = log-likelihood ratio of an independent draw of its pair."""
+    order = np.argsort(profile.confidence)
+    mass = np.cumsum(profile.mass[order])
+    at = np.searchsorted(mass / mass[-1], rng.random((audits, n)), side="right")
+    confidence = profile.confidence[order][np.minimum(at, mass.size - 1)]
+    inside = coins(audits, n, rng)
+    right = rng.random((audits, n)) < expit(confidence)
+    # An infinite ratio is certainty; ranks only need it to be the largest.
+    size = np.where(np.isinf(confidence), 1e9, confidence)
+    return np.where(right == inside, size, -size), inside
+
+
+def dp_sgd_sums(
+    audits: int, directions: Floats, *, sigma: float, rate: float, steps: int, gate: float, rng: np.random.Generator
+) -> tuple[Floats, Coins]:
+    """T Poisson-subsampled steps of meeting canaries, rows of `directions` (n, d).
+
+    With probability 1 - `gate` a step's gradients of all canaries vanish together (a state that they share). Score: sum
+    over steps of the inner product of the noisy sum with the canary's direction.
+    """
+    n, d = directions.shape
+    inside = coins(audits, n, rng)
+    scores = np.zeros((audits, n))
+    for _ in range(steps):
+        batch = inside & (rng.random((audits, n)) < rate) & (rng.random((audits, 1)) < gate)
+        noisy = (batch - 0.5 * rate * gate) @ directions + sigma * rng.normal(size=(audits, d))
+        scores += noisy @ directions.T
+    return scores, inside
