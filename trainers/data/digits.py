@@ -7,19 +7,15 @@ questions are made is public and the same as for the synthetic ones (trainers.pu
 the rows themselves.
 """
 
-from typing import Literal
-
 import numpy as np
 import numpy.typing as npt
 
 from trainers.public.scene import PUBLIC_ANSWERS, pictures
 from trainers.records import Dataset, Unit
 
-__all__ = ["PUBLIC_ANSWERS", "RESERVE", "SIZES", "TEST", "TRAIN", "load_digits_vqa"]
+__all__ = ["PUBLIC_ANSWERS", "RESERVE", "TEST", "TRAIN", "load_digits_vqa"]
 
-Split = Literal["train", "test", "reserve"]
 TRAIN, TEST, RESERVE = 1150, 350, 297
-SIZES: dict[Split, int] = {"train": TRAIN, "test": TEST, "reserve": RESERVE}
 
 
 def _stratified(labels: npt.NDArray[np.int64], rng: np.random.Generator) -> list[npt.NDArray[np.int64]]:
@@ -47,9 +43,11 @@ def load_digits_vqa(seed: int = 0) -> Dataset:
     glyphs = np.asarray(source.images).astype(np.uint8)
     labels = np.asarray(source.target).astype(np.int64)
     rng = np.random.default_rng([seed, 1797])
-    splits: dict[str, tuple[Unit, ...]] = {}
-    for name, chosen in zip(SIZES, _stratified(labels, rng), strict=True):
+
+    def units(chosen: npt.NDArray[np.int64]) -> tuple[Unit, ...]:
         names = [f"digit-{index:04d}" for index in chosen]
         drawn = pictures(names, glyphs[chosen], labels[chosen].tolist(), rng)
-        splits[name] = tuple(Unit(item.id, (item,)) for item in drawn)
-    return Dataset(name="digits", unit="image (with all its questions)", source="embedded", **splits)
+        return tuple(Unit(item.id, (item,)) for item in drawn)
+
+    train, test, reserve = (units(chosen) for chosen in _stratified(labels, rng))
+    return Dataset("digits", "image (with all its questions)", train, test, reserve)

@@ -7,6 +7,7 @@ https://archive.ics.uci.edu/dataset/80. Only this public description was used, n
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -153,7 +154,7 @@ def _stroke(text: str, jitter: float, rng: np.random.Generator) -> Floats:
     points = np.array([[float(v) for v in token.rstrip("!").split(",")] for token in tokens])
     points = points + rng.normal(0, jitter, points.shape)
     corners = [0, *(i for i in range(1, len(tokens) - 1) if tokens[i].endswith("!")), len(tokens) - 1]
-    pieces = [_catmull_rom(points[a : b + 1]) for a, b in zip(corners[:-1], corners[1:], strict=True)]
+    pieces = [_catmull_rom(points[a : b + 1]) for a, b in pairwise(corners)]
     return np.concatenate(pieces)
 
 
@@ -188,8 +189,8 @@ def _inked(points: Floats, radius: Floats) -> npt.NDArray[np.bool_]:
     grid = np.arange(CANVAS) + 0.5
     dx = (grid[None, :] - points[:, :1]) ** 2
     dy = (grid[None, :] - points[:, 1:]) ** 2
-    ink: npt.NDArray[np.bool_] = (dy[:, :, None] + dx[:, None, :] < (radius**2)[:, None, None]).any(0)
-    return ink
+    near = dy[:, :, None] + dx[:, None, :] < (radius**2)[:, None, None]
+    return np.asarray(near.any(axis=0))
 
 
 def _counted(bitmap: npt.NDArray[np.bool_]) -> Glyph:
