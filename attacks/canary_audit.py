@@ -16,7 +16,7 @@ from PIL import Image
 from attacks.blind import LEAST, blind_baseline
 from attacks.canaries import ALL, Coins, Game, Plan, check_coins
 from attacks.kinds import KINDS
-from attacks.scores import STATISTIC, loss_scores, save_scores, standardise
+from attacks.scores import STATISTIC, loss_scores, prioritise, save_scores, standardise
 from attacks.training import redraw_game
 from dpaudit.analysis.claim import claim_test
 from dpaudit.bounds import steinke
@@ -139,7 +139,7 @@ def bound_tests(frame: pd.DataFrame, plan: Plan, *, confidence: float, delta: fl
     frame: id, kind, member, score. Valid because coins are fair and independent, each guess count was fixed before the
     scores existed, and the guesses are a function of scores and kinds, never of coins.
     """
-    scores = standardise(frame)
+    scores = prioritise(frame, plan.guesses)
     kinds = list(dict.fromkeys(frame["kind"]))
     tests = []
     for place, (name, level) in enumerate(_confidences(confidence, kinds).items()):
@@ -152,7 +152,7 @@ def bound_tests(frame: pd.DataFrame, plan: Plan, *, confidence: float, delta: fl
         tests.append(
             Test(
                 name=TITLE if name == ALL else f"canaries: {name}",
-                statistic=STATISTIC + (", standardised within each kind" if name == ALL and len(kinds) > 1 else ""),
+                statistic=STATISTIC + (", ranked within each kind" if name == ALL and len(kinds) > 1 else ""),
                 bound="steinke",
                 assumes="none",
                 selection=f"fixed with the coins: the {top} highest scores guessed in, the {bottom} lowest out",
@@ -179,7 +179,7 @@ def claim_tests(frame: pd.DataFrame, plan: Plan, *, claim: Claim, confidence: fl
     top, bottom = plan.guesses[ALL]
     return tuple(
         claim_test(
-            standardise(frame),
+            prioritise(frame, plan.guesses),
             frame["member"].to_numpy(dtype=bool),
             claim=claim,
             top=top,

@@ -1,11 +1,14 @@
-"""Scores of canaries: how much fine-tuning lowered a candidate's loss, joined to its coin by id.
+"""Scores of canaries: how much lower a candidate's loss is than the base model leads to expect, joined by id.
 
-score = loss of the base model minus loss of the fine-tuned one, both on the candidate's own questions: the mean over
-questions of the mean over that question's own answer tokens, exactly the loss that training lowers. The base model is
-public, so it costs no privacy and takes out how hard a candidate is; higher = "was in training".
+score = b * (loss of the base model) - (loss of the fine-tuned one), both on the candidate's own questions: the mean
+over questions of the mean over that question's own answer tokens, exactly the loss that training lowers. The base
+model takes out how hard a candidate is, as far as it knows: b is the slope, between 0 and 1, with which its losses
+predict the fine-tuned model's within one kind. For records near the base model's training data b is about 1 (the usual
+reference-model attack); for canaries whose base loss is only noise (a token never seen) it is about 0, where a fixed
+b = 1 costs much of the signal (measured on new-token canaries: AUC 0.73 instead of 0.98). Higher = "was in training".
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +25,7 @@ from trainers.records import Unit
 from trainers.run import load_model, read_config
 from trainers.vlm import VisionLanguageModel
 
-STATISTIC = "loss of the base model minus loss, mean over questions of the mean over answer tokens"
+STATISTIC = "loss of the base model (times its regression slope within the kind) minus loss"
 ROWS_AT_ONCE = 64
 Floats = npt.NDArray[np.float64]
 
@@ -49,8 +52,25 @@ def loss_scores(run: RunFolder, game: Game, *, device: str = "auto") -> pd.DataF
     units = [canary.unit for canary in game.candidates]
     before = losses(load_model(None, device, config=read_config(run)), units)
     after = losses(load_model(run, device), units)
-    scores = pd.DataFrame({"id": [canary.id for canary in game.candidates], "score": before - after})
+    kinds = np.array([canary.kind for canary in game.candidates])
+    scores = pd.DataFrame({"id": [canary.id for canary in game.candidates], "score": calibrate(before, after, kinds)})
     return join_coins(scores, game.frame())
+
+
+def calibrate(before: Floats, after: Floats, kinds: npt.NDArray[np.str_]) -> Floats:
+    """(m,) b * before - after with b the least-squares slope of `after` on `before` within each kind, cut to [0, 1].
+
+    The slope is fitted on all candidates, members or not: a function of losses and kinds without the coins, which the
+    one-run theorem allows any guesser.
+    """
+    out = np.empty_like(after)
+    for kind in np.unique(kinds):
+        mine = kinds == kind
+        x, y = before[mine] - before[mine].mean(), after[mine] - after[mine].mean()
+        spread = float(x @ x)
+        slope = float(np.clip(x @ y / spread, 0.0, 1.0)) if spread > 0 else 0.0
+        out[mine] = slope * before[mine] - after[mine]
+    return out
 
 
 def join_coins(scores: pd.DataFrame, coins: pd.DataFrame) -> pd.DataFrame:
@@ -97,4 +117,25 @@ def standardise(frame: pd.DataFrame) -> Floats:
         if spread == 0:  # more than half of the scores are equal
             spread = np.mean(np.abs(centred)) or 1.0
         out[mine] = centred / spread
+    return out
+
+
+def prioritise(frame: pd.DataFrame, guesses: Mapping[str, tuple[int, int]]) -> Floats:
+    """(m,) scores whose largest and smallest are exactly the planned guesses of every kind.
+
+    guesses: (top, bottom) per kind. Within a kind the order of scores is kept; the i-th largest of a kind that guesses
+    `top` gets top / i, so the candidates at 1 and above are the kinds' own top guesses together (and likewise at -1 and
+    below). A function of scores, kinds and the plan, never of the coins.
+    """
+    scores = frame["score"].to_numpy(dtype=np.float64)
+    kinds = frame["kind"].to_numpy()
+    out = np.zeros(len(frame))
+    for kind in np.unique(kinds):
+        mine = np.flatnonzero(kinds == kind)
+        top, bottom = guesses[str(kind)]
+        order = mine[np.argsort(-scores[mine], kind="stable")]
+        place = np.arange(1, len(mine) + 1)
+        from_top, from_bottom = top / place, bottom / place[::-1]
+        inner = 0.5 - place / (len(mine) + 1)  # the rest, in order, strictly inside (-1, 1)
+        out[order] = np.where(from_top >= 1, from_top, np.where(from_bottom >= 1, -from_bottom, inner))
     return out

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attacks.canaries import draw_game
-from attacks.scores import join_coins, losses, standardise
+from attacks.canaries import Plan, draw_game
+from attacks.scores import calibrate, join_coins, losses, prioritise, standardise
 from dpaudit.config import ReducerConfig
 from dpaudit.errors import InvalidGame
 from dpaudit.randomness import Key
@@ -108,3 +108,35 @@ def test_equal_scores_stay_equal_and_finite() -> None:
     frame = pd.DataFrame({"kind": ["x"] * 5, "score": [2.0, 2.0, 2.0, 2.0, 7.0]})
     assert np.isfinite(standardise(frame)).all()
     assert standardise(frame)[4] > 0
+
+
+def test_calibration_follows_the_base_model_where_it_knows_and_ignores_it_where_it_does_not() -> None:
+    rng = np.random.default_rng(0)
+    kinds = np.repeat(["near", "far"], 500)
+    hard = rng.normal(3, 1, 1000)
+    after = np.where(kinds == "near", hard, 0.0) + rng.normal(0, 0.1, 1000)
+    score = calibrate(hard, after, kinds)
+    np.testing.assert_allclose(score[:500], (hard - after)[:500], atol=0.1)  # slope 1: the reference-model attack
+    assert abs(np.corrcoef(score[500:], hard[500:])[0, 1]) < 0.25  # slope 0: the loss alone
+    constant = calibrate(np.ones(4), np.arange(4.0), np.array(["a"] * 4))
+    assert constant.tolist() == [-0.0, -1.0, -2.0, -3.0]
+
+
+@given(
+    sizes=st.lists(st.integers(1, 25), min_size=1, max_size=4),
+    seed=st.integers(0, 10**6),
+    ties=st.booleans(),
+)
+def test_the_planned_guesses_of_every_kind_are_the_guesses_of_all(sizes: list[int], seed: int, ties: bool) -> None:
+    rng = np.random.default_rng(seed)
+    kinds = np.concatenate([[f"k{index}"] * size for index, size in enumerate(sizes)])
+    values = rng.integers(0, 3, len(kinds)).astype(float) if ties else rng.normal(size=len(kinds))
+    frame = pd.DataFrame({"kind": kinds, "score": values})
+    plan = Plan.default({f"k{index}": size for index, size in enumerate(sizes)}, 0)
+    out = prioritise(frame, plan.guesses)
+    top, bottom = plan.guesses["all"]
+    assert int((out >= 1).sum()) == top and int((out <= -1).sum()) == bottom
+    for kind, group in frame.assign(out=out).groupby("kind"):
+        assert int((group["out"] >= 1).sum()) == plan.guesses[str(kind)][0]
+        order = group.sort_values("score")["out"].to_numpy()
+        assert ties or bool((np.diff(order) > 0).all())
