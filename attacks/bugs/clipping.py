@@ -25,7 +25,7 @@ class MicrobatchClipped(Compact):
     def clip(self, gradients: Tensor) -> Tensor:
         if not len(gradients):
             return gradients
-        pairs = torch.stack([part.mean(dim=0) for part in gradients.split(2)])
+        pairs = torch.stack([part.mean(dim=0) for part in torch.split(gradients, 2)])
         return super().clip(pairs)
 
 
@@ -51,7 +51,9 @@ class PerLayerClipped(Compact):
     """Every block is clipped to C by itself: together sqrt(4) C, noise for C."""
 
     def clip(self, gradients: Tensor) -> Tensor:
-        return torch.cat([Compact.clip(self, part) for part in gradients.split(list(SIZES.values()), dim=1)], dim=1)
+        return torch.cat(
+            [Compact.clip(self, part) for part in torch.split(gradients, list(SIZES.values()), dim=1)], dim=1
+        )
 
 
 class TwoTowersClipped(Compact):
@@ -103,7 +105,8 @@ class NanPasses(Compact):
 
     def clip(self, gradients: Tensor) -> Tensor:
         norms = gradients.norm(dim=1, keepdim=True)
-        return gradients * (self.max_grad_norm / norms.clamp(min=self.max_grad_norm))
+        scaled: Tensor = gradients * (self.max_grad_norm / norms.clamp(min=self.max_grad_norm))
+        return scaled
 
 
 class NanReplacedTooLate(Compact):
@@ -127,7 +130,7 @@ class MedianClipped(Compact):
 
 
 class QuestionsClipped(Compact):
-    """Each question (caption, augmentation) of an image is clipped by itself, so an image with k of them counts k times."""
+    """Each question (caption, augmentation) is clipped by itself, so an image with k of them counts k times."""
 
     def unit_gradients(self, batch: Sequence[Record]) -> Tensor:
         x, y, _, _ = self.rows(batch)

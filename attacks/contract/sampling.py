@@ -1,0 +1,153 @@
+"""The sampler against the claimed rate and scheme: marginals, spread, repeats."""
+
+import math
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import binom
+
+from attacks.contract import statistics as stats
+from attacks.contract.guard import MethodFailure
+from attacks.contract.influence import Bench
+from attacks.contract.result import judged, skipped
+from dpaudit.documents import Check
+
+EPOCHS, MOST_DRAWS, LEAST_DRAWS, SECONDS = 40, 20_000, 400, 8.0
+
+MARGINALS = "sampling rate of each unit"
+MARGINALS_WHY = (
+    "Amplification holds for the claimed rate q only. A unit drawn more often (weighted sampler, 1 / len(loader) with "
+    "a dropped last batch, losses that steer sampling) has less privacy than accounted."
+)
+SPREAD = "spread of batch sizes"
+SPREAD_WHY = (
+    "Poisson batches vary in size with variance n q (1 - q). Constant sizes mean fixed-size or shuffled batches, a "
+    "larger spread means units that are drawn together; the Poisson eps does not hold for either (up to 10x, NDSS 2026)."
+)
+EPOCH = "repeats within an epoch"
+EPOCH_WHY = (
+    "Under independent draws a unit often comes twice within 1/q draws, under shuffling never. A shuffled loader "
+    "accounted as Poisson understates eps (Chua et al. 2024)."
+)
+TWICE = "repeats within a batch"
+TWICE_WHY = "A batch is a set of units; a repeated index (sampling with replacement) counts one person twice."
+
+Drawn = npt.NDArray[np.bool_]
+
+
+def checks(bench: Bench) -> Iterator[Check]:
+    """All checks of this module."""
+    named = ((TWICE, TWICE_WHY), (MARGINALS, MARGINALS_WHY), (SPREAD, SPREAD_WHY), (EPOCH, EPOCH_WHY))
+    if "sample" not in bench.probe.offered:
+        yield from (skipped(name, "the trainer offers no sample()", why) for name, why in named)
+        return
+    drawn, twice = draw(bench)
+    yield judged(TWICE, twice == 0, f"{twice} of {len(drawn)} batches name a unit twice", "none", TWICE_WHY)
+    yield marginals(bench, drawn)
+    yield spread(bench, drawn)
+    yield epochs(bench, drawn)
+
+
+def draw(bench: Bench) -> tuple[Drawn, int]:
+    """(draws, n) who was in, and the number of batches with a repeated index."""
+    probe = bench.probe
+    rate = probe.claim.sample_rate
+    wanted = min(MOST_DRAWS, max(LEAST_DRAWS, math.ceil(EPOCHS / rate)))
+    window = window_of(rate)
+    subject = probe.build(probe.own)
+    count, began = len(probe.own.items), time.monotonic()
+    rows: list[Drawn] = []
+    twice = 0
+    while len(rows) < wanted and (len(rows) < 10 * window or time.monotonic() - began < SECONDS):
+        value = subject.ask("sample")
+        try:
+            indices = [int(index) for index in value]
+        except (TypeError, ValueError):
+            raise MethodFailure("sample()", f"returned {type(value).__name__}; accepted: a list of indices") from None
+        if any(not 0 <= index < count for index in indices):
+            raise MethodFailure("sample()", f"returned an index outside 0 to {count - 1}")
+        row = np.zeros(count, dtype=bool)
+        row[indices] = True
+        twice += len(set(indices)) < len(indices)
+        rows.append(row)
+    return np.stack(rows), twice
+
+
+def window_of(rate: float) -> int:
+    """Draws in an epoch."""
+    return max(1, round(1 / rate))
+
+
+def marginals(bench: Bench, drawn: Drawn) -> Check:
+    """Each unit's number of inclusions is Binomial(draws, q), exactly, for Poisson and fixed-size batches."""
+    claim = bench.probe.claim
+    counts, draws, rate = drawn.sum(axis=0), len(drawn), claim.sample_rate
+    if claim.sampling == "full":
+        missing = int((~drawn).sum())
+        return judged(MARGINALS, missing == 0, f"{missing} absences", "every unit in every batch", MARGINALS_WHY)
+    if claim.sampling == "shuffle":
+        # Per epoch at most once; that is what the accounting of shuffled batches rests on.
+        most = math.ceil(draws / window_of(rate)) + 1
+        fine = int(counts.max()) <= most
+        return judged(MARGINALS, fine, f"at most {int(counts.max())} times in {draws} draws", f"{most}", MARGINALS_WHY)
+    rates = rate if claim.sampling == "poisson" else float(drawn.sum(axis=1).mean()) / drawn.shape[1]
+    if claim.sampling == "fixed" and abs(rates - rate) > 0.5 / drawn.shape[1]:
+        measured = f"batches hold {rates:.4g} of the units"
+        return judged(MARGINALS, False, measured, f"q = {rate:.4g}", MARGINALS_WHY)
+    p_each = [stats.count_p(int(count), draws, rates) for count in counts]
+    p_all = stats.count_p(int(counts.sum()), draws * counts.size, rates) if claim.sampling == "poisson" else 1.0
+    p = min(1.0, 2 * min(min(p_each) * counts.size, p_all))
+    unit = int(np.argmin(p_each))
+    measured = (
+        f"mean rate {counts.mean() / draws:.4g}, most unusual unit {unit} at {counts[unit] / draws:.4g} "
+        f"({draws} draws, p = {p:.2g})"
+    )
+    return judged(MARGINALS, p > stats.ALPHA, measured, f"q = {rate:.4g}, p above {stats.ALPHA:g}", MARGINALS_WHY)
+
+
+def spread(bench: Bench, drawn: Drawn) -> Check:
+    """Sum of squared deviations of the batch sizes: exact Chernoff bound for Poisson, constant for fixed size."""
+    claim = bench.probe.claim
+    sizes, count = drawn.sum(axis=1).astype(np.float64), drawn.shape[1]
+    measured = f"variance {sizes.var():.3g} over {len(sizes)} draws"
+    if claim.sampling in ("fixed", "full"):
+        fine = float(sizes.var()) == 0
+        return judged(SPREAD, fine, measured, "0: the claim says batches of one size", SPREAD_WHY)
+    if claim.sampling == "shuffle":
+        return skipped(SPREAD, "shuffled batches by claim", SPREAD_WHY)
+    p = stats.spread_p(sizes, count, claim.sample_rate)
+    expected = count * claim.sample_rate * (1 - claim.sample_rate)
+    measured += f" (p <= {p:.2g})"
+    return judged(SPREAD, p > stats.ALPHA, measured, f"{expected:.3g}, p above {stats.ALPHA:g}", SPREAD_WHY)
+
+
+def epochs(bench: Bench, drawn: Drawn) -> Check:
+    """(unit, epoch) pairs with exactly one inclusion: Binomial for Poisson batches, all of them if shuffled."""
+    claim = bench.probe.claim
+    rate, window = claim.sample_rate, window_of(claim.sample_rate)
+    whole = len(drawn) // window
+    if claim.sampling == "full" or window == 1:
+        return skipped(EPOCH, "every unit is in every batch", EPOCH_WHY)
+    if whole < 2:
+        return skipped(EPOCH, f"only {len(drawn)} draws of an epoch of {window}", EPOCH_WHY)
+    times = drawn[: whole * window].reshape(whole, window, -1).sum(axis=1)
+    if claim.sampling == "shuffle":
+        again = int((times > 1).sum())
+        measured = f"{again} of {times.size} times a unit came twice in an epoch of {window} draws"
+        return judged(EPOCH, again == 0, measured, "never: shuffled by claim", EPOCH_WHY)
+    # Window against window two neighbours apart catches a shuffle whose epochs start elsewhere.
+    once = float(binom.pmf(1, window, rate))
+    pairs = len(drawn) // 2
+    both = int((drawn[: 2 * pairs : 2] & drawn[1 : 2 * pairs : 2]).sum())
+    if claim.sampling == "poisson":
+        p = min(
+            stats.count_p(int((times == 1).sum()), times.size, once),
+            stats.count_p(both, pairs * drawn.shape[1], rate**2),
+        )
+        p = min(1.0, 2 * p)
+    else:  # units of one fixed-size batch are not independent of each other, their own histories are
+        p = min(1.0, min(stats.count_p(int(k), whole, once) for k in (times == 1).sum(axis=0)) * drawn.shape[1])
+    measured = f"{(times == 1).mean():.3g} of units exactly once in {window} draws (p = {p:.2g})"
+    return judged(EPOCH, p > stats.ALPHA, measured, f"{once:.3g}, p above {stats.ALPHA:g}", EPOCH_WHY)

@@ -1,0 +1,116 @@
+"""The tests behind the statistical checks. Each p-value is exact, or an upper bound with a proof.
+
+A check that makes k tests compares the smallest p with ALPHA / k (Bonferroni), so that it alarms on correct code with
+probability at most ALPHA = 1e-7, an order below the promised 1e-6.
+"""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import minimize_scalar
+from scipy.special import logsumexp
+from scipy.stats import binom, chi2, gamma, kstest, t
+
+Vector = npt.NDArray[np.float64]
+
+ALPHA = 1e-7
+
+
+def two_sided(below: float, above: float) -> float:
+    """p-value from both tails of a continuous law."""
+    return min(1.0, 2.0 * min(below, above))
+
+
+def variance_p(squares: float, freedom: int) -> float:
+    """p of a sum of squares of `freedom` independent standard normals (chi-square, exact)."""
+    return two_sided(float(chi2.cdf(squares, freedom)), float(chi2.sf(squares, freedom)))
+
+
+def std_interval(squares: float, freedom: int, alpha: float) -> tuple[float, float]:
+    """Exact interval for (true std / claimed std) from a sum of squares in claimed units."""
+    high = squares / max(float(chi2.ppf(alpha / 2, freedom)), 1e-300)
+    return math.sqrt(squares / float(chi2.isf(alpha / 2, freedom))), math.sqrt(high)
+
+
+def laplace_scale_p(total: float, count: int) -> float:
+    """p of a sum of |x| / scale over `count` independent Laplace values (Gamma(count), exact)."""
+    return two_sided(float(gamma.cdf(total, count)), float(gamma.sf(total, count)))
+
+
+def laplace_interval(total: float, count: int, alpha: float) -> tuple[float, float]:
+    """Exact interval for (true scale / claimed scale)."""
+    low = total / float(gamma.isf(alpha / 2, count))
+    return low, total / max(float(gamma.ppf(alpha / 2, count)), 1e-300)
+
+
+def law_p(values: Vector, law: str) -> float:
+    """Kolmogorov-Smirnov against the standard 'norm' or 'laplace' (exact for a continuous law)."""
+    return float(kstest(values, law).pvalue)
+
+
+def correlation(x: Vector, y: Vector) -> tuple[float, float]:
+    """(r, p) about zero of paired values, exact for independent normals: r sqrt((n-2)/(1-r^2)) ~ t(n-2).
+
+    About zero, i.e. without subtracting means: x is held fixed and y is isotropic, which needs no more.
+    """
+    n = x.size
+    scale = float(np.linalg.norm(x) * np.linalg.norm(y))
+    if n < 3 or scale == 0:
+        return 0.0, 1.0
+    r = float(np.clip(x @ y / scale, -1.0, 1.0))
+    # y isotropic in n dimensions: its angle with the fixed x has r sqrt((n-1)/(1-r^2)) ~ t(n-1).
+    if abs(r) >= 1.0 - 1e-12:
+        return r, 0.0
+    return r, float(2 * t.sf(abs(r) * math.sqrt((n - 1) / (1 - r * r)), n - 1))
+
+
+def symmetric_correlation(x: Vector, y: Vector) -> tuple[float, float]:
+    """The same for independent symmetric values of any law: given sizes the signs are fair coins (Hoeffding bound)."""
+    r, _ = correlation(x, y)
+    products = x * y
+    spread = float((products**2).sum())
+    return r, min(1.0, 2 * math.exp(-(float(products.sum()) ** 2) / (2 * spread))) if spread > 0 else 1.0
+
+
+def count_p(count: int, trials: int, rate: float) -> float:
+    """Two-sided p of a binomial count (twice the smaller tail, at most 1): valid, a little conservative."""
+    return min(1.0, 2 * min(float(binom.cdf(count, trials, rate)), float(binom.sf(count - 1, trials, rate))))
+
+
+def spread_p(sizes: Vector, units: int, rate: float) -> float:
+    """Upper bound on the p-value of sum (size - n q)^2 over independent Binomial(n, q) batch sizes, both tails.
+
+    Chernoff: P[S <= s] <= inf_l exp(l s) E[exp(-l X)]^k with X = (B - n q)^2, its transform computed exactly from the
+    binomial law. Valid for every number of draws; no normal approximation.
+    """
+    support = np.arange(units + 1)
+    log_mass = binom.logpmf(support, units, rate)
+    squares = (support - units * rate) ** 2
+    observed = float(((sizes - units * rate) ** 2).sum())
+
+    def log_bound(log_l: float, sign: float) -> float:
+        tilt = sign * math.exp(log_l)
+        return -tilt * observed + sizes.size * float(logsumexp(log_mass + tilt * squares))
+
+    variance = max(units * rate * (1 - rate), 1e-12)
+    tails = []
+    for sign in (-1.0, 1.0):
+        centre = -math.log(variance)
+        found = minimize_scalar(log_bound, bounds=(centre - 12, centre + 6), args=(sign,), method="bounded")
+        tails.append(min(0.0, float(found.fun)))
+    return min(1.0, 2.0 * math.exp(min(tails)))
+
+
+def gaussian_leak(hits_in: int, hits_out: int, runs: int, alpha: float) -> float:
+    """Lower bound on mu from an event seen `hits_in` of `runs` times with a unit and `hits_out` without (GDP).
+
+    Any event of a mu-GDP release satisfies Phi^-1(P_in) - Phi^-1(P_out) <= mu; both probabilities are bounded by
+    Clopper-Pearson at alpha / 2 each (Nasr et al. 2023).
+    """
+    from scipy.special import ndtri
+    from scipy.stats import beta
+
+    low = 0.0 if hits_in == 0 else float(beta.ppf(alpha / 2, hits_in, runs - hits_in + 1))
+    high = 1.0 if hits_out == runs else float(beta.isf(alpha / 2, hits_out + 1, runs - hits_out))
+    return max(0.0, float(ndtri(low) - ndtri(high))) if low > 0 and high < 1 else 0.0

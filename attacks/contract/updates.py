@@ -1,0 +1,331 @@
+"""Behind the noise: only noised values reach parameters, and only the noisy gradient decides which."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from scipy.special import ndtr
+
+from attacks.contract import statistics as stats
+from attacks.contract.influence import FROZEN, Bench
+from attacks.contract.probe import AGREEMENT, Observation, Probe, Vector
+from attacks.contract.result import joined, judged, skipped
+from dpaudit.documents import Check
+
+PILOT, MOST_RUNS = 8, 200
+RUNS = 10  # noise seeds behind the fit of the update rule
+
+
+def checks(bench: Bench) -> Iterator[Check]:
+    """All checks of this module."""
+    for check in (every_parameter, noised_blocks, one_line, update_rule, carried_over, mask, mask_leak):
+        yield check(bench)
+
+
+EVERY = "every trained parameter noised"
+EVERY_WHY = (
+    "A parameter that moves with the data must have received noise. Usually a new head, an embedding or a late "
+    "unfrozen layer that sits outside the private optimiser."
+)
+
+
+def every_parameter(bench: Bench) -> Check:
+    """Blocks that moved without noise, unless they move the same whatever the batch (weight decay)."""
+    probe, picks = bench.probe, bench.picks
+    if probe.mechanism == "zeroth-order":
+        return skipped(EVERY, "zeroth-order noise is one number; see 'moves along the public line'", EVERY_WHY)
+    batches = [[picks.anchor], [picks.anchor, picks.group[0]], list(picks.group)]
+    seen = [probe.observe(batch) for batch in batches]
+    bare = {name for item in seen for name, moved in item.moved.items() if name not in item.noised and moved.any()}
+    if probe.deterministic:
+        bare = {name for name in bare if any((item.moved[name] != seen[0].moved[name]).any() for item in seen[1:])}
+    moving = {name for item in seen for name, moved in item.moved.items() if moved.any()}
+    measured = f"moved without noise: {joined(bare)}" if bare else f"{len(moving)} of {len(probe.shapes)} blocks moved"
+    return judged(EVERY, not bare, measured, "every block that moves has noise", EVERY_WHY)
+
+
+NOISED = "noised blocks don't follow data"
+NOISED_WHY = (
+    "Which blocks receive noise must be settled before the batch is seen. If the strongest clean blocks are chosen and "
+    "only they are noised, the choice itself is released without any noise."
+)
+
+
+def noised_blocks(bench: Bench) -> Check:
+    """In the first step no earlier release exists that the choice could follow, so it must be one and the same."""
+    probe, picks = bench.probe, bench.picks
+    batches = [[picks.anchor], list(picks.group), *([unit] for unit in picks.group)]
+    seen = [probe.observe(batch, noise=noise) for batch in batches for noise in (0, 1)]
+    if bench.empty_problem is None:
+        seen.append(probe.observe([]))
+    seen += [probe.observe([picks.anchor, picks.place], records=item.records) for item in bench.usable]
+    kinds = {item.noised for item in seen}
+    measured = f"{len(kinds)} different sets of noised blocks over {len(seen)} first steps"
+    return judged(NOISED, len(kinds) == 1, measured, "one and the same", NOISED_WHY)
+
+
+LINE = "moves along the public line"
+LINE_WHY = (
+    "A zeroth-order step may move parameters only along its public direction, by the noisy number; anything off that "
+    "line is private and has no noise."
+)
+
+
+def one_line(bench: Bench) -> Check:
+    """Zeroth-order: displacements of all batches and noise seeds are parallel."""
+    probe, picks = bench.probe, bench.picks
+    if probe.mechanism != "zeroth-order":
+        return skipped(LINE, "not a zeroth-order mechanism", LINE_WHY)
+    batches = [[picks.anchor], list(picks.group), [picks.place]]
+    moves = [_whole(probe.observe(batch, noise=noise).moved) for batch in batches for noise in (0, 1)]
+    moves = [move for move in moves if np.linalg.norm(move) > 0]
+    if len(moves) < 2:
+        return skipped(LINE, "the parameters did not move", LINE_WHY)
+    units = [move / np.linalg.norm(move) for move in moves]
+    off = max(math.sqrt(max(0.0, 1 - min(1.0, float(unit @ units[0])) ** 2)) for unit in units[1:])
+    weights = _whole(probe.build().parameters())
+    rounding = 1e-6 * float(np.linalg.norm(weights)) / min(float(np.linalg.norm(move)) for move in moves)
+    allowed = 10 * AGREEMENT + rounding
+    return judged(LINE, off <= allowed, f"sine of the largest angle {off:.2g}", f"at most {allowed:.2g}", LINE_WHY)
+
+
+def _whole(blocks: dict[str, Vector]) -> Vector:
+    return np.concatenate([blocks[name] for name in sorted(blocks)])
+
+
+RULE = "update follows the released gradient"
+RULE_WHY = (
+    "Parameters move as a function of what was released and of nothing else. If equal releases give different moves, "
+    "the optimiser still sees the clean gradient: in momentum, in Adam's second moment, or in the update itself."
+)
+
+
+def update_rule(bench: Bench) -> Check:
+    """Learn each coordinate's move from noise seeds on one batch, then predict it on other batches.
+
+    Two forms are recognised: affine in the releases (SGD, momentum, weight decay) and the sign of the release (Adam in
+    its first step). Step 1 is judged on other batches, step 2 on an empty batch after another first batch.
+    """
+    probe = bench.probe
+    if not probe.deterministic:
+        return skipped(RULE, FROZEN, RULE_WHY)
+    if probe.mechanism == "zeroth-order":
+        return skipped(RULE, "zeroth-order; see 'moves along the public line'", RULE_WHY)
+    weights = probe.build().parameters()
+    misses = [_miss_of_step(bench, name, weights[name], second) for name in sorted(weights) for second in (False, True)]
+    judgeable = [miss for miss in misses if miss is not None]
+    if not judgeable:
+        return skipped(RULE, "the update rule is neither affine nor a sign, so it can't be learned", RULE_WHY)
+    worst, where = max(judgeable)
+    measured = f"prediction off by {worst:.2g} of the move ({where}; {len(judgeable)} of {len(misses)} cases judged)"
+    return judged(RULE, worst <= 1, measured.replace("of the move", "x the tolerance"), "at most 1", RULE_WHY)
+
+
+Run = tuple[Vector, Vector]  # releases (p, d) of the last p steps, and the move (d,)
+Rule = Callable[[Vector], Vector]
+
+
+def _miss_of_step(bench: Bench, name: str, weights: Vector, second: bool) -> tuple[float, str] | None:
+    """How badly the rule learned on one batch predicts another, in tolerances; None where no rule was learned."""
+    if second and bench.empty_problem is not None:
+        return None
+    picks = bench.picks
+    learn_on, judge_on = [picks.anchor, picks.group[0]], [[picks.place], list(picks.group)]
+    learn = _runs(bench, name, learn_on, range(RUNS), second)
+    judge = [run for batch in judge_on for run in _runs(bench, name, batch, range(3), second)]
+    if len(learn) < (6 if second else 4) or not judge:
+        return None
+    size = max(float(np.abs(move).max()) for _, move in learn)
+    tolerance = 10 * AGREEMENT * size + 4e-7 * float(np.abs(weights).max())
+    predict = _affine(learn, tolerance) or (None if second else _signs(learn, tolerance))
+    if predict is None:
+        return None
+    gap = max(float(np.nanmax(np.abs(predict(inputs) - move), initial=0.0)) for inputs, move in judge)
+    # Far from the data that a line was learned on, its error grows with the distance.
+    return gap / (3 * tolerance), f"{name}, step {2 if second else 1}"
+
+
+def _runs(bench: Bench, name: str, batch: Sequence[int], noises: Sequence[int], second: bool) -> list[Run]:
+    runs = []
+    for noise in noises:
+        if second:
+            first, seen = _two_steps(bench, batch, noise)
+            steps = [first, seen]
+        else:
+            seen = bench.probe.observe(batch, noise=noise)
+            steps = [seen]
+        values = [step.released.get(name) for step in steps]
+        # A block that was pruned does not move; the rule of the others is what is learned.
+        if all(value is not None for value in values) and all(step.moved[name].any() for step in steps):
+            runs.append((np.stack([value for value in values if value is not None]), seen.moved[name]))
+    return runs
+
+
+def _two_steps(bench: Bench, batch: Sequence[int], noise: int) -> tuple[Observation, Observation]:
+    """`batch`, then an empty one; remembered on the bench's probe."""
+    memory: dict[tuple[tuple[int, ...], int], tuple[Observation, Observation]]
+    memory = bench.__dict__.setdefault("_two_steps", {})
+    key = (tuple(batch), noise)
+    if key not in memory:
+        subject = bench.probe.build(bench.probe.own, noise)
+        memory[key] = (bench.probe.watch(subject, batch), bench.probe.watch(subject, []))
+    return memory[key]
+
+
+def _affine(learn: list[Run], tolerance: float) -> Rule | None:
+    """Per coordinate: move = a + b . releases, by least squares; None if that does not fit what it was learned on."""
+    inputs = np.stack([run[0] for run in learn])  # (K, p, d)
+    moves = np.stack([run[1] for run in learn])  # (K, d)
+    count, _, size = inputs.shape
+    scale = np.abs(inputs).max(axis=(0, 2), keepdims=True) + 1e-300
+    design = np.concatenate([np.ones((count, 1, size)), inputs / scale], axis=1).transpose(2, 0, 1)
+    fits = [np.linalg.lstsq(design[j], moves[:, j], rcond=1e-6) for j in range(size)]
+    coefficients = np.stack([fit[0] for fit in fits])
+    # Where releases did not vary (no noise, or the same noise in both steps) nothing can be learned.
+    known = np.array([fit[2] == design.shape[2] for fit in fits])
+    if not known.any():
+        return None
+    residual = np.abs(np.einsum("jkp,jp->kj", design, coefficients) - moves).max()
+    if residual > tolerance:
+        return None
+
+    def predict(new: Vector) -> Vector:
+        value = coefficients[:, 0] + np.einsum("pd,dp->d", new / scale[0], coefficients[:, 1:])
+        return np.where(known, value, np.nan)
+
+    return predict
+
+
+def _signs(learn: list[Run], tolerance: float) -> Rule | None:
+    """Per coordinate: the move depends on the sign of the release alone; NaN where a sign was not seen."""
+    signs = np.stack([np.sign(run[0][0]) for run in learn])
+    if np.ptp(np.stack([run[0][0] for run in learn]), axis=0).max() == 0:
+        return None
+    moves = np.stack([run[1] for run in learn])
+    tables = {}
+    for sign in (-1.0, 1.0):
+        chosen = np.where(signs == sign, moves, np.nan)
+        seen = (signs == sign).any(axis=0)
+        low = np.min(np.where(signs == sign, moves, np.inf), axis=0)
+        high = np.max(np.where(signs == sign, moves, -np.inf), axis=0)
+        if (np.where(seen, high - low, 0.0) > tolerance).any():
+            return None
+        tables[sign] = np.where(seen, np.nanmax(np.where(seen, chosen, 0.0), axis=0), np.nan)
+
+    def predict(new: Vector) -> Vector:
+        return np.where(new[0] > 0, tables[1.0], np.where(new[0] < 0, tables[-1.0], np.nan))
+
+    return predict
+
+
+CARRIED = "nothing carried over"
+CARRIED_WHY = (
+    "A batch is used once: what an empty second step releases must not depend on the first batch. Usually a missing "
+    "zero_grad, or gradients accumulated over steps."
+)
+
+
+def carried_over(bench: Bench) -> Check:
+    """An empty batch after different first batches, same noise."""
+    probe, picks = bench.probe, bench.picks
+    if not probe.deterministic:
+        return skipped(CARRIED, FROZEN, CARRIED_WHY)
+    if bench.empty_problem is not None:
+        return skipped(CARRIED, f"needs an empty batch: {bench.empty_problem}", CARRIED_WHY)
+    before = _two_steps(bench, [picks.anchor], 0)[1]
+    after = [_two_steps(bench, batch, 0)[1] for batch in ([picks.place], list(picks.group))]
+    size = probe.claim.max_grad_norm
+    gap = max(probe.size(item.vector - before.vector) for item in after)
+    allowed = 1e-6 * size + 2 * probe.slack(before, *after)
+    measured = f"the second release moved by {gap / size:.3g} C with the first batch"
+    return judged(CARRIED, gap <= allowed, measured, f"at most {allowed / size:.2g} C (rounding)", CARRIED_WHY)
+
+
+MASK = "update mask sees noise only"
+MASK_WHY = (
+    "Which blocks are updated must be a function of the noisy gradient. A mask from the clean gradient is a release "
+    "without noise (pruning before noise instead of after it)."
+)
+
+
+def mask(bench: Bench) -> Check:
+    """Equal noisy input after neighbouring batches must give equal masks, and the mask applied must be that one."""
+    probe, picks = bench.probe, bench.picks
+    if "select" not in probe.offered:
+        return skipped(MASK, "the trainer offers no select(); see 'update mask leaks no more than claimed'", MASK_WHY)
+    if probe.mechanism == "zeroth-order" or not probe.deterministic:
+        return skipped(MASK, "zeroth-order" if probe.deterministic else FROZEN, MASK_WHY)
+    batches = [[picks.anchor], [picks.anchor, *picks.group], [picks.place]]
+    subjects = []
+    differs = 0
+    for batch in batches:
+        subject = probe.build(probe.own, 0)
+        seen = probe.watch(subject, batch)
+        released = subject.ask("released")
+        if seen.applied is not None and all(value is not None for value in released.values()):
+            differs += subject.select(dict(released)) != seen.applied
+        subjects.append(subject)
+    rng = np.random.default_rng([probe.seed, 13])
+    inputs = [_noisy_input(probe, rng, scale) for scale in (1e-6, 1e-2, 1.0, 1e2) for _ in range(6)]
+    moved = sum(len({subject.select(noisy) for subject in subjects}) > 1 for noisy in inputs)
+    measured = f"{moved} of {len(inputs)} masks changed with the batch; {differs} of {len(batches)} were not applied"
+    return judged(MASK, moved + differs == 0, measured, "none", MASK_WHY)
+
+
+def _noisy_input(probe: Probe, rng: np.random.Generator, scale: float) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.from_numpy(scale * rng.exponential() * rng.standard_normal(shape)).float()
+        for name, shape in probe.shapes.items()
+    }
+
+
+LEAK = "update mask leaks no more than claimed"
+LEAK_WHY = (
+    "The mask of a step that releases a mu-GDP gradient can tell a unit's presence only as well as mu allows. A mask "
+    "that follows the unit and not the noise seed comes from the clean gradient."
+)
+
+
+def mask_leak(bench: Bench) -> Check:
+    """How often one mask occurs with a unit and without it, over fresh noise seeds (Clopper-Pearson, GDP).
+
+    The mask is fixed on a pilot; the count uses other seeds. mu = 1 / sigma for adding or removing one unit.
+    """
+    probe, picks = bench.probe, bench.picks
+    sigma = probe.claim.noise_multiplier
+    if "applied" not in probe.offered:
+        return skipped(LEAK, "the trainer offers no applied()", LEAK_WHY)
+    if probe.mechanism != "gaussian" or sigma == 0:
+        return skipped(LEAK, f"mechanism {probe.mechanism}, noise multiplier {sigma:g}", LEAK_WHY)
+    pairs: list[tuple[list[int], list[int]]] = (
+        [([unit], []) for unit in picks.group] if bench.empty_problem is None else []
+    )
+    pairs += [([unit, picks.anchor], [picks.anchor]) for unit in picks.group]
+    telling = [(big, small, chosen) for big, small in pairs if (chosen := _pilot(probe, big, small)) is not None]
+    if not telling:
+        measured = f"no mask told a unit's presence over {len(pairs)} pairs of neighbours"
+        return judged(LEAK, True, measured, f"mu at most {1 / sigma:.3g}", LEAK_WHY)
+    alpha = stats.ALPHA / (2 * len(pairs))  # either direction of each pair
+    runs = min(MOST_RUNS, math.ceil(math.log(alpha / 2) / math.log(float(ndtr(0.55 / sigma)))) + 1)
+    worst = 0.0
+    for big, small, chosen in telling[:3]:
+        seeds = range(PILOT, PILOT + runs)
+        hits = [sum(probe.observe(batch, noise=k).applied == chosen for k in seeds) for batch in (big, small)]
+        worst = max(worst, stats.gaussian_leak(max(hits), min(hits), runs, alpha))
+    measured = f"mu at least {worst:.3g} ({runs} noise seeds, {len(telling)} pairs with a telling mask)"
+    return judged(LEAK, worst <= 1 / sigma, measured, f"at most {1 / sigma:.3g}", LEAK_WHY)
+
+
+def _pilot(probe: Probe, big: list[int], small: list[int]) -> frozenset[str] | None:
+    """A mask that was applied (nearly) always with the unit and never without it, or the other way round."""
+    for seeds in (3, PILOT):  # most pairs are settled by the first few seeds
+        masks = [[probe.observe(batch, noise=k).applied for k in range(seeds)] for batch in (big, small)]
+        found = None
+        for mine, other in ((masks[0], masks[1]), (masks[1], masks[0])):
+            common = max(set(mine), key=mine.count)
+            if mine.count(common) >= seeds - (seeds > 3) and other.count(common) <= (seeds > 3):
+                found = common
+        if found is None:
+            return None
+    return found

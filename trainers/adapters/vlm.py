@@ -1,0 +1,222 @@
+"""dpaudit's own trainer under test: vision-language fine-tuning with DP-SGD or Dual-Priv Pruning.
+
+`factory_for(config, dataset)` puts any configuration to the test; `dp_sgd` and `dual_priv` are ready-made factories on
+the compact reference model and public synthetic pictures. The step is that of `trainers.run.Trainer`, unchanged; only
+the source of the noise is handed in.
+
+    dpaudit check trainers.adapters.vlm:dual_priv
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from dpaudit import accounting, atomic
+from dpaudit.claims import StepClaim
+from dpaudit.config import RunConfig, resolve
+from dpaudit.randomness import Key
+from trainers import updates
+from trainers.gradients import MicroBatch
+from trainers.inputs import UnitInputs
+from trainers.plan import Plan, fusion_std, make_plan
+from trainers.protocol import Factory
+from trainers.records import Dataset, Picture, Question, Unit
+from trainers.run import Trainer, poisson_batch
+from trainers.vlm import VisionLanguageModel
+
+
+def synthetic_units(count: int, *, side: int = 64, seed: int = 0) -> tuple[Unit, ...]:
+    """Units with random pictures and one to three questions; nothing private, nothing learnable."""
+    rng = np.random.default_rng(seed)
+    bank = [("what digit is this?", "seven"), ("is it even or odd?", "odd"), ("is it a seven?", "yes")]
+
+    def unit(index: int) -> Unit:
+        pixels = rng.integers(0, 256, size=(side, side, 3), dtype=np.uint8)
+        asked = sorted(rng.choice(3, size=int(rng.integers(1, 4)), replace=False))
+        questions = tuple(Question(*bank[place], "digit") for place in asked)
+        return Unit(f"u{index}", (Picture(f"u{index}", pixels, questions),))
+
+    return tuple(unit(index) for index in range(count))
+
+
+class Workshop:
+    """What trainers of one configuration share: the frozen model, and the encoded inputs of data sets seen before.
+
+    The frozen tower makes tokens a function of the data set alone, so equal data sets (the very same record objects)
+    are encoded once; any other data set is encoded anew as a whole, so that a leak between records is not hidden.
+    """
+
+    def __init__(self, config: RunConfig, plan: Plan) -> None:
+        self.config, self.plan = config, plan
+        self._built: dict[int, tuple[Trainer, dict[str, Tensor]]] = {}
+        self._inputs: dict[tuple[int, ...], tuple[list[Unit], UnitInputs]] = {}
+
+    def trainer(self, records: list[Unit], seed: int) -> tuple[Trainer, dict[str, Tensor]]:
+        """A trainer on `records` with an optimiser of its own, and the initial weights for this seed."""
+        if seed not in self._built:
+            model = VisionLanguageModel.load(self.config.model.path, device="cpu")
+            built = Trainer.build(self.config, self.plan, Key.from_seed(seed), model, records)
+            start = {name: value.detach().clone() for name, value in built.parameters.items()}
+            self._built[seed] = (built, start)
+        built, start = self._built[seed]
+        key = tuple(id(record) for record in records)
+        if key not in self._inputs:
+            if len(self._inputs) >= 16:
+                del self._inputs[next(iter(self._inputs))]
+            self._inputs[key] = (records, UnitInputs(built.model, records))
+        optimizer = updates.make_optimizer(built.parameters, self.config.training)
+        return replace(built, inputs=self._inputs[key][1], optimizer=optimizer), start
+
+
+class VlmTrainer:
+    """One configuration as a trainer under test; records are `trainers.records.Unit`.
+
+    Trainers of one factory share the model's modules, so each keeps its weights and installs them while it works.
+    """
+
+    def __init__(self, workshop: Workshop, records: Sequence[Unit], *, seed: int, noise_seed: int | None) -> None:
+        self.records = list(records)
+        self.plan, self.config = workshop.plan, workshop.config
+        self.public = Key.from_seed(seed)
+        self.secret = Key.fresh() if noise_seed is None else Key.from_seed(noise_seed)
+        self.trainer, start = workshop.trainer(self.records, seed)
+        self.weights = {name: value.clone() for name, value in start.items()}
+        self.step_count = self.draws = 0
+        self.last: dict[str, Tensor] = {}
+        self.kept: set[str] = set()
+
+    def _install(self, weights: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.trainer.parameters.items():
+                parameter.copy_(weights[name])
+
+    @property
+    def claim(self) -> StepClaim:
+        """From the plan that a run would announce."""
+        assert self.plan.claim is not None
+        return StepClaim(
+            mechanism="gaussian",
+            max_grad_norm=self.plan.max_grad_norm,
+            noise_multiplier=self.plan.noise_multiplier,
+            sampling="poisson",
+            sample_rate=self.plan.sample_rate,
+            expected_batch_size=self.plan.expected_batch_size,
+            relation=self.plan.claim.relation,
+            unit=self.plan.claim.unit,
+            steps=self.plan.steps,
+            delta=self.plan.claim.delta,
+        )
+
+    def step(self, indices: Sequence[int]) -> None:
+        """The run's own step: clipped sum, noisy mean, pruned update."""
+        self.step_count += 1
+        self._install(self.weights)
+        total = self.trainer.clipped_sum(self.step_count, sorted(set(indices)))
+        noisy = replace(self.trainer, key=self.secret).noisy_mean(self.step_count, total)
+        self.last = {name: value.clone() for name, value in noisy.items()}
+        self.kept = self.trainer.update(self.step_count, noisy)
+        self.weights = {name: value.detach().clone() for name, value in self.trainer.parameters.items()}
+
+    def released(self) -> Mapping[str, Tensor | None]:
+        """The noisy mean before pruning."""
+        return self.last
+
+    def parameters(self) -> Mapping[str, Tensor]:
+        """The adapter."""
+        return self.weights
+
+    def extreme_records(self) -> list[Unit]:
+        """Far from the data: black, white and chequered pictures, wrong and long answers, many questions."""
+        side = self.records[0].pictures[0].pixels.shape
+        grid = (np.indices(side[:2]).sum(axis=0) % 2 * 255).astype(np.uint8)
+        pictures = {
+            "white": np.full(side, 255, np.uint8),
+            "black": np.zeros(side, np.uint8),
+            "chequered": np.repeat(grid[:, :, None], 3, axis=2),
+        }
+        long = Question("what is this? " * 4, "no " * 12, "probe")
+        wrong = Question("what digit is this?", "qzxj kw", "probe")
+        asked = {"white": (wrong,), "black": (long, wrong), "chequered": (long,) * 4}
+        return [Unit(f"x-{name}", (Picture(f"x-{name}", pixels, asked[name]),)) for name, pixels in pictures.items()]
+
+    def sample(self) -> list[int]:
+        """The Poisson batch of the next step, and the next at every call."""
+        self.draws += 1
+        batch = poisson_batch(self.public, step=self.draws, units=len(self.records), rate=self.plan.sample_rate)
+        return [int(index) for index in batch]
+
+    def applied(self) -> set[str]:
+        """Blocks that the last step updated."""
+        return self.kept
+
+    def select(self, noisy: Mapping[str, Tensor]) -> set[str]:
+        """The blocks that a noisy gradient would update in this step."""
+        rng = self.public.generator(purpose="pruning", step=self.step_count)
+        return updates.select_blocks(noisy, self.config.pruning, rng=rng)
+
+    def gradient(self, record: Unit) -> Mapping[str, Tensor]:
+        """By the micro-batch loop, the oracle of the fast path; with the fusion noise of the next step."""
+        self._install(self.weights)
+        inputs = UnitInputs(self.trainer.model, [record])
+        std = fusion_std(self.config, self.plan)
+        rows = inputs.select([0], key=self.public, step=self.step_count + 1, fusion_std=std)
+        return MicroBatch(self.trainer.model, self.trainer.parameters).gradient(rows)[0]
+
+    def epsilon(self, delta: float) -> float:
+        """The accountant's eps for the steps taken."""
+        event = self.plan.event
+        assert event is not None
+        return accounting.epsilon(replace(event, steps=self.step_count), delta)
+
+    def save(self, path: Path) -> None:
+        """Adapter, optimiser state and step count in one safetensors file."""
+        state = {f"weight//{name}": value for name, value in self.weights.items()}
+        moments = updates.optimizer_tensors(self.trainer.parameters, self.trainer.optimizer)
+        state |= {f"optimizer//{name}": value for name, value in moments.items()}
+        atomic.write_tensors(path, state, metadata={"step": json.dumps(self.step_count)})
+
+    def load(self, path: Path) -> None:
+        """What `save` wrote."""
+        with safe_open(path, framework="pt") as file:
+            self.step_count = json.loads(file.metadata()["step"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        self.weights = {name: tensors[f"weight//{name}"] for name in self.weights}
+        moments = {name[11:]: value for name, value in tensors.items() if name.startswith("optimizer//")}
+        updates.restore_optimizer(self.trainer.parameters, self.trainer.optimizer, moments)
+
+
+def factory_for(config: RunConfig, dataset: Dataset) -> Factory:
+    """A factory for the protocol. The plan is made once, from the declared data set: it is public."""
+    workshop = Workshop(config, make_plan(config, dataset, 0))
+
+    def factory(records: Sequence[Unit] | None = None, *, seed: int, noise_seed: int | None = None) -> VlmTrainer:
+        units = dataset.train if records is None else records
+        return VlmTrainer(workshop, units, seed=seed, noise_seed=noise_seed)
+
+    return factory
+
+
+@lru_cache(maxsize=2)
+def _ready_made(method: str) -> Factory:
+    small = ["training.batch-size=6", "training.steps=60", "model.lora.rank=2", "model.device=cpu", "training.warmup=0"]
+    small += ["privacy.noise-multiplier=1.0", "privacy.max-grad-norm=0.05", "privacy.delta=1e-3"]
+    config = resolve({}, [f"method={method}", *small])
+    units = synthetic_units(30)
+    return factory_for(config, Dataset("synthetic", "image (with all its questions)", units, units[:1]))
+
+
+def dp_sgd(records: Sequence[Unit] | None = None, *, seed: int, noise_seed: int | None = None) -> object:
+    """Plain DP-SGD on the reference model, LoRA of rank 2, AdamW."""
+    return _ready_made("dp-sgd")(records, seed=seed, noise_seed=noise_seed)
+
+
+def dual_priv(records: Sequence[Unit] | None = None, *, seed: int, noise_seed: int | None = None) -> object:
+    """Dual-Priv Pruning: VisionZip tokens with fusion noise, 80 % of the blocks updated."""
+    return _ready_made("dual-priv")(records, seed=seed, noise_seed=noise_seed)
