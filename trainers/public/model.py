@@ -59,4 +59,7 @@ def reference_model(seed: int) -> VisionLanguageModel:
     config.dpaudit_template = TEMPLATE
     torch.manual_seed(seed)
     hf: Any = LlavaForConditionalGeneration(config)
+    # Rows of their own length and direction: tokens that no lesson uses (the spares) are pushed away together, and with
+    # the usual tiny initial rows they would all become one vector, which no fine-tuning could tell apart.
+    torch.nn.init.normal_(hf.get_input_embeddings().weight, std=LANGUAGE_WIDTH**-0.5)
     return VisionLanguageModel(hf, tokenizer, device=torch.device("cpu"), source="new")
