@@ -6,11 +6,13 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +28,13 @@ from dpaudit.documents import BenchmarkDocument, Metric
 from dpaudit.errors import EnvironmentFailure, UsageError, rejected
 from dpaudit.runs import RunFolder
 from reports.metrics import by_kind, cluster_metric, commonest, constant_answers
+from reports.text import plural
 from reports.worker import TASK
 from trainers.records import Dataset
 
 LOG = "benchmark.log"
 PUBLIC_SAMPLE = 300  # pictures
+PROCESSES = 2
 Progress = Callable[[str], None]
 
 
@@ -43,6 +47,15 @@ class Questions:
     kinds: tuple[str, ...]
     clusters: tuple[str, ...]
     sha256: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to evaluate. On a CPU several processes share the models: small matrices gain little from more threads."""
+
+    batch_size: int
+    device: str
+    processes: int
 
 
 @dataclass(frozen=True)
@@ -92,10 +105,10 @@ def benchmark_many(
         raise rejected("--batch-size", batch_size, "a whole number of at least 1")
     if importlib.util.find_spec("lmms_eval") is None:
         raise EnvironmentFailure("lmms-eval is not installed; mend it with: pip install --no-deps lmms-eval==0.7.3")
-    if device not in ("auto", "cpu"):
-        from trainers.vlm import pick_device
+    from trainers.vlm import pick_device
 
-        pick_device(device)  # a missing device is told at once, not after lmms-eval's slow start
+    kind = pick_device(device).type  # a missing device is told at once, not after lmms-eval's slow start
+    processes = min(PROCESSES, os.cpu_count() or 1) if kind == "cpu" else 1
     for run in runs:
         run.require_finished()
     configs = [resolve(read_yaml(run.config)) for run in runs]
@@ -105,7 +118,8 @@ def benchmark_many(
     documents: dict[int, BenchmarkDocument] = {}
     for members in groups.values():
         own = [(runs[index], configs[index]) for index in members]
-        made = _group(own, base=base, limit=limit, batch_size=batch_size, device=device, progress=progress)
+        settings = Settings(batch_size=batch_size, device=device, processes=processes)
+        made = _group(own, base=base, limit=limit, settings=settings, progress=progress)
         documents.update(zip(members, made, strict=True))
     return [documents[index] for index in range(len(runs))]
 
@@ -115,8 +129,7 @@ def _group(
     *,
     base: bool,
     limit: int | None,
-    batch_size: int,
-    device: str,
+    settings: Settings,
     progress: Progress,
 ) -> list[BenchmarkDocument]:
     """Runs that share a data set."""
@@ -135,15 +148,8 @@ def _group(
                 models.setdefault(f"base {path}", {"name": "base model", "run": None, "base": path})
         for run, _ in runs:
             models[str(run.path)] = {"name": run.path.name, "run": str(run.path.resolve()), "base": None}
-        outcomes = _evaluate(
-            models,
-            questions,
-            folder,
-            log=runs[0][0].private / LOG,
-            batch_size=batch_size,
-            device=device,
-            progress=progress,
-        )
+        log = runs[0][0].private / LOG
+        outcomes = _evaluate(models, questions, folder, log=log, settings=settings, progress=progress)
         majority = _majority(dataset, questions)
         documents = []
         for run, config in runs:
@@ -152,7 +158,7 @@ def _group(
                 outcomes.get(f"base {_local(config.model.path)}"),
                 questions,
                 majority,
-                batch_size=batch_size,
+                batch_size=settings.batch_size,
                 seconds=time.perf_counter() - began,
             )
             atomic.write_document(run.benchmark, document)
@@ -177,8 +183,6 @@ def _workplace(run: RunFolder) -> Iterator[Path]:
 
     Leftovers of a killed benchmark are removed first.
     """
-    import shutil
-
     for old in run.private.glob("benchmark-*"):
         if old.is_dir() and not old.is_symlink():
             shutil.rmtree(old, ignore_errors=True)
@@ -256,16 +260,27 @@ def _evaluate(
     folder: Path,
     *,
     log: Path,
-    batch_size: int,
-    device: str,
+    settings: Settings,
     progress: Progress,
 ) -> dict[str, Outcome]:
-    """Run the worker on all models and read what it wrote."""
+    """Run the workers on all models and read what they wrote."""
     entries = [{**entry, "out": str(folder / f"result-{index}.json")} for index, entry in enumerate(models.values())]
-    spec = {"parquet": str(folder / "test.parquet"), "batch_size": batch_size, "device": device, "models": entries}
-    (folder / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
-    progress(f"starting lmms-eval for {len(entries)} models and {len(questions.texts):,} questions each")
-    _run_worker(folder, log, progress)
+    processes = min(settings.processes, len(entries))
+    shared = {"parquet": str(folder / "test.parquet"), "batch_size": settings.batch_size, "device": settings.device}
+    places = []
+    for index in range(processes):
+        place = folder / f"worker-{index}"  # each has caches of its own: no locks, no races
+        place.mkdir()
+        (place / "spec.json").write_text(json.dumps({**shared, "models": entries[index::processes]}), encoding="utf-8")
+        places.append(place)
+    progress(f"starting lmms-eval for {plural(len(entries), 'model')}, {len(questions.texts):,} questions each")
+    try:
+        with ThreadPoolExecutor(processes) as pool:
+            list(pool.map(lambda place: _run_worker(place, log, processes, progress), places))
+    finally:
+        parts = [place / LOG for place in places]
+        text = "".join(part.read_text(encoding="utf-8", errors="replace") for part in parts if part.exists())
+        atomic.write_text(log, text)
     outcomes = {}
     for key, entry in zip(models, entries, strict=True):
         try:
@@ -281,14 +296,17 @@ def _evaluate(
     return outcomes
 
 
-def _run_worker(folder: Path, log: Path, progress: Progress) -> None:
-    """Start the worker in `folder`, pass on its progress, and turn its failure into one line."""
-    with log.open("w", encoding="utf-8") as sink:
+def _run_worker(place: Path, log: Path, processes: int, progress: Progress) -> None:
+    """Start a worker in `place`, pass on its progress, and turn its failure into one line (which names `log`)."""
+    environment = worker_environment(place, os.environ)
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    own = place / LOG
+    with own.open("w", encoding="utf-8") as sink:
         process = subprocess.Popen(
-            [sys.executable, "-m", "reports.worker", str(folder / "spec.json")],
-            cwd=folder,
-            env=worker_environment(folder, os.environ),
-            stdin=subprocess.DEVNULL,
+            [sys.executable, "-m", "reports.worker", str(place / "spec.json")],
+            cwd=place,
+            env=environment,
+            stdin=subprocess.PIPE,  # nothing is sent: its end tells the worker that this process is gone
             stdout=subprocess.PIPE,
             stderr=sink,
             text=True,
@@ -305,7 +323,7 @@ def _run_worker(folder: Path, log: Path, progress: Progress) -> None:
                 process.wait()
     if code == 0:
         return
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    lines = [line.strip() for line in own.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     last = lines[-1] if lines else f"exit code {code}"
     if code == UsageError.exit_code and last.startswith("dpaudit: "):
         raise UsageError(last.removeprefix("dpaudit: "))

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from dpaudit.documents import Claim, Metric, ScoreSummary
+from dpaudit.documents import Claim, Metric, RocPoint, ScoreSummary
 from reports.inputs import Curve
 from reports.svg import PALETTE, SETTINGS, StyleSheet, inline_svg
 from reports.text import number, percent, plural
@@ -78,10 +78,10 @@ def roc(summary: ScoreSummary, claim: Claim | None, *, key: str, styles: StyleSh
     (Kairouz, Oh, Viswanath 2015, theorem 2.1).
     """
     floor = _roc_floor(summary)
-    points = sorted(summary.roc, key=lambda point: (point.fpr, point.tpr))
+    points = _thinned(sorted(summary.roc, key=lambda point: (point.fpr, point.tpr)), floor)
     with rc_context(SETTINGS):
         figure, axes = _axes()
-        grid = [floor ** (1 - i / 120) for i in range(121)]
+        grid = [floor ** (1 - i / 60) for i in range(61)]
         axes.plot(grid, grid, color=PALETTE["soft"], linestyle=(0, (1, 2)), linewidth=1.2, label="guessing")
         if claim is not None and math.isfinite(claim.epsilon):
             allowed = [allowed_tpr(rate, claim.epsilon, claim.delta) for rate in grid]
@@ -121,6 +121,21 @@ def roc(summary: ScoreSummary, claim: Claim | None, *, key: str, styles: StyleSh
             ),
             styles=styles,
         )
+
+
+def _thinned(points: Sequence[RocPoint], floor: float) -> list[RocPoint]:
+    """The points that a reader can tell apart: at least 1/150 of an axis from the last one kept."""
+
+    def place(point: RocPoint) -> tuple[float, float]:
+        scale = -math.log10(floor)
+        return math.log10(max(point.fpr, floor)) / scale, math.log10(max(point.tpr, floor)) / scale
+
+    kept: list[RocPoint] = []
+    for index, point in enumerate(points):
+        last = index == len(points) - 1
+        if last or not kept or max(abs(a - b) for a, b in zip(place(point), place(kept[-1]), strict=True)) >= 1 / 150:
+            kept.append(point)
+    return kept
 
 
 def allowed_tpr(fpr: float, epsilon: float, delta: float) -> float:

@@ -92,6 +92,7 @@ DETAILS = (
     Detail(),
     Detail(scores_embedded=False, pictures=12, table_points=20),
     Detail(scores_embedded=False, pictures=3, table_points=10),
+    Detail(scores_embedded=False, pictures=0, table_points=5),
     Detail(scores_embedded=False, documents_embedded=False, pictures=0, table_points=5),
 )
 

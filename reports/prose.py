@@ -53,7 +53,7 @@ def claim_paragraphs(run: RunReport) -> list[str]:
         first = "This run makes no privacy claim."
         if run.claim_document is None and run.audit is None:
             first = "There is no claim.json in this run: no privacy claim is stated."
-        return [" ".join([first, *(clean(reason, 400) for reason in reasons)])]
+        return [" ".join([first, *(_sentence(reason) for reason in reasons)])]
     unit = clean(claim.unit, 120)
     relation = _RELATION[claim.relation].format(unit=unit)
     paragraphs = [
@@ -63,9 +63,16 @@ def claim_paragraphs(run: RunReport) -> list[str]:
         _mechanism(claim, unit),
     ]
     if run.claim_document is not None and not run.claim_document.releasable:
-        reasons_text = " ".join(clean(reason, 400) for reason in run.claim_document.reasons)
+        reasons_text = " ".join(_sentence(reason) for reason in run.claim_document.reasons)
         paragraphs.append(f"This run must not be released. {reasons_text}".strip())
     return [paragraph for paragraph in paragraphs if paragraph]
+
+
+def _sentence(text: str) -> str:
+    """A reason from a document as a sentence."""
+    shown = clean(text, 400)
+    shown = shown[:1].upper() + shown[1:]
+    return shown if shown.endswith((".", "!", "?")) or not shown else f"{shown}."
 
 
 def _meaning(claim: Claim, unit: str) -> str:

@@ -136,6 +136,8 @@ def _attributes(element: ElementTree.Element, tag: str, key: str, used: set[str]
         else:
             value = _NUMBER.sub(lambda match: f"{float(match.group()):.1f}".removesuffix(".0"), value)
             value = " ".join(value.split())
+            if name == "d" and not re.search("[CQSTA]", value):
+                value = value.replace(" L ", " ")  # pairs after M are lines: the same path in fewer bytes
         parts.append(f'{name}="{escape(value)}"')
     return "".join(f" {part}" for part in parts)
 

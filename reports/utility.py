@@ -39,7 +39,8 @@ class TaskTable:
 class Utility:
     """A run's accuracy beside its yardsticks, in the units of exact match (0 to 1).
 
-    `kept` is (run - base) / (non-private - base); it has no interval, because release documents hold no pairs.
+    `kept` is (run - base) / (non-private - base), where non-private fine-tuning clearly adds something at all; it has
+    no interval, because release documents hold no pairs.
     """
 
     task: str
@@ -103,9 +104,14 @@ def utility(run: RunReport, runs: Sequence[RunReport], table: TaskTable | None) 
     over_base = own.value - base.value if base is not None else None
     against = own.value - reference.value if reference is not None and run.method != "non-private" else None
     kept = None
-    if against is not None and base is not None and reference is not None and reference.value > base.value:
+    if against is not None and base is not None and reference is not None and _clearly_above(reference, base):
         kept = (own.value - base.value) / (reference.value - base.value)
     return Utility(table.task, own, over_base, against, kept)
+
+
+def _clearly_above(upper: Metric, lower: Metric) -> bool:
+    """A share of a gain means something only where the gain itself is beyond doubt: intervals that do not touch."""
+    return upper.low is not None and lower.high is not None and upper.low > lower.high
 
 
 def _non_private(runs: Sequence[RunReport], table: TaskTable) -> Metric | None:

@@ -8,6 +8,7 @@ returns is checked. Standard output carries one JSON line per finished model; re
 import json
 import os
 import sys
+import threading
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -91,8 +92,15 @@ def _text(responses: Any) -> str:
     return str(responses)
 
 
+def _end_with_parent() -> None:
+    """A parent that was killed closes the pipe; nobody waits for the result then."""
+    sys.stdin.buffer.read()
+    os._exit(EnvironmentFailure.exit_code)
+
+
 def main() -> int:
     """Run one spec; an expected failure is one line on standard error, with its exit code."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         work(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     except DpauditError as error:

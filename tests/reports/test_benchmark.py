@@ -1,9 +1,11 @@
 """The lmms-eval bridge against an oracle: targets are written so that the score is known beforehand."""
 
+import contextlib
 import io
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +100,7 @@ def test_scores_are_the_rigged_ones(rigged: Rigged) -> None:
     assert document.lmms_eval_version.startswith("0.7") and "{question}" in document.prompt
     assert (document.precision, document.device, document.batch_size) == ("float32", "cpu", 5)
     assert BenchmarkDocument.read(run.benchmark) == document
-    assert [m for m in messages if m.startswith("measured")] == ["measured base model", "measured run"]
+    assert sorted(m for m in messages if m.startswith("measured")) == ["measured base model", "measured run"]
     assert sorted(path.name for path in run.private.glob("benchmark*")) == ["benchmark.log"]  # the export is gone
 
 
@@ -134,6 +136,32 @@ def test_bad_input_is_one_line(rigged: Rigged, arguments: list[str], code: int, 
     )
     lines = [line for line in done.stderr.splitlines() if line.startswith("dpaudit: ")]
     assert done.returncode == code and len(lines) == 1 and words in lines[0] and "Traceback" not in done.stderr
+
+
+def test_a_killed_benchmark_leaves_no_worker_and_the_next_one_cleans_up(rigged: Rigged) -> None:
+    run, right, _ = rigged
+    arguments = [str(DPAUDIT), "benchmark", str(run.path), "--no-base"]
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (specs := list(run.private.glob("benchmark-*/worker-0/benchmark.log"))) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    place = str(specs[0].parent)
+
+    def alive() -> bool:
+        listing = [entry for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+        with contextlib.suppress(OSError):
+            return any(place in (entry / "cmdline").read_text() for entry in listing if (entry / "cmdline").exists())
+        return True  # a process ended while the list was read: look again
+
+    while alive() and time.monotonic() < deadline + 60:
+        time.sleep(0.2)
+    assert not alive()
+    assert list(run.private.glob("benchmark-*"))  # kill -9 cleans nothing
+    document = benchmark_many([run], base=False, device="cpu")[0]
+    assert document.tasks[TASK]["exact_match"].value == pytest.approx(sum(right.values()) / len(right))
+    assert [path.name for path in run.private.glob("benchmark*")] == ["benchmark.log"]
 
 
 def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
