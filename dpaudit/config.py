@@ -188,6 +188,15 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "dual-priv": {"reducer": {"name": "visionzip", "noise": "mean"}, "pruning": {"keep": 0.8}},
 }
 
+# Settings for the compact reference model, chosen on public synthetic pictures (docs/reference-model.md). A checkpoint
+# of one's own (model.path) starts from the field defaults instead.
+_PRIVATE_SETTINGS = {"model": {"lora": {"rank": 4}}, "training": {"learning-rate": 1e-2}}
+REFERENCE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "non-private": {"model": {"lora": {"rank": 4}}, "training": {"learning-rate": 5e-3, "batch-size": 64}},
+    "dp-sgd": _PRIVATE_SETTINGS,
+    "dual-priv": _PRIVATE_SETTINGS,
+}
+
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
@@ -314,6 +323,9 @@ def resolve(tree: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
         given = _merge(given, parse_override(text))
     method = given.get("method", "dp-sgd")
     defaults = METHOD_DEFAULTS.get(method, {}) if isinstance(method, str) else {}
+    model = given.get("model")
+    if isinstance(method, str) and not (isinstance(model, dict) and model.get("path") is not None):
+        defaults = _merge(REFERENCE_DEFAULTS.get(method, {}), defaults)
     privacy = given.get("privacy")
     if isinstance(privacy, dict) and privacy.get("noise-multiplier") is not None and "epsilon" not in privacy:
         given = _merge(given, {"privacy": {"epsilon": None}})

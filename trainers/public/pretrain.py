@@ -196,8 +196,9 @@ def refresh_spare_tokens(model: VisionLanguageModel, seed: int) -> None:
     spare = [vocabulary[token] for token in model.spare_tokens(len(vocabulary))]
     weight = model.core.get_input_embeddings().weight
     answers = [model.prompter.encode("?", word)[1][0] for word in ("yes", "no", *NUMBERS)]
+    # Lengths in the stored precision, so that a reloaded checkpoint gives the same tokens.
     drawn = np.random.default_rng([seed, 3]).normal(size=(len(spare), weight.shape[1]))
-    drawn *= float(weight[answers].norm(dim=1).mean()) / np.linalg.norm(drawn, axis=1, keepdims=True)
+    drawn *= float(weight[answers].half().float().norm(dim=1).mean()) / np.linalg.norm(drawn, axis=1, keepdims=True)
     weight[spare] = torch.as_tensor(drawn, dtype=weight.dtype)
 
 
