@@ -39,8 +39,8 @@ def synthetic_units(count: int, *, side: int = 64, seed: int = 0) -> tuple[Unit,
 
     def unit(index: int) -> Unit:
         pixels = rng.integers(0, 256, size=(side, side, 3), dtype=np.uint8)
-        asked = sorted(rng.choice(3, size=int(rng.integers(1, 4)), replace=False))
-        questions = tuple(Question(*bank[place], "digit") for place in asked)
+        asked = sorted(int(place) for place in rng.choice(3, size=int(rng.integers(1, 4)), replace=False))
+        questions = tuple(Question(bank[place][0], bank[place][1], "digit") for place in asked)
         return Unit(f"u{index}", (Picture(f"u{index}", pixels, questions),))
 
     return tuple(unit(index) for index in range(count))
