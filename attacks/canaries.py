@@ -111,9 +111,13 @@ class Game:
         return atomic.sha256_file(path)
 
     def check_against(self, coins: "Coins") -> None:
-        """Raise InvalidGame when this game is not the one of the coin file (other data, key or version)."""
+        """Raise InvalidGame when this game is not the one of the coin file (other data, key or model).
+
+        The plan is not compared: the one in the file was fixed before the first step and stands, whatever this version
+        of dpaudit would choose today.
+        """
         ours = self.frame()
-        if not ours.equals(coins.frame) or self.plan != coins.plan:
+        if not ours.equals(coins.frame):
             what = "candidates" if not ours["id"].equals(coins.frame["id"]) else "their contents or coins"
             raise InvalidGame(
                 f"coins: {what} are not those that this run's key, data and model give; the data set, the model or the "

@@ -133,13 +133,18 @@ def _confidences(confidence: float, kinds: list[str]) -> dict[str, float]:
     return {ALL: 1.0 - error / 2} | {kind: 1.0 - error / 2 / len(kinds) for kind in kinds}
 
 
+def _ranked(frame: pd.DataFrame, plan: Plan) -> Floats:
+    """The scores that all tests rank: the same for each of them, ties settled by the seed stored with the coins."""
+    return prioritise(frame, plan.guesses, np.random.default_rng([plan.tie_seed]))
+
+
 def bound_tests(frame: pd.DataFrame, plan: Plan, *, confidence: float, delta: float) -> tuple[Test, ...]:
     """One-run bounds (Steinke et al. 2023) for all candidates and for each kind, guesses as planned.
 
     frame: id, kind, member, score. Valid because coins are fair and independent, each guess count was fixed before the
     scores existed, and the guesses are a function of scores and kinds, never of coins.
     """
-    scores = prioritise(frame, plan.guesses)
+    scores = _ranked(frame, plan)
     kinds = list(dict.fromkeys(frame["kind"]))
     tests = []
     for place, (name, level) in enumerate(_confidences(confidence, kinds).items()):
@@ -179,7 +184,7 @@ def claim_tests(frame: pd.DataFrame, plan: Plan, *, claim: Claim, confidence: fl
     top, bottom = plan.guesses[ALL]
     return tuple(
         claim_test(
-            prioritise(frame, plan.guesses),
+            _ranked(frame, plan),
             frame["member"].to_numpy(dtype=bool),
             claim=claim,
             top=top,

@@ -120,18 +120,19 @@ def standardise(frame: pd.DataFrame) -> Floats:
     return out
 
 
-def prioritise(frame: pd.DataFrame, guesses: Mapping[str, tuple[int, int]]) -> Floats:
+def prioritise(frame: pd.DataFrame, guesses: Mapping[str, tuple[int, int]], rng: np.random.Generator) -> Floats:
     """(m,) scores whose largest and smallest are exactly the planned guesses of every kind.
 
-    guesses: (top, bottom) per kind. Within a kind the order of scores is kept; the i-th largest of a kind that guesses
-    `top` gets top / i, so the candidates at 1 and above are the kinds' own top guesses together (and likewise at -1 and
-    below). A function of scores, kinds and the plan, never of the coins.
+    guesses: (top, bottom) per kind; `rng` orders equal scores of a kind, so that the order of the file can't.
+    Within a kind the order of scores is kept; the i-th largest of a kind that guesses `top` gets top / i, so the
+    candidates at 1 and above are the kinds' own top guesses together (and likewise at -1 and below). A function of
+    scores, kinds and the plan, never of the coins.
     """
     scores = frame["score"].to_numpy(dtype=np.float64)
     kinds = frame["kind"].to_numpy()
     out = np.zeros(len(frame))
     for kind in np.unique(kinds):
-        mine = np.flatnonzero(kinds == kind)
+        mine = rng.permutation(np.flatnonzero(kinds == kind))
         top, bottom = guesses[str(kind)]
         order = mine[np.argsort(-scores[mine], kind="stable")]
         place = np.arange(1, len(mine) + 1)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,15 @@ def test_coins_come_back_as_they_were(tmp_path: Path) -> None:
         draw(30, seed=1).check_against(coins)
     with pytest.raises(InvalidGame, match="have changed since training"):
         draw(27).check_against(coins)
+
+
+def test_the_stored_plan_stands_when_the_defaults_change(tmp_path: Path) -> None:
+    """Guesses were fixed before the first step: another version's defaults must neither replace nor invalidate them."""
+    game = draw(30)
+    old = replace(game, plan=replace(game.plan, guesses=dict.fromkeys(game.plan.guesses, (1, 1))))
+    coins = check_coins(tmp_path / "coins.parquet", old.save_coins(tmp_path / "coins.parquet"))
+    game.check_against(coins)
+    assert coins.plan == old.plan
 
 
 def test_an_edited_file_is_an_invalid_game(tmp_path: Path) -> None:
