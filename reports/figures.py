@@ -177,14 +177,6 @@ def frontier(points: Sequence[FrontierPoint], base: Metric | None, *, key: str, 
             _frontier_run(axes, point, index, _dodged(points, index, infinity), infinity)
         if base is not None:
             axes.axhline(100 * base.value, color=PALETTE["soft"], linestyle=(0, (1, 2)), linewidth=1.2)
-            axes.annotate(
-                "base model, not fine-tuned",
-                (0, 100 * base.value),
-                xytext=(2, 4),
-                textcoords="offset points",
-                fontsize=9.5,
-                color=PALETTE["soft"],
-            )
         places = [0.0, 1.0, 3.0] + [eps for eps in (8.0, 16.0, 32.0, 64.0, 128.0) if math.log2(1 + eps) <= top + 0.2]
         axes.xaxis.set_major_locator(FixedLocator([*(math.log2(1 + eps) for eps in places), infinity]))
         labels = {**{round(math.log2(1 + eps), 6): number(eps) for eps in places}, round(infinity, 6): "no claim"}
@@ -201,6 +193,7 @@ def frontier(points: Sequence[FrontierPoint], base: Metric | None, *, key: str, 
             description=(
                 f"Exact match with 95 % intervals against eps for {plural(len(points), 'run')}. Filled marks stand at "
                 "the claimed eps, open triangles at the audited lower bound; runs without a claim stand at the right."
+                + (f" The dotted line is the base model, {percent(base.value)}." if base is not None else "")
             ),
             styles=styles,
         )
@@ -276,3 +269,6 @@ def legend_mark(index: int) -> Markup:
     """The mark of the run at this place of the frontier, as a tiny decorative SVG."""
     role, marker = SERIES[index % len(SERIES)], MARKERS[index % len(MARKERS)]
     return Markup(f'<svg class="m-{role}" aria-hidden="true" viewBox="0 0 12 12">{_MARKS[marker]}</svg>')
+
+
+BASE_MARK = Markup('<svg class="m-base" aria-hidden="true" viewBox="0 0 12 12"><path d="M0 6H12"/></svg>')

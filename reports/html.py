@@ -272,7 +272,8 @@ def _figures(
                 {"mark": figures.legend_mark(position), "run": by_key[point.key]}
                 for position, point in enumerate(points)
             ]
-            frontiers[table.task] = {"svg": drawing, "points": points, "legend": legend}
+            base = figures.BASE_MARK if table.base is not None else None
+            frontiers[table.task] = {"svg": drawing, "points": points, "legend": legend, "base": base}
     return Figures(diagrams, scores, frontiers, curves)
 
 

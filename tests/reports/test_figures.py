@@ -36,13 +36,25 @@ def test_best_guess_is_the_maximum_over_the_curve(epsilon: float) -> None:
     assert best_guess(0.0, 0.0) == 0.5 and best_guess(math.inf, 1e-5) == 1.0
 
 
-def test_histogram_holds_its_numbers() -> None:
-    """The drawn outline reaches the tallest bin at the height of the axis' own scale."""
+TEXT = re.compile(r'<text[^>]*? x="([\d.]+)" y="([\d.]+)"[^>]*>([^<]+)</text>')
+
+
+def test_histogram_is_drawn_to_its_own_scale() -> None:
+    """Read back from the drawing: the outline is as tall as the fullest bin's share on the axis' own ticks."""
     summary = score_summary("s", 1.0)
-    svg = str(histogram(summary, key="h", styles=StyleSheet()))
+    styles = StyleSheet()
+    svg = str(histogram(summary, key="h", styles=styles))
     assert svg.startswith("<svg") and "<title" in svg and "<desc" in svg and " style=" not in svg
-    assert len(re.findall(r"<path", svg)) > 6
     assert svg == str(histogram(summary, key="h", styles=StyleSheet()))
+    numbers = [(float(x), float(y), float(t.replace("−", "-"))) for x, y, t in TEXT.findall(svg) if t[-1].isdigit()]
+    column = min(x for x, _, _ in numbers)
+    ticks = sorted((value, y) for x, y, value in numbers if x == column)
+    pixels = (ticks[0][1] - ticks[-1][1]) / (ticks[-1][0] - ticks[0][0])  # per cent point
+    name = next(name for text, name in styles.classes.items() if "stroke:var(--in)" in text and "fill:none" in text)
+    outline = max(re.findall(rf'<path[^>]*?d="([^"]+)"[^>]*class="{name}"', svg), key=len)
+    heights = [float(y) for _, y in re.findall(r"(-?[\d.]+) (-?[\d.]+)", outline)]
+    tallest = 100 * max(summary.counts_in) / summary.n_in
+    assert (max(heights) - min(heights)) / pixels == pytest.approx(tallest, abs=0.15)
 
 
 def test_two_figures_share_no_id_and_refer_to_their_own() -> None:
@@ -62,11 +74,13 @@ def test_frontier_draws_every_run_and_no_claim_at_the_right() -> None:
     points = [FrontierPoint("A", math.inf, 3.0, metric), FrontierPoint("B", 8.0, 0.0, metric)]
     svg = str(frontier(points, metric, key="f", styles=StyleSheet()))
     text = re.findall(r"<text[^>]*>([^<]+)</text>", svg)
-    assert {"A", "B", "no claim", "8", "base model, not fine-tuned"} <= set(text)
-    place = {label: float(x) for x, label in re.findall(r'<text[^>]* x="([\d.]+)"[^>]*>([^<]+)</text>', svg)}
-    place |= {b: float(x) for x, b in re.findall(r"<text[^>]*translate\(([\d.]+) [\d.]+\)[^>]*>(A|B)</text>", svg)}
-    if "A" in place and "B" in place:
-        assert place["A"] > place["B"]
+    assert {"A", "B", "no claim", "8"} <= set(text)
+    place = {label: float(x) for x, _, label in TEXT.findall(svg)}
+    assert place["A"] == pytest.approx(place["no claim"], abs=0.2)  # a mark's letter stands over its tick
+    assert place["B"] == pytest.approx(place["8"], abs=0.2)
+    assert place["0"] < place["1"] < place["3"] < place["8"] < place["no claim"]
+    unit = place["1"] - place["0"]  # log2(1 + eps)
+    assert place["8"] - place["0"] == pytest.approx(math.log2(9) * unit, abs=0.5)
     lonely = str(frontier([FrontierPoint("A", math.inf, None, metric)], None, key="g", styles=StyleSheet()))
     assert "no claim" in lonely
 
