@@ -1,14 +1,14 @@
 """The planted bugs: one row each, with where it happened. Catalogue ids (B1 to B35) are those of docs/planted-bugs.md.
 
 A source marked "design reasoning" is a fault that follows from the mechanism and for which no public case was found.
-`out_of_reach`: what no test of single steps can see, and why.
+`out_of_reach`: what no test of single steps can see, and why. `slow`: on the vision-language model, seconds each.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from attacks.bugs import clipping, isolation, noise, sampling, updates
+from attacks.bugs import clipping, fusion, isolation, noise, sampling, updates
 
 REASONING = "design reasoning; no public case found"
 
@@ -22,6 +22,7 @@ class Bug:
     factory: Callable[..., Any]
     source: str
     out_of_reach: str | None = None
+    slow: bool = False
 
     @property
     def what(self) -> str:
@@ -139,6 +140,17 @@ BUGS: tuple[Bug, ...] = (
     Bug("one-step-less", "B30", sampling.OneStepLess, "smartnoise-sdk PR 424"),
     Bug("empty-not-counted", "B15", sampling.EmptyNotCounted, "Opacus issue 161"),
     Bug("resume-forgets", "B12", sampling.ResumeForgets, REASONING),
+    # the token-fusion path, on the real trainer
+    Bug("vlm-batch-centres", "B7, B32", fusion.fused_batch_centres, "shared centres; " + REASONING, slow=True),
+    Bug("vlm-batch-normalised", "B7", fusion.fused_batch_normalised, "Opacus issues 308 and 340", slow=True),
+    Bug(
+        "vlm-batch-count",
+        "B7",
+        fusion.fused_batch_count,
+        "LLaVA-PruMerge, outlier_dectection over the whole batch",
+        slow=True,
+    ),
+    Bug("vlm-token-mean", "B7", fusion.fused_token_mean, "transformers' outputs.loss (measured: x 2.75)", slow=True),
 )
 
 

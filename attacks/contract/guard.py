@@ -1,6 +1,7 @@
 """Foreign code under guard: every call has a time limit, and every failure is one line that names the method."""
 
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -50,16 +51,46 @@ def time_limit(seconds: float) -> Iterator[None]:
             signal.setitimer(signal.ITIMER_REAL, max(0.001, theirs - (time.monotonic() - began)), interval)
 
 
+class _Watched:
+    """What is being called at the moment, and until when it may take."""
+
+    method: str | None = None
+    deadline = 0.0
+
+
+def start_watchdog(report: Callable[[str], None], *, grace: float = 5.0) -> None:
+    """End the process with exit code 2 when a call ignores its time limit (a hang inside a C extension).
+
+    For the command line only: `report` gets the one line. The signal of `time_limit` can't interrupt foreign C code.
+    """
+
+    def watch() -> None:
+        while True:
+            time.sleep(0.25)
+            method = _Watched.method
+            if method is not None and time.monotonic() > _Watched.deadline + grace:
+                report(f"{method}: did not return and could not be interrupted (--time-limit)")
+                os._exit(2)
+
+    threading.Thread(target=watch, daemon=True, name="dpaudit-watchdog").start()
+
+
 def call(method: str, function: Callable[..., Any], *arguments: Any, limit: float = TIME_LIMIT, **options: Any) -> Any:
     """`function(*arguments, **options)`; raises MethodFailure with one line for whatever goes wrong in it."""
+    _Watched.deadline = time.monotonic() + limit
+    _Watched.method = method
     try:
         with time_limit(limit):
             return function(*arguments, **options)
     except _Expired:
         raise MethodFailure(method, f"did not return within {limit:g} s (--time-limit)") from None
+    except UsageError as error:  # ours, with a line of its own (a claim that can't be true)
+        raise MethodFailure(method, str(error)) from error
     # The code is not ours: anything may come out of it, and the reader needs the method's name and not our stack.
     except (Exception, SystemExit) as error:
         raise MethodFailure(method, f"raised {describe(error)}") from error
+    finally:
+        _Watched.method = None
 
 
 def describe(error: BaseException) -> str:

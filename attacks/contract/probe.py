@@ -24,6 +24,8 @@ Vector = npt.NDArray[np.float64]
 ROUNDING = 1e-6
 AGREEMENT = 1e-3
 
+_MISSING = object()
+
 
 @dataclass(frozen=True)
 class Records:
@@ -65,10 +67,11 @@ class Subject:
     def __init__(self, trainer: Any, probe: "Probe") -> None:
         self.trainer, self.probe = trainer, probe
         for name in REQUIRED:
-            if not hasattr(trainer, name):
+            value = call(name, getattr, trainer, name, _MISSING, limit=probe.limit)
+            if value is _MISSING:
                 raise MethodFailure(name, f"missing; the trainer must offer {', '.join(REQUIRED)}")
-            if name not in ("records", "claim") and not callable(getattr(trainer, name)):
-                raise MethodFailure(name, "is not callable")
+            if name not in ("records", "claim") and not callable(value):
+                raise MethodFailure(name, f"got {_short(value)}; accepted: a method")
 
     def offers(self, name: str) -> bool:
         """Whether an optional method is there."""

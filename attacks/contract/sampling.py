@@ -24,7 +24,7 @@ MARGINALS_WHY = (
 SPREAD = "spread of batch sizes"
 SPREAD_WHY = (
     "Poisson batches vary in size with variance n q (1 - q). Constant sizes mean fixed-size or shuffled batches, a "
-    "larger spread means units that are drawn together; the Poisson eps does not hold for either (up to 10x, NDSS 2026)."
+    "larger spread means units drawn together; the Poisson eps holds for neither (off by up to 10x, NDSS 2026)."
 )
 EPOCH = "repeats within an epoch"
 EPOCH_WHY = (

@@ -53,8 +53,8 @@ class Workshop:
     are encoded once; any other data set is encoded anew as a whole, so that a leak between records is not hidden.
     """
 
-    def __init__(self, config: RunConfig, plan: Plan) -> None:
-        self.config, self.plan = config, plan
+    def __init__(self, config: RunConfig, plan: Plan, units: Sequence[Unit] = ()) -> None:
+        self.config, self.plan, self.units = config, plan, tuple(units)
         self._built: dict[int, tuple[Trainer, dict[str, Tensor]]] = {}
         self._inputs: dict[tuple[int, ...], tuple[list[Unit], UnitInputs]] = {}
 
@@ -62,6 +62,7 @@ class Workshop:
         """A trainer on `records` with an optimiser of its own, and the initial weights for this seed."""
         if seed not in self._built:
             model = VisionLanguageModel.load(self.config.model.path, device="cpu")
+            self.adapt(model)
             built = Trainer.build(self.config, self.plan, Key.from_seed(seed), model, records)
             start = {name: value.detach().clone() for name, value in built.parameters.items()}
             self._built[seed] = (built, start)
@@ -74,6 +75,9 @@ class Workshop:
         optimizer = updates.make_optimizer(built.parameters, self.config.training)
         return replace(built, inputs=self._inputs[key][1], optimizer=optimizer), start
 
+    def adapt(self, model: VisionLanguageModel) -> None:
+        """For subclasses that change a part of the model before training."""
+
 
 class VlmTrainer:
     """One configuration as a trainer under test; records are `trainers.records.Unit`.
@@ -81,8 +85,10 @@ class VlmTrainer:
     Trainers of one factory share the model's modules, so each keeps its weights and installs them while it works.
     """
 
-    def __init__(self, workshop: Workshop, records: Sequence[Unit], *, seed: int, noise_seed: int | None) -> None:
-        self.records = list(records)
+    def __init__(
+        self, workshop: Workshop, records: Sequence[Unit] | None, *, seed: int, noise_seed: int | None
+    ) -> None:
+        self.records = list(workshop.units if records is None else records)
         self.plan, self.config = workshop.plan, workshop.config
         self.public = Key.from_seed(seed)
         self.secret = Key.fresh() if noise_seed is None else Key.from_seed(noise_seed)
@@ -194,29 +200,32 @@ class VlmTrainer:
 
 def factory_for(config: RunConfig, dataset: Dataset) -> Factory:
     """A factory for the protocol. The plan is made once, from the declared data set: it is public."""
-    workshop = Workshop(config, make_plan(config, dataset, 0))
+    return _factory(Workshop(config, make_plan(config, dataset, 0), dataset.train))
 
+
+def _factory(shared: Workshop) -> Factory:
     def factory(records: Sequence[Unit] | None = None, *, seed: int, noise_seed: int | None = None) -> VlmTrainer:
-        units = dataset.train if records is None else records
-        return VlmTrainer(workshop, units, seed=seed, noise_seed=noise_seed)
+        return VlmTrainer(shared, records, seed=seed, noise_seed=noise_seed)
 
     return factory
 
 
-@lru_cache(maxsize=2)
-def _ready_made(method: str) -> Factory:
+@lru_cache(maxsize=4)
+def workshop(method: str) -> Workshop:
+    """The ready-made configuration of `dp_sgd` and `dual_priv`: reference model, LoRA of rank 2, AdamW, sigma 1."""
     small = ["training.batch-size=6", "training.steps=60", "model.lora.rank=2", "model.device=cpu", "training.warmup=0"]
     small += ["privacy.noise-multiplier=1.0", "privacy.max-grad-norm=0.05", "privacy.delta=1e-3"]
     config = resolve({}, [f"method={method}", *small])
     units = synthetic_units(30)
-    return factory_for(config, Dataset("synthetic", "image (with all its questions)", units, units[:1]))
+    dataset = Dataset("synthetic", "image (with all its questions)", units, units[:1])
+    return Workshop(config, make_plan(config, dataset, 0), units)
 
 
-def dp_sgd(records: Sequence[Unit] | None = None, *, seed: int, noise_seed: int | None = None) -> object:
-    """Plain DP-SGD on the reference model, LoRA of rank 2, AdamW."""
-    return _ready_made("dp-sgd")(records, seed=seed, noise_seed=noise_seed)
+def dp_sgd(records: Sequence[Unit] | None = None, *, seed: int, noise_seed: int | None = None) -> VlmTrainer:
+    """Plain DP-SGD on the reference model."""
+    return VlmTrainer(workshop("dp-sgd"), records, seed=seed, noise_seed=noise_seed)
 
 
-def dual_priv(records: Sequence[Unit] | None = None, *, seed: int, noise_seed: int | None = None) -> object:
+def dual_priv(records: Sequence[Unit] | None = None, *, seed: int, noise_seed: int | None = None) -> VlmTrainer:
     """Dual-Priv Pruning: VisionZip tokens with fusion noise, 80 % of the blocks updated."""
-    return _ready_made("dual-priv")(records, seed=seed, noise_seed=noise_seed)
+    return VlmTrainer(workshop("dual-priv"), records, seed=seed, noise_seed=noise_seed)

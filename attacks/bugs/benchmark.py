@@ -1,0 +1,144 @@
+"""Every planted bug against every audit available; correct trainers as controls."""
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from attacks.bugs.game import ALPHA, release_game
+from attacks.bugs.table import Bug
+from attacks.contract import run_checks, verdict
+from attacks.contract.influence import ISOLATION, OUTSIDE, Bench
+from attacks.contract.probe import Probe
+from dpaudit.documents import Document, Part
+from trainers.adapters import compact, huggingface, opacus_loop, vlm, zeroth_order
+
+REPLAY = (ISOLATION, OUTSIDE)
+
+
+class BugRow(Part):
+    """One planted bug and who caught it."""
+
+    name: str
+    catalogue: str = Field(description="Ids of the catalogue in docs/planted-bugs.md.")
+    what: str
+    source: str
+    caught: bool
+    contract: tuple[str, ...] = Field(description="Checks of the step contract that failed.")
+    isolation: bool = Field(description="Exact replay alone: another record, or one outside the batch, reaches a unit.")
+    game_p: float | None = Field(description="p-value of the white-box release game; null = not played.")
+    game: bool = Field(description="Whether the game refutes the claimed noise at its level.")
+    why_not: str | None = Field(default=None, description="Why no audit can see it, where that is so.")
+    seconds: float
+
+
+class ControlRow(Part):
+    """A correct trainer: no check may fail."""
+
+    name: str
+    seeds: int
+    alarms: int
+    verdicts: dict[str, int]
+    game_alarms: int | None = Field(default=None, description="Of the statistical game; null = not played.")
+    seconds: float
+
+
+class BugsDocument(Document):
+    """What `dpaudit bugs --json` prints."""
+
+    kind: ClassVar[str] = "bugs"
+    bugs: tuple[BugRow, ...]
+    caught: int
+    caught_by_contract: int
+    game_alpha: float = ALPHA
+    controls: tuple[ControlRow, ...] = ()
+
+
+@dataclass(frozen=True)
+class Control:
+    """A correct trainer of some build."""
+
+    name: str
+    factory: Callable[..., Any]
+    slow: bool = False
+
+
+CONTROLS: tuple[Control, ...] = (
+    Control("dp-sgd", compact.dp_sgd),
+    Control("dp-sgd, blocks pruned by the noisy gradient", compact.pruned),
+    Control("dp-adam", compact.adam),
+    Control("fixed-size batches, claimed as such", compact.fixed_size),
+    Control("shuffled epochs, claimed as such", compact.shuffled),
+    Control("full batch", compact.full_batch),
+    Control("laplace noise, L1 clipping", compact.laplace),
+    Control("dp-zo (zeroth-order)", zeroth_order.dp_zo),
+    Control("opacus loop", opacus_loop.factory),
+    Control("hugging face trainer", huggingface.factory, slow=True),
+    Control("vision-language dp-sgd", vlm.dp_sgd, slow=True),
+    Control("vision-language dual-priv", vlm.dual_priv, slow=True),
+)
+
+
+def run_bug(row: Bug, *, seed: int = 0, game: bool = True) -> BugRow:
+    """The contract, and the release game if asked for."""
+    began = time.monotonic()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a bug may divide by zero; that is its business
+        probe = Probe(row.factory, seed=seed)
+        checks = run_checks(probe)
+        failed = tuple(check.name for check in checks if check.status == "fail")
+        played = release_game(probe, Bench(probe), seed=seed) if game and not row.slow else None
+    caught = bool(failed) or (played is not None and played.caught)
+    return BugRow(
+        name=row.name,
+        catalogue=row.catalogue,
+        what=row.what,
+        source=row.source,
+        caught=caught,
+        contract=failed,
+        isolation=any(name in REPLAY for name in failed),
+        game_p=played.p_value if played is not None and played.played else None,
+        game=played is not None and played.caught,
+        why_not=None if caught else row.out_of_reach,
+        seconds=round(time.monotonic() - began, 2),
+    )
+
+
+def run_bugs(rows: Sequence[Bug], *, seed: int = 0, game: bool = True) -> Iterator[BugRow]:
+    """One after the other, so that a caller can show progress."""
+    for row in rows:
+        yield run_bug(row, seed=seed, game=game)
+
+
+def run_control(control: Control, seeds: Sequence[int], *, game: bool = False) -> ControlRow:
+    """The contract on a correct trainer over several seeds; an alarm is any verdict but pass."""
+    began = time.monotonic()
+    verdicts: dict[str, int] = {}
+    game_alarms = 0
+    for seed in seeds:
+        probe = Probe(control.factory, seed=seed)
+        outcome = verdict(run_checks(probe))
+        verdicts[outcome] = verdicts.get(outcome, 0) + 1
+        if game:
+            game_alarms += release_game(probe, Bench(probe), seed=seed).caught
+    return ControlRow(
+        name=control.name,
+        seeds=len(seeds),
+        alarms=verdicts.get("fail", 0),
+        verdicts=verdicts,
+        game_alarms=game_alarms if game else None,
+        seconds=round(time.monotonic() - began, 1),
+    )
+
+
+def document(rows: Sequence[BugRow], controls: Sequence[ControlRow] = ()) -> BugsDocument:
+    """The whole table."""
+    return BugsDocument(
+        bugs=tuple(rows),
+        caught=sum(row.caught for row in rows),
+        caught_by_contract=sum(bool(row.contract) for row in rows),
+        controls=tuple(controls),
+    )

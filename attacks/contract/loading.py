@@ -1,0 +1,53 @@
+"""`module:factory` to a callable, without letting the user's folder shadow dpaudit's own packages.
+
+Our four packages have common names. They are imported first; only then does the working directory go on `sys.path`, so
+a folder with its own `trainers/` or `reports/` neither breaks dpaudit nor is imported by mistake.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from attacks.contract.guard import TIME_LIMIT, MethodFailure, call
+from dpaudit.errors import UsageError, rejected
+
+OWN = ("dpaudit", "trainers", "attacks", "reports")
+
+
+def load_factory(target: str, *, limit: float = TIME_LIMIT) -> Callable[..., Any]:
+    """The callable that `module:factory` names; raises UsageError with one line that says what is wrong with it."""
+    module_name, colon, attribute = target.partition(":")
+    if not colon or not module_name or not attribute:
+        raise rejected("factory", target, "module:factory, for example my_training:make_trainer")
+    for name in OWN:
+        importlib.import_module(name)
+    here = str(Path.cwd())
+    sys.path[:] = [here, *(entry for entry in sys.path if entry not in ("", here))]
+    importlib.invalidate_caches()
+    module = _import(module_name, target, limit)
+    value: Any = module
+    for part in attribute.split("."):
+        if not hasattr(value, part):
+            offered = [name for name in vars(module) if not name.startswith("_") and callable(getattr(module, name))]
+            raise rejected("factory", target, f"a callable of {module_name}: {', '.join(offered[:8]) or 'it has none'}")
+        value = getattr(value, part)
+    if not callable(value):
+        raise rejected("factory", target, f"a callable; {attribute} is {type(value).__name__}")
+    return value  # type: ignore[no-any-return]
+
+
+def _import(module_name: str, target: str, limit: float) -> Any:
+    try:
+        return call(f"import {module_name}", importlib.import_module, module_name, limit=limit)
+    except MethodFailure as failure:
+        cause = failure.__cause__
+        top = module_name.split(".")[0]
+        if isinstance(cause, ModuleNotFoundError) and cause.name is not None and module_name.startswith(cause.name):
+            if top in OWN:
+                why = f"{top} is dpaudit's own package; rename your folder or put the factory into another module"
+            else:
+                why = f"no module of this name in {Path.cwd()} or the Python path"
+            raise UsageError(f"factory: got {target!r}: {why}") from None
+        raise
