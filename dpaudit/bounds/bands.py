@@ -37,7 +37,7 @@ def _band(n: int, error: float) -> Floats:
     points = _grid(n)
     low, high = math.log(error / n), math.log(error)
     # log of the local level: at error/n the union bound holds, at error it can't.
-    for _ in range(40):
+    for _ in range(20):  # the level to a millionth, rounded to the safe side
         middle = 0.5 * (low + high)
         if crossing_free(n, points, _local(n, points, math.exp(middle))) >= 1.0 - error:
             low = middle

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from scipy.special import betainc, ndtri
 
 from dpaudit.bounds import bands, validate
-from dpaudit.bounds.clopper_pearson import epsilon_of_rates, upper_rate
+from dpaudit.bounds.clopper_pearson import upper_rate
 from dpaudit.bounds.gdp import epsilon_from_mu
 from dpaudit.bounds.guesses import as_members, as_scores, count_correct, random_order, rank_guesses
 from dpaudit.errors import UsageError, rejected
@@ -237,7 +237,10 @@ def _monte_carlo_lower(
 
 def epsilon_of(fpr: Floats, fnr: Floats, delta: float) -> float:
     """The distribution-free eps that the worst of these rate pairs needs."""
-    return max(epsilon_of_rates(float(a), float(b), delta) for a, b in zip(fpr, fnr, strict=True))
+    # Of either inequality of `clopper_pearson.epsilon_of_rates` only the largest ratio matters.
+    with np.errstate(divide="ignore"):
+        ratio = np.maximum((1.0 - delta - fnr) / fpr, (1.0 - delta - fpr) / fnr).max()
+    return float(np.log(ratio)) if ratio > 1.0 else 0.0
 
 
 def gaussian_epsilon_of(fpr: Floats, fnr: Floats, delta: float) -> float:
