@@ -26,7 +26,7 @@ from dpaudit.documents import (
 )
 from dpaudit.runs import RunFolder
 from trainers.progress import Reporter
-from trainers.run import read_config
+from trainers.run import config_sha256, read_config
 
 TWIN_COUNT = 300
 SIGMA_REDUCTION = 0.3
@@ -144,7 +144,7 @@ def assemble(
         run=RunInfo(
             name=run.path.resolve().name,
             method=config.method,
-            config_sha256=config.sha256(),
+            config_sha256=config_sha256(run),
             audits=about,
             coins_sha256=part.coins_sha256,
             command=options.command,

@@ -14,9 +14,9 @@ from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
 from trainers import data
 from trainers.plan import Inserted, Plan, make_plan
-from trainers.progress import Reporter
+from trainers.progress import Reporter, Silent
 from trainers.records import Dataset
-from trainers.run import AfterStep, estimate_seconds, read_config, train
+from trainers.run import AfterStep, estimate_seconds, read_config, remember_folder, train
 from trainers.vlm import VisionLanguageModel
 
 
@@ -52,6 +52,7 @@ def start_run(
         model.set_reducer(config.reducer)
         key = _key(config, run)
         atomic.write_text(run.config, config.to_yaml())
+        remember_folder(run)
         _train(config, run, key, dataset, model, False, reporter, after_step)
     return run
 
@@ -88,6 +89,8 @@ def _train(
     reporter: Reporter | None,
     after_step: AfterStep | None,
 ) -> Plan:
+    for warning in dataset.warnings:
+        (reporter or Silent()).phase(f"warning: {warning}")
     game = redraw_game(config, dataset, key, model)
     inserted = Inserted()
     if game is not None:

@@ -190,9 +190,10 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 
 # Settings for the compact reference model, chosen on public synthetic pictures (docs/reference-model.md). A checkpoint
 # of one's own (model.path) starts from the field defaults instead.
-_PRIVATE_SETTINGS = {"model": {"lora": {"rank": 4}}, "training": {"learning-rate": 1e-2}}
+_PRIVATE_SETTINGS = {"model": {"lora": {"rank": 4}}, "training": {"epochs": 20.0, "learning-rate": 1e-2}}
+_PLAIN_TRAINING = {"epochs": 40.0, "batch-size": 32, "learning-rate": 5e-3}
 REFERENCE_DEFAULTS: dict[str, dict[str, Any]] = {
-    "non-private": {"model": {"lora": {"rank": 4}}, "training": {"learning-rate": 5e-3, "batch-size": 64}},
+    "non-private": {"model": {"lora": {"rank": 4}}, "training": _PLAIN_TRAINING},
     "dp-sgd": _PRIVATE_SETTINGS,
     "dual-priv": _PRIVATE_SETTINGS,
 }

@@ -68,7 +68,7 @@ class Live:
         self._console = Console(stderr=True, highlight=False)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
-        self._started = time.monotonic()
+        self._first: tuple[int, float] | None = None  # step and time of the first report: what came before is no guide
         self._shown = -1
 
     def phase(self, text: str) -> None:
@@ -94,13 +94,16 @@ class Live:
         self._bar.update(self._task, completed=report.step, words=_words(report))
 
     def _line(self, report: StepReport) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (report.step, now)
         tenth = 10 * report.step // report.steps
         if tenth == self._shown and report.step != report.steps:
             return
         self._shown = tenth
-        elapsed = time.monotonic() - self._started
-        left = elapsed / report.step * (report.steps - report.step)
-        self.phase(f"step {report.step}/{report.steps}  {_words(report)}  {left:.0f} s left")
+        done = report.step - self._first[0]
+        left = f"  {(now - self._first[1]) / done * (report.steps - report.step):.0f} s left" if done else ""
+        self.phase(f"step {report.step}/{report.steps}  {_words(report)}{left}")
 
     def close(self) -> None:
         if self._bar is not None:

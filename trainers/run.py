@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -149,11 +150,12 @@ def train(
     ledger = _open_ledger(config, run, dataset, plan, inserted, resume)
     frozen = _fingerprint(model, trainer.parameters)
     start = {name: parameter.detach().clone() for name, parameter in trainer.parameters.items()}
-    done = checkpoints.restore(run.checkpoints, trainer.parameters, trainer.optimizer, config.sha256()) if resume else 0
+    identity = config_sha256(run)
+    done = checkpoints.restore(run.checkpoints, trainer.parameters, trainer.optimizer, identity) if resume else 0
     for step in range(done + 1, plan.steps + 1):
         _one_step(trainer, ledger, run, step, len(units), reporter, after_step)
         if step % config.training.checkpoint_every == 0 and step < plan.steps:
-            checkpoints.save(run.checkpoints, step, trainer.parameters, trainer.optimizer, config.sha256())
+            checkpoints.save(run.checkpoints, step, trainer.parameters, trainer.optimizer, identity)
     reporter.close()
     _check_movement(model, trainer.parameters, start, frozen)
     _release(run, trainer)
@@ -248,9 +250,32 @@ def _release(run: RunFolder, trainer: Trainer) -> None:
     run.finish_model()
 
 
+def remember_folder(run: RunFolder) -> None:
+    """Note, in the private part, the folder that relative paths of the configuration start from.
+
+    `release/config.yaml` keeps them as they were given: an absolute path would name users and projects.
+    """
+    atomic.write_text(run.private / "started-in.txt", f"{Path.cwd()}\n", mode=0o600)
+
+
+def config_sha256(run: RunFolder) -> str:
+    """Hash of the configuration as released, the same from every folder."""
+    return configuration.resolve(configuration.read_yaml(run.config)).sha256()
+
+
 def read_config(run: RunFolder) -> RunConfig:
-    """The resolved configuration of a run."""
-    return configuration.resolve(configuration.read_yaml(run.config))
+    """The resolved configuration of a run; its relative paths are taken from where the run was started."""
+    config = configuration.resolve(configuration.read_yaml(run.config))
+    note = run.private / "started-in.txt"
+    if not note.is_file():
+        return config
+    start = Path(note.read_text(encoding="utf-8").strip())
+    data, model = config.data, config.model
+    if data.path is not None and not Path(data.path).is_dir() and (start / data.path).is_dir():
+        data = data.model_copy(update={"path": str(start / data.path)})
+    if model.path is not None and not Path(model.path).is_dir() and (start / model.path).is_dir():
+        model = model.model_copy(update={"path": str(start / model.path)})
+    return config.model_copy(update={"data": data, "model": model})
 
 
 def load_model(run: RunFolder | None, device: str = "auto", *, config: RunConfig | None = None) -> VisionLanguageModel:

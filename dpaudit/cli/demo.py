@@ -17,10 +17,10 @@ CANARIES = 300
 AT_ONCE = 2  # trainings side by side, one thread each: small matrices gain nothing from more threads
 
 # What is trained, longest first. Everything not named here is the default of `dpaudit train`; the settings were
-# chosen on public synthetic pictures only (benchmarks/demo_settings.py).
+# chosen on public synthetic pictures only.
 RUNS: dict[str, tuple[str, ...]] = {
-    "dp-sgd": ("method=dp-sgd",),
     "non-private": ("method=non-private",),
+    "dp-sgd": ("method=dp-sgd",),
     "dual-priv": ("method=dual-priv",),
 }
 
