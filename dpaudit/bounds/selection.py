@@ -91,7 +91,7 @@ class MonteCarlo:
     """The best p-value over `shares`, calibrated by `simulations` of the dominating coin flips."""
 
     shares: tuple[float, ...] = SHARES
-    simulations: int = 999
+    simulations: int = 9999
     seed: int = 0
 
 
@@ -197,11 +197,6 @@ def _monte_carlo(
     return Selected(eps, f"Monte-Carlo over {looks.size} numbers of guesses", values.size)
 
 
-@lru_cache(maxsize=4)
-def _uniforms(size: int, simulations: int, seed: int) -> npt.NDArray[np.float32]:
-    return np.random.default_rng(seed).random((simulations, size), dtype=np.float32)
-
-
 def _smallest_tail(right: npt.NDArray[np.intp], counts: npt.NDArray[np.intp], eps: float) -> Floats:
     """The smallest binomial tail over the looks; right: (..., looks)."""
     q = 1.0 / (1.0 + math.exp(-eps))
@@ -215,10 +210,10 @@ def _critical(looks: tuple[int, ...], simulations: int, seed: int, confidence: f
     rank = math.floor((1.0 - confidence) * (simulations + 1) + 1e-9)
     validate.count("simulations", simulations if rank else 0, least=math.ceil(1.0 / (1.0 - confidence)) - 1)
     counts = np.array(looks)
-    q = 1.0 / (1.0 + math.exp(-eps))
-    flips = _uniforms(looks[-1], simulations, seed) < q
-    right = np.cumsum(flips, axis=1, dtype=np.int32)[:, counts - 1].astype(np.intp)
-    return float(np.sort(_smallest_tail(right, counts, eps))[rank - 1])
+    # Right guesses between consecutive looks are independent binomials; a fresh stream for each eps.
+    rng = np.random.default_rng([seed, round(eps * 1e6)])
+    steps = rng.binomial(np.diff(counts, prepend=0), 1.0 / (1.0 + math.exp(-eps)), size=(simulations, counts.size))
+    return float(np.sort(_smallest_tail(np.cumsum(steps, axis=1).astype(np.intp), counts, eps))[rank - 1])
 
 
 def _monte_carlo_lower(
