@@ -21,7 +21,7 @@ from dpaudit.accounting import DpSgd, epsilon
 from dpaudit.bounds import dp_sgd, order_statistic, pld, validate
 from dpaudit.bounds.guesses import as_members, as_scores, count_correct, rank_guesses
 from dpaudit.bounds.profile import DiscreteProfile, Profile, epsilon_delta
-from dpaudit.documents import Assumes, Claim, Test
+from dpaudit.documents import Claim, Test
 from dpaudit.errors import rejected
 
 # The wrong claim that an audit must be able to find: a true sigma of so many times the claimed one (0 = clipped, but
@@ -87,12 +87,19 @@ def alternative_profile(claim: Claim, alternative: Alternative = ALTERNATIVE) ->
     event = claimed_event(claim)
     if event is None:
         return None
-    if alternative == "no-dp":
+    scale = check_alternative(alternative)
+    if scale == "no-dp":
         return DiscreteProfile(np.array([np.inf]), np.ones(1))
-    scale = validate.real("alternative", alternative, low=0.0, high=1.0, open_high=True)
     if scale == 0.0:
         return dp_sgd.noiseless_profile(event.sample_rate, event.steps)
     return pld.dp_sgd_profile(event.noise_multiplier * scale, event.sample_rate, event.steps)
+
+
+def check_alternative(alternative: Alternative) -> Alternative:
+    """The alternative in its domain: "no-dp" or a number in [0, 1)."""
+    if alternative == "no-dp":
+        return "no-dp"
+    return validate.real("alternative", alternative, low=0.0, high=1.0, open_high=True)
 
 
 def describe_alternative(alternative: Alternative) -> str:
@@ -206,100 +213,71 @@ def tests_of(
     alternative: Alternative,
 ) -> list[Test]:
     """`claim_test` from counts."""
-    event = claimed_event(claim)
-    profile = null_profile(claim)
-    power = ideal_power(
-        claim,
-        canaries=game.canaries,
+    event, profile = claimed_event(claim), null_profile(claim)
+    check_alternative(alternative)
+    blank = Test(
+        name=name,
+        statistic=statistic,
+        bound="f-dp",
+        assumes="claimed-mechanism",
+        selection=selection,
+        confidence=1 - alpha,
+        delta=claim.delta,
+        n=game.canaries,
         guesses=game.guesses,
-        alpha=alpha,
-        separate=separate,
-        alternative=alternative,
+        correct=game.correct,
+        epsilon_lower=None,
+        ceiling=None,
+        p_value=game.read_by(separate=False).p_value(profile),
+        statement=ANY,
+        decides=not separate,
     )
-
-    def test(
-        bound: str,
-        assumes: Assumes,
-        *,
-        p: float | None,
-        text: str,
-        decides: bool,
-        at: float,
-        eps: tuple[float, float] | None,
-    ) -> Test:
-        return Test(
-            name=name,
-            statistic=statistic,
-            bound=bound,
-            assumes=assumes,
-            selection=selection,
-            confidence=at,
-            delta=claim.delta,
-            n=game.canaries,
-            guesses=game.guesses,
-            correct=game.correct,
-            epsilon_lower=None if eps is None else eps[0],
-            ceiling=None if eps is None else eps[1],
-            p_value=p,
-            statement=text,
-            # What the ideal attack would find says nothing about a weaker one: only separate canaries are ideal.
-            power=power if decides and separate else None,
-            decides=decides,
-        )
-
     if event is None:
         text = f"p-value of 'the training is ({claim.epsilon:g}, {claim.delta:g})-DP'; valid for every mechanism"
-        return [
-            test(
-                "f-dp",
-                "none",
-                p=game.read_by(separate=False).p_value(profile),
-                text=text,
-                decides=True,
-                at=1 - alpha,
-                eps=None,
-            )
-        ]
-    results = [
-        test(
-            "f-dp",
-            "claimed-mechanism",
-            p=game.read_by(separate=False).p_value(profile),
-            text=ANY,
-            decides=not separate,
-            at=1 - alpha,
-            eps=None,
-        ),
-        test(
-            "order-statistic",
-            "claimed-mechanism",
-            p=game.read_by(separate=True).p_value(profile),
-            text=SEPARATE if separate else MEETING,
-            decides=separate,
-            at=1 - alpha,
-            eps=None,
-        ),
+        return [blank.model_copy(update={"assumes": "none", "statement": text, "decides": True})]
+    power = None
+    if separate:
+        # What the ideal attack would find says nothing about a weaker one: only separate canaries are ideal.
+        power = ideal_power(
+            claim,
+            canaries=game.canaries,
+            guesses=game.guesses,
+            alpha=alpha,
+            separate=True,
+            alternative=alternative,
+        )
+    ordered = {
+        "bound": "order-statistic",
+        "p_value": game.read_by(separate=True).p_value(profile),
+        "statement": SEPARATE if separate else MEETING,
+        "decides": separate,
+        "power": power,
+    }
+    return [
+        blank,
+        blank.model_copy(update=ordered),
+        _family_bound(blank, event, game, confidence=confidence, ordered=False, meeting=False),
+        _family_bound(blank, event, game, confidence=confidence, ordered=True, meeting=not separate),
     ]
-    for bound, ordered in (("f-dp", False), ("order-statistic", True)):
-        bounds = tuple(
-            epsilon_lower(event, g.read_by(separate=ordered), delta=claim.delta, confidence=confidence)
-            for g in (game, game.perfect())
-        )
-        sigma = dp_sgd.sigma_upper(
-            event.sample_rate, event.steps, game.read_by(separate=ordered), confidence=confidence
-        )
-        results.append(
-            test(
-                bound,
-                "dp-sgd(q,T)",
-                p=None,
-                text=sigma_sentence(sigma, event, confidence, ordered and not separate),
-                decides=False,
-                at=confidence,
-                eps=(bounds[0], bounds[1]),
-            )
-        )
-    return results
+
+
+def _family_bound(blank: Test, event: DpSgd, game: Game, *, confidence: float, ordered: bool, meeting: bool) -> Test:
+    """Bound on eps within this q and T by either theory, with the largest unrefuted sigma in words."""
+    reading = game.read_by(separate=ordered)
+    sigma = dp_sgd.sigma_upper(event.sample_rate, event.steps, reading, confidence=confidence)
+    top = epsilon_lower(event, game.perfect().read_by(separate=ordered), delta=blank.delta, confidence=confidence)
+    return blank.model_copy(
+        update={
+            "bound": "order-statistic" if ordered else "f-dp",
+            "assumes": "dp-sgd(q,T)",
+            "confidence": confidence,
+            "epsilon_lower": epsilon_lower(event, reading, delta=blank.delta, confidence=confidence),
+            "ceiling": top,
+            "p_value": None,
+            "statement": sigma_sentence(sigma, event, confidence, meeting),
+            "decides": False,
+        }
+    )
 
 
 def sigma_sentence(sigma: float, event: DpSgd, confidence: float, meeting: bool) -> str:
