@@ -4,12 +4,14 @@ An audit without canaries of its own trains a twin with them first: the same con
 It then speaks of the training procedure and not of the weights that were released.
 """
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from attacks.canary_audit import CanaryAudit, audit_canaries
-from attacks.options import TWIN, Options, prepare
+from attacks.options import TWIN, WHITE_BOX_TWIN, Options, prepare
 from attacks.training import resume_run, start_run
+from attacks.white_box import DEFAULT_COUNT, audit_twin, train_twin
 from dpaudit import accounting, atomic
 from dpaudit.bounds import pld
 from dpaudit.claims import decide
@@ -47,22 +49,64 @@ def audit(
     target, about = run, THESE_WEIGHTS
     if "canaries" in chosen:
         target, about = _with_canaries(run, config, options, reporter, log)
+    white = _white_box_twin(run, config, options, reporter, log) if "white-box" in chosen else None
+    games = ("canaries" in chosen) + (white is not None)
+    confidence = 1.0 - (1.0 - options.confidence) / max(1, games)  # both games share one error budget
     with run.lock():
-        canaries = None
+        parts = []
         if "canaries" in chosen:
             log("scoring canaries against the base model")
-            canaries = audit_canaries(
-                target,
-                claim=ClaimDocument.read(target.claim).claim,
-                delta=config.privacy.delta,
-                confidence=options.confidence,
-                alpha=options.alpha,
-                device=options.device,
+            parts.append(
+                audit_canaries(
+                    target,
+                    claim=ClaimDocument.read(target.claim).claim,
+                    delta=config.privacy.delta,
+                    confidence=confidence,
+                    alpha=options.alpha,
+                    device=options.device,
+                )
             )
+        if white is not None:
+            log("testing the claim on the white-box scores")
+            parts.append(audit_twin(white, confidence=confidence, alpha=options.alpha))
+            if "canaries" not in chosen:
+                target, about = white, PROCEDURE
         fusion = _fusion(run, log) if "fusion" in chosen else None
-        document = assemble(run, target, about, canaries, fusion, options)
+        document = assemble(run, target, about, merge(parts), fusion, options)
         atomic.write_document(run.audit, document)
     return document
+
+
+def merge(parts: Sequence[CanaryAudit]) -> CanaryAudit | None:
+    """Several games as one part of a document: sound only if all are. None for no game."""
+    if not parts:
+        return None
+    return CanaryAudit(
+        validity=Validity(
+            sound=all(part.validity.sound for part in parts),
+            checks=tuple(check for part in parts for check in part.validity.checks),
+        ),
+        tests=tuple(test for part in parts for test in part.tests),
+        scores=tuple(summary for part in parts for summary in part.scores),
+        gallery=tuple(item for part in parts for item in part.gallery),
+        coins_sha256=parts[0].coins_sha256,
+    )
+
+
+def _white_box_twin(
+    run: RunFolder, config: RunConfig, options: Options, reporter: Reporter | None, log: Callable[[str], None]
+) -> RunFolder:
+    """The run's white-box twin, trained now unless a finished one is there already."""
+    place = run.path / WHITE_BOX_TWIN
+    twin = RunFolder(place)
+    if twin.config.is_file() and twin.finished and twin.scores.is_file():
+        return twin
+    if place.exists():
+        log(f"{place}: interrupted; its scores cover some steps only, so it starts over")
+        shutil.rmtree(place)
+    count = options.count or DEFAULT_COUNT
+    log(f"training {place} with {count} gradient canaries: the audit {PROCEDURE[len('the ') :]}")
+    return train_twin(config, place, count=count, reporter=reporter)
 
 
 def _with_canaries(

@@ -104,11 +104,7 @@ class Game:
 
     def save_coins(self, path: Path) -> str:
         """Write coins and plan to `path` atomically (mode 0600) and return the SHA-256 of the file."""
-        table = pyarrow.Table.from_pandas(self.frame(), preserve_index=False)
-        table = table.replace_schema_metadata({_PLAN: self.plan.to_json().encode()})
-        with atomic.replacing(path, 0o600) as temporary:
-            pyarrow.parquet.write_table(table, temporary)
-        return atomic.sha256_file(path)
+        return save_coins(path, self.frame(), self.plan)
 
     def check_against(self, coins: "Coins") -> None:
         """Raise InvalidGame when this game is not the one of the coin file (other data, key or model).
@@ -132,6 +128,15 @@ class Coins:
     frame: pd.DataFrame
     plan: Plan
     sha256: str
+
+
+def save_coins(path: Path, frame: pd.DataFrame, plan: Plan) -> str:
+    """Write coins (columns COLUMNS) and plan to `path` atomically (mode 0600) and return the SHA-256 of the file."""
+    table = pyarrow.Table.from_pandas(frame, preserve_index=False)
+    table = table.replace_schema_metadata({_PLAN: plan.to_json().encode()})
+    with atomic.replacing(path, 0o600) as temporary:
+        pyarrow.parquet.write_table(table, temporary)
+    return atomic.sha256_file(path)
 
 
 def content_sha256(unit: Unit) -> str:

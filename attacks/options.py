@@ -9,9 +9,10 @@ from dpaudit.errors import UsageError, rejected
 from dpaudit.runs import RunFolder
 
 TWIN = "twin-canaries"
+WHITE_BOX_TWIN = "twin-white-box"
 
 # Audits by flag; the ones that this version does not have are refused by name instead of being skipped.
-AVAILABLE = ("canaries", "fusion")
+AVAILABLE = ("canaries", "fusion", "white-box")
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,21 @@ class Options:
         """The audits to run on a run with this configuration."""
         if self.audits:
             return self.audits
-        return AVAILABLE if config.canaries.count else ("fusion",)
+        return ("canaries", "fusion") if config.canaries.count else ("fusion",)
 
 
 def prepare(run: RunFolder, options: Options) -> RunConfig:
     """Check that the run is whole and that the options fit it; returns its configuration. Raises UsageError."""
     run.require_finished()
     config = configuration.resolve(configuration.read_yaml(run.config))
+    if "white-box" in options.audits and config.method == "non-private":
+        raise UsageError("--white-box: the run makes no claim (method non-private), so there is no mechanism to audit")
     if options.count is None:
         return config
+    if not {"canaries", "white-box"} & set(options.named(config)):
+        raise UsageError("--count: sets the canaries of a twin; give --canaries or --white-box with it")
     if "canaries" not in options.named(config):
-        raise UsageError("--count: sets the canaries of a twin; give --canaries with it")
+        return config
     have, where = config.canaries.count, "this run was trained"
     twin = RunFolder(run.path / TWIN)
     if not have and twin.config.is_file():

@@ -3,6 +3,8 @@
 The game is drawn here, before the first step, and handed to the trainer as units; the trainer never learns a coin.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from attacks.canaries import Game, check_coins, draw_game
@@ -40,6 +42,20 @@ def start_run(
 
     `dataset` replaces what the configuration names, for callers that hold it already.
     """
+    with open_run(config, out, dataset=dataset) as (run, key, loaded, model):
+        _train(config, run, key, loaded, model, False, reporter, after_step)
+    return run
+
+
+@contextmanager
+def open_run(
+    config: RunConfig, out: Path, *, dataset: Dataset | None = None, candidates: int | None = None
+) -> Iterator[tuple[RunFolder, Key, Dataset, VisionLanguageModel]]:
+    """Everything that a new run in `out` needs, its lock held: folder, key, data, base model.
+
+    Every setting is checked before a key or a coin is drawn. `candidates`: canary candidates, where they are not those
+    of the configuration. Raises UsageError when `out` holds a run already.
+    """
     run = RunFolder.create(out)
     with run.lock():
         if run.ledger.exists() or run.finished:
@@ -48,13 +64,12 @@ def start_run(
             )
         dataset = dataset or data.load(config.data)
         model = VisionLanguageModel.load(config.model.path, device=config.model.device)
-        make_plan(config, dataset, config.canaries.count)  # every setting is checked before a key or coin is drawn
+        make_plan(config, dataset, config.canaries.count if candidates is None else candidates)
         model.set_reducer(config.reducer)
         key = _key(config, run)
         atomic.write_text(run.config, config.to_yaml())
         remember_folder(run)
-        _train(config, run, key, dataset, model, False, reporter, after_step)
-    return run
+        yield run, key, dataset, model
 
 
 def resume_run(path: Path, *, reporter: Reporter | None = None, dataset: Dataset | None = None) -> RunFolder:

@@ -22,6 +22,7 @@ class Inserted:
     candidates: int = 0
     units: tuple[Unit, ...] = ()
     coins_sha256: str | None = None
+    about: str = "Mislabelled ones are reserved pictures with wrong answers."
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def ledger_rows(config: RunConfig, dataset: Dataset, plan: Plan, inserted: Inser
                 path="canaries",
                 status="accounted" if plan.claim else "UNACCOUNTED",
                 explanation="Test records that a fair coin inserts or leaves out; each is one unit like any other. "
-                "Mislabelled ones are reserved pictures with wrong answers.",
+                + inserted.about,
                 evidence=f"{inserted.candidates} candidates, all counted in q, T and the batch size; coins hashed "
                 "before the first step",
             )

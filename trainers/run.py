@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,14 +28,23 @@ from dpaudit.ledger import Ledger
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
 from trainers import checkpoints, updates
-from trainers.gradients import Gradient, GradientPath, Hooks, MicroBatch, Plain, UnitSum, add_sums
+from trainers.gradients import Gradient, GradientPath, Hooks, MicroBatch, Plain, UnitSum, add_sums, clip_factors
 from trainers.inputs import UnitInputs
 from trainers.plan import Inserted, Plan, fusion_std, ledger_rows, make_plan
 from trainers.progress import Reporter, Silent, StepReport
 from trainers.records import Dataset, Picture, Unit
 from trainers.vlm import VisionLanguageModel
 
-AfterStep = Callable[[int, Gradient], None]
+# (step, released noisy gradient before pruning, clipped sum of the units that everybody knows to be there)
+AfterStep = Callable[[int, Gradient, Gradient], None]
+
+
+class Injection(Protocol):
+    """Canaries that are gradients instead of records: units whose gradient the auditor dictates."""
+
+    def rows(self, parameters: int) -> torch.Tensor:
+        """(k, parameters) float32, the gradient of each inserted canary over all trained parameters in name order."""
+        ...
 
 
 def poisson_batch(key: Key, *, step: int, units: int, rate: float) -> npt.NDArray[np.int64]:
@@ -62,6 +72,7 @@ class Trainer:
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     path: GradientPath
+    injected: torch.Tensor | None = None  # (k, parameters): gradient canaries, units after the real ones
 
     @classmethod
     def build(
@@ -95,6 +106,19 @@ class Trainer:
             for chunk in self.inputs.chunks(units, self.config.training.rows_at_once)
         ]
         return add_sums(parts, self.parameters, self.model.device)
+
+    def with_injected(self, known: UnitSum, canaries: npt.NDArray[np.int64]) -> UnitSum:
+        """`known` plus the sampled gradient canaries, each clipped as one more unit."""
+        if self.injected is None or not len(canaries):
+            return known
+        rows = self.injected[torch.from_numpy(canaries)]
+        factors = clip_factors(rows.norm(dim=1), self.plan.max_grad_norm)
+        flat, at, total = factors @ rows, 0, {}
+        for name in sorted(self.parameters):
+            value = known.gradient[name]
+            total[name] = value + flat[at : at + value.numel()].view_as(value).to(value.device)
+            at += value.numel()
+        return UnitSum(total, known.norms, known.losses)
 
     def noisy_mean(self, step: int, total: UnitSum) -> Gradient:
         """(sum + N(0, (sigma C)^2)) / expected batch size; without a claim the plain mean."""
@@ -135,10 +159,12 @@ def train(
     resume: bool = False,
     reporter: Reporter | None = None,
     after_step: AfterStep | None = None,
+    injection: Injection | None = None,
 ) -> Plan:
     """Train (or go on with) the run in `run`, whose lock the caller holds, and release the adapter.
 
-    `after_step(step, noisy)` sees every released noisy gradient, before pruning. Raises UsageError before the first
+    `after_step(step, noisy, known)` sees every released noisy gradient, before pruning, and the clipped sum of the
+    batch's records (without gradient canaries). Raises UsageError before the first
     step when a setting does not fit; DpauditError when the weights did not move or a frozen one did.
     """
     inserted = inserted or Inserted()
@@ -147,6 +173,8 @@ def train(
     units = [*dataset.train, *inserted.units]
     reporter.phase(f"encoding {sum(len(unit.pictures) for unit in units)} pictures")
     trainer = Trainer.build(config, plan, key, model, units)
+    if injection is not None:
+        trainer.injected = injection.rows(sum(parameter.numel() for parameter in trainer.parameters.values()))
     ledger = _open_ledger(config, run, dataset, plan, inserted, resume)
     frozen = _fingerprint(model, trainer.parameters)
     start = {name: parameter.detach().clone() for name, parameter in trainer.parameters.items()}
@@ -173,17 +201,19 @@ def _one_step(
 ) -> None:
     began = time.perf_counter()
     plan = trainer.plan
-    batch = poisson_batch(trainer.key, step=step, units=units, rate=plan.sample_rate)
-    total = trainer.clipped_sum(step, [int(index) for index in batch])
+    extra = 0 if trainer.injected is None else len(trainer.injected)
+    batch = poisson_batch(trainer.key, step=step, units=units + extra, rate=plan.sample_rate)
+    known = trainer.clipped_sum(step, [int(index) for index in batch if index < units])
+    total = trainer.with_injected(known, batch[batch >= units] - units)
     epsilon = plan.epsilon_after(step)
     if plan.claim is not None and step > ledger.steps_started:
         ledger.start_step(step, epsilon)  # on disk before the noisy gradient exists
     noisy = trainer.noisy_mean(step, total)
     if after_step is not None:
-        after_step(step, noisy)
+        after_step(step, noisy, known.gradient)
     kept = trainer.update(step, noisy)
-    loss = float(total.losses.mean()) if len(batch) else None
-    clipped = float((total.norms > plan.max_grad_norm).float().mean()) if plan.claim and len(batch) else None
+    loss = float(total.losses.mean()) if len(total.losses) else None
+    clipped = float((total.norms > plan.max_grad_norm).float().mean()) if plan.claim and len(total.norms) else None
     line = {
         "step": step,
         "batch": len(batch),

@@ -1,0 +1,226 @@
+"""The white-box one-run audit of the training procedure: gradient canaries, every noisy gradient seen.
+
+Each candidate is a unit vector, all of them orthonormal; when its coin says so it takes part in training as one more
+unit whose gradient is `scale * C` times that vector, Poisson-sampled, clipped and noised by the code under test like
+any other. The auditor knows the data and sees every released gradient, so it subtracts what the known records
+contributed and projects the rest: with the claimed mechanism, candidate i at step t shows b + N(0, sigma^2), b = 1
+when it was sampled, independently over candidates (orthogonal directions of white noise) and steps. That is the
+claimed mechanism's own pair of distributions, so
+
+    score = sum over t of log(1 - q + q exp((2 z - 1) / (2 sigma^2)))
+
+is its log-likelihood ratio, no test can be sharper (Neyman-Pearson), and the order-statistics claim test is exact.
+Knowing the other records and their sampling is allowed to the adversary of differential privacy, and the
+amplification argument conditions on them. Sources: Nasr et al. 2023 (arXiv 2302.07956), Steinke et al. 2023
+(arXiv 2305.08846), Xiang et al. 2025 (arXiv 2509.08704).
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+
+from attacks.canaries import ALL, COLUMNS, Coins, Plan, check_coins, save_coins
+from attacks.canary_audit import CanaryAudit, unsound
+from attacks.training import open_run
+from dpaudit import atomic
+from dpaudit.analysis.claim import claim_test
+from dpaudit.bounds import steinke
+from dpaudit.bounds.guesses import count_correct, rank_guesses
+from dpaudit.bounds.roc import summarise
+from dpaudit.config import RunConfig
+from dpaudit.documents import Check, Claim, ClaimDocument, LedgerDocument, Test, Validity
+from dpaudit.errors import InvalidGame, UsageError, rejected
+from dpaudit.randomness import Key
+from dpaudit.runs import RunFolder
+from trainers.gradients import Gradient
+from trainers.plan import Inserted, make_plan
+from trainers.progress import Reporter
+from trainers.run import train
+
+KIND = "gradient"
+TITLE = "white box: gradient canaries"
+STATISTIC = "log-likelihood ratio of the claimed mechanism, over all noisy gradients"
+DEFAULT_COUNT = 1000
+PARAMETERS_PER_CANARY = 10  # fewer, and orthogonal directions would crowd out the model's own gradient
+SCALES = (1.0, 100.0)  # half of the canaries arrive at norm C, half far above: both must be clipped to C
+
+
+@dataclass
+class GradientGame:
+    """`count` orthonormal directions with independent fair coins.
+
+    `scores` (m,) grows while the run trains: `observe` is the trainer's after-step callback.
+    """
+
+    count: int
+    key: Key
+    max_grad_norm: float
+    noise_multiplier: float
+    sample_rate: float
+    expected_batch_size: float
+    members: npt.NDArray[np.bool_] = field(init=False)
+    scores: npt.NDArray[np.float64] = field(init=False)
+    steps_seen: int = 0
+
+    def __post_init__(self) -> None:
+        self.members = self.key.uniform(self.count, step=0, name="gradient canaries", purpose="coins") < 0.5
+        self.scores = np.zeros(self.count)
+        self._directions = torch.empty(0)
+
+    @property
+    def plan(self) -> Plan:
+        """A quarter of the candidates guessed on each side."""
+        side = max(1, self.count // 4)
+        seed = int(self.key.generator(purpose="gradient ties").integers(2**31))
+        return Plan({ALL: (side, side), KIND: (side, side)}, seed)
+
+    def ids(self) -> list[str]:
+        """Names of the candidates, in order."""
+        return [f"gradient-{index:05d}" for index in range(self.count)]
+
+    def frame(self) -> pd.DataFrame:
+        """The coin file's rows: id, kind, member, content (a hash of the name: the key defines the direction)."""
+        content = [hashlib.sha256(name.encode()).hexdigest() for name in self.ids()]
+        rows = zip(self.ids(), [KIND] * self.count, self.members.tolist(), content, strict=True)
+        return pd.DataFrame(list(rows), columns=COLUMNS).astype({"member": bool})
+
+    def rows(self, parameters: int) -> torch.Tensor:
+        """(k, parameters) gradients of the inserted canaries. Raises UsageError when there is not room for them."""
+        room = parameters // PARAMETERS_PER_CANARY
+        if self.count > room:
+            why = f"{parameters} trained parameters, {PARAMETERS_PER_CANARY} for each gradient canary"
+            raise rejected("--count", self.count, f"at most {room} ({why})")
+        drawn = self.key.generator(purpose="gradient directions").normal(size=(parameters, self.count))
+        basis = np.linalg.qr(drawn.astype(np.float32))[0]
+        self._directions = torch.from_numpy(np.ascontiguousarray(basis.T))
+        scale = torch.tensor([SCALES[index % len(SCALES)] for index in range(self.count)])
+        inserted = torch.from_numpy(self.members)
+        return self._directions[inserted] * (scale[inserted] * self.max_grad_norm).unsqueeze(1)
+
+    def observe(self, step: int, noisy: Gradient, known: Gradient) -> None:
+        """Add one step's log-likelihood ratios to the scores."""
+        size = self.expected_batch_size
+        rest = torch.cat([(noisy[name] * size - known[name]).flatten().cpu() for name in sorted(noisy)])
+        z = (self._directions @ rest).double().numpy() / self.max_grad_norm
+        rate, variance = self.sample_rate, self.noise_multiplier**2
+        shifted = (2 * z - 1) / (2 * variance)
+        self.scores += shifted if rate >= 1 else np.logaddexp(math.log1p(-rate), math.log(rate) + shifted)
+        self.steps_seen += 1
+
+
+def train_twin(config: RunConfig, place: Path, *, count: int, reporter: Reporter | None = None) -> RunFolder:
+    """Train the white-box twin of a configuration in `place` and write its scores. Needs a claim with Gaussian noise.
+
+    The twin's scores grow with its steps and are not part of its checkpoints: an interrupted twin starts over.
+    """
+    plain = config.model_copy(update={"canaries": config.canaries.model_copy(update={"count": 0})})
+    with open_run(plain, place, candidates=count) as (run, key, dataset, model):
+        plan = make_plan(plain, dataset, count)
+        claim = plan.claim
+        if claim is None:
+            raise UsageError("--white-box: the run makes no claim, so there is no mechanism to audit")
+        game = GradientGame(
+            count, key, plan.max_grad_norm, plan.noise_multiplier, plan.sample_rate, plan.expected_batch_size
+        )
+        digest = save_coins(run.coins, game.frame(), game.plan)
+        inserted = Inserted(count, (), digest, "They are gradients along orthonormal directions, not records.")
+        train(
+            plain,
+            run,
+            key=key,
+            dataset=dataset,
+            model=model,
+            inserted=inserted,
+            reporter=reporter,
+            after_step=game.observe,
+            injection=game,
+        )
+        frame = game.frame()[["id", "kind", "member"]].assign(score=game.scores)
+        atomic.write_frame(run.scores, frame, mode=0o600)
+    return run
+
+
+def audit_twin(twin: RunFolder, *, confidence: float, alpha: float) -> CanaryAudit:
+    """The claim test and the bounds on a finished white-box twin's scores."""
+    claim = ClaimDocument.read(twin.claim).claim
+    try:
+        coins = check_coins(twin.coins, LedgerDocument.read(twin.ledger).coins_sha256)
+        frame = _scores(twin, coins)
+    except InvalidGame as error:
+        return unsound("coins and scores", str(error))
+    assert claim is not None
+    check = Check(
+        name="coins",
+        status="pass",
+        measured=f"SHA-256 {coins.sha256[:16]}…",
+        allowed="the hash in the ledger",
+        explanation="The coins are those hashed before the first step. The directions are random and tell nothing "
+        "about the coins, so no blind baseline is needed.",
+    )
+    scores, members = frame["score"].to_numpy(), frame["member"].to_numpy(dtype=bool)
+    return CanaryAudit(
+        validity=Validity(sound=True, checks=(check,)),
+        tests=tests_of(scores, members, claim, coins.plan, confidence=confidence, alpha=alpha),
+        scores=(summarise(TITLE, scores, members),) if 0 < members.sum() < members.size else (),
+        coins_sha256=coins.sha256,
+    )
+
+
+def tests_of(
+    scores: npt.NDArray[np.float64],
+    members: npt.NDArray[np.bool_],
+    claim: Claim,
+    plan: Plan,
+    *,
+    confidence: float,
+    alpha: float,
+) -> tuple[Test, ...]:
+    """The assumption-free one-run bound, and the claim test for canaries on separate directions of the noise."""
+    top, bottom = plan.guesses[ALL]
+    guesses = rank_guesses(scores, top, bottom, rng=np.random.default_rng([plan.tie_seed]))
+    correct, m, r = count_correct(guesses, members), len(scores), top + bottom
+    free = Test(
+        name=TITLE,
+        statistic=STATISTIC,
+        bound="steinke",
+        assumes="none",
+        selection=f"fixed with the coins: the {top} highest scores guessed in, the {bottom} lowest out",
+        confidence=confidence,
+        delta=claim.delta,
+        n=m,
+        guesses=r,
+        correct=correct,
+        epsilon_lower=steinke.epsilon_lower(
+            canaries=m, guesses=r, correct=correct, delta=claim.delta, confidence=confidence
+        ),
+        ceiling=steinke.ceiling(canaries=m, guesses=r, delta=claim.delta, confidence=confidence),
+    )
+    against = claim_test(
+        scores,
+        members,
+        claim=claim,
+        top=top,
+        bottom=bottom,
+        rng=np.random.default_rng([plan.tie_seed]),
+        name=TITLE,
+        statistic=STATISTIC,
+        alpha=alpha,
+        confidence=confidence,
+        separate=True,
+        alternative=1.0 - plan.sigma_reduction,
+    )
+    return (free, *against)
+
+
+def _scores(twin: RunFolder, coins: Coins) -> pd.DataFrame:
+    from attacks.scores import join_coins
+
+    if not twin.scores.is_file():
+        raise InvalidGame(f"{twin.scores}: missing; delete {twin.path} and audit again")
+    return join_coins(pd.read_parquet(twin.scores)[["id", "score"]], coins.frame)
