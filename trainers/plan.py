@@ -36,7 +36,7 @@ class Plan:
     noise_multiplier: float
     max_grad_norm: float
     claim: Claim | None
-    releasable: bool
+    not_releasable: tuple[str, ...] = ()
 
     @property
     def event(self) -> accounting.DpSgd | None:
@@ -54,12 +54,10 @@ class Plan:
 
     def document(self) -> ClaimDocument:
         """`release/claim.json`."""
-        reasons = []
-        if self.claim is None:
-            reasons.append("method non-private: no clipping, no noise, no claim")
-        if not self.releasable:
-            reasons.append("--seed replaced the secret noise key, so anyone can recompute the noise: not for release")
-        return ClaimDocument(claim=self.claim, releasable=self.releasable, reasons=tuple(reasons))
+        reasons = () if self.claim else ("method non-private: no clipping, no noise, no claim",)
+        return ClaimDocument(
+            claim=self.claim, releasable=not self.not_releasable, reasons=(*reasons, *self.not_releasable)
+        )
 
 
 def make_plan(config: RunConfig, dataset: Dataset, canaries: int) -> Plan:
@@ -77,9 +75,9 @@ def make_plan(config: RunConfig, dataset: Dataset, canaries: int) -> Plan:
         )
     rate = training.batch_size / candidates
     steps = training.steps or max(1, round(training.epochs / rate))
-    releasable = config.seed is None and config.planted.noise_scale == 1.0
+    not_releasable = _not_releasable(config)
     if config.method == "non-private":
-        return Plan(candidates, rate, steps, float(training.batch_size), 0.0, math.inf, None, releasable)
+        return Plan(candidates, rate, steps, float(training.batch_size), 0.0, math.inf, None, not_releasable)
     if privacy.delta >= 1 / candidates:
         raise rejected("privacy.delta", privacy.delta, f"below 1/n = {1 / candidates:.2g} for {candidates} units")
     sigma = privacy.noise_multiplier
@@ -106,7 +104,18 @@ def make_plan(config: RunConfig, dataset: Dataset, canaries: int) -> Plan:
         release="final weights (LoRA adapter)",
         curve=accounting.curve(event, [delta for delta in CURVE_DELTAS if delta < 1 / candidates]),
     )
-    return Plan(candidates, rate, steps, float(training.batch_size), sigma, privacy.max_grad_norm, claim, releasable)
+    return Plan(
+        candidates, rate, steps, float(training.batch_size), sigma, privacy.max_grad_norm, claim, not_releasable
+    )
+
+
+def _not_releasable(config: RunConfig) -> tuple[str, ...]:
+    reasons = []
+    if config.seed is not None:
+        reasons.append("--seed replaced the secret noise key, so anyone can recompute the noise: not for release")
+    if config.planted.noise_scale != 1.0:
+        reasons.append(f"planted.noise-scale = {config.planted.noise_scale:g}: the noise is not the one claimed")
+    return tuple(reasons)
 
 
 def ledger_rows(config: RunConfig, dataset: Dataset, plan: Plan, inserted: Inserted) -> tuple[LedgerRow, ...]:

@@ -272,6 +272,10 @@ def _release(run: RunFolder, trainer: Trainer) -> None:
     temporary = run.private / "adapter.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     trainer.model.save_adapter(temporary)
+    settings = temporary / "adapter_config.json"
+    tree = json.loads(settings.read_text(encoding="utf-8"))
+    tree["base_model_name_or_path"] = trainer.model.source  # as configured: peft writes a folder of this machine
+    settings.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
     for file in sorted(temporary.iterdir()):
         if file.is_file() and file.suffix in (".safetensors", ".json"):
             atomic.write_bytes(run.model / file.name, file.read_bytes())

@@ -88,7 +88,7 @@ def _claim_sentence(document: ClaimDocument) -> str:
             f"unit: {claim.unit}); sigma = {float(claim.noise_multiplier or 0):.4g}, "
             f"q = {claim.sample_rate:.4g}, T = {claim.steps}."
         )
-    return text if document.releasable else f"{text} Not for release: {'; '.join(document.reasons[-1:])}."
+    return text if document.releasable else f"{text} Not for release ({document.reasons[-1]})."
 
 
 def _dry_run(config: "object", as_json: bool) -> None:

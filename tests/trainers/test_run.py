@@ -24,7 +24,7 @@ from dpaudit.runs import RunFolder
 from tests.tiny import random_units
 from trainers.plan import fusion_std, make_plan
 from trainers.records import Dataset
-from trainers.run import Trainer, load_model, poisson_batch
+from trainers.run import Trainer, load_model, poisson_batch, read_config
 from trainers.vlm import VisionLanguageModel
 
 DPAUDIT = Path(sys.executable).parent / "dpaudit"
@@ -195,3 +195,21 @@ def test_resume_of_a_finished_run_changes_nothing(tiny: Path, tmp_path: Path) ->
     before = {path: path.read_bytes() for path in sorted(run.release.rglob("*")) if path.is_file()}
     resume_run(tmp_path / "run", dataset=small())
     assert before == {path: path.read_bytes() for path in sorted(run.release.rglob("*")) if path.is_file()}
+
+
+def test_relative_paths_are_taken_from_where_the_run_was_started(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "project"
+    (home / "model").parent.mkdir(parents=True)
+    (home / "model").symlink_to(tiny, target_is_directory=True)
+    monkeypatch.chdir(home)
+    config = resolve({}, ["model.path=./model", "seed=1", *FAST])
+    run = start_run(config, home / "run", dataset=small())
+    monkeypatch.chdir(tmp_path)
+    assert read_config(run).model.path == str(home / "./model")
+    assert load_model(run, "cpu").source.endswith("model")
+    text = "".join(
+        path.read_text(errors="ignore") for path in run.release.rglob("*.*") if path.suffix != ".safetensors"
+    )
+    assert str(tmp_path) not in text, "a released file names a folder of this machine"
