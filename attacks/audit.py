@@ -6,12 +6,14 @@ It then speaks of the training procedure and not of the weights that were releas
 
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from attacks.canary_audit import CanaryAudit, audit_canaries
 from attacks.options import TWIN, WHITE_BOX_TWIN, Options, prepare
 from attacks.training import resume_run, start_run
 from attacks.white_box import DEFAULT_COUNT, audit_twin, train_twin
+from attacks.white_box import TITLE as WHITE_BOX
 from dpaudit import accounting, atomic
 from dpaudit.bounds import pld
 from dpaudit.claims import decide
@@ -20,6 +22,7 @@ from dpaudit.documents import (
     AuditDocument,
     Claim,
     ClaimDocument,
+    ContractAudit,
     FusionAudit,
     LedgerDocument,
     LedgerRow,
@@ -27,10 +30,13 @@ from dpaudit.documents import (
     Validity,
 )
 from dpaudit.runs import RunFolder
+from trainers import data
+from trainers.plan import make_plan
 from trainers.progress import Reporter
 from trainers.run import config_sha256, read_config
 
 TWIN_COUNT = 300
+CONTRACT_UNITS = 24
 SIGMA_REDUCTION = 0.3
 THESE_WEIGHTS = "these weights"
 PROCEDURE = "the training procedure, not these weights"
@@ -72,7 +78,8 @@ def audit(
             if "canaries" not in chosen:
                 target, about = white, PROCEDURE
         fusion = _fusion(run, log) if "fusion" in chosen else None
-        document = assemble(run, target, about, merge(parts), fusion, options)
+        contract = _contract(config, log) if "contract" in chosen else None
+        document = assemble(run, target, about, merge(parts), fusion, contract, options)
         atomic.write_document(run.audit, document)
     return document
 
@@ -149,12 +156,34 @@ def _fusion(run: RunFolder, log: Callable[[str], None]) -> FusionAudit:
     return result
 
 
+def _contract(config: RunConfig, log: Callable[[str], None]) -> ContractAudit:
+    """The step contract on this run's trainer: its code, model, reducer, clipping, noise and pruning, on a few units.
+
+    The sampler is tested with a small batch of few units, since the contract needs many draws; sigma is the run's own.
+    """
+    from attacks.contract import check
+    from trainers.adapters.vlm import factory_for
+
+    log(f"step contract on {CONTRACT_UNITS} of the run's units (about a minute)")
+    dataset = data.load(config.data)
+    plan = make_plan(config, dataset, config.canaries.count)
+    few = replace(dataset, train=dataset.train[:CONTRACT_UNITS])
+    training = config.training.model_copy(update={"batch_size": max(1, len(few.train) // 5), "steps": 20})
+    privacy = config.privacy.model_copy(
+        update={"epsilon": None, "noise_multiplier": plan.noise_multiplier, "delta": min(1e-3, config.privacy.delta)}
+    )
+    small = config.model_copy(update={"training": training, "privacy": privacy})
+    found = check(factory_for(small, few))
+    return ContractAudit(verdict=found.verdict, checks=found.checks)
+
+
 def assemble(
     run: RunFolder,
     target: RunFolder,
     about: str,
     canaries: CanaryAudit | None,
     fusion: FusionAudit | None,
+    contract: ContractAudit | None,
     options: Options,
 ) -> AuditDocument:
     """The document: `run` is what was asked about, `target` what was attacked (the run or its twin)."""
@@ -168,10 +197,13 @@ def assemble(
         validity=part.validity,
         tests=part.tests,
         ledger=ledger,
+        checks=contract.checks if contract else (),
     )
     config = read_config(run)
     if about == PROCEDURE:
         reasons = (*reasons, "Audited a twin trained with canaries: this speaks of " + PROCEDURE + ".")
+    elif any(test.name == WHITE_BOX for test in part.tests):
+        reasons = (*reasons, "The white-box test was played on a twin: it speaks of " + PROCEDURE + ".")
     return AuditDocument(
         verdict=verdict,
         reasons=reasons,
@@ -183,6 +215,7 @@ def assemble(
         validity=part.validity,
         ledger=ledger,
         fusion=fusion,
+        contract=contract,
         scores=part.scores,
         gallery=part.gallery,
         run=RunInfo(

@@ -12,7 +12,7 @@ TWIN = "twin-canaries"
 WHITE_BOX_TWIN = "twin-white-box"
 
 # Audits by flag; the ones that this version does not have are refused by name instead of being skipped.
-AVAILABLE = ("canaries", "fusion", "white-box")
+AVAILABLE = ("canaries", "fusion", "contract", "white-box")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Options:
         validate.real("--alpha", self.alpha, low=0.0, high=1.0, open_low=True, open_high=True)
 
     def named(self, config: RunConfig) -> tuple[str, ...]:
-        """The audits to run on a run with this configuration."""
+        """The audits to run on a run with this configuration: those that need no further training or minutes."""
         if self.audits:
             return self.audits
         return ("canaries", "fusion") if config.canaries.count else ("fusion",)
@@ -47,8 +47,9 @@ def prepare(run: RunFolder, options: Options) -> RunConfig:
     """Check that the run is whole and that the options fit it; returns its configuration. Raises UsageError."""
     run.require_finished()
     config = configuration.resolve(configuration.read_yaml(run.config))
-    if "white-box" in options.audits and config.method == "non-private":
-        raise UsageError("--white-box: the run makes no claim (method non-private), so there is no mechanism to audit")
+    for name in ("white-box", "contract"):
+        if name in options.audits and config.method == "non-private":
+            raise UsageError(f"--{name}: the run makes no claim (method non-private), so there is nothing to audit")
     if options.count is None:
         return config
     if not {"canaries", "white-box"} & set(options.named(config)):
