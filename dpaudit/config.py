@@ -188,8 +188,8 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "dual-priv": {"reducer": {"name": "visionzip", "noise": "mean"}, "pruning": {"keep": 0.8}},
 }
 
-# Settings for the compact reference model, chosen on public synthetic pictures (docs/reference-model.md). A checkpoint
-# of one's own (model.path) starts from the field defaults instead.
+# Settings for the compact reference model, chosen on public synthetic pictures (trainers/public/base/README.md). A
+# checkpoint of one's own (model.path) starts from the field defaults instead.
 _PRIVATE_SETTINGS = {"model": {"lora": {"rank": 4}}, "training": {"epochs": 20.0, "learning-rate": 1e-2}}
 _PLAIN_TRAINING = {"epochs": 40.0, "batch-size": 32, "learning-rate": 5e-3}
 REFERENCE_DEFAULTS: dict[str, dict[str, Any]] = {
