@@ -45,7 +45,7 @@ format: install
 	$(BIN)/ruff check --fix .
 
 schemas: install
-	$(BIN)/python -m dpaudit.documents
+	$(BIN)/python -m dpaudit.cli.schemas
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info
