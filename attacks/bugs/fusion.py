@@ -58,8 +58,7 @@ def batch_count(model: VisionLanguageModel) -> Reduce:
     def reduce(visual: VisualTokens) -> Reduced:
         flat = visual.importance.flatten()
         limit = flat.median() + (flat.quantile(0.75) - flat.quantile(0.25))
-        most = model.patches - 1
-        keep = int((visual.importance > limit).sum(dim=1).float().mean().round().clamp(1, most))
+        keep = int((visual.importance > limit).sum(dim=1).max().clamp(1, model.patches - 1))
         config = ReducerConfig(name="cls-topk", keep=keep)
         return make_reducer(config, patches=model.patches, drop_cls=model.drop_cls)(visual)
 

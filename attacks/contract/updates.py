@@ -199,9 +199,12 @@ def _affine(learn: list[Run], tolerance: float) -> Rule | None:
 
 def _signs(learn: list[Run], tolerance: float) -> Rule | None:
     """Per coordinate: the move depends on the sign of the release alone; NaN where a sign was not seen."""
-    signs = np.stack([np.sign(run[0][0]) for run in learn])
-    if np.ptp(np.stack([run[0][0] for run in learn]), axis=0).max() == 0:
+    releases = np.stack([run[0][0] for run in learn])
+    if np.ptp(releases, axis=0).max() == 0:
         return None
+    # Adam divides by |release| + eps: a release that happens to be nearly zero is no sign yet.
+    nearly_zero = AGREEMENT * float(np.median(np.abs(releases)))
+    signs = np.where(np.abs(releases) > nearly_zero, np.sign(releases), 0.0)
     moves = np.stack([run[1] for run in learn])
     tables = {}
     for sign in (-1.0, 1.0):
@@ -214,7 +217,8 @@ def _signs(learn: list[Run], tolerance: float) -> Rule | None:
         tables[sign] = np.where(seen, np.nanmax(np.where(seen, chosen, 0.0), axis=0), np.nan)
 
     def predict(new: Vector) -> Vector:
-        return np.where(new[0] > 0, tables[1.0], np.where(new[0] < 0, tables[-1.0], np.nan))
+        negative = np.where(new[0] < -nearly_zero, tables[-1.0], np.nan)
+        return np.where(new[0] > nearly_zero, tables[1.0], negative)
 
     return predict
 

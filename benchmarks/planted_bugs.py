@@ -1,0 +1,109 @@
+"""Every planted bug against every audit, and correct trainers over many seeds. Resumable; one process.
+
+    python benchmarks/planted_bugs.py                       # writes benchmarks/results/planted_bugs.json
+    python benchmarks/planted_bugs.py --table               # prints the Markdown table of docs/planted-bugs.md
+
+Each row is written as soon as it is there, so an interrupted run goes on where it stopped.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from attacks.bugs.benchmark import CONTROLS, BugRow, BugsDocument, Control, ControlRow, document, run_bug, run_control
+from attacks.bugs.table import BUGS
+from dpaudit import atomic
+
+RESULTS = Path(__file__).parent / "results" / "planted_bugs.json"
+PER_WRITE = 5  # seeds of a control between two writes
+
+
+def merged(old: ControlRow | None, new: ControlRow) -> ControlRow:
+    """Two rows of one control over different seeds."""
+    if old is None:
+        return new
+    kinds = old.verdicts.keys() | new.verdicts.keys()
+    games = None if old.game_alarms is None or new.game_alarms is None else old.game_alarms + new.game_alarms
+    return ControlRow(
+        name=old.name,
+        seeds=old.seeds + new.seeds,
+        alarms=old.alarms + new.alarms,
+        verdicts={kind: old.verdicts.get(kind, 0) + new.verdicts.get(kind, 0) for kind in sorted(kinds)},
+        game_alarms=games,
+        seconds=round(old.seconds + new.seconds, 1),
+    )
+
+
+def main() -> None:
+    """Run what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=50, help="seeds per control")
+    parser.add_argument("--slow-seeds", type=int, default=50, help="seeds per control on a language model")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="only print the Markdown table of what is there")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    old = BugsDocument.read(options.out) if options.out.exists() else document(())
+    if options.table:
+        print(table(old))
+        return
+    rows = {row.name: row for row in old.bugs}
+    controls = {row.name: row for row in old.controls}
+
+    def write() -> None:
+        ordered = [rows[bug.name] for bug in BUGS if bug.name in rows]
+        held = [controls[control.name] for control in CONTROLS if control.name in controls]
+        atomic.make_folder(options.out.parent)
+        atomic.write_document(options.out, document(ordered, held))
+
+    for bug in BUGS:
+        if bug.name not in rows:
+            rows[bug.name] = run_bug(bug)
+            write()
+            print(bug.name, rows[bug.name].contract[:2], rows[bug.name].seconds, flush=True)
+    for control in CONTROLS:
+        wanted = options.slow_seeds if control.slow else options.seeds
+        while (done := _done(controls, control)) < wanted:
+            new = run_control(control, range(done, min(wanted, done + PER_WRITE)), game=not control.slow)
+            controls[control.name] = merged(controls.get(control.name), new)
+            write()
+            print(controls[control.name], flush=True)
+
+
+def _done(controls: dict[str, ControlRow], control: Control) -> int:
+    return controls[control.name].seeds if control.name in controls else 0
+
+
+def table(result: BugsDocument) -> str:
+    """The Markdown of docs/planted-bugs.md."""
+    lines = [
+        "| bug | id | what | source | step contract: checks that fail | exact replay | game | s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [_markdown(row) for row in result.bugs]
+    lines += [
+        "",
+        "| correct trainer | seeds | contract alarms | verdicts | game alarms | s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result.controls:
+        verdicts = ", ".join(f"{count} {kind}" for kind, count in row.verdicts.items())
+        games = "not played" if row.game_alarms is None else str(row.game_alarms)
+        lines.append(f"| {row.name} | {row.seeds} | {row.alarms} | {verdicts} | {games} | {row.seconds:.0f} |")
+    return "\n".join(lines)
+
+
+def _markdown(row: BugRow) -> str:
+    failed = ", ".join(row.contract[:3]) + (f" and {len(row.contract) - 3} more" if len(row.contract) > 3 else "")
+    game = "not played" if row.game_p is None else ("caught" if row.game else "-")
+    replay = "caught" if row.isolation else "-"
+    source = row.source.replace("|", "/")
+    return (
+        f"| `{row.name}` | {row.catalogue} | {row.what} | {source} | {failed or '**none**'} | {replay} | {game} "
+        f"| {row.seconds:.1f} |"
+    )
+
+
+if __name__ == "__main__":
+    main()

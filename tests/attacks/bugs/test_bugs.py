@@ -1,0 +1,115 @@
+"""Planted bugs are caught by the check that is meant for them; correct trainers are not, and the game agrees."""
+
+import inspect
+
+import pytest
+from scipy.stats import binom
+
+from attacks.bugs import clipping, isolation, noise, sampling, updates
+from attacks.bugs.benchmark import CONTROLS, document, run_bug
+from attacks.bugs.game import ALPHA, release_game
+from attacks.bugs.table import BUGS, bug
+from attacks.contract import check_names
+from attacks.contract.influence import Bench
+from attacks.contract.probe import Probe
+from trainers.adapters import compact, zeroth_order
+from trainers.adapters.compact import Compact
+
+# One bug a check at least, with the check that exists for it. benchmarks/planted_bugs.py runs all of them.
+EXPECTED = {
+    "batch-mean-clipped": "clipping per unit",
+    "microbatch-clipped": "influence of one unit",
+    "clipped-upwards": "clipping never scales up",
+    "per-layer-clipped": "injected gradient",
+    "half-precision-norm": "influence of one unit",
+    "nan-passes": "extreme record contained",
+    "nan-replaced-too-late": "influence of a replaced unit",
+    "questions-clipped": "influence of one unit",
+    "repeats-counted": "repeated unit",
+    "token-mean-loss": "others unmoved",
+    "data-set-statistics": "records outside the batch",
+    "stale-gradient": "nothing carried over",
+    "sigma-without-c": "noise level",
+    "same-noise-every-step": "noise over steps",
+    "same-noise-every-block": "noise over parameters",
+    "broadcast-noise": "noise within a parameter",
+    "uniform-noise": "noise law",
+    "noise-follows-data": "noise independent of data",
+    "head-without-noise": "every trained parameter noised",
+    "actual-batch-size": "normalisation",
+    "private-size": "claim is public",
+    "empty-faked": "empty batch",
+    "resume-replays-noise": "noise after a resume",
+    "clean-mask": "update mask sees noise only",
+    "clean-mask-hidden": "update mask leaks no more than claimed",
+    "only-kept-noised": "noised blocks don't follow data",
+    "clean-second-moment": "update follows the released gradient",
+    "clean-momentum": "update follows the released gradient",
+    "shuffled-as-poisson": "repeats within an epoch",
+    "fixed-as-poisson": "spread of batch sizes",
+    "with-replacement": "repeats within a batch",
+    "sampler-sees-data": "sampling rate of each unit",
+    "one-step-less": "eps reported",
+    "poisson-epsilon-for-shuffle": "eps reported",
+    "resume-forgets": "eps after a resume",
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_planted_bug_is_caught_by_its_check(name: str) -> None:
+    row = run_bug(bug(name), game=False)
+    assert EXPECTED[name] in row.contract
+    assert row.caught and row.why_not is None
+
+
+def test_every_check_but_one_has_a_bug_that_only_it_was_made_for() -> None:
+    """The zeroth-order check has its planted fault in tests/attacks/contract/test_contract.py."""
+    assert set(check_names()) - set(EXPECTED.values()) == {"moves along the public line"}
+
+
+@pytest.mark.parametrize("name", [row.name for row in BUGS if row.out_of_reach])
+def test_what_is_out_of_reach_is_reported_as_missed(name: str) -> None:
+    row = run_bug(bug(name), game=False)
+    assert not row.caught and row.why_not
+
+
+def test_the_table_holds_every_planted_class_once_with_a_source() -> None:
+    modules = (clipping, isolation, noise, updates, sampling)
+    planted = {
+        value
+        for module in modules
+        for value in vars(module).values()
+        if inspect.isclass(value) and issubclass(value, Compact) and value.__module__ == module.__name__
+    }
+    listed = [row.factory for row in BUGS if not row.slow]
+    assert set(listed) == planted and len(listed) == len(set(listed))
+    assert len({row.name for row in BUGS}) == len(BUGS) >= 30
+    for row in BUGS:
+        assert row.source and row.what.endswith(".") and row.catalogue.startswith("B")
+    assert len(CONTROLS) >= 5
+
+
+def test_document_counts_what_was_caught() -> None:
+    rows = [run_bug(bug(name), game=False) for name in ("no-noise", "weak-generator")]
+    result = document(rows)
+    assert (result.caught, result.caught_by_contract, len(result.bugs)) == (1, 1, 2)
+    assert type(result).model_validate_json(result.to_json()) == result
+
+
+@pytest.mark.parametrize(
+    ("name", "caught"), [("no-noise", True), ("per-layer-clipped", True), ("one-step-less", False)]
+)
+def test_the_release_game_sees_steps_and_nothing_else(name: str, caught: bool) -> None:
+    probe = Probe(bug(name).factory)
+    assert release_game(probe, Bench(probe)).caught is caught
+
+
+@pytest.mark.parametrize("factory", [compact.dp_sgd, compact.laplace, zeroth_order.dp_zo])
+def test_the_release_game_is_valid_on_correct_trainers(factory: type) -> None:
+    """Level 1e-3 a game; 3 games each: more than 2 alarms have probability below 1e-6."""
+    results = []
+    for seed in range(3):
+        probe = Probe(factory, seed=seed)
+        results.append(release_game(probe, Bench(probe), seed=seed))
+    assert all(result.played for result in results)
+    assert sum(result.caught for result in results) <= binom.ppf(1 - 1e-6, 3, ALPHA)

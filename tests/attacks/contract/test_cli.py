@@ -1,0 +1,115 @@
+"""`dpaudit check` and `dpaudit bugs` end to end, in a folder that has packages of our names."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from attacks.bugs.benchmark import BugsDocument
+from attacks.contract.loading import load_factory
+from dpaudit.documents import CheckDocument
+from dpaudit.errors import UsageError
+
+DPAUDIT = Path(sys.executable).parent / "dpaudit"
+TRAINER = """
+from trainers.adapters.compact import Compact
+print("a line of foreign output")
+
+class Good(Compact):
+    pass
+
+class Bad(Compact):
+    epsilon = None  # an accountant takes seconds to start
+
+    def noise_std(self):
+        return 0.5 * super().noise_std()
+
+class Untested(Compact):
+    epsilon = None
+    max_grad_norm = 1e4
+    extreme_records = None
+
+class Hangs(Compact):
+    def released(self):
+        while True:
+            pass
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The user's own packages carry our names, and importing one of them by mistake ends the process."""
+    for name in ("trainers", "attacks", "reports"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"raise SystemExit('the user's own {name} was imported')")
+    (tmp_path / "mine.py").write_text(TRAINER)
+    return tmp_path
+
+
+def run(folder: Path, *arguments: str, module: bool = False) -> subprocess.CompletedProcess[str]:
+    start = [sys.executable, "-m", "dpaudit"] if module else [str(DPAUDIT)]
+    return subprocess.run([*start, *arguments], cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("module", [False, True], ids=["command", "python -m"])
+def test_a_correct_trainer_passes_beside_packages_of_our_names(folder: Path, module: bool) -> None:
+    done = run(folder, "check", "mine:Good", "--json", module=module)
+    assert done.returncode == 0, done.stderr
+    tree = json.loads(done.stdout)  # exactly one document, foreign output went to stderr
+    Draft202012Validator(CheckDocument.json_schema()).validate(tree)
+    assert tree["verdict"] == "pass" and "a line of foreign output" in done.stderr
+
+
+def test_a_wrong_trainer_fails_with_measured_allowed_and_the_usual_bug(folder: Path) -> None:
+    done = run(folder, "check", "mine:Bad")
+    assert done.returncode == 1
+    assert "FAIL  noise level" in done.stdout
+    assert re.search(r"measured  0\.(49|5)\d* x the claimed noise", done.stdout)
+    assert "usually" in done.stdout and "mine:Bad: fail" in done.stdout
+
+
+def test_inconclusive_is_3_only_when_strict(folder: Path) -> None:
+    assert run(folder, "check", "mine:Untested").returncode == 0
+    assert run(folder, "check", "mine:Untested", "--strict").returncode == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["mine:Hangs", "--time-limit", "1"], "released(): did not return within 1 s (--time-limit)"),
+        (["mine:Missing"], "accepted: a callable of mine: Compact, Good, Bad"),
+        (["nowhere:factory"], "no module of this name"),
+        (["trainers.mine:factory"], "trainers is dpaudit's own package; rename your folder"),
+        (["mine"], "accepted: module:factory"),
+        (["mine:Good", "--time-limit", "0"], "--time-limit"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(folder: Path, arguments: list[str], line: str) -> None:
+    done = run(folder, "check", *arguments)
+    assert done.returncode == 2 and line in done.stderr and done.stdout == ""
+    assert "Traceback" not in done.stderr
+
+
+def test_bugs_as_json_and_by_unknown_name(folder: Path) -> None:
+    done = run(folder, "bugs", "no-noise", "--json")
+    assert done.returncode == 0
+    tree = json.loads(done.stdout)
+    Draft202012Validator(BugsDocument.json_schema()).validate(tree)
+    assert tree["bugs"][0]["contract"][0] == "noise level"
+    wrong = run(folder, "bugs", "no-such-bug")
+    assert wrong.returncode == 2 and "no-such-bug" in wrong.stderr
+
+
+def test_import_errors_of_foreign_code_keep_their_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "needs_more.py").write_text("import a_package_that_is_not_there\n")
+    with pytest.raises(UsageError, match="import needs_more: raised ModuleNotFoundError: No module named 'a_package"):
+        load_factory("needs_more:factory")
+    (tmp_path / "broken_code.py").write_text("1 / 0\n")
+    with pytest.raises(UsageError, match=r"import broken_code: raised ZeroDivisionError.*broken_code.py:1"):
+        load_factory("broken_code:factory")
