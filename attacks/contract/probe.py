@@ -20,9 +20,13 @@ from trainers.protocol import OPTIONAL, REQUIRED
 
 Vector = npt.NDArray[np.float64]
 
-# What float32 may lose: relative to the noisy sum (2^-22 a coordinate, a few operations), and to a contribution.
-ROUNDING = 1e-6
+# What a released number may lose, in units of its type's own precision (float32: 1e-6, some operations on 2^-23), and
+# what a contribution may differ by, relatively.
+ROUNDING = 8.0
 AGREEMENT = 1e-3
+
+# About 250 observations are remembered, 16 bytes a number each.
+MOST_NUMBERS = 3_000_000
 
 _MISSING = object()
 
@@ -122,6 +126,7 @@ class Subject:
                 out[str(name)] = None
                 continue
             flat = _flat("released()", name, tensor)
+            self.probe.precision = max(self.probe.precision, float(torch.finfo(tensor.dtype).eps))
             if name in shapes and tuple(tensor.shape) != shapes[name]:
                 got, wanted = tuple(tensor.shape), shapes[name]
                 raise MethodFailure("released()", f"{name!r} has shape {got}, the parameter has {wanted}")
@@ -151,6 +156,11 @@ class Probe:
         self.mechanism = self.claim.mechanism
         self.own = Records("own records", first.records())
         self.shapes = first.shapes()
+        numbers = sum(int(np.prod(shape)) for shape in self.shapes.values())
+        if numbers > MOST_NUMBERS:
+            wanted = f"at most {MOST_NUMBERS:,}: the contract is about code, so check it on a smaller model"
+            raise MethodFailure("parameters()", f"holds {numbers:,} trained numbers; accepted: {wanted}")
+        self.precision = float(torch.finfo(torch.float32).eps)
         self.offered = frozenset(name for name in OPTIONAL if first.offers(name))
         self.extremes = self._extremes(first)
         self.deterministic = self._deterministic()
@@ -241,9 +251,9 @@ class Probe:
         return float(np.abs(vector).sum() if self.mechanism == "laplace" else np.linalg.norm(vector))
 
     def slack(self, *observations: Observation) -> float:
-        """What float32 rounding of the noisy sums may amount to in a difference of them."""
+        """What rounding of the noisy sums may amount to in a difference of them."""
         finite = [np.nan_to_num(item.vector, posinf=0.0, neginf=0.0) for item in observations]
-        return ROUNDING * max(self.size(vector) for vector in finite)
+        return ROUNDING * self.precision * max(self.size(vector) for vector in finite)
 
     def _extremes(self, subject: Subject) -> tuple[Any, ...]:
         if "extreme_records" not in self.offered:

@@ -1,0 +1,42 @@
+"""The contract on real trainers: dpaudit's own, a Hugging Face Trainer, and the planted bugs of the token path."""
+
+import pytest
+import torch
+
+from attacks.bugs.benchmark import run_bug
+from attacks.bugs.table import bug
+from attacks.contract import check
+from trainers.adapters import huggingface, vlm
+
+
+def test_dual_priv_keeps_the_contract() -> None:
+    """Fused tokens with noise, blocks pruned by the noisy gradient: nothing of it is a fault."""
+    document = check(vlm.dual_priv)
+    assert document.verdict == "pass", [item for item in document.checks if item.status == "fail"]
+    status = {item.name: item.status for item in document.checks}
+    for name in ("update mask sees noise only", "others unmoved", "empty batch", "noise after a resume"):
+        assert status[name] == "pass"
+
+
+def test_a_hugging_face_trainer_keeps_the_contract() -> None:
+    document = check(huggingface.factory)
+    assert document.verdict == "pass", [item for item in document.checks if item.status == "fail"]
+
+
+@pytest.mark.parametrize("name", ["vlm-batch-normalised", "vlm-token-mean"])
+def test_tokens_or_losses_shared_over_a_batch_are_caught(name: str) -> None:
+    row = run_bug(bug(name), game=False)
+    assert "others unmoved" in row.contract and row.isolation
+
+
+def test_trainers_of_one_factory_do_not_disturb_each_other() -> None:
+    """They share modules: two in turns must do what each does alone."""
+    one, two = (vlm.dp_sgd(seed=0, noise_seed=seed) for seed in (1, 2))
+    one.step([0, 1])
+    two.step([2])
+    one.step([3])
+    alone = vlm.dp_sgd(seed=0, noise_seed=1)
+    alone.step([0, 1])
+    alone.step([3])
+    for name, value in alone.parameters().items():
+        assert torch.equal(value, one.parameters()[name])
