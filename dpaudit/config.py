@@ -287,7 +287,9 @@ def _message(error: ValidationError) -> str:
     first = error.errors()[0]
     where = _where(first)
     if first["type"] == "extra_forbidden":
-        return f"{where}: no such field{_suggestion(where)}"
+        # A key can be any text: one that is blank or holds control characters is quoted, so that the line stays one.
+        shown = where if where.isprintable() and where.strip() else repr(where)
+        return f"{_short(shown)}: no such field{_suggestion(where)}"
     # A field of several types has one error for each.
     same = [_accepted(other) for other in error.errors() if _where(other) == where]
     text = " or ".join(dict.fromkeys(same))

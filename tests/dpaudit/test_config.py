@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -229,6 +229,8 @@ def trees(draw: st.DrawFn) -> dict[str, Any]:
     return tree
 
 
+@example({"\n": None})
+@example({"": 1})
 @settings(max_examples=300, deadline=None)
 @given(trees())
 def test_any_tree_is_a_run_or_one_line(tree: dict[str, Any]) -> None:

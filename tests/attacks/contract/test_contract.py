@@ -87,7 +87,8 @@ class Quiet(Restless):
 
 def test_too_little_noise_is_found_without_frozen_noise() -> None:
     item = by_name(check(Quiet))["noise level"]
-    assert item.status == "fail" and item.measured.startswith("0.7")
+    # The noise is truly random here; 0.04 is more than six standard deviations of the measured ratio.
+    assert item.status == "fail" and abs(float(item.measured.split()[0]) - 0.7) < 0.04
 
 
 def test_influence_is_the_clip_norm_exactly() -> None:
