@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from attacks.bugs.benchmark import CONTROLS, BugRow, BugsDocument, Control, ControlRow, document, run_bug, run_control
+from attacks.bugs.benchmark import BugRow, BugsDocument, ControlRow, document, run_bug
+from attacks.bugs.controls import CONTROLS, Control, run_control
 from attacks.bugs.table import BUGS
 from dpaudit import atomic
 

@@ -1,20 +1,18 @@
-"""Every planted bug against every audit available; correct trainers as controls."""
+"""Every planted bug against every audit available, as one document."""
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 from pydantic import Field
 
 from attacks.bugs.game import ALPHA, release_game
 from attacks.bugs.table import Bug
-from attacks.contract import run_checks, verdict
+from attacks.contract import run_checks
 from attacks.contract.influence import ISOLATION, OUTSIDE, Bench
 from attacks.contract.probe import Probe
 from dpaudit.documents import Document, Part
-from trainers.adapters import compact, huggingface, opacus_loop, vlm, zeroth_order
 
 REPLAY = (ISOLATION, OUTSIDE)
 
@@ -57,31 +55,6 @@ class BugsDocument(Document):
     controls: tuple[ControlRow, ...] = ()
 
 
-@dataclass(frozen=True)
-class Control:
-    """A correct trainer of some build."""
-
-    name: str
-    factory: Callable[..., Any]
-    slow: bool = False
-
-
-CONTROLS: tuple[Control, ...] = (
-    Control("dp-sgd", compact.dp_sgd),
-    Control("dp-sgd, blocks pruned by the noisy gradient", compact.pruned),
-    Control("dp-adam", compact.adam),
-    Control("fixed-size batches, claimed as such", compact.fixed_size),
-    Control("shuffled epochs, claimed as such", compact.shuffled),
-    Control("full batch", compact.full_batch),
-    Control("laplace noise, L1 clipping", compact.laplace),
-    Control("dp-zo (zeroth-order)", zeroth_order.dp_zo),
-    Control("opacus loop", opacus_loop.factory),
-    Control("hugging face trainer", huggingface.factory, slow=True),
-    Control("vision-language dp-sgd", vlm.dp_sgd, slow=True),
-    Control("vision-language dual-priv", vlm.dual_priv, slow=True),
-)
-
-
 def run_bug(row: Bug, *, seed: int = 0, game: bool = True) -> BugRow:
     """The contract, and the release game if asked for."""
     began = time.monotonic()
@@ -111,27 +84,6 @@ def run_bugs(rows: Sequence[Bug], *, seed: int = 0, game: bool = True) -> Iterat
     """One after the other, so that a caller can show progress."""
     for row in rows:
         yield run_bug(row, seed=seed, game=game)
-
-
-def run_control(control: Control, seeds: Sequence[int], *, game: bool = False) -> ControlRow:
-    """The contract on a correct trainer over several seeds; an alarm is any verdict but pass."""
-    began = time.monotonic()
-    verdicts: dict[str, int] = {}
-    game_alarms = 0
-    for seed in seeds:
-        probe = Probe(control.factory, seed=seed)
-        outcome = verdict(run_checks(probe))
-        verdicts[outcome] = verdicts.get(outcome, 0) + 1
-        if game:
-            game_alarms += release_game(probe, Bench(probe), seed=seed).caught
-    return ControlRow(
-        name=control.name,
-        seeds=len(seeds),
-        alarms=verdicts.get("fail", 0),
-        verdicts=verdicts,
-        game_alarms=game_alarms if game else None,
-        seconds=round(time.monotonic() - began, 1),
-    )
 
 
 def document(rows: Sequence[BugRow], controls: Sequence[ControlRow] = ()) -> BugsDocument:

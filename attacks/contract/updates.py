@@ -141,8 +141,10 @@ def _miss_of_step(bench: Bench, name: str, weights: Vector, second: bool) -> tup
     predict = _affine(learn, tolerance) or (None if second else _signs(learn, tolerance))
     if predict is None:
         return None
-    gap = max(float(np.nanmax(np.abs(predict(inputs) - move), initial=0.0)) for inputs, move in judge)
-    # Far from the data that a line was learned on, its error grows with the distance.
+    gaps = np.concatenate([np.abs(predict(inputs) - move) for inputs, move in judge])
+    if np.isnan(gaps).all():
+        return None
+    gap = float(np.nanmax(gaps))
     return gap / (3 * tolerance), f"{name}, step {2 if second else 1}"
 
 
@@ -174,10 +176,14 @@ def _two_steps(bench: Bench, batch: Sequence[int], noise: int) -> tuple[Observat
 
 
 def _affine(learn: list[Run], tolerance: float) -> Rule | None:
-    """Per coordinate: move = a + b . releases, by least squares; None if that does not fit what it was learned on."""
+    """Per coordinate: move = a + b . releases, by least squares; None if that does not fit what it was learned on.
+
+    Predictions are NaN outside the range of releases that it was learned on.
+    """
     inputs = np.stack([run[0] for run in learn])  # (K, p, d)
     moves = np.stack([run[1] for run in learn])  # (K, d)
     count, _, size = inputs.shape
+    low, high = inputs.min(axis=0), inputs.max(axis=0)
     scale = np.abs(inputs).max(axis=(0, 2), keepdims=True) + 1e-300
     design = np.concatenate([np.ones((count, 1, size)), inputs / scale], axis=1).transpose(2, 0, 1)
     fits = [np.linalg.lstsq(design[j], moves[:, j], rcond=1e-6) for j in range(size)]
@@ -192,7 +198,9 @@ def _affine(learn: list[Run], tolerance: float) -> Rule | None:
 
     def predict(new: Vector) -> Vector:
         value = coefficients[:, 0] + np.einsum("pd,dp->d", new / scale[0], coefficients[:, 1:])
-        return np.where(known, value, np.nan)
+        # No further than what was learned: a rule that looks affine here may bend elsewhere (the sign of Adam).
+        inside = ((new >= low) & (new <= high)).all(axis=0)
+        return np.where(known & inside, value, np.nan)
 
     return predict
 

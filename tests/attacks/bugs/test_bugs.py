@@ -6,7 +6,8 @@ import pytest
 from scipy.stats import binom
 
 from attacks.bugs import clipping, isolation, noise, sampling, updates
-from attacks.bugs.benchmark import CONTROLS, document, run_bug
+from attacks.bugs.benchmark import document, run_bug
+from attacks.bugs.controls import CONTROLS
 from attacks.bugs.game import ALPHA, release_game
 from attacks.bugs.table import BUGS, bug
 from attacks.contract import check_names

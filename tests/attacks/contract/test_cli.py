@@ -11,6 +11,7 @@ from jsonschema import Draft202012Validator
 
 from attacks.bugs.benchmark import BugsDocument
 from attacks.contract.loading import load_factory
+from dpaudit.cli import app
 from dpaudit.documents import CheckDocument
 from dpaudit.errors import UsageError
 
@@ -18,6 +19,7 @@ DPAUDIT = Path(sys.executable).parent / "dpaudit"
 TRAINER = """
 from trainers.adapters.compact import Compact
 print("a line of foreign output")
+TRAINER = "a name that is no factory"
 
 class Good(Compact):
     pass
@@ -77,31 +79,52 @@ def test_inconclusive_is_3_only_when_strict(folder: Path) -> None:
     assert run(folder, "check", "mine:Untested", "--strict").returncode == 3
 
 
+def test_a_hang_is_one_line_and_exit_2(folder: Path) -> None:
+    done = run(folder, "check", "mine:Hangs", "--time-limit", "1")
+    assert done.returncode == 2 and done.stdout == ""
+    assert "dpaudit: released(): did not return within 1 s (--time-limit)" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["mine:Hangs", "--time-limit", "1"], "released(): did not return within 1 s (--time-limit)"),
         (["mine:Missing"], "accepted: a callable of mine: Compact, Good, Bad"),
+        (["mine:TRAINER"], "accepted: a callable; TRAINER is str"),
         (["nowhere:factory"], "no module of this name"),
         (["trainers.mine:factory"], "trainers is dpaudit's own package; rename your folder"),
         (["mine"], "accepted: module:factory"),
         (["mine:Good", "--time-limit", "0"], "--time-limit"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_2(folder: Path, arguments: list[str], line: str) -> None:
-    done = run(folder, "check", *arguments)
-    assert done.returncode == 2 and line in done.stderr and done.stdout == ""
-    assert "Traceback" not in done.stderr
+def test_bad_input_is_one_line_and_exit_2(
+    folder: Path,
+    arguments: list[str],
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    # The watchdog thread ends the process; it must not outlive this test.
+    monkeypatch.setattr("attacks.contract.guard.start_watchdog", lambda _report: None)
+    assert app.run(["check", *arguments]) == 2
+    shown = capsys.readouterr()
+    assert line in " ".join(shown.err.split()) and shown.out == ""
 
 
-def test_bugs_as_json_and_by_unknown_name(folder: Path) -> None:
+def test_bugs_as_json(folder: Path) -> None:
     done = run(folder, "bugs", "no-noise", "--json")
     assert done.returncode == 0
     tree = json.loads(done.stdout)
     Draft202012Validator(BugsDocument.json_schema()).validate(tree)
     assert tree["bugs"][0]["contract"][0] == "noise level"
-    wrong = run(folder, "bugs", "no-such-bug")
-    assert wrong.returncode == 2 and "no-such-bug" in wrong.stderr
+
+
+def test_an_unknown_bug_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.run(["bugs", "no-such-bug"]) == 2
+    assert "BUG: got 'no-such-bug'; accepted: one of" in " ".join(capsys.readouterr().err.split())
 
 
 def test_import_errors_of_foreign_code_keep_their_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

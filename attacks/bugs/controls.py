@@ -1,0 +1,59 @@
+"""Correct trainers of different build: no check may alarm on any of them."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from attacks.bugs.benchmark import ControlRow
+from attacks.bugs.game import release_game
+from attacks.contract import run_checks, verdict
+from attacks.contract.influence import Bench
+from attacks.contract.probe import Probe
+from trainers.adapters import compact, huggingface, opacus_loop, vlm, zeroth_order
+
+
+@dataclass(frozen=True)
+class Control:
+    """A correct trainer of some build."""
+
+    name: str
+    factory: Callable[..., Any]
+    slow: bool = False
+
+
+CONTROLS: tuple[Control, ...] = (
+    Control("dp-sgd", compact.dp_sgd),
+    Control("dp-sgd, blocks pruned by the noisy gradient", compact.pruned),
+    Control("dp-adam", compact.adam),
+    Control("fixed-size batches, claimed as such", compact.fixed_size),
+    Control("shuffled epochs, claimed as such", compact.shuffled),
+    Control("full batch", compact.full_batch),
+    Control("laplace noise, L1 clipping", compact.laplace),
+    Control("dp-zo (zeroth-order)", zeroth_order.dp_zo),
+    Control("opacus loop", opacus_loop.factory),
+    Control("hugging face trainer", huggingface.factory, slow=True),
+    Control("vision-language dp-sgd", vlm.dp_sgd, slow=True),
+    Control("vision-language dual-priv", vlm.dual_priv, slow=True),
+)
+
+
+def run_control(control: Control, seeds: Sequence[int], *, game: bool = False) -> ControlRow:
+    """The contract on a correct trainer over several seeds; an alarm is any verdict but pass."""
+    began = time.monotonic()
+    verdicts: dict[str, int] = {}
+    game_alarms = 0
+    for seed in seeds:
+        probe = Probe(control.factory, seed=seed)
+        outcome = verdict(run_checks(probe))
+        verdicts[outcome] = verdicts.get(outcome, 0) + 1
+        if game:
+            game_alarms += release_game(probe, Bench(probe), seed=seed).caught
+    return ControlRow(
+        name=control.name,
+        seeds=len(seeds),
+        alarms=verdicts.get("fail", 0),
+        verdicts=verdicts,
+        game_alarms=game_alarms if game else None,
+        seconds=round(time.monotonic() - began, 1),
+    )
