@@ -1,0 +1,220 @@
+"""Independent jobs: a named function, one JSON object in and one JSON object out for each.
+
+Sweeps, reference models and repeated audits are many small jobs that share nothing. An executor runs them wherever it
+likes and hands back each outcome as it arrives; a job that fails or is killed is the outcome of that job alone. What a
+job must not lose it writes itself (a run folder, a file by atomic rename), so that any executor, or the same one
+started again, may run it once more.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from dpaudit import atomic
+from dpaudit.errors import EnvironmentFailure, rejected
+
+JsonObject = dict[str, Any]
+JobFunction = Callable[[JsonObject], JsonObject]
+
+PROCESSES = 2
+POLL = 0.05  # seconds
+GRACE = 5.0  # seconds between asking a job to stop and ending it
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one job ended: `result` is what the function returned, or `error` says in one line why there is none.
+
+    index: the place of its payload. seconds: wall time of the job, its start-up included. log: the file with all that
+    it printed, where it was kept.
+    """
+
+    index: int
+    result: JsonObject | None
+    error: str | None
+    seconds: float
+    log: Path | None = None
+
+
+class Executor(Protocol):
+    """Runs independent jobs."""
+
+    def run(
+        self,
+        function: str,
+        payloads: Sequence[Mapping[str, Any]],
+        *,
+        started: Callable[[int], None] | None = None,
+    ) -> Iterator[Outcome]:
+        """Outcomes as jobs end, in any order, exactly one per payload.
+
+        function: "module:name" of a function that takes one JSON object and returns one. payloads: anything that
+        `json` can write. started: told the index of each job when it begins. Closing the iterator (or Ctrl-C) ends the
+        jobs that still run. Raises UsageError for a function that can't be found.
+        """
+        ...
+
+
+def load_function(name: str) -> JobFunction:
+    """The function called "module:name"; UsageError when there is none."""
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        raise rejected("function", name, "MODULE:NAME")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise rejected("function", name, f"a function that can be imported ({' '.join(str(error).split())})") from error
+    if not callable(found):
+        raise rejected("function", name, "a function")
+    loaded: JobFunction = found
+    return loaded
+
+
+@dataclass
+class _Job:
+    """A job that runs: its process, its folder, its log, and when it began."""
+
+    index: int
+    process: "subprocess.Popen[bytes]"
+    folder: Path
+    log: Path
+    began: float = field(default_factory=time.monotonic)
+
+    def tell(self, kind: signal.Signals) -> None:
+        """Send a signal to it and all that it started: it leads a group of its own."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, kind)
+
+
+def _end(jobs: Sequence[_Job]) -> None:
+    """Ask jobs to stop, give them a moment, then end what is left of them."""
+    for job in jobs:
+        job.tell(signal.SIGTERM)
+    deadline = time.monotonic() + GRACE
+    for job in jobs:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            job.process.wait(timeout=max(0.0, deadline - time.monotonic()))
+        job.tell(signal.SIGKILL)
+        job.process.wait()
+        if job.process.stdin is not None:
+            job.process.stdin.close()
+
+
+@dataclass(frozen=True)
+class LocalExecutor:
+    """Each job in a fresh process of this machine, `processes` at a time, each with `threads_per_process` threads.
+
+    A fresh process costs the imports of its function, and buys that nothing leaks from one job into the next: no
+    generator state, no memory, no patched library. Jobs start in the order of their payloads, so the longest belong
+    first. logs: folder for `job-INDEX.log`; without one a log lives only as long as its job, and its last line is the
+    error. A job ends by itself when the process that started it is gone, also by kill -9.
+    """
+
+    processes: int = PROCESSES
+    threads_per_process: int = 1
+    logs: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("processes", "threads_per_process"):
+            if getattr(self, name) < 1:
+                raise rejected(name.replace("_", "-"), getattr(self, name), "a whole number of at least 1")
+
+    def run(
+        self,
+        function: str,
+        payloads: Sequence[Mapping[str, Any]],
+        *,
+        started: Callable[[int], None] | None = None,
+    ) -> Iterator[Outcome]:
+        """See Executor.run."""
+        texts = [json.dumps({"function": function, "payload": dict(payload)}) for payload in payloads]
+        running: list[_Job] = []
+        with tempfile.TemporaryDirectory(prefix="dpaudit-jobs-", ignore_cleanup_errors=True) as name:
+            try:
+                waiting = iter(enumerate(texts))
+                while True:
+                    for index, text in waiting:
+                        running.append(self._start(Path(name), index, text))
+                        if started is not None:
+                            started(index)
+                        if len(running) >= self.processes:
+                            break
+                    if not running:
+                        return
+                    ended = [job for job in running if job.process.poll() is not None]
+                    for job in ended:
+                        running.remove(job)
+                        yield _outcome(job, keep_log=self.logs is not None)
+                    if not ended:
+                        time.sleep(POLL)
+            finally:
+                _end(running)
+
+    def _start(self, place: Path, index: int, text: str) -> _Job:
+        folder = place / str(index)
+        folder.mkdir()
+        (folder / "job.json").write_text(text, encoding="utf-8")
+        log = (self.logs or folder) / f"job-{index:04d}.log"
+        if self.logs is not None:
+            atomic.make_folder(self.logs)
+        try:
+            with log.open("wb") as sink:
+                process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "dpaudit.worker", str(folder)],
+                    env=_environment(self.threads_per_process),
+                    stdin=subprocess.PIPE,  # nothing is sent: its end tells the job that this process is gone
+                    stdout=sink,
+                    stderr=sink,
+                    start_new_session=True,  # Ctrl-C on a terminal reaches this process, which ends its jobs in order
+                )
+        except OSError as error:
+            raise EnvironmentFailure(f"a job can't be started: {error.strerror or error}") from error
+        return _Job(index, process, folder, log)
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """The environment of a job: its number of threads, and this very copy of dpaudit."""
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"):
+        environment[name] = str(threads)
+    root = Path(__file__).resolve().parents[1]
+    if root.name not in ("site-packages", "dist-packages"):  # a source tree: -P keeps the working directory away
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")]))
+    return environment
+
+
+def _outcome(job: _Job, *, keep_log: bool) -> Outcome:
+    """Read what an ended job left behind."""
+    if job.process.stdin is not None:
+        job.process.stdin.close()
+    seconds = time.monotonic() - job.began
+    log = job.log if keep_log else None
+    try:
+        answer = json.loads((job.folder / "result.json").read_text(encoding="utf-8"))
+        return Outcome(job.index, answer["result"], answer["error"], seconds, log)
+    except (OSError, json.JSONDecodeError, KeyError):  # it was ended before it could say anything
+        return Outcome(job.index, None, _why(job), seconds, log)
+
+
+def _why(job: _Job) -> str:
+    code = job.process.returncode
+    how = f"was ended by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+    lines = [line.strip() for line in job.log.read_text("utf-8", errors="replace").splitlines() if line.strip()]
+    return f"its process {how}" + (f": {lines[-1][:300]}" if lines and code >= 0 else "")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

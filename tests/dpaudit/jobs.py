@@ -1,0 +1,49 @@
+"""Jobs for the tests of dpaudit.executors."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from dpaudit.errors import UsageError
+
+
+def double(payload: dict[str, Any]) -> dict[str, Any]:
+    return {"value": 2 * payload["value"], "pid": os.getpid(), "threads": os.environ["OMP_NUM_THREADS"]}
+
+
+def mixed(payload: dict[str, Any]) -> dict[str, Any]:
+    print("said by", payload["kind"])
+    match payload["kind"]:
+        case "usage":
+            raise UsageError("field: got 1; accepted: 2")
+        case "bug":
+            raise ZeroDivisionError("division by nothing")
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "exit":
+            os._exit(7)
+        case "unwritable":
+            return {"x": {1, 2}}
+    return {"kind": payload["kind"]}
+
+
+def wait(payload: dict[str, Any]) -> dict[str, Any]:
+    """Start a grandchild, say who both are, and stay."""
+    child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    Path(payload["folder"], f"{os.getpid()}").write_text(str(child.pid))
+    time.sleep(60)
+    return {}
+
+
+def first_is_quick(payload: dict[str, Any]) -> dict[str, Any]:
+    if payload["index"]:
+        time.sleep(60)
+    return {}
+
+
+def heavy(payload: dict[str, Any]) -> dict[str, Any]:
+    return {"loaded": sorted({"torch", "transformers"} & set(sys.modules)), "first": sys.path[0]}
