@@ -1,79 +1,28 @@
-"""eps from (sigma, q, T), sigma from eps, and the privacy-loss distributions behind both.
+"""eps by privacy-loss distributions: the number that a claim quotes.
 
-The number is dp-accounting's privacy-loss distribution (PLD) with pessimistic discretisation ("connect the dots",
-Doroshenko et al. 2022): an upper bound on the true eps, tight to about 1e-4. RDP is a cross-check.
-
-This module owns the conventions of the neighbouring relations. `noise_multiplier` is always sigma / C: the noise's
-standard deviation on the *sum* over the clip norm, whatever the relation. What one unit can move is
-
-    add-remove, zero-out: C     (mu = 1 / sigma for one step on everybody)
-    replace:             2C     (mu = 2 / sigma)
-
-dp-accounting 0.6 holds two conventions: its PLD takes sigma / C and doubles the sensitivity itself under REPLACE_ONE,
-its RDP takes sigma over the relation's own sensitivity and never doubles. Tests hold every relation and accountant
-against the Gaussian's closed form. No other module may import dp-accounting or read its private attributes.
+dp-accounting's PLD with pessimistic discretisation ("connect the dots", Doroshenko et al. 2022): an upper bound on the
+true eps, tight to about 1e-4.
 """
 
 import importlib.metadata
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import brentq
-from scipy.special import log_ndtr, ndtr
 
+from dpaudit.accounting.events import Direction, DpSgd, PrivacyLosses, check_delta, neighbouring, sensitivity
+from dpaudit.accounting.gaussian import gaussian_epsilon
 from dpaudit.documents import EpsilonAt, Relation
 from dpaudit.errors import rejected
-
-Direction = Literal["remove", "add"]
 
 _FINE = 1e-4  # discretisation of the loss; 1e-5 changes the sixth digit and takes ten times as long
 _COARSE = 1e-3  # for searching and for progress bars: still an upper bound
 _POINTS = {_FINE: 500_000, _COARSE: 20_000}  # at most about this many loss values; beyond, the grid gets coarser
-_SMALLEST_DELTA = 1e-12  # below it the FFT's rounding (1e-16 a point) is no longer negligible
 _PROGRESS_POINTS = 50
-
-
-@dataclass(frozen=True)
-class DpSgd:
-    """T steps of the Poisson-subsampled Gaussian mechanism.
-
-    noise_multiplier: sigma / C (0 = no noise). sample_rate: q, each unit's chance to be in a batch. steps: T.
-    """
-
-    noise_multiplier: float
-    sample_rate: float
-    steps: int
-    relation: Relation = "add-remove"
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
-            raise rejected("noise-multiplier", self.noise_multiplier, "a finite number >= 0")
-        if not 0 <= self.sample_rate <= 1:
-            raise rejected("sample-rate", self.sample_rate, "a number from 0 to 1")
-        if self.steps != int(self.steps) or self.steps < 0:
-            raise rejected("steps", self.steps, "an integer >= 0")
-        if self.relation not in get_args(Relation):
-            raise rejected("relation", self.relation, get_args(Relation))
-
-
-@dataclass(frozen=True)
-class PrivacyLosses:
-    """A discretised privacy-loss distribution: shapes (k,) and (k,), losses ascending.
-
-    `probabilities` are those of the loss ln(P/Q) under P, where P is the run with the unit for direction "remove" and
-    without it for "add"; under Q a loss l has probability p * exp(-l). `infinity_mass` is P(loss = inf). Together they
-    may exceed 1 by rounding inside dp-accounting (1.4e-6 at q = 0.2, T = 150, direction "add"), which errs on the
-    pessimistic side. The rounding lies at very negative losses, where exp(-l) magnifies it (3.5e-5 there): for masses
-    under Q take P of the other direction, with the sign of the loss turned.
-    """
-
-    losses: npt.NDArray[np.float64]
-    probabilities: npt.NDArray[np.float64]
-    infinity_mass: float
 
 
 def accountant_name() -> str:
@@ -81,31 +30,9 @@ def accountant_name() -> str:
     return f"dp-accounting {importlib.metadata.version('dp-accounting')} PLD"
 
 
-def gaussian_delta(mu: float, epsilon: float) -> float:
-    """delta(eps) of N(0,1) against N(mu,1): Phi(mu/2 - eps/mu) - e^eps Phi(-mu/2 - eps/mu) (Balle & Wang 2018)."""
-    if mu <= 0 or epsilon == math.inf:
-        return 0.0
-    first = float(ndtr(mu / 2 - epsilon / mu))
-    second = math.exp(min(0.0, epsilon + float(log_ndtr(-mu / 2 - epsilon / mu))))
-    return max(0.0, first - second)
-
-
-def gaussian_epsilon(mu: float, delta: float) -> float:
-    """The smallest eps >= 0 with gaussian_delta(mu, eps) <= delta; inf for mu = inf."""
-    _check_delta(delta)
-    if mu == math.inf:
-        return math.inf
-    if gaussian_delta(mu, 0.0) <= delta:
-        return 0.0
-    high = 1.0
-    while gaussian_delta(mu, high) > delta:
-        high *= 2
-    return float(brentq(lambda epsilon: gaussian_delta(mu, epsilon) - delta, 0.0, high, xtol=1e-12))
-
-
 def epsilon(event: DpSgd, delta: float) -> float:
     """eps of `event` at `delta`: dp-accounting's PLD, pessimistic. inf when there is no noise."""
-    _check_delta(delta)
+    check_delta(delta)
     return _epsilon(event, float(delta), _FINE)
 
 
@@ -124,7 +51,7 @@ def epsilon_after(event: DpSgd, steps: int, delta: float) -> float:
     and the grid of the PLD is coarser; both can only raise the value, which never exceeds `epsilon(event, delta)`
     and never decreases with `steps`.
     """
-    _check_delta(delta)
+    check_delta(delta)
     if steps <= 0:
         return 0.0
     if steps >= event.steps:
@@ -132,30 +59,9 @@ def epsilon_after(event: DpSgd, steps: int, delta: float) -> float:
     stride = max(1, math.ceil(event.steps / _PROGRESS_POINTS))
     rounded = min(event.steps, math.ceil(steps / stride) * stride)
     total = epsilon(event, delta)
-    if _trivial(event) is not None:
+    if trivial(event) is not None:
         return total
     return min(_epsilon_on(replace(event, steps=rounded), float(delta), _grid(event, _COARSE)), total)
-
-
-def rdp_epsilon(event: DpSgd, delta: float) -> float | None:
-    """Cross-check by Rényi DP (an upper bound too, looser). None: RDP knows no Poisson sampling under replace."""
-    _check_delta(delta)
-    trivial = _trivial(event)
-    if trivial is not None:
-        return trivial
-    if event.relation == "replace" and event.sample_rate < 1:
-        return None
-    import dp_accounting
-    from dp_accounting.rdp import RdpAccountant
-
-    # This accountant wants sigma over the sensitivity of the relation itself, which is 2C for replace.
-    sensitivity = 2.0 if event.relation == "replace" else 1.0
-    step: Any = dp_accounting.GaussianDpEvent(event.noise_multiplier / sensitivity)
-    if event.sample_rate < 1:
-        step = dp_accounting.PoissonSampledDpEvent(event.sample_rate, step)
-    accountant = RdpAccountant(neighboring_relation=_neighbouring(event.relation))
-    accountant.compose(dp_accounting.SelfComposedDpEvent(step, event.steps))
-    return float(accountant.get_epsilon(delta))
 
 
 def noise_multiplier_for(
@@ -167,7 +73,7 @@ def noise_multiplier_for(
     """
     if not (math.isfinite(epsilon) and epsilon > 0):
         raise rejected("epsilon", epsilon, "a finite number > 0")
-    _check_delta(delta)
+    check_delta(delta)
     if steps < 1 or not 0 < sample_rate <= 1:
         field, value = ("steps", steps) if steps < 1 else ("sample-rate", sample_rate)
         raise rejected(field, value, "more than 0 (and a sample rate of at most 1)")
@@ -211,30 +117,16 @@ def discrete_losses(event: DpSgd, direction: Direction) -> PrivacyLosses:
     return PrivacyLosses(losses, probabilities, float(pmf._infinity_mass))
 
 
-def _check_delta(delta: float) -> None:
-    if not _SMALLEST_DELTA <= delta < 1:
-        raise rejected("delta", delta, f"a number from {_SMALLEST_DELTA:g} to below 1")
-
-
-def _neighbouring(relation: Relation) -> Any:
-    from dp_accounting.privacy_accountant import NeighboringRelation
-
-    return {
-        "add-remove": NeighboringRelation.ADD_OR_REMOVE_ONE,
-        "zero-out": NeighboringRelation.REPLACE_SPECIAL,
-        "replace": NeighboringRelation.REPLACE_ONE,
-    }[relation]
-
-
-def _trivial(event: DpSgd) -> float | None:
+def trivial(event: DpSgd) -> float | None:
+    """eps where nothing has to be computed: 0 when nothing is released, inf without noise."""
     if event.sample_rate == 0 or event.steps == 0:
         return 0.0
     return math.inf if event.noise_multiplier == 0 else None
 
 
 def _epsilon(event: DpSgd, delta: float, wished: float) -> float:
-    trivial = _trivial(event)
-    return trivial if trivial is not None else _epsilon_on(event, delta, _grid(event, wished))
+    known = trivial(event)
+    return known if known is not None else _epsilon_on(event, delta, _grid(event, wished))
 
 
 @lru_cache(maxsize=4096)
@@ -250,7 +142,7 @@ def _mechanism(sigma: float, sample_rate: float, relation: Relation, grid: float
         sigma,
         sampling_prob=sample_rate,
         value_discretization_interval=grid,
-        neighboring_relation=_neighbouring(relation),
+        neighboring_relation=neighbouring(relation),
     )
 
 
@@ -266,7 +158,7 @@ def _compose(event: DpSgd, grid: float) -> Any:
 @lru_cache(maxsize=256)
 def _width(event: DpSgd) -> float:
     """How wide the composed distribution is, from a rough one."""
-    mu = (2.0 if event.relation == "replace" else 1.0) / event.noise_multiplier
+    mu = sensitivity(event.relation) / event.noise_multiplier
     # One step without subsampling: from the mean mu^2/2 ten standard deviations mu either way.
     widest = mu * mu / 2 + 20 * mu
     rough = max(min(1e-2, widest / 100), widest / 20_000)
@@ -284,7 +176,7 @@ def _bracket(epsilon: float, delta: float, steps: int, relation: Relation, excee
     """(low, high) with eps(low) > target >= eps(high) on the search grid."""
     # Without amplification the closed form gives a sigma that is always enough.
     mu = brentq(lambda m: gaussian_epsilon(m, delta) - epsilon, 1e-9, 10 * (math.sqrt(2 * epsilon) + epsilon + 10))
-    high = (2.0 if relation == "replace" else 1.0) * math.sqrt(steps) / mu
+    high = sensitivity(relation) * math.sqrt(steps) / mu
     for _ in range(40):
         if not exceeds(high):
             break
