@@ -18,7 +18,7 @@ def _end_with_parent() -> None:
 
 
 def work(folder: Path) -> None:
-    """Run the job of `folder`: an expected failure is its one-line error, a defect ends the process with a traceback."""
+    """Run the job of `folder`: an expected failure is its error in one line, a defect ends it with a traceback."""
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     here = str(Path.cwd())
     if here not in sys.path:
