@@ -14,7 +14,7 @@ against the Gaussian's closed form. No module outside may import dp-accounting o
 """
 
 from dpaudit.accounting.cross_checks import rdp_epsilon
-from dpaudit.accounting.events import Direction, DpSgd, PrivacyLosses
+from dpaudit.accounting.events import Direction, DpSgd, Noise, PrivacyLosses
 from dpaudit.accounting.gaussian import gaussian_delta, gaussian_epsilon
 from dpaudit.accounting.pld import (
     accountant_name,
@@ -28,6 +28,7 @@ from dpaudit.accounting.pld import (
 __all__ = [
     "Direction",
     "DpSgd",
+    "Noise",
     "PrivacyLosses",
     "accountant_name",
     "curve",

@@ -11,21 +11,26 @@ from dpaudit.documents import Relation
 from dpaudit.errors import rejected
 
 Direction = Literal["remove", "add"]
+Noise = Literal["gaussian", "laplace"]
 
 SMALLEST_DELTA = 1e-12  # below it the FFT's rounding (1e-16 a point) is no longer negligible
 
 
 @dataclass(frozen=True)
 class DpSgd:
-    """T steps of the Poisson-subsampled Gaussian mechanism.
+    """T steps of the Poisson-subsampled Gaussian (or Laplace) mechanism.
 
     noise_multiplier: sigma / C (0 = no noise). sample_rate: q, each unit's chance to be in a batch. steps: T.
+    noise: what sigma is. Gaussian: the standard deviation, and C bounds the L2 norm of what one unit adds. Laplace: the
+    scale in every coordinate, and C bounds the L1 norm; in any dimension that is dominated by a single coordinate that
+    carries all of C (trainers.zeroth_order says why). Unknown under replace with subsampling.
     """
 
     noise_multiplier: float
     sample_rate: float
     steps: int
     relation: Relation = "add-remove"
+    noise: Noise = "gaussian"
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
@@ -36,6 +41,10 @@ class DpSgd:
             raise rejected("steps", self.steps, "an integer >= 0")
         if self.relation not in get_args(Relation):
             raise rejected("relation", self.relation, get_args(Relation))
+        if self.noise not in get_args(Noise):
+            raise rejected("noise", self.noise, get_args(Noise))
+        if self.noise == "laplace" and self.relation == "replace" and self.sample_rate < 1:
+            raise rejected("relation", self.relation, "add-remove or zero-out for subsampled Laplace noise")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import brentq
 
-from dpaudit.accounting.events import Direction, DpSgd, PrivacyLosses, check_delta, neighbouring, sensitivity
+from dpaudit.accounting.events import Direction, DpSgd, Noise, PrivacyLosses, check_delta, neighbouring, sensitivity
 from dpaudit.accounting.gaussian import gaussian_epsilon
 from dpaudit.documents import EpsilonAt, Relation
 from dpaudit.errors import rejected
@@ -65,7 +65,13 @@ def epsilon_after(event: DpSgd, steps: int, delta: float) -> float:
 
 
 def noise_multiplier_for(
-    *, epsilon: float, delta: float, sample_rate: float, steps: int, relation: Relation = "add-remove"
+    *,
+    epsilon: float,
+    delta: float,
+    sample_rate: float,
+    steps: int,
+    relation: Relation = "add-remove",
+    noise: Noise = "gaussian",
 ) -> float:
     """The smallest sigma (to 1e-3, relative) whose PLD eps at `delta` is at most `epsilon`.
 
@@ -79,12 +85,13 @@ def noise_multiplier_for(
         raise rejected(field, value, "more than 0 (and a sample rate of at most 1)")
 
     def eps(sigma: float, grid: float) -> float:
-        return _epsilon(DpSgd(sigma, sample_rate, steps, relation), float(delta), grid)
+        return _epsilon(DpSgd(sigma, sample_rate, steps, relation, noise), float(delta), grid)
 
     def log_excess(log_sigma: float) -> float:
         return math.log(max(eps(math.exp(log_sigma), _COARSE), 1e-300) / epsilon)
 
-    low, high = _bracket(epsilon, delta, steps, relation, lambda sigma: eps(sigma, _COARSE) > epsilon)
+    enough = _enough(epsilon, delta, steps, relation, noise)
+    low, high = _bracket(enough, lambda sigma: eps(sigma, _COARSE) > epsilon)
     # Right up to the coarse discretisation. The final grid decides: out until it holds, in while it still does.
     high = math.exp(brentq(log_excess, math.log(low), math.log(high), xtol=1e-4, rtol=1e-8)) * 1.0002
     for _ in range(200):
@@ -135,9 +142,16 @@ def _epsilon_on(event: DpSgd, delta: float, grid: float) -> float:
 
 
 @lru_cache(maxsize=8)
-def _mechanism(sigma: float, sample_rate: float, relation: Relation, grid: float) -> Any:
+def _mechanism(sigma: float, sample_rate: float, relation: Relation, noise: Noise, grid: float) -> Any:
     from dp_accounting.pld import privacy_loss_distribution
 
+    if noise == "laplace":  # takes no relation: the sensitivity is stated here (and DpSgd refuses what is unknown)
+        return privacy_loss_distribution.from_laplace_mechanism(
+            sigma,
+            sensitivity=sensitivity(relation),
+            sampling_prob=sample_rate,
+            value_discretization_interval=grid,
+        )
     return privacy_loss_distribution.from_gaussian_mechanism(
         sigma,
         sampling_prob=sample_rate,
@@ -148,10 +162,10 @@ def _mechanism(sigma: float, sample_rate: float, relation: Relation, grid: float
 
 @lru_cache(maxsize=2)
 def _compose(event: DpSgd, grid: float) -> Any:
-    if event.sample_rate == 1:
+    if event.sample_rate == 1 and event.noise == "gaussian":
         # Without subsampling T Gaussians are one Gaussian with sigma / sqrt(T), exactly.
-        return _mechanism(event.noise_multiplier / math.sqrt(event.steps), 1.0, event.relation, grid)
-    single = _mechanism(event.noise_multiplier, event.sample_rate, event.relation, grid)
+        return _mechanism(event.noise_multiplier / math.sqrt(event.steps), 1.0, event.relation, event.noise, grid)
+    single = _mechanism(event.noise_multiplier, event.sample_rate, event.relation, event.noise, grid)
     return single if event.steps == 1 else single.self_compose(event.steps)
 
 
@@ -160,7 +174,8 @@ def _width(event: DpSgd) -> float:
     """How wide the composed distribution is, from a rough one."""
     mu = sensitivity(event.relation) / event.noise_multiplier
     # One step without subsampling: from the mean mu^2/2 ten standard deviations mu either way.
-    widest = mu * mu / 2 + 20 * mu
+    # A Laplace loss lies within mu of 0.
+    widest = 2 * mu if event.noise == "laplace" else mu * mu / 2 + 20 * mu
     rough = max(min(1e-2, widest / 100), widest / 20_000)
     composed = _compose(event, rough)
     return float(rough * max(composed._pmf_remove.to_dense_pmf().size, composed._pmf_add.to_dense_pmf().size))
@@ -172,11 +187,16 @@ def _grid(event: DpSgd, wished: float) -> float:
     return min(max(wished, width / _POINTS[wished]), max(width / 20_000, 1e-9))
 
 
-def _bracket(epsilon: float, delta: float, steps: int, relation: Relation, exceeds: Any) -> tuple[float, float]:
-    """(low, high) with eps(low) > target >= eps(high) on the search grid."""
-    # Without amplification the closed form gives a sigma that is always enough.
+def _enough(epsilon: float, delta: float, steps: int, relation: Relation, noise: Noise) -> float:
+    """A sigma that is always enough, by the closed form without amplification (Laplace: T pure guarantees add up)."""
+    if noise == "laplace":
+        return sensitivity(relation) * steps / epsilon
     mu = brentq(lambda m: gaussian_epsilon(m, delta) - epsilon, 1e-9, 10 * (math.sqrt(2 * epsilon) + epsilon + 10))
-    high = sensitivity(relation) * math.sqrt(steps) / mu
+    return float(sensitivity(relation) * math.sqrt(steps) / mu)
+
+
+def _bracket(high: float, exceeds: Any) -> tuple[float, float]:
+    """(low, high) with eps(low) > target >= eps(high) on the search grid."""
     for _ in range(40):
         if not exceeds(high):
             break
