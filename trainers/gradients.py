@@ -59,7 +59,7 @@ class GradientPath(Protocol):
         ...
 
 
-def zeros(parameters: Mapping[str, nn.Parameter]) -> Gradient:
+def zeros(parameters: Mapping[str, Tensor]) -> Gradient:
     """A float32 gradient of nothing: what an empty Poisson batch contributes."""
     return {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
 
@@ -80,7 +80,7 @@ class MicroBatch:
         total = zeros(self.parameters)
         norms, losses = [], []
         for unit in range(rows.units):
-            gradient, loss = self.gradient(_one_unit(rows, unit))
+            gradient, loss = self.gradient(rows.unit(unit))
             norm = torch.stack([value.square().sum() for value in gradient.values()]).sum().sqrt()
             factor = clip_factors(norm, max_grad_norm)
             if factor > 0:
@@ -90,11 +90,6 @@ class MicroBatch:
             losses.append(loss)
         empty = torch.zeros(0, device=self.model.device)
         return UnitSum(total, torch.stack(norms) if norms else empty, torch.stack(losses) if losses else empty)
-
-
-def _one_unit(rows: Rows, unit: int) -> Rows:
-    mine = (rows.owner == unit).nonzero()[:, 0]
-    return Rows(rows.tokens[mine], rows.packed[mine], torch.zeros_like(mine), rows.weight[mine], 1)
 
 
 class Hooks:
@@ -189,7 +184,7 @@ class _PerRow:
         return out
 
 
-def add_sums(parts: Sequence[UnitSum], parameters: Mapping[str, nn.Parameter], device: torch.device) -> UnitSum:
+def add_sums(parts: Sequence[UnitSum], parameters: Mapping[str, Tensor], device: torch.device) -> UnitSum:
     """Add physical batches into one logical one; no parts at all is the empty batch."""
     total = zeros(parameters)
     for part in parts:

@@ -5,29 +5,32 @@ length of the run and are never written. Fusion noise is added fresh at every us
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dpaudit.errors import DpauditError
 from dpaudit.randomness import Key
-from trainers.prompts import Packed
+from trainers.prompts import Packed, stack_heads
 from trainers.records import Picture, Unit
-from trainers.reducers import Reduced
-from trainers.vlm import VisionLanguageModel
+from trainers.vlm import Encoded, VisionLanguageModel, pad_tokens
 
 PURPOSE = "fusion"
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A selection of units: R rows (pictures) of U units, all rows of a unit adjacent.
+    """A selection of units: R rows of U units, all rows of a unit adjacent.
 
-    tokens: (R, M, D). packed: R rows. owner: (R,) int64, index of the row's unit within the selection. weight: (R,)
-    float32, questions of the row / questions of its unit, so that a unit's weighted sum of row losses is the mean
-    over its questions.
+    A row is a picture with all its questions, however many tiles it has; where a family can't pack questions, it is
+    one question about a picture. tokens: (R, M, D). packed: R rows. owner: (R,) int64, index of the row's unit within
+    the selection. weight: (R,) float32, questions of the row / questions of its unit, so that a unit's weighted sum of
+    row losses is the mean over its questions.
+
+    Raises DpauditError where the rows are not those of whole units: what is clipped would not be one unit's gradient.
     """
 
     tokens: Tensor
@@ -35,6 +38,37 @@ class Rows:
     owner: Tensor
     weight: Tensor
     units: int
+
+    def __post_init__(self) -> None:
+        counts = {self.tokens.shape[0], self.packed.rows, len(self.owner), len(self.weight)}
+        if len(counts) != 1:
+            raise DpauditError(
+                f"rows of {self.units} units: tokens, questions, owners and weights count {sorted(counts)}; each unit "
+                "needs the same rows in all four, tiles and patches are no rows"
+            )
+        if self.owner.device.type == "cpu":  # once, before a copy to a device, where looking would make it wait
+            shares = torch.zeros(self.units).index_add(0, self.owner, self.weight.detach().float())
+            if not bool(((shares - 1).abs() < 1e-4).all()) or not bool((self.owner.diff() >= 0).all()):
+                raise DpauditError(
+                    f"rows of {self.units} units: a unit's rows are split, missing or doubled; sampling, clipping and "
+                    "counting go by whole units"
+                )
+
+    def to(self, device: torch.device | str) -> "Rows":
+        """The same rows on a device."""
+        if self.tokens.device == torch.device(device):
+            return self
+        moved = self.tokens.to(device), self.packed.to(device), self.owner.to(device), self.weight.to(device)
+        return Rows(*moved, self.units)
+
+    def unit(self, index: int) -> "Rows":
+        """The rows of one unit alone."""
+        mine = (self.owner == index).nonzero()[:, 0]
+        packed = self.packed[mine]
+        tokens = self.tokens[mine]
+        if packed.head is not None:
+            tokens = tokens[:, : int(packed.head.slot.max()) + 1]  # without the padding for pictures with more tokens
+        return Rows(tokens, packed, torch.zeros_like(mine), self.weight[mine], 1)
 
 
 def fusion_noise(key: Key, *, step: int, picture: str, shape: tuple[int, ...], std: float) -> npt.NDArray[np.float32]:
@@ -57,58 +91,47 @@ class UnitInputs:
         progress: Callable[[int, int], None] | None = None,
         batch_size: int = 128,
     ) -> None:
-        pictures: list[Picture] = []
-        starts: list[int] = [0]
-        for unit in units:
-            pictures.extend(unit.pictures)
-            starts.append(len(pictures))
+        pictures = [picture for unit in units for picture in unit.pictures]
+        rows = [_questions(unit, model.family.packs) for unit in units]
         self.units = len(units)
-        self.ids = [picture.id for picture in pictures]
-        self._starts = starts
+        self._starts = [0, *np.cumsum([len(row) for row in rows]).tolist()]
         self._model = model
-        self._packed = model.prompter.pack(pictures)
-        parts: list[Reduced] = []
+        self._packed = model.prompter.pack([picture for unit in rows for picture in unit])
+        self._weight = torch.cat([_shares(unit) for unit in rows]) if rows else torch.zeros(0)
+        # Which picture a row shows: its place in the list, since ids may repeat in planted or foreign data.
+        spread = [len(picture.questions) if not model.family.packs else 1 for picture in pictures]
+        self._picture = np.repeat(np.arange(len(pictures)), spread)
+        self.ids = [pictures[index].id for index in self._picture]
+        self._encoded: list[Encoded] = []
         for at in range(0, len(pictures), batch_size):
             chunk = [picture.pixels for picture in pictures[at : at + batch_size]]
-            parts.append(model.reduce(model.visual_tokens(chunk)))
+            self._encoded += model.encoded(chunk)
             if progress is not None:
                 progress(min(at + batch_size, len(pictures)), len(pictures))
-        self._tokens = torch.cat([part.tokens for part in parts]) if parts else torch.empty(0)
-        self.fused = parts[0].fused if parts else 0
-        questions = [len(picture.questions) for picture in pictures]
-        self._weight = torch.zeros(len(pictures))
-        for index in range(self.units):
-            mine = slice(starts[index], starts[index + 1])
-            total = sum(questions[mine])
-            self._weight[mine] = torch.tensor([count / total for count in questions[mine]])
+        self.fused = self._encoded[0].fused if self._encoded else 0
 
     def rows_of(self, unit: int) -> int:
-        """Number of pictures of a unit."""
+        """Number of rows of a unit."""
         return self._starts[unit + 1] - self._starts[unit]
 
     def select(self, units: Sequence[int], *, key: Key | None = None, step: int = 0, fusion_std: float = 0.0) -> Rows:
         """The rows of some units; with `fusion_std` > 0, noise keyed by (key, step, picture id) on fused tokens."""
         index = [row for unit in units for row in range(self._starts[unit], self._starts[unit + 1])]
         owner = [place for place, unit in enumerate(units) for _ in range(self.rows_of(unit))]
-        device = self._model.device
-        chosen = torch.tensor(index, dtype=torch.int64)
-        tokens = self._tokens[chosen.to(self._tokens.device)]
+        shown = [self._encoded[self._picture[row]] for row in index]
+        tokens = pad_tokens([item.tokens for item in shown])
         if fusion_std > 0 and self.fused and index:
             assert key is not None
             shape = (self.fused, tokens.shape[2])
             noise = np.stack(
                 [fusion_noise(key, step=step, picture=self.ids[row], shape=shape, std=fusion_std) for row in index]
             )
-            tokens = torch.cat(
-                [tokens[:, : -self.fused], tokens[:, -self.fused :] + torch.from_numpy(noise).to(tokens)], dim=1
-            )
-        return Rows(
-            tokens.to(device),
-            self._packed[chosen].to(device),
-            torch.tensor(owner, dtype=torch.int64, device=device),
-            self._weight[chosen].to(device),
-            len(units),
-        )
+            fused = tokens[:, -self.fused :].float() + torch.from_numpy(noise).to(tokens.device)
+            tokens = torch.cat([tokens[:, : -self.fused], fused.to(tokens.dtype)], dim=1)
+        chosen = torch.tensor(index, dtype=torch.int64)
+        packed = replace(self._packed[chosen], head=stack_heads([item.head for item in shown]))
+        owners = torch.tensor(owner, dtype=torch.int64)
+        return Rows(tokens, packed, owners, self._weight[chosen], len(units)).to(self._model.device)
 
     def chunks(self, units: Sequence[int], rows_at_once: int) -> list[list[int]]:
         """Split units into physical batches of at most `rows_at_once` rows; a unit is never split."""
@@ -125,5 +148,20 @@ class UnitInputs:
 
     @property
     def longest(self) -> int:
-        """Text tokens of the longest row."""
-        return int(self._packed.input_ids.shape[1])
+        """Tokens of the longest row: its head, with the picture in it, and its text."""
+        text = (self._packed.segment >= 0).sum(dim=1).tolist()
+        heads = [len(self._encoded[index].head.slot) for index in self._picture]
+        return max((head + words for head, words in zip(heads, text, strict=True)), default=0)
+
+
+def _questions(unit: Unit, packs: bool) -> list[Picture]:
+    """The rows of a unit: its pictures, or one copy of a picture for each question where a family can't pack them."""
+    if packs:
+        return list(unit.pictures)
+    return [replace(picture, questions=(question,)) for picture in unit.pictures for question in picture.questions]
+
+
+def _shares(rows: Sequence[Picture]) -> Tensor:
+    """(rows,) questions of each row as a share of the unit's questions."""
+    total = sum(len(row.questions) for row in rows)
+    return torch.tensor([len(row.questions) / total for row in rows], dtype=torch.float32)

@@ -1,25 +1,27 @@
-"""A vision-language model of the LLaVA family, real or compact, as the trainer and the attacks see it.
+"""A vision-language model, real or compact, as the trainer and the attacks see it.
 
 Four steps, each usable alone: `visual_tokens` (tower, one layer), a reducer (trainers.reducers), `losses` (projector
-and language model over packed questions, one number a picture) and `answer` (greedy generation). The tower is frozen,
-so its tokens can be computed once.
+and language model over packed questions, one number a row) and `answer` (greedy generation). The tower is frozen, so
+its tokens can be computed once. What differs between architectures is in `trainers.families`.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from dpaudit.config import LoraConfig, ReducerConfig
 from dpaudit.errors import EnvironmentFailure, UsageError, rejected
-from trainers.prompts import IGNORE, LLAVA_TEMPLATE, Packed, Prompter, attention_mask
+from trainers.families import FAMILIES, Family, Grid
+from trainers.families.base import Prepared
+from trainers.prompts import IGNORE, TEXT, Head, HeadRow, Packed, stack_heads
 from trainers.records import Pixels
 from trainers.reducers import Reduced, Reducer, VisualTokens, make_reducer
 
@@ -40,8 +42,17 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """A picture after tower and reducer: tokens (M, D), the last `fused` of them fused, and the head they stand in."""
+
+    tokens: Tensor
+    fused: int
+    head: HeadRow
+
+
 class VisionLanguageModel:
-    """A LLaVA-architecture model with its tokenizer and picture preprocessing."""
+    """A model of one of the supported families with its tokenizer and picture preprocessing."""
 
     def __init__(self, hf: Any, tokenizer: Any, *, device: torch.device, source: str, processor: Any = None) -> None:
         self.hf = hf.to(device).eval()
@@ -50,23 +61,20 @@ class VisionLanguageModel:
         self.tokenizer = tokenizer
         self.device = device
         self.source = source
-        self._processor = processor
-        config = hf.config
-        layers = config.vision_feature_layer
-        if not isinstance(layers, int):
-            raise rejected("model.path", source, "a model with one vision_feature_layer")
-        self.layer = layers
-        self.drop_cls = config.vision_feature_select_strategy == "default"
-        template = getattr(config, "dpaudit_template", LLAVA_TEMPLATE)
-        self.prompter = Prompter(tokenizer, template, int(config.image_token_id))
-        self.reducer: Reducer = make_reducer(ReducerConfig(), patches=self.patches, drop_cls=self.drop_cls)
+        self.family: Family = family_class(hf.config.model_type, source)(self.hf, processor, source)
+        self.layer = self.family.layer
+        self.drop_cls = self.family.drop_cls
+        self.prompter = self.family.prompter(tokenizer)
+        self._reducer_config = ReducerConfig()
+        self.reducer: Reducer = self._make_reducer(ReducerConfig(), self.family.patches)
 
     # -- loading ---------------------------------------------------------------------------------------------------
 
     @classmethod
     def load(cls, path: str | None = None, *, device: str = "auto") -> "VisionLanguageModel":
         """The reference model (path None), a folder, or a hub id. Never runs code that a checkpoint brings along."""
-        from transformers import AutoConfig, AutoTokenizer, LlavaForConditionalGeneration
+        import transformers
+        from transformers import AutoConfig, AutoTokenizer
         from transformers.utils import logging as hf_logging
 
         hf_logging.disable_progress_bar()
@@ -75,10 +83,9 @@ class VisionLanguageModel:
             raise rejected("model.path", path, "an existing folder, or a hub id such as llava-hf/llava-1.5-7b-hf")
         try:
             config = AutoConfig.from_pretrained(source)
-            if config.model_type != "llava":
-                raise rejected("model.path", path, f"a checkpoint of model type llava, this one is {config.model_type}")
+            architecture = getattr(transformers, family_class(config.model_type, path).architecture)
             tokenizer = AutoTokenizer.from_pretrained(source)
-            hf = LlavaForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
+            hf = architecture.from_pretrained(source, dtype=torch.float32)
         except (OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UsageError(f"model.path: got {path!r}, which can't be loaded: {first}") from error
@@ -88,40 +95,37 @@ class VisionLanguageModel:
 
     def set_reducer(self, config: ReducerConfig) -> None:
         """Choose the reducer used by `answer` and by callers of `self.reducer`; raises UsageError on bad sizes."""
-        depth = len(self._encoder_layers())
-        if config.layer == 0 or not -depth <= config.layer <= depth:
-            accepted = f"{-depth} to -1 or 1 to {depth}, as in LLaVA's vision_feature_layer ({depth} encoder layers)"
-            raise rejected("reducer.layer", config.layer, accepted)
-        self.reducer = make_reducer(config, patches=self.patches, drop_cls=self.drop_cls)
+        self.family.check_layer(config.layer)
+        self.reducer = self._make_reducer(config, self.family.patches)
+        self._reducer_config = config
         if config.name != "none":
             self.layer = config.layer
+
+    def _make_reducer(self, config: ReducerConfig, patches: int | None) -> Reducer:
+        return make_reducer(config, patches=sys.maxsize if patches is None else patches, drop_cls=self.drop_cls)
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
     @property
     def core(self) -> Any:
-        """The LlavaForConditionalGeneration, with or without a PEFT wrapper around it."""
+        """The transformers model, with or without a PEFT wrapper around it."""
         return self.hf.get_base_model() if hasattr(self.hf, "get_base_model") else self.hf
 
-    def _encoder_layers(self) -> Any:
-        tower = self.core.model.vision_tower
-        return getattr(tower, "vision_model", tower).encoder.layers
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the frozen weights are computed in."""
+        dtype: torch.dtype = self.family.hf.dtype
+        return dtype
 
     @property
     def patches(self) -> int:
-        """Number of patch tokens of a picture."""
-        vision = self.core.config.vision_config
-        return int(vision.image_size // vision.patch_size) ** 2
-
-    @property
-    def image_size(self) -> int:
-        """Side of the square picture that the tower sees, in pixels."""
-        return int(self.core.config.vision_config.image_size)
+        """Visual tokens of a picture before the reducer, CLS not counted; 0 where pictures differ."""
+        return self.family.patches or 0
 
     @property
     def max_positions(self) -> int:
         """Longest sequence that the language model was made for."""
-        return int(self.core.config.text_config.max_position_embeddings)
+        return self.family.max_positions
 
     def spare_tokens(self, count: int) -> list[str]:
         """At most `count` single tokens that ordinary text does not use, for new-token canaries.
@@ -147,43 +151,49 @@ class VisionLanguageModel:
     # -- pictures --------------------------------------------------------------------------------------------------
 
     def _pixel_values(self, pixels: Sequence[Pixels]) -> Tensor:
-        """(B, 3, S, S) float32: the checkpoint's own preprocessing, or a plain resize to [-1, 1] without one."""
-        if self._processor is not None:
-            images = [Image.fromarray(item) for item in pixels]
-            return torch.as_tensor(np.stack(self._processor(images, return_tensors="np")["pixel_values"]))
-        side = self.image_size
-        stack = np.stack([_resize(item, side) for item in pixels]).astype(np.float32)
-        return torch.from_numpy(stack / 127.5 - 1.0).permute(0, 3, 1, 2).contiguous()
+        """Tower inputs of pictures of one grid, (B, …)."""
+        return torch.stack([picture.values for picture in self.family.prepare(pixels)])
 
     @torch.no_grad()
     def visual_tokens(self, pixels: Sequence[Pixels], *, batch_size: int = 64) -> VisualTokens:
-        """Encode pictures (uint8, (H, W, 3) each) with the frozen tower; see VisualTokens for shapes.
+        """Encode pictures (uint8, (H, W, 3) each) of one grid with the frozen tower; see VisualTokens for shapes.
 
         Only the chosen layer's attention is computed, from its queries and keys, so the tower keeps its fast kernels.
         """
-        parts = [
-            self._encode(self._pixel_values(pixels[start : start + batch_size]).to(self.device))
-            for start in range(0, len(pixels), batch_size)
-        ]
-        return VisualTokens.join(parts)
+        groups = self._by_grid(pixels)
+        if len(groups) > 1:
+            raise ValueError("pictures with different numbers of visual tokens; encode them with `encoded`")
+        return self._visual(next(iter(groups.values()))[1], batch_size)
 
-    def _encode(self, pixel_values: Tensor) -> VisualTokens:
-        layers = self._encoder_layers()
-        index = self.layer % (len(layers) + 1) - 1  # hidden state n is the output of layer n - 1
-        attention = layers[index].self_attn
-        with _captured(attention.q_proj) as queries, _captured(attention.k_proj) as keys:
-            outputs = self.core.model.vision_tower(pixel_values, output_hidden_states=True)
-        hidden = outputs.hidden_states[index + 1]
-        heads = attention.num_heads
-        query, key = (_heads(captured[0], heads) for captured in (queries, keys))  # (B, heads, N, d)
-        has_cls = hidden.shape[1] == self.patches + 1
-        scale = attention.head_dim**-0.5
-        asking = query[:, :, :1] if has_cls else query
-        weights = (asking @ key.transpose(-1, -2) * scale).softmax(dim=-1).mean(dim=(1, 2))
-        mean_keys = key.mean(dim=1)
-        if not has_cls:
-            return VisualTokens(hidden, None, weights, mean_keys)
-        return VisualTokens(hidden[:, 1:], hidden[:, :1], weights[:, 1:], mean_keys[:, 1:])
+    def _by_grid(self, pixels: Sequence[Pixels]) -> dict[Grid, tuple[list[int], list[Prepared]]]:
+        groups: dict[Grid, tuple[list[int], list[Prepared]]] = {}
+        for index, picture in enumerate(self.family.prepare(pixels)):
+            places, pictures = groups.setdefault(picture.grid, ([], []))
+            places.append(index)
+            pictures.append(picture)
+        return groups
+
+    def _visual(self, pictures: Sequence[Prepared], batch_size: int) -> VisualTokens:
+        starts = range(0, len(pictures), batch_size)
+        return VisualTokens.join([self.family.encode(pictures[at : at + batch_size], self.layer) for at in starts])
+
+    @torch.no_grad()
+    def encoded(self, pixels: Sequence[Pixels], *, batch_size: int = 64) -> list[Encoded]:
+        """Pictures of any size through tower and reducer, in their order.
+
+        Pictures of one grid share a batch. Raises UsageError when a picture has too few tokens for the reducer.
+        """
+        found: dict[int, Encoded] = {}
+        for grid, (places, pictures) in self._by_grid(pixels).items():
+            visual = self._visual(pictures, batch_size)
+            patches = visual.tokens.shape[1]
+            if self.family.patches is None:
+                self._make_reducer(self._reducer_config, patches)  # do K and k fit these pictures?
+            reduced = self.reduce(visual)
+            heads = self.family.head(self.prompter, grid, reduced, patches)
+            for place, tokens, head in zip(places, reduced.tokens, heads, strict=True):
+                found[place] = Encoded(tokens.to(self.dtype), reduced.fused, head)
+        return [found[place] for place in range(len(pixels))]
 
     def reduce(self, visual: VisualTokens) -> Reduced:
         """Apply the chosen reducer."""
@@ -196,27 +206,39 @@ class VisionLanguageModel:
 
         tokens: (B, M, D) visual tokens after the reducer, before the projector.
         """
-        core = self.core
-        embed = core.get_input_embeddings()
-        prefix = torch.tensor(self.prompter.prefix, dtype=torch.int64, device=self.device)
-        rows = packed.rows
-        visual = core.model.multi_modal_projector(tokens)
-        parts = [embed(prefix).expand(rows, -1, -1), visual, embed(packed.input_ids)]
-        embeds = torch.cat([part.to(visual.dtype) for part in parts], dim=1)
-        head = len(prefix) + tokens.shape[1]
-        start = torch.arange(head, device=self.device).expand(rows, -1)
-        positions = torch.cat([start, packed.offset + head], dim=1)
-        hidden = core.model.language_model(
-            inputs_embeds=embeds,
-            attention_mask=attention_mask(packed.segment, head),
-            position_ids=positions,
-            use_cache=False,
-        ).last_hidden_state[:, head:]
-        logits: Tensor = core.lm_head(hidden[packed.targets != IGNORE])
-        return logits
+        family = self.family
+        head = packed.head if packed.head is not None else self._plain_head(packed.rows, tokens.shape[1])
+        front = self._front(tokens, head)
+        embeds = torch.cat([front, self._embed(packed.input_ids).to(front.dtype)], dim=1)
+        text = (packed.offset + head.start[:, None]).expand(family.axes, -1, -1)
+        positions = torch.cat([head.positions, text], dim=2)
+        hidden = family.decode(embeds, family.mask(packed, head), positions)[:, front.shape[1] :]
+        return family.output(hidden[packed.targets != IGNORE])
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        embedded: Tensor = self.core.get_input_embeddings()(ids)
+        return embedded
+
+    def _front(self, tokens: Tensor, head: Head) -> Tensor:
+        """(B, H, W) embeddings of the head, with the projected visual tokens in their slots."""
+        visual = self.family.project(tokens.to(self.dtype))
+        place = head.slot.clamp(min=0).unsqueeze(-1).expand(-1, -1, visual.shape[-1])
+        words = self._embed(torch.where(head.slot == TEXT, head.ids, self.prompter.pad_id)).to(visual.dtype)
+        return torch.where((head.slot >= 0).unsqueeze(-1), visual.gather(1, place), words)
+
+    def _plain_head(self, rows: int, tokens: int) -> Head:
+        """The template's beginning, then all visual tokens: the head where none was computed."""
+        prefix = self.prompter.prefix
+        count = len(prefix) + tokens
+        ids = np.asarray([*prefix, *[self.prompter.pad_id] * tokens], dtype=np.int64)
+        slot = np.asarray([*[TEXT] * len(prefix), *range(tokens)], dtype=np.int64)
+        row = HeadRow(ids, slot, np.arange(count, dtype=np.int64)[None], count)
+        if self.family.axes != 1 or self.family.first_position or not self.patches:
+            raise ValueError(f"{self.family.model_type}: rows need heads; build them with trainers.inputs.UnitInputs")
+        return stack_heads([row] * rows).to(self.device)
 
     def losses(self, tokens: Tensor, packed: Packed) -> Tensor:
-        """(B,) one loss a picture: the mean over its questions of the mean over that question's own answer tokens."""
+        """(B,) one loss a row: the mean over its questions of the mean over that question's own answer tokens."""
         wanted = packed.targets != IGNORE
         cross_entropy = nn.functional.cross_entropy(
             self.logits(tokens, packed).float(), packed.targets[wanted], reduction="none"
@@ -236,45 +258,67 @@ class VisionLanguageModel:
         if len(pixels) != len(questions):
             raise ValueError(f"{len(pixels)} pictures for {len(questions)} questions")
         index, unique = _deduplicate(pixels)
-        tokens = torch.cat(
-            [
-                self.core.model.multi_modal_projector(self.reduce(self.visual_tokens(unique[at : at + 256])).tokens)
-                for at in range(0, len(unique), 256)
-            ]
-        )
+        encoded = [item for at in range(0, len(unique), 256) for item in self.encoded(unique[at : at + 256])]
         ids = [self.prompter.question_ids(question) for question in questions]
         order = sorted(range(len(ids)), key=lambda item: len(ids[item]))  # similar lengths together: little padding
         answers = [""] * len(ids)
         for at in range(0, len(order), batch_size):
             chosen = order[at : at + batch_size]
-            texts = self._generate(tokens[index[chosen]], [ids[item] for item in chosen], max_new_tokens)
+            pictures = [encoded[index[item]] for item in chosen]
+            texts = self._generate(pictures, [ids[item] for item in chosen], max_new_tokens)
             for item, text in zip(chosen, texts, strict=True):
                 answers[item] = text
         return answers
 
-    def _generate(self, visual: Tensor, ids: list[list[int]], max_new_tokens: int) -> list[str]:
-        core, pad = self.core, self.prompter.pad_id
-        embed = core.get_input_embeddings()
-        head = len(self.prompter.prefix) + visual.shape[1]
-        longest = max(len(item) for item in ids)
-        prefix = embed(torch.tensor(self.prompter.prefix, dtype=torch.int64, device=self.device))
-        embeds = visual.new_zeros(len(ids), head + longest, visual.shape[2])
-        mask = torch.zeros(len(ids), head + longest, dtype=torch.int64, device=self.device)
-        for row, item in enumerate(ids):  # left padding: the answer starts at the same column everywhere
-            text = embed(torch.tensor(item, dtype=torch.int64, device=self.device))
-            line = torch.cat([prefix, visual[row], text])
-            embeds[row, -len(line) :] = line
-            mask[row, -len(line) :] = 1
-        out = core.generate(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=pad,
-            eos_token_id=self.prompter.eos_id,
-        )
-        return [text.strip() for text in self.tokenizer.batch_decode(out, skip_special_tokens=True)]
+    def _generate(self, pictures: Sequence[Encoded], ids: list[list[int]], max_new_tokens: int) -> list[str]:
+        """Greedy decoding with a cache. Left padding: the answer starts at the same column everywhere."""
+        from transformers import DynamicCache
+
+        family, ends = self.family, self._end_ids()
+        embeds, visible, positions = self._prompts(pictures, ids)
+        cache = DynamicCache(config=self.core.config.get_text_config())
+        mask = family.prompt_mask(visible)
+        out: list[Tensor] = []
+        done = torch.zeros(len(ids), dtype=torch.bool, device=self.device)
+        for _ in range(max_new_tokens):
+            hidden = family.decode(embeds, mask, positions, cache)[:, -1]
+            chosen = family.output(hidden).argmax(dim=-1).masked_fill(done, self.prompter.pad_id)
+            out.append(chosen)
+            done |= torch.isin(chosen, ends)
+            if bool(done.all()):
+                break
+            embeds = self._embed(chosen)[:, None].to(embeds.dtype)
+            visible = torch.cat([visible, visible.new_ones(len(ids), 1)], dim=1)
+            mask = visible[:, None, None, :]
+            positions = positions[:, :, -1:] + 1
+        texts = self.tokenizer.batch_decode(torch.stack(out, dim=1), skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def _prompts(self, pictures: Sequence[Encoded], ids: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Left-padded prompts: embeddings (B, T, W), visible (B, T), positions (A, B, T)."""
+        head = stack_heads([picture.head for picture in pictures]).to(self.device)
+        front = self._front(pad_tokens([picture.tokens for picture in pictures]).to(self.device), head)
+        lengths = [len(picture.head.slot) for picture in pictures]
+        total = max(length + len(item) for length, item in zip(lengths, ids, strict=True))
+        embeds = front.new_zeros(len(ids), total, front.shape[2])
+        visible = torch.zeros(len(ids), total, dtype=torch.bool, device=self.device)
+        positions = torch.zeros(self.family.axes, len(ids), total, dtype=torch.int64, device=self.device)
+        for row, (length, item) in enumerate(zip(lengths, ids, strict=True)):
+            text = self._embed(torch.tensor(item, dtype=torch.int64, device=self.device)).to(front.dtype)
+            used = length + len(item)
+            embeds[row, -used:] = torch.cat([front[row, :length], text])
+            visible[row, -used:] = True
+            behind = torch.arange(len(item), device=self.device) + head.start[row]
+            positions[:, row, -used:] = torch.cat(
+                [head.positions[:, row, :length], behind.expand(self.family.axes, -1)], dim=1
+            )
+        return embeds, visible, positions
+
+    def _end_ids(self) -> Tensor:
+        """Every token that ends an answer: the prompt's own and those of the checkpoint's generation settings."""
+        known = getattr(self.core.generation_config, "eos_token_id", None)
+        more = [known] if isinstance(known, int) else list(known or [])
+        return torch.tensor(sorted({self.prompter.eos_id, *more}), dtype=torch.int64, device=self.device)
 
     # -- adapters --------------------------------------------------------------------------------------------------
 
@@ -288,9 +332,9 @@ class VisionLanguageModel:
         from peft import get_peft_model
 
         names = "|".join(config.targets)
-        pattern = rf".*language_model\..*\.({names})"
+        pattern = rf"{self.family.language}\.({names})"
         if config.projector:
-            pattern = rf"({pattern}|.*multi_modal_projector\.linear_[12])"
+            pattern = rf"({pattern}|{self.family.projector})"
         known = {name.rsplit(".", 1)[-1] for name, module in self.core.named_modules() if isinstance(module, nn.Linear)}
         missing = [name for name in config.targets if name not in known]
         if missing:
@@ -343,13 +387,6 @@ def _processor_of(source: str) -> Any:
     return AutoImageProcessor.from_pretrained(source)
 
 
-def _resize(pixels: Pixels, side: int) -> Pixels:
-    if pixels.shape == (side, side, 3):
-        return pixels
-    picture = Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC)
-    return np.asarray(picture, dtype=np.uint8)
-
-
 def _deduplicate(pixels: Sequence[Pixels]) -> tuple[npt.NDArray[np.int64], list[Pixels]]:
     seen: dict[bytes, int] = {}
     unique: list[Pixels] = []
@@ -363,17 +400,18 @@ def _deduplicate(pixels: Sequence[Pixels]) -> tuple[npt.NDArray[np.int64], list[
     return index, unique
 
 
-@contextmanager
-def _captured(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect a module's outputs while the block runs."""
-    outputs: list[Tensor] = []
-    handle = module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
-    try:
-        yield outputs
-    finally:
-        handle.remove()
+def pad_tokens(tokens: Sequence[Tensor]) -> Tensor:
+    """(B, M, D) from rows of (M_i, D), zeros behind the shorter ones."""
+    if not tokens:
+        return torch.empty(0)
+    if len({len(item) for item in tokens}) == 1:
+        return torch.stack(list(tokens))
+    return nn.utils.rnn.pad_sequence(list(tokens), batch_first=True)
 
 
-def _heads(projected: Tensor, heads: int) -> Tensor:
-    rows, count, width = projected.shape
-    return projected.view(rows, count, heads, width // heads).transpose(1, 2)
+def family_class(model_type: str, source: str | None) -> type[Family]:
+    """The family of a model type; raises UsageError for one that is not supported."""
+    if model_type not in FAMILIES:
+        accepted = f"a checkpoint of model type {', '.join(sorted(FAMILIES))}; this one is {model_type}"
+        raise rejected("model.path", source, accepted)
+    return FAMILIES[model_type]

@@ -1,0 +1,90 @@
+"""LLaVA: a CLIP tower (with CLS) or a SigLIP tower (without), features of one layer, a two-layer projector.
+
+[prefix | CLS, patches | question …], causal, so all questions of a picture share one sequence.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpaudit.errors import rejected
+from trainers.families.attention import captured, received, split_heads
+from trainers.families.base import Family, Prepared, square_values
+from trainers.prompts import LLAVA_TEMPLATE, Prompter
+from trainers.records import Pixels
+from trainers.reducers import VisualTokens
+
+
+class Llava(Family):
+    """One tower pass per picture; tokens of hidden state `layer`, as `vision_feature_layer` says."""
+
+    model_type = "llava"
+    architecture = "LlavaForConditionalGeneration"
+    projector = r".*multi_modal_projector\.linear_[12]"
+
+    def __init__(self, hf: Any, processor: Any, source: str) -> None:
+        super().__init__(hf, processor, source)
+        if not isinstance(hf.config.vision_feature_layer, int):
+            raise rejected("model.path", source, "a model with one vision_feature_layer")
+        if not hasattr(encoder(self.tower), "layers"):
+            raise rejected("model.path", source, "a LLaVA with a CLIP or SigLIP tower")
+
+    @property
+    def tower(self) -> nn.Module:
+        tower: nn.Module = self.hf.model.vision_tower
+        return tower
+
+    @property
+    def language_model(self) -> Any:
+        return self.hf.model.language_model
+
+    @property
+    def depth(self) -> int:
+        return len(encoder(self.tower).layers)
+
+    @property
+    def layer(self) -> int:
+        return int(self.hf.config.vision_feature_layer)
+
+    @property
+    def patches(self) -> int:
+        vision = self.hf.config.vision_config
+        return int(vision.image_size // vision.patch_size) ** 2
+
+    @property
+    def drop_cls(self) -> bool:
+        return bool(self.hf.config.vision_feature_select_strategy == "default")
+
+    def prompter(self, tokenizer: Any) -> Prompter:
+        config = self.hf.config
+        return Prompter(tokenizer, getattr(config, "dpaudit_template", LLAVA_TEMPLATE), int(config.image_token_id))
+
+    def prepare(self, pixels: Sequence[Pixels]) -> list[Prepared]:
+        values = square_values(pixels, self.processor, int(self.hf.config.vision_config.image_size))
+        return [Prepared(item, ()) for item in values]
+
+    def encode(self, pictures: Sequence[Prepared], layer: int) -> VisualTokens:
+        values = torch.stack([picture.values for picture in pictures]).to(self.hf.device, self.hf.dtype)
+        layers = encoder(self.tower).layers
+        index = layer % (len(layers) + 1) - 1  # hidden state n is the output of layer n - 1
+        attention = layers[index].self_attn
+        with captured(attention.q_proj) as queries, captured(attention.k_proj) as keys:
+            hidden = self.tower(values, output_hidden_states=True).hidden_states[index + 1].float()
+        query, key = (split_heads(item[0].float(), attention.num_heads) for item in (queries, keys))
+        has_cls = hidden.shape[1] == self.patches + 1
+        weights = received(query[:, :, :1] if has_cls else query, key, attention.head_dim**-0.5)
+        mean_keys = key.mean(dim=1)
+        if not has_cls:
+            return VisualTokens(hidden, None, weights, mean_keys)
+        return VisualTokens(hidden[:, 1:], hidden[:, :1], weights[:, 1:], mean_keys[:, 1:])
+
+    def project(self, tokens: Tensor) -> Tensor:
+        projected: Tensor = self.hf.model.multi_modal_projector(tokens)
+        return projected
+
+
+def encoder(tower: nn.Module) -> Any:
+    """The stack of layers inside a CLIP or SigLIP tower (transformers moved it from version to version)."""
+    return getattr(getattr(tower, "vision_model", tower), "encoder", None)
