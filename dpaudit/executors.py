@@ -143,12 +143,11 @@ class LocalExecutor:
             try:
                 waiting = iter(enumerate(texts))
                 while True:
-                    for index, text in waiting:
+                    while len(running) < self.processes and (job := next(waiting, None)) is not None:
+                        index, text = job
                         running.append(self._start(Path(name), index, text))
                         if started is not None:
                             started(index)
-                        if len(running) >= self.processes:
-                            break
                     if not running:
                         return
                     ended = [job for job in running if job.process.poll() is not None]

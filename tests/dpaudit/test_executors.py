@@ -49,6 +49,15 @@ def test_every_payload_has_one_outcome_in_a_process_of_its_own() -> None:
     assert list(executor.run(f"{JOBS}:double", [])) == []
 
 
+def test_never_more_jobs_at_once_than_asked_for() -> None:
+    begun: list[int] = []
+    at_once, ended = [], 0
+    for _ in LocalExecutor(processes=2).run(f"{JOBS}:double", [{"value": v} for v in range(6)], started=begun.append):
+        at_once.append(len(begun) - ended)
+        ended += 1
+    assert max(at_once) == 2
+
+
 def test_a_failure_is_the_outcome_of_that_job_alone(tmp_path: Path) -> None:
     kinds = ["usage", "bug", "kill", "exit", "unwritable", "fine"]
     executor = LocalExecutor(processes=2, logs=tmp_path / "logs")
