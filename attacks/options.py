@@ -50,6 +50,8 @@ def prepare(run: RunFolder, options: Options) -> RunConfig:
     for name in ("white-box", "contract"):
         if name in options.audits and config.method == "non-private":
             raise UsageError(f"--{name}: the run makes no claim (method non-private), so there is nothing to audit")
+    if config.method == "dp-zo":
+        _zeroth_order(config, options)
     if options.count is None:
         return config
     if not {"canaries", "white-box"} & set(options.named(config)):
@@ -64,3 +66,15 @@ def prepare(run: RunFolder, options: Options) -> RunConfig:
     if have and have != options.count:
         raise rejected("--count", options.count, f"{have}, with which {where}")
     return config
+
+
+def _zeroth_order(config: RunConfig, options: Options) -> None:
+    """What the audits by gradient can't judge. Raises UsageError."""
+    chosen = config.zeroth_order
+    if "white-box" in options.audits:
+        raise UsageError("--white-box: the run is of method dp-zo, whose forward passes take no gradient canaries")
+    if "contract" in options.audits and (chosen.noise, chosen.directions) != ("gaussian", 1):
+        what = f"{chosen.noise} noise on {chosen.directions} direction{'s'[: chosen.directions - 1]}"
+        raise UsageError(
+            f"--contract: judges zeroth-order steps with gaussian noise on 1 direction; this run has {what}"
+        )

@@ -26,7 +26,7 @@ from pydantic import (
 
 from dpaudit.errors import UsageError, rejected
 
-Method = Literal["non-private", "dp-sgd", "dual-priv"]
+Method = Literal["non-private", "dp-sgd", "dual-priv", "dp-zo"]
 ReducerName = Literal["none", "random", "cls-topk", "visionzip"]
 CanaryKind = Literal["mislabelled", "noise", "new-token"]
 
@@ -129,6 +129,14 @@ class PruningConfig(Section):
     by: Literal["magnitude", "random"] = "magnitude"
 
 
+class ZerothOrderConfig(Section):
+    """Method dp-zo: loss differences along public random directions; see trainers.zeroth_order."""
+
+    noise: Literal["gaussian", "laplace"] = "gaussian"
+    directions: int = Field(default=1, ge=1, description="public directions a step, two forward passes each")
+    perturbation: Finite = Field(default=1e-3, gt=0, description="how far along a direction the loss is taken")
+
+
 class TrainingConfig(Section):
     """The optimisation. `batch-size` is the expected Poisson batch; steps = epochs * candidates / batch-size."""
 
@@ -167,6 +175,7 @@ class RunConfig(Section):
     reducer: ReducerConfig = ReducerConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     pruning: PruningConfig = PruningConfig()
+    zeroth_order: ZerothOrderConfig = ZerothOrderConfig()
     training: TrainingConfig = TrainingConfig()
     canaries: CanaryConfig = CanaryConfig()
     planted: PlantedConfig = PlantedConfig()
@@ -186,6 +195,7 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "non-private": {},
     "dp-sgd": {},
     "dual-priv": {"reducer": {"name": "visionzip", "noise": "mean"}, "pruning": {"keep": 0.8}},
+    "dp-zo": {},
 }
 
 # Settings for the compact reference model, chosen on public synthetic pictures (trainers/public/base/README.md). A
@@ -350,6 +360,7 @@ def _check_together(config: RunConfig) -> None:
         raise rejected(
             "privacy.epsilon", privacy.epsilon, "either privacy.epsilon or privacy.noise-multiplier, exactly one"
         )
+    _check_zeroth_order(config)
     if config.canaries.count and not config.canaries.kinds:
         raise rejected("canaries.kinds", config.canaries.kinds, "at least one kind")
     reducer = config.reducer
@@ -361,3 +372,20 @@ def _check_together(config: RunConfig) -> None:
         raise rejected("reducer.noise", reducer.noise, "'none', 'sum', 'mean' or a number >= 0")
     if config.method == "non-private" and reducer.noise in ("sum", "mean"):
         raise rejected("reducer.noise", reducer.noise, "'none' or a number for method non-private (it has no sigma)")
+
+
+def _check_zeroth_order(config: RunConfig) -> None:
+    """dp-zo has K noisy numbers a step, and no noisy gradient of any block."""
+    chosen = config.zeroth_order
+    if config.method != "dp-zo":
+        plain = ZerothOrderConfig()
+        for name in ZerothOrderConfig.model_fields:
+            if getattr(chosen, name) != getattr(plain, name):
+                raise rejected(f"zeroth-order.{_dashed(name)}", getattr(chosen, name), "only with method dp-zo")
+        return
+    if config.pruning.keep < 1:
+        raise rejected("pruning.keep", config.pruning.keep, "1 for method dp-zo (no block has noise of its own)")
+    if config.training.gradient_path != "auto":
+        raise rejected("training.gradient-path", config.training.gradient_path, "auto for method dp-zo (no gradients)")
+    if chosen.noise == "laplace" and config.privacy.relation == "replace":
+        raise rejected("privacy.relation", "replace", "add-remove or zero-out for Laplace noise")

@@ -121,8 +121,11 @@ class Claim(Part):
     relation: Relation
     unit: str = Field(description="What one person contributes, e.g. 'image (with all its questions)'.")
     mechanism: Literal["gaussian", "laplace", "zeroth-order", "correlated"] = "gaussian"
-    noise_multiplier: Number | None = Field(default=None, description="sigma: noise std of the sum / max_grad_norm.")
-    max_grad_norm: float | None = None
+    noise: Literal["gaussian", "laplace"] = Field(default="gaussian", description="Law of the noise on the sum.")
+    noise_multiplier: Number | None = Field(
+        default=None, description="sigma: noise std (Laplace: scale) of the sum / max_grad_norm."
+    )
+    max_grad_norm: float | None = Field(default=None, description="C: of the L2 norm (Laplace: L1) of one unit.")
     sampling: Literal["poisson", "fixed", "shuffle", "full"] | None = None
     sample_rate: float | None = None
     steps: int | None = None

@@ -43,7 +43,9 @@ class Plan:
         """What the accountant composes; None for a run without a claim."""
         if self.claim is None:
             return None
-        return accounting.DpSgd(self.noise_multiplier, self.sample_rate, self.steps, self.claim.relation)
+        return accounting.DpSgd(
+            self.noise_multiplier, self.sample_rate, self.steps, self.claim.relation, self.claim.noise
+        )
 
     def epsilon_after(self, step: int) -> float | None:
         """eps spent after `step` steps (an upper bound before the last one); None without a claim."""
@@ -84,15 +86,22 @@ def make_plan(config: RunConfig, dataset: Dataset, canaries: int) -> Plan:
     if sigma is None:
         assert privacy.epsilon is not None
         sigma = accounting.noise_multiplier_for(
-            epsilon=privacy.epsilon, delta=privacy.delta, sample_rate=rate, steps=steps, relation=privacy.relation
+            epsilon=privacy.epsilon,
+            delta=privacy.delta,
+            sample_rate=rate,
+            steps=steps,
+            relation=privacy.relation,
+            noise=config.zeroth_order.noise,
         )
-    event = accounting.DpSgd(sigma, rate, steps, privacy.relation)
+    event = accounting.DpSgd(sigma, rate, steps, privacy.relation, config.zeroth_order.noise)
     spent = accounting.epsilon(event, privacy.delta)
     claim = Claim(
         epsilon=privacy.epsilon if privacy.epsilon is not None else spent,
         delta=privacy.delta,
         relation=privacy.relation,
         unit=dataset.unit,
+        mechanism="zeroth-order" if config.method == "dp-zo" else "gaussian",
+        noise=config.zeroth_order.noise,
         noise_multiplier=sigma,
         max_grad_norm=privacy.max_grad_norm,
         sampling="poisson",
@@ -164,11 +173,14 @@ def _gradient_row(config: RunConfig, plan: Plan) -> LedgerRow:
             evidence="method non-private",
         )
     claim = plan.claim
+    what = "The gradient of each unit is clipped"
+    if config.method == "dp-zo":
+        what = "No gradient is taken: each unit's change of loss along public random directions is clipped"
     return LedgerRow(
         path="gradients",
         status="accounted",
-        explanation="The gradient of each unit is clipped, summed over a Poisson sample and noised; the sum is "
-        "divided by the public expected batch size.",
+        explanation=f"{what}, summed over a Poisson sample and noised; the sum is divided by the public expected batch "
+        "size.",
         evidence=f"C = {plan.max_grad_norm:g}, sigma = {plan.noise_multiplier:.4g}, q = {plan.sample_rate:.4g}, "
         f"T = {plan.steps}; {claim.accountant}, {claim.relation}: eps <= {float(claim.epsilon):.4g} at {claim.delta:g}",
     )

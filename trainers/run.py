@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -23,17 +24,18 @@ from dpaudit import atomic
 from dpaudit import config as configuration
 from dpaudit.config import RunConfig
 from dpaudit.environment import describe
-from dpaudit.errors import DpauditError, UsageError
+from dpaudit.errors import DpauditError, UsageError, rejected
 from dpaudit.ledger import Ledger
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
 from trainers import checkpoints, updates
 from trainers.gradients import Gradient, GradientPath, Hooks, MicroBatch, Plain, UnitSum, add_sums, clip_factors
-from trainers.inputs import UnitInputs
+from trainers.inputs import Rows, UnitInputs
 from trainers.plan import Inserted, Plan, fusion_std, ledger_rows, make_plan
 from trainers.progress import Reporter, Silent, StepReport
 from trainers.records import Dataset, Picture, Unit
 from trainers.vlm import VisionLanguageModel
+from trainers.zeroth_order import ZerothOrder, laplace
 
 # (step, released noisy gradient before pruning, clipped sum of the units that everybody knows to be there)
 AfterStep = Callable[[int, Gradient, Gradient], None]
@@ -52,11 +54,11 @@ def poisson_batch(key: Key, *, step: int, units: int, rate: float) -> npt.NDArra
     return np.flatnonzero(key.uniform(units, step=step, name="units", purpose="poisson") < rate)
 
 
-def noise_like(key: Key, parameters: Mapping[str, nn.Parameter], *, step: int, std: float) -> Gradient:
-    """Gaussian noise of std `std` for every parameter: PRF(key, step, parameter name)."""
+def noise_like(key: Key, like: Mapping[str, torch.Tensor], *, step: int, std: float) -> Gradient:
+    """Gaussian noise of std `std` for every tensor that is released: PRF(key, step, its name)."""
     return {
-        name: torch.from_numpy(key.normal(tuple(parameter.shape), step=step, name=name)).to(parameter.device) * std
-        for name, parameter in parameters.items()
+        name: torch.from_numpy(key.normal(tuple(value.shape), step=step, name=name)).to(value.device) * std
+        for name, value in like.items()
     }
 
 
@@ -73,6 +75,7 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     path: GradientPath
     injected: torch.Tensor | None = None  # (k, parameters): gradient canaries, units after the real ones
+    zeroth: ZerothOrder | None = None  # method dp-zo: numbers instead of gradients
 
     @classmethod
     def build(
@@ -94,18 +97,26 @@ class Trainer:
                 f"accepted: at most {model.max_positions}, the model's context"
             )
         path = gradient_path(config, model, parameters)
-        return cls(
-            config, plan, key, model, inputs, parameters, updates.make_optimizer(parameters, config.training), path
-        )
+        zeroth = ZerothOrder(model, parameters, config.zeroth_order) if config.method == "dp-zo" else None
+        optimizer = updates.make_optimizer(parameters, config.training)
+        return cls(config, plan, key, model, inputs, parameters, optimizer, path, zeroth=zeroth)
+
+    @property
+    def released(self) -> Mapping[str, torch.Tensor]:
+        """Tensors like those that a step adds up and noises: one a parameter, or the numbers of method dp-zo."""
+        return self.parameters if self.zeroth is None else self.zeroth.released
 
     def clipped_sum(self, step: int, units: Sequence[int]) -> UnitSum:
         """Sum of the clipped gradients of some units at the present parameters, with the fusion noise of `step`."""
-        std = fusion_std(self.config, self.plan)
+        std, size = fusion_std(self.config, self.plan), self.plan.max_grad_norm
+        path: Callable[[Rows, float], UnitSum] = self.path
+        if self.zeroth is not None:
+            path = partial(self.zeroth.clipped_sum, lines=self.zeroth.lines(self.key, step))
         parts = [
-            self.path(self.inputs.select(chunk, key=self.key, step=step, fusion_std=std), self.plan.max_grad_norm)
+            path(self.inputs.select(chunk, key=self.key, step=step, fusion_std=std), size)
             for chunk in self.inputs.chunks(units, self.config.training.rows_at_once)
         ]
-        return add_sums(parts, self.parameters, self.model.device)
+        return add_sums(parts, self.released, self.model.device)
 
     def with_injected(self, known: UnitSum, canaries: npt.NDArray[np.int64]) -> UnitSum:
         """`known` plus the sampled gradient canaries, each clipped as one more unit."""
@@ -126,11 +137,22 @@ class Trainer:
         if self.plan.claim is None:
             return {name: value / size for name, value in total.gradient.items()}
         std = self.config.planted.noise_scale * self.plan.noise_multiplier * self.plan.max_grad_norm
-        noise = noise_like(self.key, self.parameters, step=step, std=std)
+        noise = self._noise(step, std)
         return {name: (value + noise[name]) / size for name, value in total.gradient.items()}
+
+    def _noise(self, step: int, scale: float) -> Gradient:
+        """The noise of `step`: Gaussian of std `scale`, or Laplace of that scale where the method says so."""
+        if self.zeroth is None or self.zeroth.config.noise == "gaussian":
+            return noise_like(self.key, self.released, step=step, std=scale)
+        return {
+            name: scale * laplace(self.key, value.numel(), step=step, name=name).to(value.device)
+            for name, value in self.released.items()
+        }
 
     def update(self, step: int, noisy: Gradient) -> set[str]:
         """Prune and apply; returns the blocks that were updated."""
+        if self.zeroth is not None:
+            noisy = self.zeroth.update(noisy, self.zeroth.lines(self.key, step))
         kept = updates.select_blocks(noisy, self.config.pruning, rng=self.key.generator(purpose="pruning", step=step))
         rate = updates.learning_rate(self.config.training, step=step, steps=self.plan.steps)
         updates.apply_update(self.parameters, noisy, kept, self.optimizer, rate)
@@ -173,6 +195,8 @@ def train(
     units = [*dataset.train, *inserted.units]
     reporter.phase(f"encoding {sum(len(unit.pictures) for unit in units)} pictures")
     trainer = Trainer.build(config, plan, key, model, units)
+    if injection is not None and trainer.zeroth is not None:
+        raise rejected("method", config.method, "a method with gradients: gradient canaries can't enter a forward pass")
     if injection is not None:
         trainer.injected = injection.rows(sum(parameter.numel() for parameter in trainer.parameters.values()))
     ledger = _open_ledger(config, run, dataset, plan, inserted, resume)

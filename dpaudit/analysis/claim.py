@@ -65,7 +65,10 @@ def claimed_event(claim: Claim) -> DpSgd | None:
     """The claim as Poisson-subsampled (or full-batch) Gaussian steps; None if it does not say enough for that."""
     sigma, steps = claim.noise_multiplier, claim.steps
     rate = 1.0 if claim.sampling == "full" else claim.sample_rate
-    if claim.mechanism != "gaussian" or claim.sampling not in ("poisson", "full"):
+    # A zeroth-order step is a Gaussian step of few numbers; the alternatives below know Gaussian noise only.
+    if claim.mechanism not in ("gaussian", "zeroth-order") or claim.noise != "gaussian":
+        return None
+    if claim.sampling not in ("poisson", "full"):
         return None
     if sigma is None or not 0 < sigma < np.inf or rate is None or steps is None or steps < 1 or rate <= 0:
         return None

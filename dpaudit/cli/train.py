@@ -15,7 +15,7 @@ def command(
         list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings, e.g. training.epochs=20.")
     ] = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="A YAML file of settings.")] = None,
-    method: Annotated[str | None, typer.Option(help="non-private, dp-sgd or dual-priv.")] = None,
+    method: Annotated[str | None, typer.Option(help="non-private, dp-sgd, dual-priv or dp-zo.")] = None,
     epsilon: Annotated[
         float | None, typer.Option(help="Target eps; sigma is found so that it is never exceeded.")
     ] = None,

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from dpaudit.config import METHOD_DEFAULTS, RunConfig, parse_override, read_yaml, resolve
+from dpaudit.config import METHOD_DEFAULTS, Method, RunConfig, parse_override, read_yaml, resolve
 from dpaudit.errors import UsageError
 
 
@@ -30,7 +30,8 @@ def sections(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
     found = []
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found += [prefix + name, *sections(field.annotation, f"{prefix}{name}.")]
+            outside = prefix + name.replace("_", "-")
+            found += [outside, *sections(field.annotation, f"{outside}.")]
     return found
 
 
@@ -63,6 +64,9 @@ BAD: dict[str, list[str]] = {
     "privacy.relation": ["add/remove", "swap", "null"],
     "pruning.keep": ["0", "1.1", "-1", ".nan"],
     "pruning.by": ["norm", "null"],
+    "zeroth-order.noise": ["normal", "null"],
+    "zeroth-order.directions": ["0", "-1", "1.5", "null"],
+    "zeroth-order.perturbation": ["0", "-1e-3", ".inf", ".nan"],
     "training.epochs": ["0", "-1", ".inf"],
     "training.steps": ["0", "-1", "1.5"],
     "training.batch-size": ["0", "-1", "2.5", "null"],
@@ -156,7 +160,7 @@ def test_later_wins_and_methods_bring_their_switches() -> None:
     dual = resolve({"method": "dual-priv"})
     assert (dual.reducer.name, dual.reducer.noise, dual.pruning.keep) == ("visionzip", "mean", 0.8)
     assert resolve({"method": "dual-priv"}, ["pruning.keep=1"]).pruning.keep == 1
-    assert resolve({}).reducer.name == "none" and set(METHOD_DEFAULTS) == {"non-private", "dp-sgd", "dual-priv"}
+    assert resolve({}).reducer.name == "none" and set(METHOD_DEFAULTS) == set(get_args(Method))
     assert resolve({}, ["privacy.noise-multiplier=1.5"]).privacy.epsilon is None
 
 

@@ -1,8 +1,8 @@
-"""dpaudit's own trainer under test: vision-language fine-tuning with DP-SGD or Dual-Priv Pruning.
+"""dpaudit's own trainer under test: vision-language fine-tuning with DP-SGD, Dual-Priv Pruning or DP-ZO.
 
-`factory_for(config, dataset)` puts any configuration to the test; `dp_sgd` and `dual_priv` are ready-made factories on
-the compact reference model and public synthetic pictures. The step is that of `trainers.run.Trainer`, unchanged; only
-the source of the noise is handed in.
+`factory_for(config, dataset)` puts any configuration to the test; `dp_sgd`, `dual_priv` and `dp_zo` are ready-made
+factories on the compact reference model and public synthetic pictures. The step is that of `trainers.run.Trainer`,
+unchanged; only the source of the noise is handed in.
 
     dpaudit check trainers.adapters.vlm:dual_priv
 """
@@ -108,7 +108,7 @@ class VlmTrainer:
         """From the plan that a run would announce."""
         assert self.plan.claim is not None
         return StepClaim(
-            mechanism="gaussian",
+            mechanism=self.plan.claim.mechanism,
             max_grad_norm=self.plan.max_grad_norm,
             noise_multiplier=self.plan.noise_multiplier,
             sampling="poisson",
@@ -198,26 +198,45 @@ class VlmTrainer:
         updates.restore_optimizer(self.trainer.parameters, self.trainer.optimizer, moments)
 
 
+class VlmZerothOrder(VlmTrainer):
+    """Method dp-zo: `released()` holds one noisy number a direction. No gradient, no block that is chosen."""
+
+    gradient = None  # type: ignore[assignment]
+    applied = None  # type: ignore[assignment]
+    select = None  # type: ignore[assignment]
+
+    def direction(self) -> Mapping[str, Tensor]:
+        """The public direction of the last step (the first, where there are several)."""
+        assert self.trainer.zeroth is not None
+        return self.trainer.zeroth.lines(self.public, self.step_count)[0]
+
+
 def factory_for(config: RunConfig, dataset: Dataset) -> Factory:
     """A factory for the protocol. The plan is made once, from the declared data set: it is public."""
     return _factory(Workshop(config, make_plan(config, dataset, 0), dataset.train))
 
 
 def _factory(shared: Workshop) -> Factory:
+    kind = VlmZerothOrder if shared.config.method == "dp-zo" else VlmTrainer
+
     def factory(records: Sequence[Unit] | None = None, *, seed: int, noise_seed: int | None = None) -> VlmTrainer:
-        return VlmTrainer(shared, records, seed=seed, noise_seed=noise_seed)
+        return kind(shared, records, seed=seed, noise_seed=noise_seed)
 
     return factory
 
 
 @lru_cache(maxsize=4)
 def workshop(method: str) -> Workshop:
-    """The ready-made configuration of `dp_sgd` and `dual_priv`: reference model, LoRA of rank 2, AdamW, sigma 1.
+    """The ready-made configuration of the factories below: reference model, LoRA of rank 2, AdamW, sigma 1.
 
     C = 10 is about the median gradient of these units at the start, so that some are clipped and some are not.
     """
     small = ["training.batch-size=6", "training.steps=60", "model.lora.rank=2", "model.device=cpu", "training.warmup=0"]
     small += ["privacy.noise-multiplier=1.0", "privacy.max-grad-norm=10", "privacy.delta=1e-3"]
+    if method == "dp-zo":
+        # One direction, along which SGD moves. mu = 1e-2: batched kernels round losses by 1e-7, which 1 / mu enlarges.
+        small += ["zeroth-order={directions: 1, perturbation: 1e-2}", "training.optimizer=sgd"]
+        small += ["privacy.max-grad-norm=15"]  # numbers of size 1 to 30 here
     config = resolve({}, [f"method={method}", *small])
     units = synthetic_units(30)
     dataset = Dataset("synthetic", "image (with all its questions)", units, units[:1])
@@ -232,3 +251,8 @@ def dp_sgd(records: Sequence[Unit] | None = None, *, seed: int, noise_seed: int 
 def dual_priv(records: Sequence[Unit] | None = None, *, seed: int, noise_seed: int | None = None) -> VlmTrainer:
     """Dual-Priv Pruning: VisionZip tokens with fusion noise, 80 % of the blocks updated."""
     return VlmTrainer(workshop("dual-priv"), records, seed=seed, noise_seed=noise_seed)
+
+
+def dp_zo(records: Sequence[Unit] | None = None, *, seed: int, noise_seed: int | None = None) -> VlmTrainer:
+    """DP-ZO: one noisy number along one public direction, two forward passes."""
+    return VlmZerothOrder(workshop("dp-zo"), records, seed=seed, noise_seed=noise_seed)
