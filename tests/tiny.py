@@ -10,7 +10,9 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
+    SiglipVisionConfig,
 )
 
 from trainers.records import Picture, Question, Unit
@@ -18,26 +20,46 @@ from trainers.records import Picture, Question, Unit
 TEXT = ["what digit is this?", "is it even or odd?", "yes no even odd one two three seven USER ASSISTANT :"]
 
 
-def save_tiny_llava(folder: Path, *, seed: int = 0, strategy: str = "full", reserved: int = 0) -> Path:
-    """Write model and tokenizer into `folder`; returns it."""
+def tiny_tokenizer(*more: str, reserved: int = 0, size: int = 320) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with `<image>`, `reserved` spare tokens and the special tokens `more`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<s>", "</s>", "<image>"] + [f"<|spare_{index}|>" for index in range(reserved)]
+    special = ["<pad>", "<s>", "</s>", "<image>"] + [f"<|spare_{index}|>" for index in range(reserved)] + list(more)
     trainer = trainers.BpeTrainer(
-        vocab_size=320 + reserved, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=size + reserved + len(more),
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(TEXT, trainer)
-    fast = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
-        extra_special_tokens=["<image>"],
+        extra_special_tokens=["<image>", *more],
     )
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
+    """Write model and tokenizer into `folder`, weights large enough that every path matters; returns it."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_tiny_llava(
+    folder: Path, *, seed: int = 0, strategy: str = "full", reserved: int = 0, tower: str = "clip"
+) -> Path:
+    """Write a LLaVA with a CLIP or SigLIP tower and its tokenizer into `folder`; returns it."""
+    fast = tiny_tokenizer(reserved=reserved)
     torch.manual_seed(seed)
+    vision = CLIPVisionConfig if tower == "clip" else SiglipVisionConfig
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
+        vision_config=vision(
             hidden_size=32,
             intermediate_size=64,
             num_hidden_layers=3,
@@ -63,13 +85,7 @@ def save_tiny_llava(folder: Path, *, seed: int = 0, strategy: str = "full", rese
         vision_feature_layer=-2,
         tie_word_embeddings=True,
     )
-    model = LlavaForConditionalGeneration(config)
-    with torch.no_grad():
-        for parameter in model.parameters():  # large enough that every path matters
-            parameter.mul_(3.0)
-    model.save_pretrained(folder)
-    fast.save_pretrained(folder)
-    return folder
+    return save(LlavaForConditionalGeneration(config), fast, folder)
 
 
 def random_units(count: int, *, seed: int = 0, pictures: int = 1, prefix: str = "u") -> tuple[Unit, ...]:

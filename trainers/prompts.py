@@ -173,6 +173,12 @@ class Prompter:
         at = ids.index(self.image_token_id)
         return ids[:at], ids[at + 1 :]
 
+    def before(self, image: str) -> list[int]:
+        """Ids of the template's beginning with `image`, the text of a whole picture, at its end."""
+        text = self.template.partition(self._image)[0] + image
+        ids = list(self.tokenizer(text, add_special_tokens=self._special)["input_ids"])
+        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id and self._special else ids
+
     def question_ids(self, question: str) -> list[int]:
         """Token ids behind the picture, up to where the answer starts."""
         return self._split(question)[1]

@@ -95,7 +95,7 @@ class VisionLanguageModel:
 
     def set_reducer(self, config: ReducerConfig) -> None:
         """Choose the reducer used by `answer` and by callers of `self.reducer`; raises UsageError on bad sizes."""
-        self.family.check_layer(config.layer)
+        self.family.check_layer(config.layer, attention=config.name not in ("none", "random"))
         self.reducer = self._make_reducer(config, self.family.patches)
         self._reducer_config = config
         if config.name != "none":

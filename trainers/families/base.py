@@ -79,8 +79,8 @@ class Family(ABC):
         """Whether the checkpoint leaves out the CLS token where nothing is reduced."""
         return False
 
-    def check_layer(self, layer: int) -> None:
-        """Raise UsageError for a `reducer.layer` that this tower can't offer."""
+    def check_layer(self, layer: int, *, attention: bool) -> None:
+        """Raise UsageError for a `reducer.layer` that this tower can't offer (or not to a reducer of attention)."""
         depth = self.depth
         if layer == 0 or not -depth <= layer <= depth:
             accepted = f"{-depth} to -1 or 1 to {depth}, as in LLaVA's vision_feature_layer ({depth} encoder layers)"

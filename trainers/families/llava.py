@@ -30,6 +30,9 @@ class Llava(Family):
             raise rejected("model.path", source, "a model with one vision_feature_layer")
         if not hasattr(encoder(self.tower), "layers"):
             raise rejected("model.path", source, "a LLaVA with a CLIP or SigLIP tower")
+        if self.drop_cls and hf.config.vision_config.model_type.startswith("siglip"):
+            accepted = "vision_feature_select_strategy full for a SigLIP tower: it has no CLS, a patch would be dropped"
+            raise rejected("model.path", source, accepted)
 
     @property
     def tower(self) -> nn.Module:
