@@ -22,9 +22,11 @@ from pydantic import (
     field_validator,
 )
 
+from dpaudit import checksums
 from dpaudit.errors import UsageError
 
 SCHEMA_VERSION = 1
+MOST_BYTES = 1 << 26  # of a document on disk: a planted-bug table or an audit has well under a megabyte
 
 
 def _parse_number(value: object) -> object:
@@ -87,9 +89,16 @@ class Document(Part):
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read and validate `path`; raises UsageError with one line that names file and field."""
+        """Read and validate `path`; raises UsageError with one line that names file and field.
+
+        Where a list of checksums lies beside it, the file must be the one that was written (dpaudit.checksums).
+        """
         try:
-            text = path.read_text(encoding="utf-8")
+            if path.stat().st_size > MOST_BYTES:
+                raise UsageError(f"{path}: larger than any document of dpaudit ({MOST_BYTES >> 20} MB)")
+            content = path.read_bytes()
+            checksums.verify(path, content)
+            text = content.decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{path}: can't be read as a {cls.kind} document ({error})") from error
         try:
@@ -111,6 +120,14 @@ class EpsilonAt(Part):
 
     delta: float
     epsilon: Number
+
+
+class CrossCheck(Part):
+    """eps of the same mechanism by another accountant; the claim never quotes it."""
+
+    accountant: str = Field(description="Name and version.")
+    epsilon: Number | None = Field(description="At the claim's delta; null: this accountant has no answer.")
+    note: str = Field(default="", description="Why it has none.")
 
 
 class Claim(Part):
@@ -143,6 +160,7 @@ class ClaimDocument(Document):
     claim: Claim | None
     releasable: bool = Field(default=True, description="False: the noise key came from --seed.")
     reasons: tuple[str, ...] = Field(default=(), description="Why there is no claim, or why it is not releasable.")
+    cross_checks: tuple[CrossCheck, ...] = Field(default=(), description="Upper bounds by other accountants.")
 
 
 class LedgerRow(Part):
@@ -170,6 +188,20 @@ class LedgerDocument(Document):
     coins_sha256: str | None = Field(description="Hash of private/coins.parquet, taken before the first step.")
     rows: tuple[LedgerRow, ...]
     spent: Spent | None
+    config_sha256: str | None = Field(default=None, description="Hash of release/config.yaml when training started.")
+    sha256: str | None = Field(default=None, description="Hash of all the rest: a damaged ledger can't be taken up.")
+
+    def sealed(self) -> Self:
+        """This ledger with the hash of its content."""
+        return self.model_copy(update={"sha256": checksums.seal(json.loads(self.to_json()))})
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """See Document.read; UsageError for a ledger whose own hash does not fit."""
+        found = super().read(path)
+        if found.sha256 is not None and found.sha256 != checksums.seal(json.loads(path.read_bytes())):
+            raise UsageError(f"{path}: damaged (its content does not have the SHA-256 in it); restore it from a copy")
+        return found
 
 
 class Test(Part):
@@ -240,13 +272,31 @@ class Validity(Part):
     checks: tuple[Check, ...]
 
 
+LeakStage = Literal["selection", "centres", "fusion", "normalisation", "padding", "loss"]
+
+
+class Leak(Part):
+    """The first place where one record reaches another. Records are numbered within the audited batch."""
+
+    stage: LeakStage
+    observable: str = Field(description="What moved, e.g. 'kept patches' or 'logits'.")
+    changed: int | None = Field(description="The record that was changed; null = only order or batch size was.")
+    moved: int
+    size: Number = Field(description="Relative to the observable's own size; share of entries for selections.")
+    largest_gradient_change: Number = Field(description="The most that any partner moved another record's gradient.")
+    how: str
+
+
 class FusionAudit(Part):
     """The token-fusion path: per-example or not, and what a release of tokens would mean."""
 
     training: LedgerStatus | Literal["not run"]
-    release: LedgerStatus | Literal["not released", "not run"]
+    release: LedgerStatus | Literal["not released", "not run"] = Field(
+        description="What it would mean if tokens left the trust boundary; 'not released': not examined."
+    )
     reducer: str
     first_leaking_stage: str | None = None
+    leak: Leak | None = None
     checks: tuple[Check, ...] = ()
 
 

@@ -8,10 +8,14 @@ No timestamps: a resumed run ends with the same bytes as an uninterrupted one.
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dpaudit import atomic
 from dpaudit.documents import LedgerDocument, LedgerRow, Spent
 from dpaudit.errors import UsageError
+
+if TYPE_CHECKING:
+    from dpaudit.accounting import TunedEpsilon
 
 
 class Ledger:
@@ -29,18 +33,20 @@ class Ledger:
         coins_sha256: str | None,
         planned: int | None,
         delta: float | None,
+        config_sha256: str | None = None,
     ) -> "Ledger":
         """A new ledger with nothing spent; `planned` and `delta` None: a run that makes no claim spends no budget.
 
-        UsageError when `path` exists: spent budget is never erased.
+        config_sha256: of the configuration file that the run starts from. UsageError when `path` exists: spent budget is never erased.
         """
         if path.exists():
             raise UsageError(f"{path}: a ledger exists already; spent budget is never erased")
         spent = None
         if planned is not None and delta is not None:
             spent = Spent(steps_started=0, steps_planned=planned, epsilon=0.0, delta=delta)
-        ledger = cls(path, LedgerDocument(coins_sha256=coins_sha256, rows=tuple(rows), spent=spent))
-        ledger._save(ledger._document)
+        document = LedgerDocument(coins_sha256=coins_sha256, rows=tuple(rows), spent=spent, config_sha256=config_sha256)
+        ledger = cls(path, document)
+        ledger._save(document)
         return ledger
 
     @classmethod
@@ -104,8 +110,9 @@ class Ledger:
         self._save(self._document.model_copy(update={"rows": rows}))
 
     def _save(self, document: LedgerDocument) -> None:
-        atomic.write_document(self._path, document)
-        self._document = document
+        sealed = document.sealed()
+        atomic.write_document(self._path, sealed)
+        self._document = sealed
 
 
 def _check_repeat(step: int, epsilon: float | None, spent: Spent) -> None:
@@ -116,3 +123,33 @@ def _check_repeat(step: int, epsilon: float | None, spent: Spent) -> None:
     same = math.isclose(epsilon, spent.epsilon, rel_tol=1e-9)
     if not same and (last or epsilon > spent.epsilon):
         raise ValueError(f"step {step} repeated with eps {epsilon}; {spent.epsilon} is recorded: not the same run")
+
+
+def tuning_row(
+    runs: int, *, what: str = "the best of several settings", accounted: "TunedEpsilon | None" = None
+) -> LedgerRow:
+    """The row for settings that were chosen by looking at private data.
+
+    runs: how many runs were done. `accounted`: what `dpaudit.accounting.tuning` says, when the number of runs was drawn
+    as it demands, only the best run leaves and it was chosen by a published or accounted score; otherwise the choice
+    is declared UNACCOUNTED: each run's own eps does not cover it. One run alone chooses nothing, so `runs` < 2 without
+    `accounted` is a ValueError.
+    """
+    if accounted is None and runs < 2:
+        raise ValueError(f"{runs} runs choose nothing: no row is needed")
+    if accounted is not None:
+        return LedgerRow(
+            path="hyper-parameter tuning",
+            status="accounted",
+            explanation=f"Published is {what}, compared on private data. The number of runs was drawn at random "
+            "beforehand and only the best run leaves, which costs what is stated instead of the eps of a single run.",
+            evidence=accounted.sentence(),
+        )
+    return LedgerRow(
+        path="hyper-parameter tuning",
+        status="UNACCOUNTED",
+        explanation=f"Published is {what}, compared on private data. The choice itself depends on that data, and no "
+        "single run's eps covers it.",
+        evidence=f"{runs} runs compared; accounted only if their number is drawn at random beforehand and only the "
+        "best is published (Papernot and Steinke 2022)",
+    )

@@ -1,6 +1,8 @@
 """eps from (sigma, q, T), sigma from eps, and the privacy-loss distributions behind both.
 
-The number is dp-accounting's privacy-loss distribution (`pld`); other accountants are cross-checks (`cross_checks`).
+The number is dp-accounting's privacy-loss distribution (`pld`); Rényi DP and Opacus' PRV are cross-checks
+(`cross_checks`). Poisson, fixed-size and shuffled batches are each accounted as what they are (`schemes`), and so is
+the choice of the best of several runs (`repetition`). docs/accounting.md says it all for users.
 
 This package owns the conventions of the neighbouring relations. `noise_multiplier` is always sigma / C: the noise's
 standard deviation on the *sum* over the clip norm, whatever the relation. What one unit can move is
@@ -9,12 +11,13 @@ standard deviation on the *sum* over the clip norm, whatever the relation. What 
     replace:             2C     (mu = 2 / sigma)
 
 dp-accounting 0.6 holds two conventions: its PLD takes sigma / C and doubles the sensitivity itself under REPLACE_ONE,
-its RDP takes sigma over the relation's own sensitivity and never doubles. Tests hold every relation and accountant
-against the Gaussian's closed form. No module outside may import dp-accounting or read its private attributes.
+its RDP takes sigma over the relation's own sensitivity and never doubles. Opacus knows no relation at all: its PRV is
+asked with the noise over what one unit moves. Tests hold every relation and accountant against the Gaussian's closed
+form. No module outside may import dp-accounting or read its private attributes.
 """
 
-from dpaudit.accounting.cross_checks import rdp_epsilon
-from dpaudit.accounting.events import Direction, DpSgd, Noise, PrivacyLosses
+from dpaudit.accounting.cross_checks import cross_check, prv_epsilon, rdp_epsilon
+from dpaudit.accounting.events import Direction, DpSgd, Noise, PrivacyLosses, Scheme
 from dpaudit.accounting.gaussian import gaussian_delta, gaussian_epsilon
 from dpaudit.accounting.pld import (
     accountant_name,
@@ -24,19 +27,27 @@ from dpaudit.accounting.pld import (
     epsilon_after,
     noise_multiplier_for,
 )
+from dpaudit.accounting.repetition import Repetitions, TunedEpsilon, draw_runs, tuning
 
 __all__ = [
     "Direction",
     "DpSgd",
     "Noise",
     "PrivacyLosses",
+    "Repetitions",
+    "Scheme",
+    "TunedEpsilon",
     "accountant_name",
+    "cross_check",
     "curve",
     "discrete_losses",
+    "draw_runs",
     "epsilon",
     "epsilon_after",
     "gaussian_delta",
     "gaussian_epsilon",
     "noise_multiplier_for",
+    "prv_epsilon",
     "rdp_epsilon",
+    "tuning",
 ]

@@ -12,15 +12,19 @@ from dpaudit.errors import rejected
 
 Direction = Literal["remove", "add"]
 Noise = Literal["gaussian", "laplace"]
+Scheme = Literal["poisson", "fixed", "shuffle"]
 
 SMALLEST_DELTA = 1e-12  # below it the FFT's rounding (1e-16 a point) is no longer negligible
 
 
 @dataclass(frozen=True)
 class DpSgd:
-    """T steps of the Poisson-subsampled Gaussian (or Laplace) mechanism.
+    """T steps of the subsampled Gaussian (or Laplace) mechanism.
 
     noise_multiplier: sigma / C (0 = no noise). sample_rate: q, each unit's chance to be in a batch. steps: T.
+    sampling: who is in a batch. "poisson": each unit independently with probability q (q = 1: everybody). "fixed": a
+    uniform subset of constant size, q = size / units (dpaudit.accounting.schemes). "shuffle": epochs over a shuffled
+    list cut into batches, q = 1 / batches an epoch; accounted without any amplification.
     noise: what sigma is. Gaussian: the standard deviation, and C bounds the L2 norm of what one unit adds. Laplace: the
     scale in every coordinate, and C bounds the L1 norm; in any dimension that is dominated by a single coordinate that
     carries all of C (trainers.zeroth_order says why). Unknown under replace with subsampling.
@@ -31,6 +35,7 @@ class DpSgd:
     steps: int
     relation: Relation = "add-remove"
     noise: Noise = "gaussian"
+    sampling: Scheme = "poisson"
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
@@ -43,8 +48,22 @@ class DpSgd:
             raise rejected("relation", self.relation, get_args(Relation))
         if self.noise not in get_args(Noise):
             raise rejected("noise", self.noise, get_args(Noise))
+        if self.sampling not in get_args(Scheme):
+            raise rejected("sampling", self.sampling, get_args(Scheme))
         if self.noise == "laplace" and self.relation == "replace" and self.sample_rate < 1:
             raise rejected("relation", self.relation, "add-remove or zero-out for subsampled Laplace noise")
+        if self.noise == "laplace" and self.sampling == "fixed":
+            raise rejected("sampling", self.sampling, "poisson or shuffle for Laplace noise")
+        if self.sampling == "shuffle" and not self._whole_epochs():
+            raise rejected("sample-rate", self.sample_rate, "1 / (batches an epoch) for shuffled batches")
+
+    def _whole_epochs(self) -> bool:
+        return self.sample_rate > 0 and math.isclose(1 / self.sample_rate, round(1 / self.sample_rate), rel_tol=1e-9)
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that the steps reach into; what shuffled batches are accounted by."""
+        return math.ceil(self.steps / max(1, round(1 / self.sample_rate)))
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,20 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import brentq
+from scipy.special import ndtri
 
-from dpaudit.accounting.events import Direction, DpSgd, Noise, PrivacyLosses, check_delta, neighbouring, sensitivity
+from dpaudit.accounting.events import (
+    Direction,
+    DpSgd,
+    Noise,
+    PrivacyLosses,
+    Scheme,
+    check_delta,
+    neighbouring,
+    sensitivity,
+)
 from dpaudit.accounting.gaussian import gaussian_epsilon
+from dpaudit.accounting.schemes import composed_as, fixed_size_deltas, moved
 from dpaudit.documents import EpsilonAt, Relation
 from dpaudit.errors import rejected
 
@@ -23,6 +34,9 @@ _FINE = 1e-4  # discretisation of the loss; 1e-5 changes the sixth digit and tak
 _COARSE = 1e-3  # for searching and for progress bars: still an upper bound
 _POINTS = {_FINE: 500_000, _COARSE: 20_000}  # at most about this many loss values; beyond, the grid gets coarser
 _PROGRESS_POINTS = 50
+# Losses of one step, and of all of them, beyond which a claim says nothing: grids that wide fail in memory or overflow,
+# so the closed form without amplification takes over, an upper bound for every scheme.
+_WIDEST_STEP, _WIDEST = 1e5, 1e7
 
 
 def accountant_name() -> str:
@@ -33,7 +47,7 @@ def accountant_name() -> str:
 def epsilon(event: DpSgd, delta: float) -> float:
     """eps of `event` at `delta`: dp-accounting's PLD, pessimistic. inf when there is no noise."""
     check_delta(delta)
-    return _epsilon(event, float(delta), _FINE)
+    return _epsilon(composed_as(event), float(delta), _FINE)
 
 
 def curve(event: DpSgd, deltas: "npt.ArrayLike") -> tuple[EpsilonAt, ...]:
@@ -59,9 +73,10 @@ def epsilon_after(event: DpSgd, steps: int, delta: float) -> float:
     stride = max(1, math.ceil(event.steps / _PROGRESS_POINTS))
     rounded = min(event.steps, math.ceil(steps / stride) * stride)
     total = epsilon(event, delta)
-    if trivial(event) is not None:
+    if trivial(event) is not None or _hopeless(composed_as(event), delta) is not None:
         return total
-    return min(_epsilon_on(replace(event, steps=rounded), float(delta), _grid(event, _COARSE)), total)
+    spent = composed_as(replace(event, steps=rounded))
+    return min(_epsilon_on(spent, float(delta), _grid(composed_as(event), _COARSE)), total)
 
 
 def noise_multiplier_for(
@@ -72,6 +87,7 @@ def noise_multiplier_for(
     steps: int,
     relation: Relation = "add-remove",
     noise: Noise = "gaussian",
+    sampling: Scheme = "poisson",
 ) -> float:
     """The smallest sigma (to 1e-3, relative) whose PLD eps at `delta` is at most `epsilon`.
 
@@ -85,12 +101,12 @@ def noise_multiplier_for(
         raise rejected(field, value, "more than 0 (and a sample rate of at most 1)")
 
     def eps(sigma: float, grid: float) -> float:
-        return _epsilon(DpSgd(sigma, sample_rate, steps, relation, noise), float(delta), grid)
+        return _epsilon(composed_as(DpSgd(sigma, sample_rate, steps, relation, noise, sampling)), float(delta), grid)
 
     def log_excess(log_sigma: float) -> float:
         return math.log(max(eps(math.exp(log_sigma), _COARSE), 1e-300) / epsilon)
 
-    enough = _enough(epsilon, delta, steps, relation, noise)
+    enough = _enough(epsilon, delta, composed_as(DpSgd(1.0, sample_rate, steps, relation, noise, sampling)))
     low, high = _bracket(enough, lambda sigma: eps(sigma, _COARSE) > epsilon)
     # Right up to the coarse discretisation. The final grid decides: out until it holds, in while it still does.
     high = math.exp(brentq(log_excess, math.log(low), math.log(high), xtol=1e-4, rtol=1e-8)) * 1.0002
@@ -112,9 +128,10 @@ def discrete_losses(event: DpSgd, direction: Direction) -> PrivacyLosses:
     """
     if direction not in get_args(Direction):
         raise rejected("direction", direction, get_args(Direction))
+    event = composed_as(event)
     if event.sample_rate == 0 or event.steps == 0:
         return PrivacyLosses(np.zeros(1), np.ones(1), 0.0)
-    if event.noise_multiplier == 0:
+    if event.noise_multiplier == 0 or _hopeless(event, 0.5) is not None:
         return PrivacyLosses(np.zeros(0), np.zeros(0), 1.0)
     composed = _compose(event, _grid(event, _FINE))
     pmf = (composed._pmf_remove if direction == "remove" else composed._pmf_add).to_dense_pmf()
@@ -133,7 +150,20 @@ def trivial(event: DpSgd) -> float | None:
 
 def _epsilon(event: DpSgd, delta: float, wished: float) -> float:
     known = trivial(event)
+    if known is None:
+        known = _hopeless(event, delta)
     return known if known is not None else _epsilon_on(event, delta, _grid(event, wished))
+
+
+def _hopeless(event: DpSgd, delta: float) -> float | None:
+    """mu^2 / 2 + z mu with P(N(0,1) > z) = delta, where the noise is too small to build a distribution of losses."""
+    mu, count = moved(event) / event.noise_multiplier, event.sample_rate * event.steps
+    if event.noise == "laplace":
+        return mu * event.steps if mu > _WIDEST_STEP or mu * max(1.0, count) > _WIDEST else None
+    loss = mu * mu / 2
+    if loss * max(1.0, count) <= _WIDEST and (loss <= _WIDEST_STEP or event.sample_rate == 1):
+        return None
+    return loss * event.steps + mu * math.sqrt(event.steps) * float(-ndtri(delta))
 
 
 @lru_cache(maxsize=4096)
@@ -142,21 +172,27 @@ def _epsilon_on(event: DpSgd, delta: float, grid: float) -> float:
 
 
 @lru_cache(maxsize=8)
-def _mechanism(sigma: float, sample_rate: float, relation: Relation, noise: Noise, grid: float) -> Any:
-    from dp_accounting.pld import privacy_loss_distribution
+def _mechanism(step: DpSgd, grid: float) -> Any:
+    """The losses of a single step."""
+    from dp_accounting.pld import pld_pmf, privacy_loss_distribution
 
-    if noise == "laplace":  # takes no relation: the sensitivity is stated here (and DpSgd refuses what is unknown)
+    if step.sampling == "fixed":
+        top, deltas = fixed_size_deltas(step.noise_multiplier, step.sample_rate, grid)
+        return privacy_loss_distribution.PrivacyLossDistribution(
+            pld_pmf.create_pmf_pessimistic_connect_dots_fixed_gap(grid, -top, top, deltas)
+        )
+    if step.noise == "laplace":  # takes no relation: the sensitivity is stated here (and DpSgd refuses what is unknown)
         return privacy_loss_distribution.from_laplace_mechanism(
-            sigma,
-            sensitivity=sensitivity(relation),
-            sampling_prob=sample_rate,
+            step.noise_multiplier,
+            sensitivity=sensitivity(step.relation),
+            sampling_prob=step.sample_rate,
             value_discretization_interval=grid,
         )
     return privacy_loss_distribution.from_gaussian_mechanism(
-        sigma,
-        sampling_prob=sample_rate,
+        step.noise_multiplier,
+        sampling_prob=step.sample_rate,
         value_discretization_interval=grid,
-        neighboring_relation=neighbouring(relation),
+        neighboring_relation=neighbouring(step.relation),
     )
 
 
@@ -164,15 +200,19 @@ def _mechanism(sigma: float, sample_rate: float, relation: Relation, noise: Nois
 def _compose(event: DpSgd, grid: float) -> Any:
     if event.sample_rate == 1 and event.noise == "gaussian":
         # Without subsampling T Gaussians are one Gaussian with sigma / sqrt(T), exactly.
-        return _mechanism(event.noise_multiplier / math.sqrt(event.steps), 1.0, event.relation, event.noise, grid)
-    single = _mechanism(event.noise_multiplier, event.sample_rate, event.relation, event.noise, grid)
+        return _mechanism(
+            replace(event, noise_multiplier=event.noise_multiplier / math.sqrt(event.steps), steps=1), grid
+        )
+    single = _mechanism(replace(event, steps=1), grid)
     return single if event.steps == 1 else single.self_compose(event.steps)
 
 
 @lru_cache(maxsize=256)
 def _width(event: DpSgd) -> float:
     """How wide the composed distribution is, from a rough one."""
-    mu = sensitivity(event.relation) / event.noise_multiplier
+    mu = moved(event) / event.noise_multiplier
+    if event.sample_rate == 1 and event.noise == "gaussian":
+        mu *= math.sqrt(event.steps)  # a single mechanism then, whose grid has to be as coarse as it is wide
     # One step without subsampling: from the mean mu^2/2 ten standard deviations mu either way.
     # A Laplace loss lies within mu of 0.
     widest = 2 * mu if event.noise == "laplace" else mu * mu / 2 + 20 * mu
@@ -187,12 +227,12 @@ def _grid(event: DpSgd, wished: float) -> float:
     return min(max(wished, width / _POINTS[wished]), max(width / 20_000, 1e-9))
 
 
-def _enough(epsilon: float, delta: float, steps: int, relation: Relation, noise: Noise) -> float:
+def _enough(epsilon: float, delta: float, event: DpSgd) -> float:
     """A sigma that is always enough, by the closed form without amplification (Laplace: T pure guarantees add up)."""
-    if noise == "laplace":
-        return sensitivity(relation) * steps / epsilon
+    if event.noise == "laplace":
+        return moved(event) * event.steps / epsilon
     mu = brentq(lambda m: gaussian_epsilon(m, delta) - epsilon, 1e-9, 10 * (math.sqrt(2 * epsilon) + epsilon + 10))
-    return float(sensitivity(relation) * math.sqrt(steps) / mu)
+    return float(moved(event) * math.sqrt(event.steps) / mu)
 
 
 def _bracket(high: float, exceeds: Any) -> tuple[float, float]:
