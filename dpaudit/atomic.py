@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpaudit.documents import Document
-from dpaudit.errors import EnvironmentFailure
+from dpaudit.errors import EnvironmentFailure, UsageError
 
 if TYPE_CHECKING:
     import pandas as pd
     import torch
 
 _SUFFIX = ".dpaudit-tmp"
+_DIGEST = "dpaudit-sha256"
 _WHY = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -31,6 +32,7 @@ _WHY = {
     errno.ENOTDIR: "a part of the path is not a folder",
     errno.EISDIR: "a folder of this name is in the way",
     errno.ENAMETOOLONG: "the name is too long",
+    errno.EFBIG: "the file would be larger than this system allows",
 }
 
 
@@ -68,11 +70,12 @@ def replacing(path: Path, mode: int = 0o644) -> Iterator[Path]:
             os.close(descriptor)
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except OSError as error:
-        raise failure(path, error) from error
-    finally:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError):
+            raise failure(path, error) from error
+        raise
 
 
 def write_bytes(path: Path, content: bytes, mode: int = 0o644) -> None:
@@ -94,7 +97,10 @@ def write_document(path: Path, document: Document) -> None:
 def write_tensors(
     path: Path, tensors: "Mapping[str, torch.Tensor]", metadata: Mapping[str, str] | None = None, mode: int = 0o644
 ) -> None:
-    """Write tensors as safetensors to `path` atomically; any device, contiguous or not, shared memory or not."""
+    """Write tensors as safetensors to `path` atomically; any device, contiguous or not, shared memory or not.
+
+    Their hash goes into the file's metadata, so that `tensors_intact` can tell a damaged file.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -106,17 +112,55 @@ def write_tensors(
         # safetensors refuses tensors that share memory (tied weights): each name gets its own copy.
         owned[name] = plain.clone() if storage in seen else plain
         seen.add(storage)
+    metadata = {**(metadata or {}), _DIGEST: _tensor_digest(owned)}
     with replacing(path, mode) as temporary:
         try:
-            save_file(owned, temporary, metadata=dict(metadata) if metadata is not None else None)
+            save_file(owned, temporary, metadata=metadata)
         except SafetensorError as error:  # its wrapper around the operating system's error
             raise EnvironmentFailure(f"{path}: can't be written: {' '.join(str(error).split())}") from error
 
 
+def _tensor_digest(tensors: "Mapping[str, torch.Tensor]") -> str:
+    import torch
+
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(f"{len(name)}:{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        found.update(tensor.reshape(-1).contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def tensors_intact(path: Path) -> bool:
+    """Whether a file of `write_tensors` can be read and holds the very tensors that were written."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            written = (file.metadata() or {}).get(_DIGEST)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError):
+        return False
+    return written is None or written == _tensor_digest(tensors)
+
+
 def write_frame(path: Path, frame: "pd.DataFrame", mode: int = 0o644) -> None:
-    """Write a data frame as Parquet to `path` atomically, without its index."""
+    """Write a data frame as Parquet to `path` atomically, without its index; every page carries a checksum."""
     with replacing(path, mode) as temporary:
-        frame.to_parquet(temporary, index=False, engine="pyarrow")
+        frame.to_parquet(temporary, index=False, engine="pyarrow", write_page_checksum=True)
+
+
+def read_frame(path: Path) -> "pd.DataFrame":
+    """Read what `write_frame` wrote, its checksums verified. UsageError when it is damaged or missing."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        frame: pd.DataFrame = pyarrow.parquet.read_table(path, page_checksum_verification=True).to_pandas()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        what = "missing" if isinstance(error, FileNotFoundError) else "damaged: not the Parquet file that was written"
+        raise UsageError(f"{path}: {what}") from None
+    return frame
 
 
 def append_line(path: Path, text: str) -> None:

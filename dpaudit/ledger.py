@@ -37,7 +37,8 @@ class Ledger:
     ) -> "Ledger":
         """A new ledger with nothing spent; `planned` and `delta` None: a run that makes no claim spends no budget.
 
-        config_sha256: of the configuration file that the run starts from. UsageError when `path` exists: spent budget is never erased.
+        config_sha256: of the configuration file that the run starts from. UsageError when `path` exists: spent budget
+        is never erased.
         """
         if path.exists():
             raise UsageError(f"{path}: a ledger exists already; spent budget is never erased")

@@ -37,6 +37,7 @@ FINITE_PRECISION = (
 )
 
 _BITS = 53
+_FORMAT = "dpaudit-key-v1"
 
 
 def _encode(use: str, purpose: str, step: int, name: str, rank: int) -> bytes:
@@ -72,7 +73,8 @@ class Key:
         """Write the key with mode 0600 from the start; an existing key is never overwritten (UsageError)."""
         if path.exists():
             raise UsageError(f"{path}: holds a key already; a key is never replaced")
-        text = json.dumps({"format": "dpaudit-key-v1", "seeded": self.seeded, "key": self.material.hex()})
+        tree = {"format": _FORMAT, "seeded": self.seeded, "key": self.material.hex(), "check": self._check()}
+        text = json.dumps(tree)
         atomic.write_text(path, text + "\n", mode=0o600)
 
     @classmethod
@@ -80,14 +82,23 @@ class Key:
         """Read what `save` wrote; UsageError (without the content) when it is missing or damaged."""
         try:
             tree = json.loads(path.read_text(encoding="ascii"))
-            if tree["format"] != "dpaudit-key-v1" or not isinstance(tree["seeded"], bool):
+            if tree["format"] != _FORMAT or not isinstance(tree["seeded"], bool):
                 raise ValueError
-            return cls(bytes.fromhex(tree["key"]), seeded=tree["seeded"])
+            key = cls(bytes.fromhex(tree["key"]), seeded=tree["seeded"])
+            if (
+                tree.get("check", key._check()) != key._check()
+            ):  # another key would mean other noise on a gradient already released
+                raise ValueError
+            return key
         except OSError as error:
             raise UsageError(f"{path}: the noise key can't be read ({error.strerror})") from error
         except (ValueError, KeyError, TypeError):
             # `from None`: the parser's message quotes the file, and the file is a secret.
             raise UsageError(f"{path}: the noise key is damaged; the run can't be continued") from None
+
+    def _check(self) -> str:
+        """Tells a damaged key file from a whole one; a PRF output at an address used for nothing else."""
+        return self._subkey("check", "seeded" if self.seeded else "secret", 0, "", 0).hex()[:16]
 
     def _subkey(self, use: str, purpose: str, step: int, name: str, rank: int) -> bytes:
         return hmac.digest(self.material, _encode(use, purpose, step, name, rank), "sha256")

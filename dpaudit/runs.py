@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpaudit import atomic
+from dpaudit import atomic, checksums
+from dpaudit.documents import Document
 from dpaudit.errors import EnvironmentFailure, UsageError
 
 MODEL_COMPLETE = "complete.json"
@@ -108,6 +109,10 @@ class RunFolder:
             raise UsageError(f"run {path}: no such folder")
         if not run.config.is_file():
             raise UsageError(f"run {path}: not a run folder (release/config.yaml is missing)")
+        try:
+            checksums.verify(run.config, run.config.read_bytes())
+        except OSError as error:
+            raise atomic.failure(run.config, error, "read") from error
         return run
 
     def _looks_like_a_run(self, names: set[str]) -> bool:
@@ -146,6 +151,32 @@ class RunFolder:
         finally:
             os.close(descriptor)
 
+    def write(self, document: Document) -> None:
+        """Write `release/KIND.json` (claim, environment, audit or benchmark) and its checksum."""
+        self._write_sealed(self.release / f"{document.kind}.json", document.to_json().encode())
+
+    def seal(self, path: Path) -> str:
+        """Put the checksum of a file directly under `release/` into the list; returns it."""
+        found = atomic.sha256_file(path)
+        self._list(checksums.SUMS, {path.name: found})
+        return found
+
+    def _write_sealed(self, path: Path, content: bytes) -> None:
+        sums = self._list(checksums.NEXT, {path.name: checksums.digest(content)})
+        atomic.write_bytes(path, content)
+        atomic.write_text(self.release / checksums.SUMS, checksums.write(sums))
+        (self.release / checksums.NEXT).unlink(missing_ok=True)
+
+    def _list(self, name: str, new: dict[str, str]) -> dict[str, str]:
+        sums = checksums.read(self.release / checksums.SUMS)
+        for file, value in checksums.read(self.release / checksums.NEXT).items():
+            # A process was killed between announcing a hash and listing it: it counts if its file was replaced.
+            if sums.get(file) != value and (self.release / file).is_file():
+                sums[file] = value if atomic.sha256_file(self.release / file) == value else sums.get(file, value)
+        sums |= new
+        atomic.write_text(self.release / name, checksums.write(sums))
+        return sums
+
     def finish_model(self) -> None:
         """Declare the model complete: hash every file of `release/model`; the last write of a training."""
         hashes = {
@@ -155,7 +186,18 @@ class RunFolder:
         }
         if not hashes:
             raise ValueError("a model without files can't be complete")
+        self._list(checksums.SUMS, {f"{self.model.name}/{name}": value for name, value in hashes.items()})
         atomic.write_text(self.model / MODEL_COMPLETE, json.dumps({"sha256": hashes}, indent=2) + "\n")
+
+    def discard_damaged_checkpoints(self) -> tuple[str, ...]:
+        """Delete checkpoints whose tensors are not those written; returns their names. The caller holds the lock.
+
+        Going on from an older one repeats steps that are paid for already, with the same batches and noise.
+        """
+        damaged = [path for path in sorted(self.checkpoints.glob("*.safetensors")) if not atomic.tensors_intact(path)]
+        for path in damaged:
+            path.unlink(missing_ok=True)
+        return tuple(path.name for path in damaged)
 
     @property
     def finished(self) -> bool:

@@ -90,7 +90,7 @@ class Trainer:
         model.set_reducer(config.reducer)
         parameters = model.attach_lora(config.model.lora, generator=key.generator(purpose="initialisation"))
         inputs = UnitInputs(model, units)
-        longest = inputs.longest + 1 + len(model.prompter.prefix) + model.patches
+        longest = inputs.longest
         if longest > model.max_positions:
             raise UsageError(
                 f"data.train: the longest question with its answer needs {longest} positions with the picture; "
@@ -203,6 +203,8 @@ def train(
     frozen = _fingerprint(model, trainer.parameters)
     start = {name: parameter.detach().clone() for name, parameter in trainer.parameters.items()}
     identity = config_sha256(run)
+    for name in run.discard_damaged_checkpoints() if resume else ():
+        reporter.phase(f"checkpoint {name} is damaged; going on from the one before it")
     done = checkpoints.restore(run.checkpoints, trainer.parameters, trainer.optimizer, identity) if resume else 0
     for step in range(done + 1, plan.steps + 1):
         _one_step(trainer, ledger, run, step, len(units), reporter, after_step)
@@ -258,13 +260,14 @@ def _open_ledger(
         ledger = Ledger.load(run.ledger)
         if ledger.document.coins_sha256 != inserted.coins_sha256:
             raise UsageError(f"{run.ledger}: names other coins than {run.coins}; this is not the run that was started")
+        if ledger.document.config_sha256 not in (None, atomic.sha256_file(run.config)):
+            raise UsageError(f"{run.config}: not the file that this run was started with; restore it from a copy")
         return ledger
     rows = ledger_rows(config, dataset, plan, inserted)
-    atomic.write_document(run.claim, plan.document())
+    run.write(plan.document())
     claim = plan.claim
-    return Ledger.create(
-        run.ledger, rows, inserted.coins_sha256, plan.steps if claim else None, claim.delta if claim else None
-    )
+    steps, delta = (plan.steps, claim.delta) if claim else (None, None)
+    return Ledger.create(run.ledger, rows, inserted.coins_sha256, steps, delta, run.seal(run.config))
 
 
 def _fingerprint(model: VisionLanguageModel, trained: Mapping[str, nn.Parameter]) -> dict[str, tuple[float, float]]:
@@ -304,7 +307,7 @@ def _release(run: RunFolder, trainer: Trainer) -> None:
         if file.is_file() and file.suffix in (".safetensors", ".json"):
             atomic.write_bytes(run.model / file.name, file.read_bytes())
     shutil.rmtree(temporary, ignore_errors=True)
-    atomic.write_document(run.environment, describe(str(trainer.model.device), sys.argv[1:]))
+    run.write(describe(str(trainer.model.device), sys.argv[1:]))
     run.finish_model()
 
 
