@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
@@ -33,6 +34,7 @@ from reports.worker import TASK
 from trainers.records import Dataset
 
 LOG = "benchmark.log"
+ANSWERS = "answers.parquet"
 PUBLIC_SAMPLE = 300  # pictures
 PROCESSES = 2
 Progress = Callable[[str], None]
@@ -91,13 +93,15 @@ def benchmark_many(
     limit: int | None = None,
     batch_size: int = 128,
     device: str = "auto",
+    processes: int = PROCESSES,
     progress: Progress = lambda text: None,
 ) -> list[BenchmarkDocument]:
     """Measure several runs and write each one's `release/benchmark.json`; documents in the order given.
 
-    Runs on the same data share one export and one worker process, and a base model is measured once. `limit`: the
-    first N held-out units. Raises UsageError (unfinished run, bad value), EnvironmentFailure (no lmms-eval, a worker
-    that died; its log is private/benchmark.log).
+    Runs on the same data share one export and, on a CPU, up to `processes` worker processes; a base model is measured
+    once. `limit`: the first N held-out units. Every answer is kept in private/answers.parquet. Raises UsageError
+    (unfinished run, bad value), EnvironmentFailure (no lmms-eval, a worker that died; its log is
+    private/benchmark.log).
     """
     if limit is not None and limit < 2:
         raise rejected("--limit", limit, "a whole number of at least 2")
@@ -108,7 +112,7 @@ def benchmark_many(
     from trainers.vlm import pick_device
 
     kind = pick_device(device).type  # a missing device is told at once, not after lmms-eval's slow start
-    processes = min(PROCESSES, os.cpu_count() or 1) if kind == "cpu" else 1
+    processes = min(processes, os.cpu_count() or 1) if kind == "cpu" else 1
     for run in runs:
         run.require_finished()
     configs = [resolve(read_yaml(run.config)) for run in runs]
@@ -161,6 +165,7 @@ def _group(
                 batch_size=settings.batch_size,
                 seconds=time.perf_counter() - began,
             )
+            save_answers(run, questions, outcomes[str(run.path)])
             atomic.write_document(run.benchmark, document)
             documents.append(document)
     return documents
@@ -229,6 +234,20 @@ def export(dataset: Dataset, path: Path, *, limit: int | None = None) -> Questio
     return Questions(
         tuple(rows["question"]), tuple(rows["answer"]), tuple(rows["kind"]), tuple(rows["unit"]), digest.hexdigest()
     )
+
+
+def save_answers(run: RunFolder, questions: Questions, outcome: Outcome) -> None:
+    """Write `private/answers.parquet`: every held-out question's cluster, kind, answer and correctness, in order."""
+    frame = pd.DataFrame(
+        {
+            "cluster": questions.clusters,
+            "kind": questions.kinds,
+            "answer": outcome.answers,
+            "correct": outcome.correct,
+            "sample": questions.sha256,
+        }
+    )
+    atomic.write_frame(run.private / ANSWERS, frame, mode=0o600)
 
 
 def worker_environment(folder: Path, environment: Mapping[str, str]) -> dict[str, str]:

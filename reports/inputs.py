@@ -24,6 +24,7 @@ from dpaudit.documents import (
     LedgerDocument,
     LedgerRow,
     Part,
+    ScoresDocument,
     ScoreSummary,
     Test,
     Thumbnail,
@@ -122,34 +123,37 @@ class RunReport:
 
     @property
     def headline(self) -> Test | None:
-        """The test behind the headline bound: the best deciding bound that assumes at most the claimed mechanism.
-
-        Taking the best of several is valid only because deciding tests share one error budget, so this is checked
-        (`shares_budget`); where the budget does not hold, the first deciding test stands instead.
-        """
-        tests = [test for test in self._deciding() if test.epsilon_lower is not None]
-        if not tests:
-            return None
-        return max(tests, key=lambda test: test.epsilon_lower or 0.0) if self.shares_budget else tests[0]
+        """The test behind the headline bound."""
+        return headline(self.audit) if self.audit is not None else None
 
     @property
     def headline_confidence(self) -> float | None:
         test = self.headline
         if test is None or self.audit is None:
             return None
-        return self.audit.family_confidence if self.shares_budget else test.confidence
+        return self.audit.family_confidence if shares_budget(self.audit) else test.confidence
 
-    @property
-    def shares_budget(self) -> bool:
-        """Do the error probabilities of the deciding bounds add up to no more than the document's?"""
-        if self.audit is None:
-            return False
-        spent = sum(1 - test.confidence for test in self._deciding() if test.epsilon_lower is not None)
-        return spent <= 1 - self.audit.family_confidence + 1e-9
 
-    def _deciding(self) -> tuple[Test, ...]:
-        tests = self.audit.tests if self.audit is not None else ()
-        return tuple(t for t in tests if t.decides and not t.estimate and t.assumes in HEADLINE_ASSUMPTIONS)
+def headline(audit: AuditDocument | ScoresDocument) -> Test | None:
+    """The best deciding bound that assumes at most the claimed mechanism; None without one.
+
+    Taking the best of several is valid only because deciding tests share one error budget, so this is checked
+    (`shares_budget`); where the budget does not hold, the first deciding test stands instead.
+    """
+    tests = [test for test in _deciding(audit) if test.epsilon_lower is not None]
+    if not tests:
+        return None
+    return max(tests, key=lambda test: test.epsilon_lower or 0.0) if shares_budget(audit) else tests[0]
+
+
+def shares_budget(audit: AuditDocument | ScoresDocument) -> bool:
+    """Do the error probabilities of the deciding bounds add up to no more than the document's?"""
+    spent = sum(1 - test.confidence for test in _deciding(audit) if test.epsilon_lower is not None)
+    return spent <= 1 - audit.family_confidence + 1e-9
+
+
+def _deciding(audit: AuditDocument | ScoresDocument) -> tuple[Test, ...]:
+    return tuple(t for t in audit.tests if t.decides and not t.estimate and t.assumes in HEADLINE_ASSUMPTIONS)
 
 
 class Gallery(Part):

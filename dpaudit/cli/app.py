@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "check": ("dpaudit.cli.check", "The step contract on training code; seconds, no training."),
     "bugs": ("dpaudit.cli.bugs", "Which audits catch which planted bug."),
     "benchmark": ("dpaudit.cli.benchmark", "VQA utility of a run through lmms-eval."),
+    "sweep": ("dpaudit.cli.sweep", "Many runs from one grid: trained, measured, compared; resumable."),
     "report": ("dpaudit.cli.report", "One self-contained HTML file over one or more runs."),
     "scores": ("dpaudit.cli.scores", "Audit score arrays from anywhere."),
     "bound": ("dpaudit.cli.bound", "The bounds as a calculator."),

@@ -9,8 +9,15 @@ from attacks.bugs.benchmark import BugsDocument
 from dpaudit import documents
 from dpaudit.analysis.plan import PlanDocument
 from reports.html import ReportDocument
+from reports.sweep.document import SweepDocument
 
-ALL: tuple[type[documents.Document], ...] = (*documents.DOCUMENTS, PlanDocument, ReportDocument, BugsDocument)
+ALL: tuple[type[documents.Document], ...] = (
+    *documents.DOCUMENTS,
+    PlanDocument,
+    ReportDocument,
+    SweepDocument,
+    BugsDocument,
+)
 FOLDER = Path(documents.__file__).parent / "schemas"
 
 if __name__ == "__main__":

@@ -1,0 +1,164 @@
+"""`dpaudit sweep`: many runs from one grid."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dpaudit.cli import console
+from dpaudit.errors import UsageError, rejected
+
+if TYPE_CHECKING:
+    from reports.sweep.board import Board
+    from reports.sweep.document import SweepDocument, SweepRow
+    from reports.sweep.grid import Grid, Plan
+
+
+def command(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[GRID.yaml] [KEY.SUB=VALUE]...", help="The grid, and settings of every cell."),
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="frontier, dual-priv-ablation or iso-parameter.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the sweep; default sweeps/NAME.")] = None,
+    processes: Annotated[int, typer.Option(help="Trainings side by side.")] = 2,
+    threads: Annotated[int, typer.Option(help="Threads of each.")] = 1,
+    seeds: Annotated[str | None, typer.Option(help="Repeats, e.g. 0,1,2 or 0-4; default: the grid's.")] = None,
+    audit: Annotated[
+        list[str] | None, typer.Option(help="Also audit every cell: canaries, fusion ... May be repeated.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in --out.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells; train nothing.")] = False,
+    as_json: Annotated[bool, console.JSON_OPTION] = False,
+) -> None:
+    """Train and benchmark many configurations, several seeds each, and put them into one table with intervals.
+
+    Every cell is a run folder under OUT/runs, so a sweep that was killed goes on with --resume: finished cells are
+    skipped, an interrupted training continues. A cell that fails is reported and the others go on (exit code 4).
+    """
+    plan, grid, overrides, chosen, folder = _given(arguments or [], preset, out, seeds, audit or [], resume)
+    if dry_run:
+        return _list(plan, folder)
+    from dpaudit.executors import LocalExecutor
+    from reports.sweep.board import NAME, Board
+    from reports.sweep.live import SweepView
+    from reports.sweep.run import run_sweep
+
+    if (folder / NAME).exists() and not resume:
+        raise UsageError(f"--out {folder}: holds a sweep already; go on with --resume, or choose another folder")
+    LocalExecutor(processes, threads)  # a bad number is told before anything is written
+    board = Board.read(plan, folder, grid=grid.model_dump(), overrides=overrides, seeds=chosen)
+    view = SweepView(board)
+    try:
+        document = run_sweep(
+            board, executor=lambda logs: LocalExecutor(processes, threads, logs), lanes=processes, watch=view
+        )
+    finally:
+        view.close()
+    _finish(document, folder, board, as_json)
+
+
+def _given(
+    arguments: Sequence[str],
+    preset: str | None,
+    out: Path | None,
+    seeds: str | None,
+    audits: Sequence[str],
+    resume: bool,
+) -> "tuple[Plan, Grid, list[str], list[int], Path]":
+    """Grid, overrides, seeds and folder, from the command line or from the sweep that is to go on."""
+    from attacks.options import Options
+    from reports.sweep.grid import make_plan, read_grid
+    from reports.sweep.grid import preset as preset_file
+
+    overrides = [text for text in arguments if "=" in text]
+    files = [text for text in arguments if "=" not in text]
+    if len(files) + (preset is not None) > 1:
+        raise rejected("GRID.yaml", files if preset is None else [*files, f"--preset {preset}"], "one grid")
+    chosen = None if seeds is None else _seeds(seeds)
+    if files or preset is not None:
+        grid = read_grid(Path(files[0])) if files else read_grid(preset_file(str(preset)))
+    elif resume and out is not None:
+        grid, overrides, chosen = _stored(out, overrides, chosen)
+    else:
+        raise UsageError("GRID.yaml: missing; give a grid, --preset NAME, or --resume --out DIR")
+    grid = grid.model_copy(update={"audits": [*grid.audits, *(name for name in audits if name not in grid.audits)]})
+    Options(audits=tuple(grid.audits))
+    plan = make_plan(grid, overrides=overrides, seeds=chosen)
+    return plan, grid, overrides, chosen or list(grid.seeds), out or Path("sweeps") / plan.name
+
+
+def _stored(out: Path, overrides: list[str], seeds: list[int] | None) -> "tuple[Grid, list[str], list[int]]":
+    """Grid, overrides and seeds of the sweep in `out`; more overrides would make it another one."""
+    from reports.sweep.board import NAME
+    from reports.sweep.document import SweepDocument
+    from reports.sweep.grid import Grid
+
+    console.existing(out / NAME, "--resume")
+    if overrides:
+        raise rejected("override", overrides[0], "none with --resume alone: the sweep has its settings")
+    earlier = SweepDocument.read(out / NAME)
+    return Grid.model_validate(earlier.grid), list(earlier.overrides), seeds or list(earlier.seeds)
+
+
+def _seeds(text: str) -> list[int]:
+    """'0,1,2' or '0-4' as a list."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or len(part) > 20:
+            raise rejected("--seeds", text, "whole numbers such as 0,1,2 or 0-4")
+        found += range(int(first), (int(last) if dash else int(first)) + 1)
+        if len(found) > 1000:
+            raise rejected("--seeds", text, "at most 1000 seeds")
+    return found
+
+
+def _list(plan: "Plan", folder: Path) -> None:
+    for cell in plan.cells:
+        console.say(f"{folder / 'runs' / cell.folder}")
+    console.say(f"{len(plan.cells)} cells, {len(plan.points)} lines in the table. Nothing was trained.")
+
+
+def _finish(document: "SweepDocument", folder: Path, board: "Board", as_json: bool) -> None:
+    if as_json:
+        console.emit(document)
+    else:
+        for line in describe(document):
+            console.say(line)
+        console.say(f"\nwritten to {folder / 'sweep.json'}; next: dpaudit report {folder} -o report.html")
+    failed = [entry for entry in board.entries if entry.state == "failed"]
+    if failed:
+        console.log(f"dpaudit: {len(failed)} of {len(board.entries)} cells failed; --resume tries them again")
+        console.finish(console.ENVIRONMENT)
+
+
+def describe(document: "SweepDocument") -> list[str]:
+    """The table as lines for people."""
+    width = max(len(row.configuration) for row in document.rows)
+    lines = [f"{'configuration'.ljust(width)}  exact match (95 % interval)      seeds  difference (95 % interval)"]
+    lines += [_line(row, width) for row in document.rows]
+    pictures = next((row.exact_match.pictures for row in document.rows if row.exact_match), 0)
+    covers = {row.exact_match.covers for row in document.rows if row.exact_match and row.seeds}
+    lines += ["", f"{pictures:,} held-out pictures, the same for all. Intervals cover {' or '.join(sorted(covers))}."]
+    return [*lines, *(f"ledger    {row.status}: {row.path}" for row in document.ledger)]
+
+
+def _line(row: "SweepRow", width: int) -> str:
+    from reports.text import percent
+
+    shown = "not measured"
+    if row.exact_match is not None:
+        shown = f"{percent(row.exact_match.value):>7}"
+        if row.exact_match.low is not None and row.exact_match.high is not None:
+            shown += f" ({percent(row.exact_match.low)} to {percent(row.exact_match.high)})"
+    beside = ""
+    if row.difference is not None:
+        beside = f"{100 * row.difference.value:+.1f} points"
+        if row.difference.low is not None and row.difference.high is not None:
+            beside += f" ({100 * row.difference.low:+.1f} to {100 * row.difference.high:+.1f})"
+        beside += f" against {row.against}"
+    failed = f", {row.failed} failed" if row.failed else ""
+    seeds = f"{len(row.seeds)}{failed}" if row.method is not None else "-"
+    return f"{row.configuration.ljust(width)}  {shown:<32} {seeds:<6} {beside}".rstrip()

@@ -1,0 +1,63 @@
+"""The jobs of a sweep, as an executor runs them: one cell trained, some cells measured."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dpaudit.config import RunConfig, resolve
+from dpaudit.documents import LedgerRow
+from dpaudit.ledger import Ledger
+from dpaudit.runs import RunFolder
+
+TRAIN = "reports.sweep.jobs:train"
+MEASURE = "reports.sweep.jobs:measure"
+
+
+def train_payload(config: RunConfig, out: Path, row: LedgerRow | None, audits: Sequence[str]) -> dict[str, Any]:
+    """What `train` takes."""
+    return {
+        "config": config.model_dump(mode="json", by_alias=True),
+        "out": str(out.resolve()),
+        "row": row.model_dump(mode="json") if row is not None else None,
+        "audits": list(audits),
+    }
+
+
+def train(payload: dict[str, Any]) -> dict[str, Any]:
+    """Train the cell of `payload`, or go on where it stopped, and audit it where asked; nothing is done twice."""
+    from attacks.training import resume_run, start_run
+    from trainers.progress import Live
+
+    config, out = resolve(payload["config"]), Path(payload["out"])
+    run = RunFolder(out)
+    if run.finished or run.ledger.exists():
+        resume_run(out, reporter=Live(out.name))
+    else:
+        start_run(config, out, reporter=Live(out.name))
+    if payload["row"] is not None:
+        declare(run, LedgerRow.model_validate(payload["row"]))
+    if payload["audits"] and not run.audit.exists():
+        from attacks.audit import audit
+        from attacks.options import Options
+
+        audit(out, Options(audits=tuple(payload["audits"]), device=config.model.device))
+    return {}
+
+
+def declare(run: RunFolder, row: LedgerRow) -> None:
+    """Write the ledger row of the sweep into a cell's ledger; a larger sweep replaces the row of a smaller one."""
+    with run.lock():
+        ledger = Ledger.load(run.ledger)
+        old = next((own for own in ledger.rows if own.path == row.path), None)
+        if old is None:
+            ledger.add_row(row)
+        elif old != row:
+            ledger.replace_row(row)
+
+
+def measure(payload: dict[str, Any]) -> dict[str, Any]:
+    """Benchmark the runs of `payload` in one start of lmms-eval."""
+    from reports.benchmark import benchmark_many
+
+    benchmark_many([RunFolder.open(Path(run)) for run in payload["runs"]], device=payload["device"], processes=1)
+    return {}
