@@ -78,6 +78,19 @@ def replacing(path: Path, mode: int = 0o644) -> Iterator[Path]:
         raise
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """For libraries that write files of their own below `path`: their failures become one line, as ours do."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except OSError as error:
+        raise failure(path, error) from error
+    except SafetensorError as error:  # its wrapper around the operating system's error
+        raise EnvironmentFailure(f"{path}: can't be written: {' '.join(str(error).split())}") from error
+
+
 def write_bytes(path: Path, content: bytes, mode: int = 0o644) -> None:
     """Write `content` to `path` atomically; `mode` is further limited by the umask."""
     with replacing(path, mode) as temporary, temporary.open("wb") as file:
@@ -101,7 +114,6 @@ def write_tensors(
 
     Their hash goes into the file's metadata, so that `tensors_intact` can tell a damaged file.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     owned: dict[str, torch.Tensor] = {}
@@ -113,11 +125,8 @@ def write_tensors(
         owned[name] = plain.clone() if storage in seen else plain
         seen.add(storage)
     metadata = {**(metadata or {}), _DIGEST: _tensor_digest(owned)}
-    with replacing(path, mode) as temporary:
-        try:
-            save_file(owned, temporary, metadata=metadata)
-        except SafetensorError as error:  # its wrapper around the operating system's error
-            raise EnvironmentFailure(f"{path}: can't be written: {' '.join(str(error).split())}") from error
+    with replacing(path, mode) as temporary, writing(path):
+        save_file(owned, temporary, metadata=metadata)
 
 
 def _tensor_digest(tensors: "Mapping[str, torch.Tensor]") -> str:

@@ -37,6 +37,8 @@ from trainers.records import Dataset, Picture, Unit
 from trainers.vlm import VisionLanguageModel
 from trainers.zeroth_order import ZerothOrder, laplace
 
+STARTED_IN = "started-in.txt"
+
 # (step, released noisy gradient before pruning, clipped sum of the units that everybody knows to be there)
 AfterStep = Callable[[int, Gradient, Gradient], None]
 
@@ -199,6 +201,8 @@ def train(
         raise rejected("method", config.method, "a method with gradients: gradient canaries can't enter a forward pass")
     if injection is not None:
         trainer.injected = injection.rows(sum(parameter.numel() for parameter in trainer.parameters.values()))
+    if not (run.private / STARTED_IN).is_file():  # killed before it was written: the data was found from here just now
+        remember_folder(run)
     ledger = _open_ledger(config, run, dataset, plan, inserted, resume)
     frozen = _fingerprint(model, trainer.parameters)
     start = {name: parameter.detach().clone() for name, parameter in trainer.parameters.items()}
@@ -298,11 +302,12 @@ def _release(run: RunFolder, trainer: Trainer) -> None:
     """Write the adapter beside its place and move it in file by file; `finish_model` hashes it last."""
     temporary = run.private / "adapter.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    trainer.model.save_adapter(temporary)
-    settings = temporary / "adapter_config.json"
-    tree = json.loads(settings.read_text(encoding="utf-8"))
-    tree["base_model_name_or_path"] = trainer.model.source  # as configured: peft writes a folder of this machine
-    settings.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+    with atomic.writing(temporary):
+        trainer.model.save_adapter(temporary)
+        settings = temporary / "adapter_config.json"
+        tree = json.loads(settings.read_text(encoding="utf-8"))
+        tree["base_model_name_or_path"] = trainer.model.source  # as configured: peft writes a folder of this machine
+        settings.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
     for file in sorted(temporary.iterdir()):
         if file.is_file() and file.suffix in (".safetensors", ".json"):
             atomic.write_bytes(run.model / file.name, file.read_bytes())
@@ -316,7 +321,7 @@ def remember_folder(run: RunFolder) -> None:
 
     `release/config.yaml` keeps them as they were given: an absolute path would name users and projects.
     """
-    atomic.write_text(run.private / "started-in.txt", f"{Path.cwd()}\n", mode=0o600)
+    atomic.write_text(run.private / STARTED_IN, f"{Path.cwd()}\n", mode=0o600)
 
 
 def config_sha256(run: RunFolder) -> str:
@@ -327,7 +332,7 @@ def config_sha256(run: RunFolder) -> str:
 def read_config(run: RunFolder) -> RunConfig:
     """The resolved configuration of a run; its relative paths are taken from where the run was started."""
     config = configuration.resolve(configuration.read_yaml(run.config))
-    note = run.private / "started-in.txt"
+    note = run.private / STARTED_IN
     if not note.is_file():
         return config
     start = Path(note.read_text(encoding="utf-8").strip())

@@ -111,6 +111,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except BrokenPipeError:
         return _reader_gone()
+    except OSError as error:  # a folder that may not be read, a disk that fails: never a defect of a command line
+        where = f"{error.filename}: " if error.filename is not None else ""
+        console.log(f"dpaudit: {_one_line(where + (error.strerror or str(error) or type(error).__name__))}")
+        return console.ENVIRONMENT
     except SystemExit as stop:
         if isinstance(stop.__context__, BrokenPipeError):  # typer turns a broken pipe into exit code 1: our "refuted"
             return _reader_gone()
