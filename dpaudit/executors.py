@@ -143,8 +143,8 @@ class LocalExecutor:
             try:
                 waiting = iter(enumerate(texts))
                 while True:
-                    while len(running) < self.processes and (job := next(waiting, None)) is not None:
-                        index, text = job
+                    while len(running) < self.processes and (following := next(waiting, None)) is not None:
+                        index, text = following
                         running.append(self._start(Path(name), index, text))
                         if started is not None:
                             started(index)
@@ -174,7 +174,7 @@ class LocalExecutor:
                     stdin=subprocess.PIPE,  # nothing is sent: its end tells the job that this process is gone
                     stdout=sink,
                     stderr=sink,
-                    start_new_session=True,  # Ctrl-C on a terminal reaches this process, which ends its jobs in order
+                    process_group=0,  # Ctrl-C on a terminal reaches this process, which ends its jobs in order
                 )
         except OSError as error:
             raise EnvironmentFailure(f"a job can't be started: {error.strerror or error}") from error

@@ -75,7 +75,7 @@ def _measure(
     board: Board, entries: Sequence[Entry], runner: Executor, lanes: int, watch: Watcher, logs: Path, number: int
 ) -> None:
     """Cells dealt to `lanes` jobs; where such a job fails, its cells are tried one by one."""
-    shares = [share for lane in range(lanes) if (share := list(entries[lane::lanes]))]
+    shares: list[Sequence[Entry]] = [entries[lane::lanes] for lane in range(min(lanes, len(entries)))]
     broken: list[Sequence[Entry]] = []
     for outcome, share in _measured(board, shares, runner, watch):
         if outcome.error is not None and len(share) > 1:
