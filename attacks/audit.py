@@ -14,7 +14,7 @@ from attacks.options import TWIN, WHITE_BOX_TWIN, Options, prepare
 from attacks.training import resume_run, start_run
 from attacks.white_box import DEFAULT_COUNT, audit_twin, train_twin
 from attacks.white_box import TITLE as WHITE_BOX
-from dpaudit import accounting, atomic
+from dpaudit import accounting
 from dpaudit.bounds import pld
 from dpaudit.claims import decide
 from dpaudit.config import RunConfig, resolve
@@ -80,7 +80,7 @@ def audit(
         fusion = _fusion(run, log) if "fusion" in chosen else None
         contract = _contract(config, log) if "contract" in chosen else None
         document = assemble(run, target, about, merge(parts), fusion, contract, options)
-        atomic.write_document(run.audit, document)
+        run.write(document)
     return document
 
 
@@ -149,9 +149,9 @@ def twin_config(config: RunConfig, count: int) -> RunConfig:
 
 
 def _fusion(run: RunFolder, log: Callable[[str], None]) -> FusionAudit:
-    from attacks.isolation import audit_fusion
+    from attacks.fusion.audit import audit_fusion
 
-    log("isolation test of the token path")
+    log("audit of the token path")
     result: FusionAudit = audit_fusion(run)
     return result
 
@@ -258,8 +258,9 @@ def alternative(claim: Claim, reduction: float = SIGMA_REDUCTION) -> str:
     if claim.noise_multiplier is None or claim.sample_rate is None or claim.steps is None:
         return text
     sigma = float(claim.noise_multiplier) * (1 - reduction)
-    if claim.relation == "replace":
-        event = accounting.DpSgd(sigma, claim.sample_rate, claim.steps, claim.relation)
+    if claim.relation == "replace" or claim.noise != "gaussian" or claim.sampling in ("fixed", "shuffle"):
+        scheme = claim.sampling if claim.sampling in ("fixed", "shuffle") else "poisson"
+        event = accounting.DpSgd(sigma, claim.sample_rate, claim.steps, claim.relation, claim.noise, scheme)
         epsilon = accounting.epsilon(event, claim.delta)
     else:
         epsilon = pld.dp_sgd_epsilon(sigma, claim.sample_rate, claim.steps, claim.delta)

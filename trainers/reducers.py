@@ -2,7 +2,7 @@
 
 A reducer may look at one example only: `reduce(a ++ b) == reduce(a) ++ reduce(b)` bit for bit. That property is what
 keeps token pruning and fusion inside the sensitivity of DP-SGD (each clipped gradient still depends on one unit);
-`attacks.isolation` tests it on the real model.
+`attacks.fusion` tests it on the real model.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,7 @@
 """Planted bugs of the token-fusion path, on the real vision-language trainer: tokens or losses shared over a batch.
 
 The tower encodes a data set in batches, so a statistic over that batch carries one record into another's tokens.
+`attacks.bugs.token_path` plants the same faults, and those of the noise, into the parts that the fusion audit watches.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from attacks.fusion.path import Traced
 from dpaudit.config import ReducerConfig
 from trainers.adapters import vlm
 from trainers.adapters.vlm import VlmTrainer, Workshop
@@ -28,14 +30,35 @@ def _visionzip(model: VisionLanguageModel) -> Reduce:
 
 
 def batch_centres(model: VisionLanguageModel) -> Reduce:
-    """Fused tokens are pulled towards centres that are shared over the batch."""
+    """Batch-mean centres: what tokens are fused around is a mean over the batch, as in a shared codebook."""
     own = _visionzip(model)
 
     def reduce(visual: VisualTokens) -> Reduced:
         mine = own(visual)
-        tokens = mine.tokens.clone()
-        tokens[:, -FUSE:] += mine.tokens[:, -FUSE:].mean(dim=0, keepdim=True)
-        return replace(mine, tokens=tokens)
+        rows, width = visual.rows, visual.tokens.shape[2]
+        rest = torch.ones_like(visual.importance, dtype=torch.bool).scatter(1, mine.kept, False)
+        others = visual.tokens[rest].view(rows, -1, width)
+        at = torch.arange(0, others.shape[1], max(1, others.shape[1] // FUSE), device=others.device)[:FUSE]
+        centres = others[:, at].mean(dim=0, keepdim=True).expand(rows, -1, -1)
+        unit = torch.nn.functional.normalize(others, dim=-1)
+        assignment = (unit @ torch.nn.functional.normalize(centres, dim=-1).transpose(1, 2)).argmax(dim=-1)
+        member = torch.nn.functional.one_hot(assignment, FUSE).to(others.dtype)
+        means = member.transpose(1, 2) @ others / member.sum(dim=1).clamp(min=1).unsqueeze(-1)
+        tokens = torch.cat([mine.tokens[:, :-FUSE], centres + means], dim=1)
+        return Traced(tokens, mine.kept, assignment, FUSE, centres=centres)
+
+    return reduce
+
+
+def batch_merged(model: VisionLanguageModel) -> Reduce:
+    """Fused tokens are pulled towards the batch's mean fused token; centres and clusters stay the picture's own."""
+    own = _visionzip(model)
+
+    def reduce(visual: VisualTokens) -> Reduced:
+        mine = own(visual)
+        fused = mine.tokens[:, -FUSE:]
+        tokens = torch.cat([mine.tokens[:, :-FUSE], 0.5 * (fused + fused.mean(dim=0, keepdim=True))], dim=1)
+        return Traced(tokens, mine.kept, mine.assignment, FUSE, centres=torch.zeros_like(fused))
 
     return reduce
 
@@ -53,13 +76,17 @@ def batch_normalised(model: VisionLanguageModel) -> Reduce:
 
 
 def batch_count(model: VisionLanguageModel) -> Reduce:
-    """How many tokens survive is an outlier rule over the attention of the whole batch (PruMerge's public code)."""
+    """How many tokens survive is an outlier rule over the attention of the whole batch.
+
+    As `outlier_dectection` in 42Shawn/LLaVA-PruMerge (clip_encoder.py at 1ca8b2b), which flattens the batch: the share
+    of patches above Q3 + 1.5 IQR.
+    """
 
     def reduce(visual: VisualTokens) -> Reduced:
         flat = visual.importance.flatten()
-        limit = flat.median() + (flat.quantile(0.75) - flat.quantile(0.25))
-        keep = int((visual.importance > limit).sum(dim=1).max().clamp(1, model.patches - 1))
-        config = ReducerConfig(name="cls-topk", keep=keep)
+        low, high = flat.quantile(0.25), flat.quantile(0.75)
+        ratio = float((flat > high + 1.5 * (high - low)).float().mean())
+        config = ReducerConfig(name="cls-topk", keep=min(max(1, int(model.patches * ratio)), model.patches - 1))
         return make_reducer(config, patches=model.patches, drop_cls=model.drop_cls)(visual)
 
     return reduce
@@ -71,10 +98,22 @@ def token_mean(model: VisionLanguageModel) -> Callable[[Tensor, Packed], Tensor]
     def losses(tokens: Tensor, packed: Packed) -> Tensor:
         wanted = packed.targets != -100
         each = torch.nn.functional.cross_entropy(model.logits(tokens, packed), packed.targets[wanted], reduction="none")
-        rows = torch.zeros(packed.rows).index_add(0, wanted.nonzero()[:, 0], each)
+        rows = torch.zeros(packed.rows, device=each.device).index_add(0, wanted.nonzero()[:, 0], each)
         return rows / wanted.sum() * packed.rows
 
     return losses
+
+
+def padded_positions(model: VisionLanguageModel) -> Callable[[Tensor, Packed], Tensor]:
+    """Left padding with positions that count the padding: they follow the longest record of the batch."""
+    correct = model.logits
+
+    def logits(tokens: Tensor, packed: Packed) -> Tensor:
+        lengths = (packed.segment >= 0).sum(dim=1, keepdim=True)
+        shifted = packed.offset + (packed.segment.shape[1] - lengths)
+        return correct(tokens, replace(packed, offset=shifted))
+
+    return logits
 
 
 class _Planted(Workshop):
