@@ -6,6 +6,8 @@ A process killed at any moment leaves either the old file or the new one, plus a
 
 import contextlib
 import errno
+import fcntl
+import glob
 import hashlib
 import os
 import secrets
@@ -59,9 +61,14 @@ def replacing(path: Path, mode: int = 0o644) -> Iterator[Path]:
     Raises EnvironmentFailure for every OSError inside the block; the temporary file is removed then.
     """
     temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}{_SUFFIX}")
+    owner = -1
     try:
-        # The mode is there from the start: a secret is at no time readable by others.
-        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
+        _remove_abandoned(path)
+        # The mode is there from the start: a secret is at no time readable by others. The descriptor stays open: its
+        # lock tells other processes that somebody still writes here.
+        owner = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with contextlib.suppress(OSError):
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield temporary
         descriptor = os.open(temporary, os.O_RDONLY)
         try:
@@ -76,6 +83,21 @@ def replacing(path: Path, mode: int = 0o644) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise failure(path, error) from error
         raise
+    finally:
+        if owner >= 0:
+            os.close(owner)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Delete what a killed process left of an earlier attempt at the same file: nobody holds its lock any more."""
+    for left in path.parent.glob(f".{glob.escape(path.name[:100])}.*{_SUFFIX}"):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(left, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
+            finally:
+                os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from dpaudit.documents import Document
 from dpaudit.errors import EnvironmentFailure, UsageError
 
 MODEL_COMPLETE = "complete.json"
+WAIT_FOR_LOCK = "DPAUDIT_WAIT_FOR_LOCK"
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,8 @@ class RunFolder:
     def lock(self) -> Iterator[None]:
         """Hold the run alone; EnvironmentFailure at once when another process has it.
 
-        The operating system drops the lock with the process, also after kill -9, so none is ever stale.
+        The operating system drops the lock with the process, also after kill -9, so none is ever stale. On a cluster
+        that may take a while: DPAUDIT_WAIT_FOR_LOCK in the environment gives it so many seconds.
         """
         path = self.private / "lock"
         try:
@@ -136,20 +139,28 @@ class RunFolder:
         except OSError as error:
             raise atomic.failure(path, error) from error
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise atomic.failure(path, error, "locked") from error
-                owner = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
-                who = f" (process {owner})" if owner.isdigit() else ""
-                raise EnvironmentFailure(f"run {self.path}: in use by another process{who}; wait for it") from error
+            self._take(descriptor, path)
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, str(os.getpid()).encode(), 0)
             atomic.remove_leftovers(self.path)
             yield
         finally:
             os.close(descriptor)
+
+    def _take(self, descriptor: int, path: Path) -> None:
+        waiting = os.environ.get(WAIT_FOR_LOCK, "")
+        deadline = time.monotonic() + (float(waiting) if waiting.isdecimal() else 0.0)
+        while True:
+            try:
+                return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise atomic.failure(path, error, "locked") from error
+                if time.monotonic() >= deadline:
+                    owner = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
+                    who = f" (process {owner})" if owner.isdigit() else ""
+                    raise EnvironmentFailure(f"run {self.path}: in use by another process{who}; wait for it") from error
+            time.sleep(0.2)
 
     def write(self, document: Document) -> None:
         """Write `release/KIND.json` (claim, environment, audit or benchmark) and its checksum."""
