@@ -50,6 +50,8 @@ def prepare(run: RunFolder, options: Options) -> RunConfig:
     for name in ("white-box", "contract"):
         if name in options.audits and config.method == "non-private":
             raise UsageError(f"--{name}: the run makes no claim (method non-private), so there is nothing to audit")
+    if "white-box" in options.audits and config.pruning.by == "previous" and config.pruning.keep < 1:
+        raise UsageError("--white-box: pruning.by=previous noises some blocks a step; gradient canaries need them all")
     if config.method == "dp-zo":
         _zeroth_order(config, options)
     if options.count is None:

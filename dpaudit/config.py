@@ -126,7 +126,14 @@ class PruningConfig(Section):
     """Gradient-update pruning on the noisy gradient (post-processing). `keep` = fraction of blocks updated."""
 
     keep: Finite = Field(default=1.0, gt=0, le=1)
-    by: Literal["magnitude", "random"] = "magnitude"
+    by: Literal["magnitude", "magnitude-normalised", "random", "previous"] = "magnitude"
+    granularity: Literal["matrix", "layer"] = Field(
+        default="matrix", description="a block is one LoRA matrix, or all of a decoder layer"
+    )
+    decay: Finite = Field(default=0.9, ge=0, lt=1, description="by 'previous': weight of the past in a block's rank")
+    explore: Finite = Field(
+        default=0.1, ge=0, le=1, description="by 'previous': share of the kept blocks that is drawn at random"
+    )
 
 
 class ZerothOrderConfig(Section):
@@ -361,6 +368,9 @@ def _check_together(config: RunConfig) -> None:
             "privacy.epsilon", privacy.epsilon, "either privacy.epsilon or privacy.noise-multiplier, exactly one"
         )
     _check_zeroth_order(config)
+    _check_unused(
+        "pruning", config.pruning, ("decay", "explore"), config.pruning.by == "previous", "pruning.by=previous"
+    )
     if config.canaries.count and not config.canaries.kinds:
         raise rejected("canaries.kinds", config.canaries.kinds, "at least one kind")
     reducer = config.reducer
@@ -377,11 +387,9 @@ def _check_together(config: RunConfig) -> None:
 def _check_zeroth_order(config: RunConfig) -> None:
     """dp-zo has K noisy numbers a step, and no noisy gradient of any block."""
     chosen = config.zeroth_order
-    if config.method != "dp-zo":
-        plain = ZerothOrderConfig()
-        for name in ZerothOrderConfig.model_fields:
-            if getattr(chosen, name) != getattr(plain, name):
-                raise rejected(f"zeroth-order.{_dashed(name)}", getattr(chosen, name), "only with method dp-zo")
+    zeroth = config.method == "dp-zo"
+    _check_unused("zeroth-order", chosen, tuple(ZerothOrderConfig.model_fields), zeroth, "method dp-zo")
+    if not zeroth:
         return
     if config.pruning.keep < 1:
         raise rejected("pruning.keep", config.pruning.keep, "1 for method dp-zo (no block has noise of its own)")
@@ -389,3 +397,11 @@ def _check_zeroth_order(config: RunConfig) -> None:
         raise rejected("training.gradient-path", config.training.gradient_path, "auto for method dp-zo (no gradients)")
     if chosen.noise == "laplace" and config.privacy.relation == "replace":
         raise rejected("privacy.relation", "replace", "add-remove or zero-out for Laplace noise")
+
+
+def _check_unused(section: str, given: Section, fields: Sequence[str], used: bool, where: str) -> None:
+    """A setting that would change nothing is a slip: fields of `given` keep their defaults unless they are used."""
+    plain = type(given)()
+    for name in fields:
+        if not used and getattr(given, name) != getattr(plain, name):
+            raise rejected(f"{section}.{_dashed(name)}", getattr(given, name), f"only with {where}")

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: trained parameters and optimiser state, as one atomic safetensors file each.
+"""Checkpoints of a training run: parameters, optimiser and pruning state, as one atomic safetensors file each.
 
 No generator state is stored: batch, noise and masks of step t are functions of (key, t), so a resumed run repeats
 exactly what an interrupted one did.
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from dpaudit import atomic
 from dpaudit.errors import UsageError
-from trainers.updates import optimizer_tensors, restore_optimizer
+from trainers.updates import Pruning, optimizer_tensors, restore_optimizer
 
 KEEP = 2
 
@@ -23,17 +23,31 @@ def _path(folder: Path, step: int) -> Path:
 
 
 def save(
-    folder: Path, step: int, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, config: str
+    folder: Path,
+    step: int,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    config: str,
+    *,
+    pruning: Pruning,
 ) -> None:
     """Write the state after `step`; older checkpoints but one are removed once the new one is on disk."""
     tensors = {f"parameter//{name}": parameter.detach() for name, parameter in parameters.items()}
     tensors |= {f"optimizer//{name}": value for name, value in optimizer_tensors(parameters, optimizer).items()}
+    tensors |= {f"pruning//{name}": value for name, value in pruning.tensors().items()}
     atomic.write_tensors(_path(folder, step), tensors, {"step": str(step), "config": config}, mode=0o600)
     for old in sorted(folder.glob("step-*.safetensors"))[:-KEEP]:
         old.unlink(missing_ok=True)
 
 
-def restore(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, config: str) -> int:
+def restore(
+    folder: Path,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    config: str,
+    *,
+    pruning: Pruning,
+) -> int:
     """Load the newest readable checkpoint in place and return its step; 0 when there is none.
 
     A damaged file is skipped in favour of the older one (that only repeats steps already paid for); one that belongs
@@ -51,8 +65,11 @@ def restore(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: tor
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(tensors[f"parameter//{name}"])
-        prefix = "optimizer//"
-        state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        restore_optimizer(parameters, optimizer, state)
+        restore_optimizer(parameters, optimizer, _part(tensors, "optimizer//"))
+        pruning.restore(_part(tensors, "pruning//"))
         return int(metadata["step"])
     return 0
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

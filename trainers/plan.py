@@ -135,9 +135,12 @@ def ledger_rows(config: RunConfig, dataset: Dataset, plan: Plan, inserted: Inser
             LedgerRow(
                 path="gradient-update pruning",
                 status="post-processing",
-                explanation="Which blocks are updated is decided from the gradient after the noise was added.",
-                evidence=f"trainers.updates.select_blocks sees the noisy gradient only; keeps {config.pruning.keep:g} "
-                f"of the blocks by {config.pruning.by}",
+                explanation="Which blocks are updated is decided from the gradient after the noise was added."
+                if config.pruning.by != "previous"
+                else "Which blocks are computed, clipped and noised is decided before the batch is seen, from noisy "
+                "gradients of earlier steps and public coins.",
+                evidence=f"trainers.updates.Pruning sees noisy gradients only; keeps {config.pruning.keep:g} of the "
+                f"blocks ({config.pruning.granularity}) by {config.pruning.by}",
             )
         )
     if inserted.candidates:

@@ -76,6 +76,7 @@ class Trainer:
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     path: GradientPath
+    pruning: updates.Pruning
     injected: torch.Tensor | None = None  # (k, parameters): gradient canaries, units after the real ones
     zeroth: ZerothOrder | None = None  # method dp-zo: numbers instead of gradients
 
@@ -101,7 +102,8 @@ class Trainer:
         path = gradient_path(config, model, parameters)
         zeroth = ZerothOrder(model, parameters, config.zeroth_order) if config.method == "dp-zo" else None
         optimizer = updates.make_optimizer(parameters, config.training)
-        return cls(config, plan, key, model, inputs, parameters, optimizer, path, zeroth=zeroth)
+        pruning = updates.Pruning.of(parameters, config.pruning)
+        return cls(config, plan, key, model, inputs, parameters, optimizer, path, pruning, zeroth=zeroth)
 
     @property
     def released(self) -> Mapping[str, torch.Tensor]:
@@ -110,15 +112,31 @@ class Trainer:
 
     def clipped_sum(self, step: int, units: Sequence[int]) -> UnitSum:
         """Sum of the clipped gradients of some units at the present parameters, with the fusion noise of `step`."""
-        std, size = fusion_std(self.config, self.plan), self.plan.max_grad_norm
+        if self.pruning.ahead:
+            with updates.trainable_only(self.parameters, self.pruning.chosen(self._coins(step))) as chosen:
+                return self._sum(step, units, gradient_path(self.config, self.model, chosen), chosen)
         path: Callable[[Rows, float], UnitSum] = self.path
         if self.zeroth is not None:
             path = partial(self.zeroth.clipped_sum, lines=self.zeroth.lines(self.key, step))
+        return self._sum(step, units, path, self.released)
+
+    def _coins(self, step: int) -> np.random.Generator:
+        """The public coins of the pruning of `step`."""
+        return self.key.generator(purpose="pruning", step=step)
+
+    def _sum(
+        self,
+        step: int,
+        units: Sequence[int],
+        path: Callable[[Rows, float], UnitSum],
+        like: Mapping[str, torch.Tensor],
+    ) -> UnitSum:
+        std, size = fusion_std(self.config, self.plan), self.plan.max_grad_norm
         parts = [
             path(self.inputs.select(chunk, key=self.key, step=step, fusion_std=std), size)
             for chunk in self.inputs.chunks(units, self.config.training.rows_at_once)
         ]
-        return add_sums(parts, self.released, self.model.device)
+        return add_sums(parts, like, self.model.device)
 
     def with_injected(self, known: UnitSum, canaries: npt.NDArray[np.int64]) -> UnitSum:
         """`known` plus the sampled gradient canaries, each clipped as one more unit."""
@@ -139,23 +157,24 @@ class Trainer:
         if self.plan.claim is None:
             return {name: value / size for name, value in total.gradient.items()}
         std = self.config.planted.noise_scale * self.plan.noise_multiplier * self.plan.max_grad_norm
-        noise = self._noise(step, std)
+        noise = self._noise(step, std, total.gradient)
         return {name: (value + noise[name]) / size for name, value in total.gradient.items()}
 
-    def _noise(self, step: int, scale: float) -> Gradient:
+    def _noise(self, step: int, scale: float, like: Gradient) -> Gradient:
         """The noise of `step`: Gaussian of std `scale`, or Laplace of that scale where the method says so."""
         if self.zeroth is None or self.zeroth.config.noise == "gaussian":
-            return noise_like(self.key, self.released, step=step, std=scale)
+            return noise_like(self.key, like, step=step, std=scale)
         return {
             name: scale * laplace(self.key, value.numel(), step=step, name=name).to(value.device)
-            for name, value in self.released.items()
+            for name, value in like.items()
         }
 
     def update(self, step: int, noisy: Gradient) -> set[str]:
         """Prune and apply; returns the blocks that were updated."""
         if self.zeroth is not None:
             noisy = self.zeroth.update(noisy, self.zeroth.lines(self.key, step))
-        kept = updates.select_blocks(noisy, self.config.pruning, rng=self.key.generator(purpose="pruning", step=step))
+        kept = self.pruning.select(noisy, self._coins(step))
+        self.pruning.observe(noisy)
         rate = updates.learning_rate(self.config.training, step=step, steps=self.plan.steps)
         updates.apply_update(self.parameters, noisy, kept, self.optimizer, rate)
         return kept
@@ -199,6 +218,8 @@ def train(
     trainer = Trainer.build(config, plan, key, model, units)
     if injection is not None and trainer.zeroth is not None:
         raise rejected("method", config.method, "a method with gradients: gradient canaries can't enter a forward pass")
+    if injection is not None and trainer.pruning.ahead:
+        raise rejected("pruning.by", config.pruning.by, "a policy that noises every block: gradient canaries need all")
     if injection is not None:
         trainer.injected = injection.rows(sum(parameter.numel() for parameter in trainer.parameters.values()))
     if not (run.private / STARTED_IN).is_file():  # killed before it was written: the data was found from here just now
@@ -209,11 +230,12 @@ def train(
     identity = config_sha256(run)
     for name in run.discard_damaged_checkpoints() if resume else ():
         reporter.phase(f"checkpoint {name} is damaged; going on from the one before it")
-    done = checkpoints.restore(run.checkpoints, trainer.parameters, trainer.optimizer, identity) if resume else 0
+    state = (trainer.parameters, trainer.optimizer, identity)
+    done = checkpoints.restore(run.checkpoints, *state, pruning=trainer.pruning) if resume else 0
     for step in range(done + 1, plan.steps + 1):
         _one_step(trainer, ledger, run, step, len(units), reporter, after_step)
         if step % config.training.checkpoint_every == 0 and step < plan.steps:
-            checkpoints.save(run.checkpoints, step, trainer.parameters, trainer.optimizer, identity)
+            checkpoints.save(run.checkpoints, step, *state, pruning=trainer.pruning)
     reporter.close()
     _check_movement(model, trainer.parameters, start, frozen)
     _release(run, trainer)

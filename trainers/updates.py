@@ -1,10 +1,14 @@
 """What happens to the noisy gradient: which blocks are updated, and by which optimiser.
 
-Everything here sees the noisy gradient only, so it is post-processing and costs no budget.
+Everything here sees noisy gradients only, so it is post-processing and costs no budget. A block is one parameter
+tensor (a LoRA matrix), or all of them in one decoder layer.
 """
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -12,22 +16,129 @@ from torch import Tensor, nn
 
 from dpaudit.config import PruningConfig, TrainingConfig
 
+_LAYER = re.compile(r"^(.*?\blayers\.\d+)\.")
 
-def select_blocks(noisy: Mapping[str, Tensor], config: PruningConfig, *, rng: np.random.Generator) -> set[str]:
-    """Names of the blocks (one parameter tensor each) to update: a function of the noisy gradient and public coins.
 
-    'magnitude' keeps the blocks with the largest Frobenius norm, as Dual-Priv Pruning does (arXiv 2506.07077,
-    mechanism 2); ties go to the earlier name. 'random' keeps as many at random.
+def group_of(name: str, granularity: str) -> str:
+    """The block that a parameter belongs to: itself, or its decoder layer (the projector is one block of its own)."""
+    if granularity == "matrix":
+        return name
+    found = _LAYER.match(name)
+    return found.group(1) if found else name.split(".", 1)[0]
+
+
+@dataclass
+class Pruning:
+    """Which blocks a step computes, and which it updates. sizes: number of values of each parameter.
+
+    Policies that look at the noisy gradient of the step itself (every block was computed, clipped and noised):
+
+    - 'magnitude': the largest Frobenius norms, as Dual-Priv Pruning does (arXiv 2506.07077, mechanism 2). Noise has
+      norm sigma C sqrt(size), so big blocks win whatever the data say;
+    - 'magnitude-normalised': the largest norms over sqrt(size), where noise alone ranks all blocks alike;
+    - 'random': as many at random, the baseline.
+
+    'previous' decides before the step, so that only the chosen blocks are computed, clipped (the norm is over them
+    alone) and noised. Blocks are ranked by a decayed mean of norm / sqrt(size) over the steps that chose them; of the
+    K places `explore * K`, rounded up, go to others at random, so that none is shut out for good. The first step is all
+    random. The choice is a function of earlier releases and public coins, so the step is the same Gaussian mechanism,
+    chosen adaptively: neither sigma nor eps changes.
+
+    Ties go to the earlier name.
     """
-    names = list(noisy)
-    keep = max(1, math.ceil(config.keep * len(names)))
-    if keep >= len(names):
-        return set(names)
-    if config.by == "random":
-        return {names[index] for index in rng.permutation(len(names))[:keep]}
-    norms = [float(noisy[name].float().norm()) for name in names]
-    order = sorted(range(len(names)), key=lambda index: -norms[index])
-    return {names[index] for index in order[:keep]}
+
+    sizes: Mapping[str, int]
+    config: PruningConfig
+    scores: dict[str, float] = field(default_factory=dict)  # of the blocks that a step has chosen so far
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, Tensor], config: PruningConfig) -> "Pruning":
+        """Nothing seen yet."""
+        return cls({name: value.numel() for name, value in parameters.items()}, config)
+
+    @property
+    def blocks(self) -> dict[str, list[str]]:
+        """Parameter names of each block, in name order."""
+        found: dict[str, list[str]] = {}
+        for name in sorted(self.sizes):
+            found.setdefault(group_of(name, self.config.granularity), []).append(name)
+        return found
+
+    @property
+    def count(self) -> int:
+        """K, the number of blocks that a step updates."""
+        return max(1, math.ceil(self.config.keep * len(self.blocks)))
+
+    @property
+    def ahead(self) -> bool:
+        """Whether the choice is made before the step."""
+        return self.config.by == "previous" and self.count < len(self.blocks)
+
+    def chosen(self, rng: np.random.Generator) -> set[str]:
+        """Parameters that the coming step computes, clips and noises. `rng`: public coins of that step."""
+        blocks = self.blocks
+        if not self.ahead:
+            return set(self.sizes)
+        seen = sorted(self.scores, key=lambda block: -self.scores[block])  # stable: ties to the earlier name
+        lucky = min(self.count, math.ceil(self.config.explore * self.count))
+        kept = seen[: self.count - lucky] if self.scores else []
+        others = [block for block in blocks if block not in kept]
+        drawn = rng.permutation(len(others))[: self.count - len(kept)]
+        return self._names([*kept, *(others[index] for index in drawn)])
+
+    def select(self, noisy: Mapping[str, Tensor], rng: np.random.Generator) -> set[str]:
+        """Parameters to update, as a function of this step's noisy gradient and public coins of the step."""
+        blocks = {block: names for block, names in self.blocks.items() if all(name in noisy for name in names)}
+        if self.config.by == "previous" or self.count >= len(blocks):
+            return self._names(list(blocks))
+        if self.config.by == "random":
+            names = list(blocks)
+            return self._names([names[index] for index in rng.permutation(len(names))[: self.count]])
+        size = {block: self._norm(noisy, block) for block in blocks}
+        if self.config.by == "magnitude-normalised":
+            size = {block: value / self._width(block) for block, value in size.items()}
+        return self._names(sorted(blocks, key=lambda block: -size[block])[: self.count])
+
+    def observe(self, noisy: Mapping[str, Tensor]) -> None:
+        """Remember what a step released, for the choices of later steps."""
+        if not self.ahead:
+            return
+        decay = self.config.decay
+        for block, names in self.blocks.items():
+            if all(name in noisy for name in names):
+                now = self._norm(noisy, block) / self._width(block)
+                self.scores[block] = decay * self.scores[block] + (1 - decay) * now if block in self.scores else now
+        self.scores = dict(sorted(self.scores.items()))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The memory as named tensors, for a checkpoint."""
+        return {block: torch.tensor([value], dtype=torch.float64) for block, value in self.scores.items()}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `tensors` saved."""
+        self.scores = {block: float(tensors[block][0]) for block in sorted(tensors)}
+
+    def _names(self, blocks: list[str]) -> set[str]:
+        members = self.blocks
+        return {name for block in blocks for name in members[block]}
+
+    def _norm(self, noisy: Mapping[str, Tensor], block: str) -> float:
+        return math.sqrt(sum(float(noisy[name].double().square().sum()) for name in self.blocks[block]))
+
+    def _width(self, block: str) -> float:
+        return math.sqrt(sum(self.sizes[name] for name in self.blocks[block]))
+
+
+@contextmanager
+def trainable_only(parameters: Mapping[str, nn.Parameter], chosen: set[str]) -> Iterator[dict[str, nn.Parameter]]:
+    """The chosen parameters; the others need no gradient while this lasts, so nothing is computed for them."""
+    try:
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in chosen)
+        yield {name: parameter for name, parameter in parameters.items() if name in chosen}
+    finally:
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
@@ -56,8 +167,9 @@ def apply_update(
 ) -> None:
     """One optimiser step on the kept blocks.
 
-    A pruned block gets no gradient at all: its weights, momentum and weight decay stay exactly as they were (setting
-    its gradient to zero instead would still move it by momentum and decay).
+    A pruned block gets no gradient at all, so both optimisers pass it over: its weights don't move, not by weight decay
+    either; its momentum (SGD) and both moments and step count (AdamW) stay as they were and go on from there when it is
+    chosen again. A gradient of zero instead would move it by momentum and decay.
     """
     for group in optimizer.param_groups:
         group["lr"] = rate

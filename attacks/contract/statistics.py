@@ -52,8 +52,11 @@ def law_p(values: Vector, law: str) -> float:
 def correlation(x: Vector, y: Vector) -> tuple[float, float]:
     """(r, p) about zero of paired values, exact for independent normals: r sqrt((n-2)/(1-r^2)) ~ t(n-2).
 
-    About zero, i.e. without subtracting means: x is held fixed and y is isotropic, which needs no more.
+    About zero, i.e. without subtracting means: x is held fixed and y is isotropic, which needs no more. Coordinates
+    without noise in one of the two (a block that was not chosen) are zeros: they say nothing and are left out.
     """
+    both = (x != 0) & (y != 0)
+    x, y = x[both], y[both]
     n = x.size
     scale = float(np.linalg.norm(x) * np.linalg.norm(y))
     if n < 3 or scale == 0:

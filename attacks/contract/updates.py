@@ -239,7 +239,10 @@ CARRIED_WHY = (
 
 
 def carried_over(bench: Bench) -> Check:
-    """An empty batch after different first batches, same noise."""
+    """An empty batch after different first batches, same noise; on the blocks that have noise in all of them.
+
+    Which blocks those are may follow the first release.
+    """
     probe, picks = bench.probe, bench.picks
     if not probe.deterministic:
         return skipped(CARRIED, FROZEN, CARRIED_WHY)
@@ -248,10 +251,17 @@ def carried_over(bench: Bench) -> Check:
     before = _two_steps(bench, [picks.anchor], 0)[1]
     after = [_two_steps(bench, batch, 0)[1] for batch in ([picks.place], list(picks.group))]
     size = probe.claim.max_grad_norm
-    gap = max(probe.size(item.vector - before.vector) for item in after)
+    common = sorted(before.noised.intersection(*(item.noised for item in after)))
+    if not common:
+        return skipped(CARRIED, "no block has noise in all second steps", CARRIED_WHY)
+    gap = max(probe.size(_of(item, common) - _of(before, common)) for item in after)
     allowed = 1e-6 * size + 2 * probe.slack(before, *after)
     measured = f"the second release moved by {gap / size:.3g} C with the first batch"
     return judged(CARRIED, gap <= allowed, measured, f"at most {allowed / size:.2g} C (rounding)", CARRIED_WHY)
+
+
+def _of(seen: Observation, names: Sequence[str]) -> Vector:
+    return np.concatenate([value for name in names if (value := seen.released[name]) is not None])
 
 
 MASK = "update mask sees noise only"

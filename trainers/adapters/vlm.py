@@ -73,7 +73,8 @@ class Workshop:
                 del self._inputs[next(iter(self._inputs))]
             self._inputs[key] = (records, UnitInputs(built.model, records))
         optimizer = updates.make_optimizer(built.parameters, self.config.training)
-        return replace(built, inputs=self._inputs[key][1], optimizer=optimizer), start
+        pruning = updates.Pruning.of(built.parameters, self.config.pruning)
+        return replace(built, inputs=self._inputs[key][1], optimizer=optimizer, pruning=pruning), start
 
     def adapt(self, model: VisionLanguageModel) -> None:
         """For subclasses that change a part of the model once it is built; inputs are encoded afterwards."""
@@ -131,8 +132,8 @@ class VlmTrainer:
         self.weights = {name: value.detach().clone() for name, value in self.trainer.parameters.items()}
 
     def released(self) -> Mapping[str, Tensor | None]:
-        """The noisy mean before pruning."""
-        return self.last
+        """The noisy mean before pruning; None for a block that was pruned ahead of the step."""
+        return {**dict.fromkeys(self.weights), **self.last} if self.trainer.pruning.ahead else self.last
 
     def parameters(self) -> Mapping[str, Tensor]:
         """The adapter."""
@@ -163,9 +164,10 @@ class VlmTrainer:
         return self.kept
 
     def select(self, noisy: Mapping[str, Tensor]) -> set[str]:
-        """The blocks that a noisy gradient would update in this step."""
-        rng = self.public.generator(purpose="pruning", step=self.step_count)
-        return updates.select_blocks(noisy, self.config.pruning, rng=rng)
+        """The blocks that a noisy gradient would update in this step; settled already if chosen ahead of it."""
+        if self.trainer.pruning.ahead:
+            return self.kept
+        return self.trainer.pruning.select(noisy, self.public.generator(purpose="pruning", step=self.step_count))
 
     def gradient(self, record: Unit) -> Mapping[str, Tensor]:
         """By the micro-batch loop, the oracle of the fast path; with the fusion noise of the next step."""
@@ -186,6 +188,7 @@ class VlmTrainer:
         state = {f"weight//{name}": value for name, value in self.weights.items()}
         moments = updates.optimizer_tensors(self.trainer.parameters, self.trainer.optimizer)
         state |= {f"optimizer//{name}": value for name, value in moments.items()}
+        state |= {f"pruning//{name}": value for name, value in self.trainer.pruning.tensors().items()}
         atomic.write_tensors(path, state, metadata={"step": json.dumps(self.step_count)})
 
     def load(self, path: Path) -> None:
@@ -196,6 +199,7 @@ class VlmTrainer:
         self.weights = {name: tensors[f"weight//{name}"] for name in self.weights}
         moments = {name[11:]: value for name, value in tensors.items() if name.startswith("optimizer//")}
         updates.restore_optimizer(self.trainer.parameters, self.trainer.optimizer, moments)
+        self.trainer.pruning.restore({name[9:]: value for name, value in tensors.items() if name.startswith("pruning")})
 
 
 class VlmZerothOrder(VlmTrainer):
@@ -226,13 +230,13 @@ def _factory(shared: Workshop) -> Factory:
 
 
 @lru_cache(maxsize=4)
-def workshop(method: str) -> Workshop:
+def workshop(method: str, *settings: str) -> Workshop:
     """The ready-made configuration of the factories below: reference model, LoRA of rank 2, AdamW, sigma 1.
 
     C = 10 is about the median gradient of these units at the start, so that some are clipped and some are not.
     """
     small = ["training.batch-size=6", "training.steps=60", "model.lora.rank=2", "model.device=cpu", "training.warmup=0"]
-    small += ["privacy.noise-multiplier=1.0", "privacy.max-grad-norm=10", "privacy.delta=1e-3"]
+    small += ["privacy.noise-multiplier=1.0", "privacy.max-grad-norm=10", "privacy.delta=1e-3", *settings]
     if method == "dp-zo":
         # One direction, along which SGD moves. mu = 1e-2: batched kernels round losses by 1e-7, which 1 / mu enlarges.
         small += ["zeroth-order={directions: 1, perturbation: 1e-2}", "training.optimizer=sgd"]
@@ -256,3 +260,9 @@ def dual_priv(records: Sequence[Unit] | None = None, *, seed: int, noise_seed: i
 def dp_zo(records: Sequence[Unit] | None = None, *, seed: int, noise_seed: int | None = None) -> VlmTrainer:
     """DP-ZO: one noisy number along one public direction, two forward passes."""
     return VlmZerothOrder(workshop("dp-zo"), records, seed=seed, noise_seed=noise_seed)
+
+
+def previous(records: Sequence[Unit] | None = None, *, seed: int, noise_seed: int | None = None) -> VlmTrainer:
+    """DP-SGD on half of the blocks, chosen ahead of each step from earlier noisy gradients: only they have noise."""
+    chosen = workshop("dp-sgd", "pruning={keep: 0.5, by: previous, explore: 0.25}")
+    return VlmTrainer(chosen, records, seed=seed, noise_seed=noise_seed)
