@@ -83,8 +83,42 @@ class DataConfig(Section):
         return self
 
 
+# What PEFT offers beyond plain LoRA, with the way out, and what PEFT calls by another name.
+_NO_ADAPTER_SETTING = {
+    "dora": "its norm of a whole matrix has no per-unit gradient; use a higher rank",
+    "dropout": "a resumed run could not draw its masks again; use training.weight-decay or a lower rank",
+    "rank-pattern": "one rank for all modules; choose them by targets",
+    "alpha-pattern": "one alpha for all modules; choose them by targets",
+    "modules-to-save": "whole modules, tied embeddings among them, can't be clipped per unit; use targets",
+    "bias": "trained biases are not clipped per unit; leave it out",
+    "rslora": "give alpha times the root of rank instead",
+    "init-weights": "A is drawn from the run's key and B is 0; other starts may look at data",
+    "tower": "the vision tower stays frozen, its tokens are computed once and its rows would be tiles; use projector",
+}
+_SAME_SETTING = {
+    "use-dora": "dora",
+    "lora-dropout": "dropout",
+    "use-rslora": "rslora",
+    "lora-bias": "bias",
+    "init-lora-weights": "init-weights",
+    "vision-tower": "tower",
+}
+_OUR_NAME = {"r": "rank", "lora-alpha": "alpha", "target-modules": "targets"}
+
+
 class LoraConfig(Section):
     """Low-rank adapters on the language model, through peft."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_lora_only(cls, given: object) -> object:
+        for name in map(_dashed, map(str, given if isinstance(given, dict) else ())):
+            if name in _OUR_NAME:
+                raise ValueError(f"{name} is called {_OUR_NAME[name]} here")
+            why = _NO_ADAPTER_SETTING.get(_SAME_SETTING.get(name, name))
+            if why is not None:
+                raise ValueError(f"{name} is not supported: {why}")
+        return given
 
     rank: int = Field(default=8, ge=1)
     alpha: Finite = Field(default=16.0, gt=0)
@@ -97,6 +131,9 @@ class ModelConfig(Section):
 
     path: str | None = Field(default=None, description="folder or hub id; default: the reference model of the package")
     device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of the frozen model; adapters, clipping and noise are float32 in any case"
+    )
     lora: LoraConfig = LoraConfig()
 
 
@@ -145,17 +182,23 @@ class ZerothOrderConfig(Section):
 
 
 class TrainingConfig(Section):
-    """The optimisation. `batch-size` is the expected Poisson batch; steps = epochs * candidates / batch-size."""
+    """The optimisation. `batch-size` is the expected batch; steps = epochs * candidates / batch-size."""
 
     epochs: Finite = Field(default=30.0, gt=0)
     steps: int | None = Field(default=None, ge=1, description="overrides epochs")
     batch_size: int = Field(default=256, ge=1)
+    sampling: Literal["poisson", "fixed", "shuffle"] = Field(
+        default="poisson", description="fixed: a uniform subset of batch-size; shuffle: epochs; see docs/accounting.md"
+    )
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: Finite = Field(default=1e-3, gt=0)
     weight_decay: Finite = Field(default=0.0, ge=0)
     warmup: Finite = Field(default=0.05, ge=0, lt=1, description="fraction of the steps")
     gradient_path: Literal["auto", "micro-batch", "hooks"] = "auto"
     rows_at_once: int = Field(default=64, ge=1, description="pictures per physical batch of the fast path")
+    gradient_checkpointing: Literal["none", "auto", "reentrant", "non-reentrant"] = Field(
+        default="none", description="recompute the decoder's layers in the backward pass; auto: the kind that fits"
+    )
     checkpoint_every: int = Field(default=20, ge=1, description="steps")
 
 
@@ -371,6 +414,8 @@ def _check_together(config: RunConfig) -> None:
     _check_unused(
         "pruning", config.pruning, ("decay", "explore"), config.pruning.by == "previous", "pruning.by=previous"
     )
+    if config.training.sampling == "fixed" and config.method == "dp-zo" and config.zeroth_order.noise == "laplace":
+        raise rejected("training.sampling", "fixed", "poisson or shuffle for Laplace noise")
     if config.canaries.count and not config.canaries.kinds:
         raise rejected("canaries.kinds", config.canaries.kinds, "at least one kind")
     reducer = config.reducer
@@ -395,6 +440,9 @@ def _check_zeroth_order(config: RunConfig) -> None:
         raise rejected("pruning.keep", config.pruning.keep, "1 for method dp-zo (no block has noise of its own)")
     if config.training.gradient_path != "auto":
         raise rejected("training.gradient-path", config.training.gradient_path, "auto for method dp-zo (no gradients)")
+    if config.training.gradient_checkpointing != "none":
+        given = config.training.gradient_checkpointing
+        raise rejected("training.gradient-checkpointing", given, "none for method dp-zo (no backward pass)")
     if chosen.noise == "laplace" and config.privacy.relation == "replace":
         raise rejected("privacy.relation", "replace", "add-remove or zero-out for Laplace noise")
 

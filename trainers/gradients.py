@@ -17,9 +17,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from dpaudit.errors import DpauditError
+from dpaudit.errors import DpauditError, rejected
 from trainers.inputs import Rows
-from trainers.vlm import VisionLanguageModel
+from trainers.vlm import Checkpointing, VisionLanguageModel
 
 Gradient = dict[str, Tensor]
 
@@ -47,12 +47,34 @@ def clip_factors(norms: Tensor, max_grad_norm: float) -> Tensor:
 
 def unit_losses(model: VisionLanguageModel, rows: Rows) -> Tensor:
     """(U,) loss of each unit: the mean over its questions of the mean over that question's own answer tokens."""
-    per_row = model.losses(rows.tokens, rows.packed) * rows.weight
+    losses = model.losses(rows.tokens, rows.packed)
+    if losses.shape != rows.weight.shape:
+        raise DpauditError(f"losses: {tuple(losses.shape)} for {len(rows.weight)} rows; each row needs exactly one")
+    per_row = losses * rows.weight
     return torch.zeros(rows.units, device=per_row.device).index_add(0, rows.owner, per_row)
+
+
+def whole_units(result: UnitSum, rows: Rows) -> UnitSum:
+    """`result` as it is; DpauditError where a path clipped anything but whole units (tiles, patches, questions).
+
+    A sum of clipped tiles would have sensitivity C times the number of tiles, and nothing else would show it.
+    """
+    for name, values in (("norms", result.norms), ("losses", result.losses)):
+        if values.shape != (rows.units,):
+            raise DpauditError(
+                f"gradient path: {tuple(values.shape)} {name} for {rows.units} units; clipping must be per unit. Set "
+                "training.gradient-path=micro-batch"
+            )
+    return result
 
 
 class GradientPath(Protocol):
     """One way to a sum of clipped per-unit gradients."""
+
+    @property
+    def checkpointing(self) -> Checkpointing:
+        """The kind of gradient checkpointing that works with it; none where none does."""
+        ...
 
     def __call__(self, rows: Rows, max_grad_norm: float) -> UnitSum:
         """The sum over the units of `rows` of min(1, C / norm) times the unit's gradient."""
@@ -64,8 +86,26 @@ def zeros(parameters: Mapping[str, Tensor]) -> Gradient:
     return {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
 
 
+def choose_checkpointing(wanted: str, path: GradientPath) -> Checkpointing:
+    """The kind of checkpointing for a path: the one that works with it, or UsageError that says which does.
+
+    Measured on every family: Opacus' hooks need the reentrant kind (the other computes a layer again after the hooks
+    have looked), `torch.autograd.grad` needs the non-reentrant one (the other knows `backward()` alone).
+    """
+    if wanted == "none" or (wanted == "auto" and path.checkpointing != "none"):
+        return "none" if wanted == "none" else path.checkpointing
+    if wanted != path.checkpointing:
+        fits = "none" if path.checkpointing == "none" else f"auto, {path.checkpointing}"
+        other = "hooks" if wanted == "reentrant" else "micro-batch"
+        way = "" if wanted == "auto" else f"; {wanted} needs training.gradient-path={other}"
+        raise rejected("training.gradient-checkpointing", wanted, f"{fits} with this gradient path{way}")
+    return path.checkpointing
+
+
 class MicroBatch:
     """One unit at a time. `rows` must hold the rows of whole units."""
+
+    checkpointing: Checkpointing = "non-reentrant"
 
     def __init__(self, model: VisionLanguageModel, parameters: Mapping[str, nn.Parameter]) -> None:
         self.model, self.parameters = model, parameters
@@ -94,6 +134,8 @@ class MicroBatch:
 
 class Hooks:
     """Per-row gradients by Opacus' hooks, added up per unit, then clipped."""
+
+    checkpointing: Checkpointing = "reentrant"
 
     def __init__(self, model: VisionLanguageModel, parameters: Mapping[str, nn.Parameter]) -> None:
         self.model, self.parameters = model, parameters
@@ -136,6 +178,8 @@ class Hooks:
 
 class Plain:
     """The plain sum, no clipping: training without privacy. `max_grad_norm` is not used."""
+
+    checkpointing: Checkpointing = "non-reentrant"
 
     def __init__(self, model: VisionLanguageModel, parameters: Mapping[str, nn.Parameter]) -> None:
         self.model, self.parameters = model, parameters

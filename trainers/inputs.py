@@ -14,9 +14,10 @@ from torch import Tensor
 
 from dpaudit.errors import DpauditError
 from dpaudit.randomness import Key
+from trainers.generation import Encoded, pad_tokens
 from trainers.prompts import Packed, stack_heads
 from trainers.records import Picture, Unit
-from trainers.vlm import Encoded, VisionLanguageModel, pad_tokens
+from trainers.vlm import VisionLanguageModel
 
 PURPOSE = "fusion"
 

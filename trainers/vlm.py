@@ -7,10 +7,10 @@ its tokens can be computed once. What differs between architectures is in `train
 
 import hashlib
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +19,18 @@ from torch import Tensor, nn
 
 from dpaudit.config import LoraConfig, ReducerConfig
 from dpaudit.errors import EnvironmentFailure, UsageError, rejected
+from trainers import lora
 from trainers.families import FAMILIES, Family, Grid
 from trainers.families.base import Prepared
+from trainers.generation import Encoded, greedy
 from trainers.prompts import IGNORE, TEXT, Head, HeadRow, Packed, stack_heads
 from trainers.records import Pixels
 from trainers.reducers import Reduced, Reducer, VisualTokens, make_reducer
 
 REFERENCE = Path(__file__).parent / "public" / "base"
 SPARE = "<|spare_{}|>"
+Precision = Literal["float32", "bfloat16"]
+Checkpointing = Literal["none", "reentrant", "non-reentrant"]
 
 
 def pick_device(name: str) -> torch.device:
@@ -40,15 +44,6 @@ def pick_device(name: str) -> torch.device:
     if name == "mps" and not torch.backends.mps.is_available():
         raise EnvironmentFailure("model.device: got 'mps', but torch sees no MPS device; accepted here: cpu, auto")
     return torch.device(name)
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A picture after tower and reducer: tokens (M, D), the last `fused` of them fused, and the head they stand in."""
-
-    tokens: Tensor
-    fused: int
-    head: HeadRow
 
 
 class VisionLanguageModel:
@@ -65,14 +60,20 @@ class VisionLanguageModel:
         self.layer = self.family.layer
         self.drop_cls = self.family.drop_cls
         self.prompter = self.family.prompter(tokenizer)
+        self.checkpointing: Checkpointing = "none"
         self._reducer_config = ReducerConfig()
         self.reducer: Reducer = self._make_reducer(ReducerConfig(), self.family.patches)
 
     # -- loading ---------------------------------------------------------------------------------------------------
 
     @classmethod
-    def load(cls, path: str | None = None, *, device: str = "auto") -> "VisionLanguageModel":
-        """The reference model (path None), a folder, or a hub id. Never runs code that a checkpoint brings along."""
+    def load(
+        cls, path: str | None = None, *, device: str = "auto", precision: Precision = "float32"
+    ) -> "VisionLanguageModel":
+        """The reference model (path None), a folder, or a hub id. Never runs code that a checkpoint brings along.
+
+        precision: of the frozen weights and of what is computed with them; adapters are float32 in both.
+        """
         import transformers
         from transformers import AutoConfig, AutoTokenizer
         from transformers.utils import logging as hf_logging
@@ -85,7 +86,7 @@ class VisionLanguageModel:
             config = AutoConfig.from_pretrained(source)
             architecture = getattr(transformers, family_class(config.model_type, path).architecture)
             tokenizer = AutoTokenizer.from_pretrained(source)
-            hf = architecture.from_pretrained(source, dtype=torch.float32)
+            hf = architecture.from_pretrained(source, dtype=getattr(torch, precision))
         except (OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UsageError(f"model.path: got {path!r}, which can't be loaded: {first}") from error
@@ -208,22 +209,26 @@ class VisionLanguageModel:
         """
         family = self.family
         head = packed.head if packed.head is not None else self._plain_head(packed.rows, tokens.shape[1])
-        front = self._front(tokens, head)
-        embeds = torch.cat([front, self._embed(packed.input_ids).to(front.dtype)], dim=1)
+        front = self.front(tokens, head)
+        embeds = torch.cat([front, self.embed(packed.input_ids).to(front.dtype)], dim=1)
         text = (packed.offset + head.start[:, None]).expand(family.axes, -1, -1)
         positions = torch.cat([head.positions, text], dim=2)
-        hidden = family.decode(embeds, family.mask(packed, head), positions)[:, front.shape[1] :]
+        if self.checkpointing == "reentrant" and torch.is_grad_enabled() and not embeds.requires_grad:
+            embeds = embeds.detach().requires_grad_(True)  # without a gradient at its input it records no graph
+        with self._recomputing():
+            hidden = family.decode(embeds, family.mask(packed, head), positions)[:, front.shape[1] :]
         return family.output(hidden[packed.targets != IGNORE])
 
-    def _embed(self, ids: Tensor) -> Tensor:
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeddings of text tokens."""
         embedded: Tensor = self.core.get_input_embeddings()(ids)
         return embedded
 
-    def _front(self, tokens: Tensor, head: Head) -> Tensor:
+    def front(self, tokens: Tensor, head: Head) -> Tensor:
         """(B, H, W) embeddings of the head, with the projected visual tokens in their slots."""
         visual = self.family.project(tokens.to(self.dtype))
         place = head.slot.clamp(min=0).unsqueeze(-1).expand(-1, -1, visual.shape[-1])
-        words = self._embed(torch.where(head.slot == TEXT, head.ids, self.prompter.pad_id)).to(visual.dtype)
+        words = self.embed(torch.where(head.slot == TEXT, head.ids, self.prompter.pad_id)).to(visual.dtype)
         return torch.where((head.slot >= 0).unsqueeze(-1), visual.gather(1, place), words)
 
     def _plain_head(self, rows: int, tokens: int) -> Head:
@@ -265,115 +270,61 @@ class VisionLanguageModel:
         for at in range(0, len(order), batch_size):
             chosen = order[at : at + batch_size]
             pictures = [encoded[index[item]] for item in chosen]
-            texts = self._generate(pictures, [ids[item] for item in chosen], max_new_tokens)
+            texts = greedy(self, pictures, [ids[item] for item in chosen], max_new_tokens)
             for item, text in zip(chosen, texts, strict=True):
                 answers[item] = text
         return answers
 
-    def _generate(self, pictures: Sequence[Encoded], ids: list[list[int]], max_new_tokens: int) -> list[str]:
-        """Greedy decoding with a cache. Left padding: the answer starts at the same column everywhere."""
-        from transformers import DynamicCache
-
-        family, ends = self.family, self._end_ids()
-        embeds, visible, positions = self._prompts(pictures, ids)
-        cache = DynamicCache(config=self.core.config.get_text_config())
-        mask = family.prompt_mask(visible)
-        out: list[Tensor] = []
-        done = torch.zeros(len(ids), dtype=torch.bool, device=self.device)
-        for _ in range(max_new_tokens):
-            hidden = family.decode(embeds, mask, positions, cache)[:, -1]
-            chosen = family.output(hidden).argmax(dim=-1).masked_fill(done, self.prompter.pad_id)
-            out.append(chosen)
-            done |= torch.isin(chosen, ends)
-            if bool(done.all()):
-                break
-            embeds = self._embed(chosen)[:, None].to(embeds.dtype)
-            visible = torch.cat([visible, visible.new_ones(len(ids), 1)], dim=1)
-            mask = visible[:, None, None, :]
-            positions = positions[:, :, -1:] + 1
-        texts = self.tokenizer.batch_decode(torch.stack(out, dim=1), skip_special_tokens=True)
-        return [text.strip() for text in texts]
-
-    def _prompts(self, pictures: Sequence[Encoded], ids: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Left-padded prompts: embeddings (B, T, W), visible (B, T), positions (A, B, T)."""
-        head = stack_heads([picture.head for picture in pictures]).to(self.device)
-        front = self._front(pad_tokens([picture.tokens for picture in pictures]).to(self.device), head)
-        lengths = [len(picture.head.slot) for picture in pictures]
-        total = max(length + len(item) for length, item in zip(lengths, ids, strict=True))
-        embeds = front.new_zeros(len(ids), total, front.shape[2])
-        visible = torch.zeros(len(ids), total, dtype=torch.bool, device=self.device)
-        positions = torch.zeros(self.family.axes, len(ids), total, dtype=torch.int64, device=self.device)
-        for row, (length, item) in enumerate(zip(lengths, ids, strict=True)):
-            text = self._embed(torch.tensor(item, dtype=torch.int64, device=self.device)).to(front.dtype)
-            used = length + len(item)
-            embeds[row, -used:] = torch.cat([front[row, :length], text])
-            visible[row, -used:] = True
-            behind = torch.arange(len(item), device=self.device) + head.start[row]
-            positions[:, row, -used:] = torch.cat(
-                [head.positions[:, row, :length], behind.expand(self.family.axes, -1)], dim=1
-            )
-        return embeds, visible, positions
-
-    def _end_ids(self) -> Tensor:
-        """Every token that ends an answer: the prompt's own and those of the checkpoint's generation settings."""
-        known = getattr(self.core.generation_config, "eos_token_id", None)
-        more = [known] if isinstance(known, int) else list(known or [])
-        return torch.tensor(sorted({self.prompter.eos_id, *more}), dtype=torch.int64, device=self.device)
-
     # -- adapters --------------------------------------------------------------------------------------------------
 
     def attach_lora(self, config: LoraConfig, *, generator: np.random.Generator) -> dict[str, nn.Parameter]:
-        """Inject LoRA through peft and return the trainable parameters by name.
+        """Inject LoRA into the language model (and projector if asked); the trainable parameters by name.
 
-        Only the language model (and the projector if asked) is adapted: plain target names would also hit the vision
-        tower. The A matrices are drawn from `generator`, the B matrices are zero, so the model starts as the base.
+        The A matrices are drawn from `generator`, the B matrices are zero, so the model starts as the base. Adapters
+        are float32 whatever the model computes in: master weights, gradients, clipping and noise lose nothing.
         """
-        from peft import LoraConfig as PeftLora
-        from peft import get_peft_model
-
-        names = "|".join(config.targets)
-        pattern = rf"{self.family.language}\.({names})"
-        if config.projector:
-            pattern = rf"({pattern}|{self.family.projector})"
-        known = {name.rsplit(".", 1)[-1] for name, module in self.core.named_modules() if isinstance(module, nn.Linear)}
-        missing = [name for name in config.targets if name not in known]
-        if missing:
-            raise rejected("model.lora.targets", missing[0], sorted(known - {"lm_head"}))
-        adapter = PeftLora(r=config.rank, lora_alpha=config.alpha, target_modules=pattern, lora_dropout=0.0)
-        self.hf = get_peft_model(self.hf, adapter)
-        trainable = {name: parameter for name, parameter in self.hf.named_parameters() if parameter.requires_grad}
-        with torch.no_grad():
-            for name in sorted(trainable):
-                parameter = trainable[name]
-                if "lora_A" in name:
-                    bound = 1.0 / np.sqrt(parameter.shape[1])
-                    values = generator.uniform(-bound, bound, size=tuple(parameter.shape))
-                    parameter.copy_(torch.as_tensor(values, dtype=parameter.dtype))
-        return {short_name(name): parameter for name, parameter in trainable.items()}
+        self.hf = lora.attach(self.hf, self.family, config, generator)
+        return lora.trained(self.hf)
 
     def load_adapter(self, folder: Path) -> None:
         """Put a released PEFT adapter on top of this base."""
-        from peft import PeftModel
-
-        self.hf = PeftModel.from_pretrained(self.hf, str(folder)).to(self.device).eval()
+        self.hf = lora.load(self.hf, folder).to(self.device).eval()
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The adapter's parameters by name, made trainable: for attacks that need gradients of a released model."""
-        found = {short_name(name): value for name, value in self.hf.named_parameters() if "lora_" in name}
-        for parameter in found.values():
-            parameter.requires_grad_(True)
-        return found
+        return lora.made_trainable(self.hf)
 
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter in PEFT's own layout (safetensors)."""
         self.hf.save_pretrained(str(folder), safe_serialization=True)
 
+    # -- memory ----------------------------------------------------------------------------------------------------
 
-def short_name(name: str) -> str:
-    """A parameter's name without the wrappers' prefixes, stable across peft versions."""
-    for wrapper in ("base_model.model.", "model."):
-        name = name.removeprefix(wrapper)
-    return name.replace(".default", "").removeprefix("language_model.")
+    def set_checkpointing(self, mode: Checkpointing) -> None:
+        """Keep only the inputs of the decoder's layers for the backward pass and compute the rest again there."""
+        self.checkpointing = mode
+        if mode != "none":
+            settings = {"use_reentrant": mode == "reentrant"}
+            self.family.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """transformers checkpoints only layers in training mode; dropout and the like stay off below them."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        on = self.checkpointing != "none" and torch.is_grad_enabled()
+        modules = self.family.language_model.modules() if on else ()
+        layers = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
+        for layer in layers:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
+
+
+short_name = lora.short_name
 
 
 def _processor_of(source: str) -> Any:
@@ -398,15 +349,6 @@ def _deduplicate(pixels: Sequence[Pixels]) -> tuple[npt.NDArray[np.int64], list[
             unique.append(item)
         index[row] = seen[digest]
     return index, unique
-
-
-def pad_tokens(tokens: Sequence[Tensor]) -> Tensor:
-    """(B, M, D) from rows of (M_i, D), zeros behind the shorter ones."""
-    if not tokens:
-        return torch.empty(0)
-    if len({len(item) for item in tokens}) == 1:
-        return torch.stack(list(tokens))
-    return nn.utils.rnn.pad_sequence(list(tokens), batch_first=True)
 
 
 def family_class(model_type: str, source: str | None) -> type[Family]:

@@ -1,0 +1,101 @@
+"""Low-rank adapters through PEFT: which modules, which settings, names, and what is refused.
+
+Only plain LoRA keeps "one gradient a unit" simple: every trained matrix sees each row by itself. What PEFT offers
+beyond that is refused with the reason, instead of being trained with clipping that does not mean what the claim says.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dpaudit.config import LoraConfig
+from dpaudit.errors import UsageError, rejected
+from trainers.families import Family
+
+# Settings of a PEFT adapter that can't be differentiated unit by unit, and why.
+UNSUPPORTED = {
+    "use_dora": "its magnitude vector divides by a norm of the whole matrix, which per-unit hooks can't follow",
+    "modules_to_save": "whole modules would be trained, tied embeddings among them",
+    "layer_replication": "a replicated layer uses one weight twice",
+    "target_parameters": "parameters without a module of their own have no per-unit gradient",
+    "trainable_token_indices": "rows of the embedding would be trained, which is tied to the output layer",
+}
+
+
+def attach(hf: Any, family: Family, config: LoraConfig, generator: np.random.Generator) -> Any:
+    """`hf` inside a PEFT model with fresh LoRA, A from `generator`, B zero, both in float32 whatever `hf` computes in.
+
+    Only the language model (and the projector if asked) is adapted: plain target names would also hit the vision tower.
+    """
+    from peft import LoraConfig as PeftLora
+    from peft import get_peft_model
+
+    names = "|".join(re.escape(name) for name in config.targets)
+    pattern = rf"{family.language}\.({names})"
+    if config.projector:
+        pattern = rf"({pattern}|{family.projector})"
+    known = targets(hf, family)
+    missing = [name for name in config.targets if name not in known]
+    if missing:
+        raise rejected("model.lora.targets", missing[0], f"{sorted(known)} (linear layers inside the language model)")
+    adapter = PeftLora(r=config.rank, lora_alpha=config.alpha, target_modules=pattern, lora_dropout=0.0)
+    wrapped = get_peft_model(hf, adapter, autocast_adapter_dtype=True)
+    with torch.no_grad():
+        for name, parameter in sorted(wrapped.named_parameters()):
+            if parameter.requires_grad and "lora_A" in name:
+                bound = 1.0 / np.sqrt(parameter.shape[1])
+                values = generator.uniform(-bound, bound, size=tuple(parameter.shape))
+                parameter.copy_(torch.as_tensor(values, dtype=parameter.dtype))
+    return wrapped
+
+
+def targets(hf: Any, family: Family) -> set[str]:
+    """Names of the linear layers inside the language model; its output layer, often tied, is not one of them."""
+    inside = re.compile(rf"{family.language}\.\w+")
+    linear = (name for name, module in hf.named_modules() if isinstance(module, nn.Linear))
+    return {name.rsplit(".", 1)[-1] for name in linear if inside.fullmatch(name)}
+
+
+def load(hf: Any, folder: Path) -> Any:
+    """`hf` with a released PEFT adapter on top; its weights are float32."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(hf, str(folder), autocast_adapter_dtype=True)
+
+
+def trained(wrapped: Any) -> dict[str, nn.Parameter]:
+    """The parameters of the adapter that require a gradient, by short name."""
+    return {short_name(name): value for name, value in wrapped.named_parameters() if value.requires_grad}
+
+
+def made_trainable(wrapped: Any) -> dict[str, nn.Parameter]:
+    """The adapter's parameters by short name, made trainable: for attacks that need gradients of a released model.
+
+    Raises UsageError for an adapter with settings that per-unit gradients can't follow.
+    """
+    for settings in getattr(wrapped, "peft_config", {}).values():
+        for name, why in UNSUPPORTED.items():
+            if getattr(settings, name, None):
+                raise UsageError(
+                    f"adapter: {name} is not supported where gradients are needed ({why}); audit it by its answers, or "
+                    "train plain LoRA"
+                )
+        if getattr(settings, "bias", "none") != "none" or getattr(settings, "lora_bias", False):
+            raise UsageError(
+                "adapter: trained biases are not supported where gradients are needed; accepted: bias none"
+            )
+    found = {short_name(name): value for name, value in wrapped.named_parameters() if "lora_" in name}
+    for parameter in found.values():
+        parameter.requires_grad_(True)
+    return found
+
+
+def short_name(name: str) -> str:
+    """A parameter's name without the wrappers' prefixes, stable across peft versions."""
+    for wrapper in ("base_model.model.", "model."):
+        name = name.removeprefix(wrapper)
+    return name.replace(".default", "").removeprefix("language_model.")
