@@ -166,7 +166,7 @@ def _group(
                 seconds=time.perf_counter() - began,
             )
             save_answers(run, questions, outcomes[str(run.path)])
-            atomic.write_document(run.benchmark, document)
+            run.write(document)
             documents.append(document)
     return documents
 

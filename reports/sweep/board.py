@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from dpaudit import atomic
 from dpaudit.config import read_yaml, resolve
 from dpaudit.documents import AuditDocument, BenchmarkDocument, ClaimDocument, LedgerRow, Metric
@@ -135,17 +133,13 @@ def tuning(plan: Plan) -> LedgerRow | None:
 
 
 def _answers(run: RunFolder) -> table.Answers:
-    path = run.private / ANSWERS
-    try:
-        frame = pd.read_parquet(path)
-        return table.Answers(
-            frame["correct"].to_numpy(dtype="float64"),
-            tuple(frame["cluster"].astype(str)),
-            tuple(frame["kind"].astype(str)),
-            str(frame["sample"].iloc[0]),
-        )
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise UsageError(f"{path}: damaged; delete it and go on with --resume") from error
+    frame = atomic.read_frame(run.private / ANSWERS)
+    return table.Answers(
+        frame["correct"].to_numpy(dtype="float64"),
+        tuple(frame["cluster"].astype(str)),
+        tuple(frame["kind"].astype(str)),
+        str(frame["sample"].iloc[0]),
+    )
 
 
 def _cell(entry: Entry, benchmark: BenchmarkDocument | None) -> SweepCell:

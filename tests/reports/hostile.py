@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from dpaudit.documents import AuditDocument, BenchmarkDocument, EnvironmentDocument, LedgerDocument, LedgerRow
 from tests.reports import fixtures
 
@@ -19,32 +21,33 @@ HOSTILE = (
 )
 
 
+KEPT = ("png_base64", "config_sha256", "coins_sha256", "sha256", "method")
+
+
 def tainted(document: Any, index: int = 0) -> Any:
     """The same document with hostile text in every free text field (enumerations and hashes stay)."""
-    kept = {
-        "verdict",
-        "relation",
-        "assumes",
-        "status",
-        "mechanism",
-        "sampling",
-        "training",
-        "release_status",
-        "png_base64",
-    }
-    kept |= {"config_sha256", "coins_sha256", "method"}
+    place = [index]
 
-    def walk(value: Any, name: str, place: list[int]) -> Any:
+    def text() -> str:
+        place[0] += 1
+        return HOSTILE[place[0] % len(HOSTILE)]
+
+    def walk(value: Any, free: bool) -> Any:
+        if isinstance(value, BaseModel):
+            changed = {}
+            for name, field in type(value).model_fields.items():
+                open_text = name not in KEPT and "Literal" not in str(field.annotation)
+                changed[name] = walk(getattr(value, name), open_text)
+            return value.model_copy(update=changed)
         if isinstance(value, dict):
-            return {key: walk(item, key, place) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [walk(item, name, place) for item in value]
-        if isinstance(value, str) and name not in kept and value not in ("inf", "-inf", "not released", "not run"):
-            place[0] += 1
-            return HOSTILE[place[0] % len(HOSTILE)]
-        return value
+            return {key: walk(item, free) for key, item in value.items()}
+        if isinstance(value, tuple | list):
+            return tuple(walk(item, free) for item in value)
+        return text() if free and isinstance(value, str) else value
 
-    return type(document).model_validate(walk(document.model_dump(mode="json"), "", [index]))
+    found = type(document).model_validate(walk(document, False).model_dump())
+    assert found != document
+    return found
 
 
 def write_hostile_run(parent: Path, name: str) -> Path:
