@@ -287,6 +287,18 @@ class Leak(Part):
     how: str
 
 
+class Sensitivity(Part):
+    """How far one unit was seen to move the clipped sum."""
+
+    relation: Relation = Field(description="add-remove: the unit is added; zero-out: its loss is masked out.")
+    max_grad_norm: float = Field(description="C of this comparison: the run's, or the median gradient norm.")
+    largest: float = Field(description="Largest change of the sum over C.")
+    bound: float = Field(description="What the guarantee allows: 1, or 2 under replace.")
+    holds: bool
+    comparisons: int
+    how: str = Field(description="The record behind the largest change.")
+
+
 class FusionAudit(Part):
     """The token-fusion path: per-example or not, and what a release of tokens would mean."""
 
@@ -298,6 +310,7 @@ class FusionAudit(Part):
     first_leaking_stage: str | None = None
     leak: Leak | None = None
     checks: tuple[Check, ...] = ()
+    sensitivity: tuple[Sensitivity, ...] = ()
 
 
 class ContractAudit(Part):

@@ -1,10 +1,12 @@
 """The fusion-path audit of a finished run, on its own model, reducer, data and key."""
 
+import math
 from dataclasses import replace
 
 from attacks.fusion.isolation import audit_isolation
 from attacks.fusion.noise import APART, audit_noise
 from attacks.fusion.path import TokenPath
+from attacks.fusion.sensitivity import audit_sensitivity
 from dpaudit.documents import FusionAudit
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
@@ -25,7 +27,7 @@ def path_of(run: RunFolder, device: str = "cpu") -> TokenPath:
         parameters,
         key=Key.load(run.noise_key),
         fusion_std=0.0 if config.reducer.noise == "none" else ANY_STD,
-        max_grad_norm=config.privacy.max_grad_norm,
+        max_grad_norm=math.inf if config.method == "non-private" else config.privacy.max_grad_norm,
         gradient=gradient_path(config, model, parameters) if config.method != "non-private" else None,
     )
 
@@ -46,4 +48,5 @@ def audit_fusion(run: RunFolder, *, batch: int = BATCH, device: str = "cpu") -> 
         first_leaking_stage=None if isolation.leak is None else isolation.leak.stage,
         leak=isolation.leak,
         checks=(*isolation.checks, *noise),
+        sensitivity=audit_sensitivity(path, units),
     )
