@@ -63,7 +63,8 @@ def open_run(
                 f"--out {out}: holds a run already; choose another folder, or dpaudit train --resume {out}"
             )
         dataset = dataset or data.load(config.data)
-        model = VisionLanguageModel.load(config.model.path, device=config.model.device)
+        chosen = config.model
+        model = VisionLanguageModel.load(chosen.path, device=chosen.device, precision=chosen.precision)
         make_plan(config, dataset, config.canaries.count if candidates is None else candidates)
         model.set_reducer(config.reducer)
         key = _key(config, run)
@@ -81,7 +82,8 @@ def resume_run(path: Path, *, reporter: Reporter | None = None, dataset: Dataset
             run.require_finished()
             return run
         dataset = dataset or data.load(config.data)
-        model = VisionLanguageModel.load(config.model.path, device=config.model.device)
+        chosen = config.model
+        model = VisionLanguageModel.load(chosen.path, device=chosen.device, precision=chosen.precision)
         _train(config, run, Key.load(run.noise_key), dataset, model, True, reporter, None)
     return run
 
