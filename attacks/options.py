@@ -54,6 +54,10 @@ def prepare(run: RunFolder, options: Options) -> RunConfig:
         raise UsageError("--white-box: pruning.by=previous noises some blocks a step; gradient canaries need them all")
     if config.method == "dp-zo":
         _zeroth_order(config, options)
+    if "white-box" in options.audits and config.training.sampling != "poisson":
+        from attacks.white_box import refusal
+
+        raise UsageError(refusal(config.training.sampling))
     if options.count is None:
         return config
     if not {"canaries", "white-box"} & set(options.named(config)):

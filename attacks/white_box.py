@@ -114,6 +114,14 @@ class GradientGame:
         self.steps_seen += 1
 
 
+def refusal(sampling: str) -> str:
+    """Why a run with other than Poisson batches is not played: its canaries don't join steps independently."""
+    return (
+        f"--white-box: training.sampling={sampling}; accepted: poisson, whose likelihood ratio the game scores (the "
+        "other audits judge this run)"
+    )
+
+
 def train_twin(config: RunConfig, place: Path, *, count: int, reporter: Reporter | None = None) -> RunFolder:
     """Train the white-box twin of a configuration in `place` and write its scores. Needs a claim with Gaussian noise.
 
@@ -125,6 +133,8 @@ def train_twin(config: RunConfig, place: Path, *, count: int, reporter: Reporter
         claim = plan.claim
         if claim is None:
             raise UsageError("--white-box: the run makes no claim, so there is no mechanism to audit")
+        if plan.sampling != "poisson":
+            raise UsageError(refusal(plan.sampling))
         game = GradientGame(
             count, key, plan.max_grad_norm, plan.noise_multiplier, plan.sample_rate, plan.expected_batch_size
         )

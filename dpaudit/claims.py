@@ -60,8 +60,8 @@ class StepClaim:
     def event(self, steps: int | None = None) -> DpSgd | None:
         """The accountant's event over `steps` (default: all); None where Poisson accounting does not apply.
 
-        Fixed-size and shuffled batches have no amplification proof of this kind: an eps that the accountant computed
-        for Poisson batches must not be quoted for them (Chua et al. 2024; Annamalai et al. 2024).
+        An eps that was computed for Poisson batches must not be quoted for fixed-size or shuffled ones (Chua et al.
+        2024; Annamalai et al. 2024). Theirs needs more than this claim says: that absent units leave their place empty.
         """
         count = steps if steps is not None else self.steps
         if count is None or self.mechanism != "gaussian" or self.sampling not in ("poisson", "full"):

@@ -8,6 +8,7 @@ from dpaudit.config import RunConfig
 from dpaudit.documents import Claim, ClaimDocument, LedgerRow
 from dpaudit.errors import rejected
 from trainers.records import Dataset, Unit
+from trainers.sampling import Sampler
 
 CURVE_DELTAS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 
@@ -37,6 +38,12 @@ class Plan:
     max_grad_norm: float
     claim: Claim | None
     not_releasable: tuple[str, ...] = ()
+    sampling: accounting.Scheme = "poisson"
+
+    @property
+    def sampler(self) -> Sampler:
+        """Who is in the batch of which step."""
+        return Sampler(self.sampling, self.candidates, round(self.expected_batch_size))
 
     @property
     def event(self) -> accounting.DpSgd | None:
@@ -44,7 +51,7 @@ class Plan:
         if self.claim is None:
             return None
         return accounting.DpSgd(
-            self.noise_multiplier, self.sample_rate, self.steps, self.claim.relation, self.claim.noise
+            self.noise_multiplier, self.sample_rate, self.steps, self.claim.relation, self.claim.noise, self.sampling
         )
 
     def epsilon_after(self, step: int) -> float | None:
@@ -55,10 +62,14 @@ class Plan:
         return accounting.epsilon_after(event, step, self.claim.delta)
 
     def document(self) -> ClaimDocument:
-        """`release/claim.json`."""
+        """`release/claim.json`, with what other accountants say of the same mechanism."""
         reasons = () if self.claim else ("method non-private: no clipping, no noise, no claim",)
+        event = self.event
         return ClaimDocument(
-            claim=self.claim, releasable=not self.not_releasable, reasons=(*reasons, *self.not_releasable)
+            claim=self.claim,
+            releasable=not self.not_releasable,
+            reasons=(*reasons, *self.not_releasable),
+            cross_checks=accounting.cross_check(event, self.claim.delta) if event and self.claim else (),
         )
 
 
@@ -75,11 +86,16 @@ def make_plan(config: RunConfig, dataset: Dataset, canaries: int) -> Plan:
         raise rejected(
             "training.batch-size", training.batch_size, f"at most {candidates} (units and canary candidates)"
         )
-    rate = training.batch_size / candidates
-    steps = training.steps or max(1, round(training.epochs / rate))
+    if training.sampling != "poisson" and candidates - canaries < len(dataset.train):
+        why = f"at least {len(dataset.train)}, the units, for training.sampling={training.sampling}"
+        raise rejected("data.public-size", config.data.public_size, why)
+    sampler = Sampler(training.sampling, candidates, training.batch_size)
+    rate = sampler.rate
+    steps = training.steps or sampler.steps(training.epochs)
+    public = (candidates, rate, steps, float(training.batch_size))
     not_releasable = _not_releasable(config)
     if config.method == "non-private":
-        return Plan(candidates, rate, steps, float(training.batch_size), 0.0, math.inf, None, not_releasable)
+        return Plan(*public, 0.0, math.inf, None, not_releasable, training.sampling)
     if privacy.delta >= 1 / candidates:
         raise rejected("privacy.delta", privacy.delta, f"below 1/n = {1 / candidates:.2g} for {candidates} units")
     sigma = privacy.noise_multiplier
@@ -92,8 +108,9 @@ def make_plan(config: RunConfig, dataset: Dataset, canaries: int) -> Plan:
             steps=steps,
             relation=privacy.relation,
             noise=config.zeroth_order.noise,
+            sampling=training.sampling,
         )
-    event = accounting.DpSgd(sigma, rate, steps, privacy.relation, config.zeroth_order.noise)
+    event = accounting.DpSgd(sigma, rate, steps, privacy.relation, config.zeroth_order.noise, training.sampling)
     spent = accounting.epsilon(event, privacy.delta)
     claim = Claim(
         epsilon=privacy.epsilon if privacy.epsilon is not None else spent,
@@ -104,7 +121,7 @@ def make_plan(config: RunConfig, dataset: Dataset, canaries: int) -> Plan:
         noise=config.zeroth_order.noise,
         noise_multiplier=sigma,
         max_grad_norm=privacy.max_grad_norm,
-        sampling="poisson",
+        sampling=training.sampling,
         sample_rate=rate,
         steps=steps,
         expected_batch_size=float(training.batch_size),
@@ -113,9 +130,7 @@ def make_plan(config: RunConfig, dataset: Dataset, canaries: int) -> Plan:
         release="final weights (LoRA adapter)",
         curve=accounting.curve(event, [delta for delta in CURVE_DELTAS if delta < 1 / candidates]),
     )
-    return Plan(
-        candidates, rate, steps, float(training.batch_size), sigma, privacy.max_grad_norm, claim, not_releasable
-    )
+    return Plan(*public, sigma, privacy.max_grad_norm, claim, not_releasable, training.sampling)
 
 
 def _not_releasable(config: RunConfig) -> tuple[str, ...]:
@@ -182,9 +197,9 @@ def _gradient_row(config: RunConfig, plan: Plan) -> LedgerRow:
     return LedgerRow(
         path="gradients",
         status="accounted",
-        explanation=f"{what}, summed over a Poisson sample and noised; the sum is divided by the public expected batch "
+        explanation=f"{what}, summed over a random batch and noised; the sum is divided by the public expected batch "
         "size.",
-        evidence=f"C = {plan.max_grad_norm:g}, sigma = {plan.noise_multiplier:.4g}, q = {plan.sample_rate:.4g}, "
+        evidence=f"C = {plan.max_grad_norm:g}, sigma = {plan.noise_multiplier:.4g}, {plan.sampler.describe()}, "
         f"T = {plan.steps}; {claim.accountant}, {claim.relation}: eps <= {float(claim.epsilon):.4g} at {claim.delta:g}",
     )
 

@@ -22,18 +22,30 @@ from torch import nn
 
 from dpaudit import atomic
 from dpaudit import config as configuration
-from dpaudit.config import RunConfig
+from dpaudit.config import ModelConfig, RunConfig
 from dpaudit.environment import describe
 from dpaudit.errors import DpauditError, UsageError, rejected
 from dpaudit.ledger import Ledger
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
 from trainers import checkpoints, updates
-from trainers.gradients import Gradient, GradientPath, Hooks, MicroBatch, Plain, UnitSum, add_sums, clip_factors
+from trainers.gradients import (
+    Gradient,
+    GradientPath,
+    Hooks,
+    MicroBatch,
+    Plain,
+    UnitSum,
+    add_sums,
+    choose_checkpointing,
+    clip_factors,
+    whole_units,
+)
 from trainers.inputs import Rows, UnitInputs
 from trainers.plan import Inserted, Plan, fusion_std, ledger_rows, make_plan
 from trainers.progress import Reporter, Silent, StepReport
 from trainers.records import Dataset, Picture, Unit
+from trainers.sampling import poisson_batch as poisson_batch  # its first home
 from trainers.vlm import VisionLanguageModel
 from trainers.zeroth_order import ZerothOrder, laplace
 
@@ -49,11 +61,6 @@ class Injection(Protocol):
     def rows(self, parameters: int) -> torch.Tensor:
         """(k, parameters) float32, the gradient of each inserted canary over all trained parameters in name order."""
         ...
-
-
-def poisson_batch(key: Key, *, step: int, units: int, rate: float) -> npt.NDArray[np.int64]:
-    """Indices of the units in the batch of `step`: each joins independently with probability `rate`."""
-    return np.flatnonzero(key.uniform(units, step=step, name="units", purpose="poisson") < rate)
 
 
 def noise_like(key: Key, like: Mapping[str, torch.Tensor], *, step: int, std: float) -> Gradient:
@@ -132,10 +139,9 @@ class Trainer:
         like: Mapping[str, torch.Tensor],
     ) -> UnitSum:
         std, size = fusion_std(self.config, self.plan), self.plan.max_grad_norm
-        parts = [
-            path(self.inputs.select(chunk, key=self.key, step=step, fusion_std=std), size)
-            for chunk in self.inputs.chunks(units, self.config.training.rows_at_once)
-        ]
+        chunks = self.inputs.chunks(units, self.config.training.rows_at_once)
+        rows = (self.inputs.select(chunk, key=self.key, step=step, fusion_std=std) for chunk in chunks)
+        parts = [whole_units(path(part, size), part) for part in rows]
         return add_sums(parts, like, self.model.device)
 
     def with_injected(self, known: UnitSum, canaries: npt.NDArray[np.int64]) -> UnitSum:
@@ -184,11 +190,13 @@ def gradient_path(
     config: RunConfig, model: VisionLanguageModel, parameters: Mapping[str, nn.Parameter]
 ) -> GradientPath:
     """Plain sums without privacy, Opacus hooks by default, the micro-batch loop when asked for."""
+    path: GradientPath = Hooks(model, parameters)
     if config.method == "non-private":
-        return Plain(model, parameters)
-    if config.training.gradient_path == "micro-batch":
-        return MicroBatch(model, parameters)
-    return Hooks(model, parameters)
+        path = Plain(model, parameters)
+    elif config.training.gradient_path == "micro-batch":
+        path = MicroBatch(model, parameters)
+    model.set_checkpointing(choose_checkpointing(config.training.gradient_checkpointing, path))
+    return path
 
 
 def train(
@@ -254,7 +262,7 @@ def _one_step(
     began = time.perf_counter()
     plan = trainer.plan
     extra = 0 if trainer.injected is None else len(trainer.injected)
-    batch = poisson_batch(trainer.key, step=step, units=units + extra, rate=plan.sample_rate)
+    batch = plan.sampler.batch(trainer.key, step=step, units=units + extra)
     known = trainer.clipped_sum(step, [int(index) for index in batch if index < units])
     total = trainer.with_injected(known, batch[batch >= units] - units)
     epsilon = plan.epsilon_after(step)
@@ -372,13 +380,14 @@ def load_model(run: RunFolder | None, device: str = "auto", *, config: RunConfig
     The base model keeps its full tokens unless a configuration is given.
     """
     if run is None:
-        model = VisionLanguageModel.load(config.model.path if config else None, device=device)
+        base = config.model if config else ModelConfig()
+        model = VisionLanguageModel.load(base.path, device=device, precision=base.precision)
         if config is not None:
             model.set_reducer(config.reducer)
         return model
     run.require_finished()
     mine = read_config(run)
-    model = VisionLanguageModel.load(mine.model.path, device=device)
+    model = VisionLanguageModel.load(mine.model.path, device=device, precision=mine.model.precision)
     model.set_reducer(mine.reducer)
     model.load_adapter(run.model)
     return model
@@ -393,7 +402,8 @@ def estimate_seconds(config: RunConfig, dataset: Dataset, plan: Plan) -> float:
         Unit(str(index), (Picture(str(index), rng.integers(0, 256, like.pixels.shape, np.uint8), like.questions),))
         for index in range(sample)
     ]
-    model = VisionLanguageModel.load(config.model.path, device=config.model.device)
+    chosen = config.model
+    model = VisionLanguageModel.load(chosen.path, device=chosen.device, precision=chosen.precision)
     trainer = Trainer.build(config, plan, Key.from_seed(0), model, units)
     trainer.clipped_sum(1, range(sample))
     began = time.perf_counter()

@@ -1,7 +1,7 @@
 """eps from (sigma, q, T), sigma from eps, and the privacy-loss distributions behind both.
 
 The number is dp-accounting's privacy-loss distribution (`pld`); Rényi DP and Opacus' PRV are cross-checks
-(`cross_checks`). Poisson, fixed-size and shuffled batches are each accounted as what they are (`schemes`), and so is
+(`cross_checks`), several mechanisms on the same people compose (`joint`). Poisson, fixed-size and shuffled batches are each accounted as what they are (`schemes`), and so is
 the choice of the best of several runs (`repetition`). docs/accounting.md says it all for users.
 
 This package owns the conventions of the neighbouring relations. `noise_multiplier` is always sigma / C: the noise's
@@ -19,6 +19,13 @@ form. No module outside may import dp-accounting or read its private attributes.
 from dpaudit.accounting.cross_checks import cross_check, prv_epsilon, rdp_epsilon
 from dpaudit.accounting.events import Direction, DpSgd, Noise, PrivacyLosses, Scheme
 from dpaudit.accounting.gaussian import gaussian_delta, gaussian_epsilon
+from dpaudit.accounting.joint import (
+    joint_after,
+    joint_curve,
+    joint_epsilon,
+    noise_multiplier_beside,
+    release_event,
+)
 from dpaudit.accounting.pld import (
     accountant_name,
     curve,
@@ -46,8 +53,13 @@ __all__ = [
     "epsilon_after",
     "gaussian_delta",
     "gaussian_epsilon",
+    "joint_after",
+    "joint_curve",
+    "joint_epsilon",
+    "noise_multiplier_beside",
     "noise_multiplier_for",
     "prv_epsilon",
     "rdp_epsilon",
+    "release_event",
     "tuning",
 ]

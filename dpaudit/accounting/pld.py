@@ -30,9 +30,9 @@ from dpaudit.accounting.schemes import composed_as, fixed_size_deltas, moved
 from dpaudit.documents import EpsilonAt, Relation
 from dpaudit.errors import rejected
 
-_FINE = 1e-4  # discretisation of the loss; 1e-5 changes the sixth digit and takes ten times as long
-_COARSE = 1e-3  # for searching and for progress bars: still an upper bound
-_POINTS = {_FINE: 500_000, _COARSE: 20_000}  # at most about this many loss values; beyond, the grid gets coarser
+FINE = 1e-4  # discretisation of the loss; 1e-5 changes the sixth digit and takes ten times as long
+COARSE = 1e-3  # for searching and for progress bars: still an upper bound
+_POINTS = {FINE: 500_000, COARSE: 20_000}  # at most about this many loss values; beyond, the grid gets coarser
 _PROGRESS_POINTS = 50
 # Losses of one step, and of all of them, beyond which a claim says nothing: grids that wide fail in memory or overflow,
 # so the closed form without amplification takes over, an upper bound for every scheme.
@@ -47,7 +47,7 @@ def accountant_name() -> str:
 def epsilon(event: DpSgd, delta: float) -> float:
     """eps of `event` at `delta`: dp-accounting's PLD, pessimistic. inf when there is no noise."""
     check_delta(delta)
-    return _epsilon(composed_as(event), float(delta), _FINE)
+    return _epsilon(composed_as(event), float(delta), FINE)
 
 
 def curve(event: DpSgd, deltas: "npt.ArrayLike") -> tuple[EpsilonAt, ...]:
@@ -76,7 +76,7 @@ def epsilon_after(event: DpSgd, steps: int, delta: float) -> float:
     if trivial(event) is not None or _hopeless(composed_as(event), delta) is not None:
         return total
     spent = composed_as(replace(event, steps=rounded))
-    return min(_epsilon_on(spent, float(delta), _grid(composed_as(event), _COARSE)), total)
+    return min(_epsilon_on(spent, float(delta), grid_of(composed_as(event), COARSE)), total)
 
 
 def noise_multiplier_for(
@@ -104,19 +104,19 @@ def noise_multiplier_for(
         return _epsilon(composed_as(DpSgd(sigma, sample_rate, steps, relation, noise, sampling)), float(delta), grid)
 
     def log_excess(log_sigma: float) -> float:
-        return math.log(max(eps(math.exp(log_sigma), _COARSE), 1e-300) / epsilon)
+        return math.log(max(eps(math.exp(log_sigma), COARSE), 1e-300) / epsilon)
 
     enough = _enough(epsilon, delta, composed_as(DpSgd(1.0, sample_rate, steps, relation, noise, sampling)))
-    low, high = _bracket(enough, lambda sigma: eps(sigma, _COARSE) > epsilon)
+    low, high = _bracket(enough, lambda sigma: eps(sigma, COARSE) > epsilon)
     # Right up to the coarse discretisation. The final grid decides: out until it holds, in while it still does.
     high = math.exp(brentq(log_excess, math.log(low), math.log(high), xtol=1e-4, rtol=1e-8)) * 1.0002
     for _ in range(200):
-        if eps(high, _FINE) <= epsilon:
+        if eps(high, FINE) <= epsilon:
             break
         high *= 1.0005
     else:
         raise rejected("epsilon", epsilon, f"a target that {accountant_name()} can resolve at delta={delta}")
-    while eps(high / 1.001, _FINE) <= epsilon:
+    while eps(high / 1.001, FINE) <= epsilon:
         high /= 1.001
     return high
 
@@ -133,7 +133,7 @@ def discrete_losses(event: DpSgd, direction: Direction) -> PrivacyLosses:
         return PrivacyLosses(np.zeros(1), np.ones(1), 0.0)
     if event.noise_multiplier == 0 or _hopeless(event, 0.5) is not None:
         return PrivacyLosses(np.zeros(0), np.zeros(0), 1.0)
-    composed = _compose(event, _grid(event, _FINE))
+    composed = composition(event, grid_of(event, FINE))
     pmf = (composed._pmf_remove if direction == "remove" else composed._pmf_add).to_dense_pmf()
     losses = (pmf._lower_loss + np.arange(pmf.size)) * pmf._discretization
     # The FFT leaves values of about -1e-17 where the probability is zero.
@@ -152,7 +152,7 @@ def _epsilon(event: DpSgd, delta: float, wished: float) -> float:
     known = trivial(event)
     if known is None:
         known = _hopeless(event, delta)
-    return known if known is not None else _epsilon_on(event, delta, _grid(event, wished))
+    return known if known is not None else _epsilon_on(event, delta, grid_of(event, wished))
 
 
 def _hopeless(event: DpSgd, delta: float) -> float | None:
@@ -168,7 +168,7 @@ def _hopeless(event: DpSgd, delta: float) -> float | None:
 
 @lru_cache(maxsize=4096)
 def _epsilon_on(event: DpSgd, delta: float, grid: float) -> float:
-    return float(_compose(event, grid).get_epsilon_for_delta(delta))
+    return float(composition(event, grid).get_epsilon_for_delta(delta))
 
 
 @lru_cache(maxsize=8)
@@ -197,7 +197,7 @@ def _mechanism(step: DpSgd, grid: float) -> Any:
 
 
 @lru_cache(maxsize=2)
-def _compose(event: DpSgd, grid: float) -> Any:
+def composition(event: DpSgd, grid: float) -> Any:
     if event.sample_rate == 1 and event.noise == "gaussian":
         # Without subsampling T Gaussians are one Gaussian with sigma / sqrt(T), exactly.
         return _mechanism(
@@ -217,11 +217,11 @@ def _width(event: DpSgd) -> float:
     # A Laplace loss lies within mu of 0.
     widest = 2 * mu if event.noise == "laplace" else mu * mu / 2 + 20 * mu
     rough = max(min(1e-2, widest / 100), widest / 20_000)
-    composed = _compose(event, rough)
+    composed = composition(event, rough)
     return float(rough * max(composed._pmf_remove.to_dense_pmf().size, composed._pmf_add.to_dense_pmf().size))
 
 
-def _grid(event: DpSgd, wished: float) -> float:
+def grid_of(event: DpSgd, wished: float) -> float:
     """The discretisation: as wished, finer for tiny losses, coarser where it would take too many points."""
     width = _width(event)
     return min(max(wished, width / _POINTS[wished]), max(width / 20_000, 1e-9))

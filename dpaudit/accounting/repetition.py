@@ -26,7 +26,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from dpaudit.accounting.cross_checks import rdp_epsilon, rdp_relation, rdp_step
+from dpaudit.accounting.cross_checks import quiet, rdp_epsilon, rdp_relation, rdp_step
 from dpaudit.accounting.events import DpSgd, check_delta
 from dpaudit.accounting.pld import trivial
 from dpaudit.accounting.schemes import composed_as
@@ -77,8 +77,9 @@ def tuning(event: DpSgd, delta: float, *, mean_runs: float, repetitions: Repetit
 
     accountant = RdpAccountant(orders=_orders(), neighboring_relation=rdp_relation(plain))
     run = dp_event.SelfComposedDpEvent(rdp_step(plain), plain.steps)
-    accountant.compose(dp_event.RepeatAndSelectDpEvent(run, mean_runs, _SHAPES[repetitions]))
-    return TunedEpsilon(float(accountant.get_epsilon(delta)), delta, mean_runs, repetitions, single)
+    with quiet():
+        accountant.compose(dp_event.RepeatAndSelectDpEvent(run, mean_runs, _SHAPES[repetitions]))
+        return TunedEpsilon(float(accountant.get_epsilon(delta)), delta, mean_runs, repetitions, single)
 
 
 def draw_runs(mean_runs: float, repetitions: Repetitions, rng: np.random.Generator) -> int:

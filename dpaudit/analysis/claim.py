@@ -62,16 +62,24 @@ class Game:
 
 
 def claimed_event(claim: Claim) -> DpSgd | None:
-    """The claim as Poisson-subsampled (or full-batch) Gaussian steps; None if it does not say enough for that."""
+    """The claim as Poisson-subsampled (or full-batch) Gaussian steps; None if it does not say enough for that.
+
+    Shuffled epochs are as many full-batch steps: that is what their proof gives each unit (dpaudit.accounting.schemes).
+    Subsets of fixed size are no such steps: their claim is tested as (eps, delta) alone.
+    """
     sigma, steps = claim.noise_multiplier, claim.steps
     rate = 1.0 if claim.sampling == "full" else claim.sample_rate
     # A zeroth-order step is a Gaussian step of few numbers; the alternatives below know Gaussian noise only.
     if claim.mechanism not in ("gaussian", "zeroth-order") or claim.noise != "gaussian":
         return None
-    if claim.sampling not in ("poisson", "full"):
+    if claim.sampling not in ("poisson", "full", "shuffle"):
         return None
     if sigma is None or not 0 < sigma < np.inf or rate is None or steps is None or steps < 1 or rate <= 0:
         return None
+    if claim.sampling == "shuffle":
+        if abs(1 / rate - round(1 / rate)) > 1e-6 / rate:
+            return None  # not cut into whole batches: nothing is known about its epochs
+        rate, steps = 1.0, DpSgd(float(sigma), float(rate), steps, claim.relation, sampling="shuffle").epochs
     return DpSgd(float(sigma), float(rate), steps, claim.relation)
 
 

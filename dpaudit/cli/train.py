@@ -86,7 +86,7 @@ def _claim_sentence(document: ClaimDocument) -> str:
         text = (
             f"Claim: eps = {float(claim.epsilon):.4g} at delta = {claim.delta:g} ({claim.relation}, "
             f"unit: {claim.unit}); sigma = {float(claim.noise_multiplier or 0):.4g}, "
-            f"q = {claim.sample_rate:.4g}, T = {claim.steps}."
+            f"{claim.sampling} batches, q = {claim.sample_rate:.4g}, T = {claim.steps}."
         )
     return text if document.releasable else f"{text} Not for release ({document.reasons[-1]})."
 
@@ -103,6 +103,9 @@ def _dry_run(config: "object", as_json: bool) -> None:
     console.say(_claim_sentence(document))
     for delta in plan.claim.curve if plan.claim else ():
         console.say(f"  eps = {float(delta.epsilon):.4g} at delta = {delta.delta:g}")
+    for check in document.cross_checks:
+        found = check.note if check.epsilon is None else f"eps <= {float(check.epsilon):.4g}"
+        console.say(f"  cross-check by {check.accountant}: {found}")
     console.say(
         f"{plan.steps} steps, expected batch {plan.expected_batch_size:g} of {plan.candidates} candidates; "
         f"about {seconds:.0f} s here. Nothing was trained."

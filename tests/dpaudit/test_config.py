@@ -71,6 +71,7 @@ BAD: dict[str, list[str]] = {
     "training.epochs": ["0", "-1", ".inf"],
     "training.steps": ["0", "-1", "1.5"],
     "training.batch-size": ["0", "-1", "2.5", "null"],
+    "training.sampling": ["Poisson", "full", "null"],
     "training.optimizer": ["adam", "AdamW"],
     "training.learning-rate": ["0", "-1", ".inf", "fast"],
     "training.weight-decay": ["-0.1", ".nan"],

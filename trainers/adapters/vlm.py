@@ -28,7 +28,7 @@ from trainers.inputs import UnitInputs
 from trainers.plan import Plan, fusion_std, make_plan
 from trainers.protocol import Factory
 from trainers.records import Dataset, Picture, Question, Unit
-from trainers.run import Trainer, poisson_batch
+from trainers.run import Trainer
 from trainers.vlm import VisionLanguageModel
 
 
@@ -61,7 +61,8 @@ class Workshop:
     def trainer(self, records: list[Unit], seed: int) -> tuple[Trainer, dict[str, Tensor]]:
         """A trainer on `records` with an optimiser of its own, and the initial weights for this seed."""
         if seed not in self._built:
-            model = VisionLanguageModel.load(self.config.model.path, device="cpu")
+            base = self.config.model
+            model = VisionLanguageModel.load(base.path, device="cpu", precision=base.precision)
             built = Trainer.build(self.config, self.plan, Key.from_seed(seed), model, records)
             self.adapt(built.model)
             start = {name: value.detach().clone() for name, value in built.parameters.items()}
@@ -112,7 +113,7 @@ class VlmTrainer:
             mechanism=self.plan.claim.mechanism,
             max_grad_norm=self.plan.max_grad_norm,
             noise_multiplier=self.plan.noise_multiplier,
-            sampling="poisson",
+            sampling=self.plan.sampling,
             sample_rate=self.plan.sample_rate,
             expected_batch_size=self.plan.expected_batch_size,
             relation=self.plan.claim.relation,
@@ -154,9 +155,9 @@ class VlmTrainer:
         return [Unit(f"x-{name}", (Picture(f"x-{name}", pixels, asked[name]),)) for name, pixels in pictures.items()]
 
     def sample(self) -> list[int]:
-        """The Poisson batch of the next step, and the next at every call."""
+        """The batch of the next step, and the next at every call."""
         self.draws += 1
-        batch = poisson_batch(self.public, step=self.draws, units=len(self.records), rate=self.plan.sample_rate)
+        batch = self.plan.sampler.batch(self.public, step=self.draws, units=len(self.records))
         return [int(index) for index in batch]
 
     def applied(self) -> set[str]:
