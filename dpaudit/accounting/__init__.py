@@ -1,8 +1,9 @@
 """eps from (sigma, q, T), sigma from eps, and the privacy-loss distributions behind both.
 
 The number is dp-accounting's privacy-loss distribution (`pld`); Rényi DP and Opacus' PRV are cross-checks
-(`cross_checks`), several mechanisms on the same people compose (`joint`). Poisson, fixed-size and shuffled batches are each accounted as what they are (`schemes`), and so is
-the choice of the best of several runs (`repetition`). docs/accounting.md says it all for users.
+(`cross_checks`). Poisson, fixed-size and shuffled batches are each accounted as what they are (`schemes`), and so is
+the choice of the best of several runs (`repetition`) and a release beside the training (`joint`). docs/accounting.md
+says it all for users.
 
 This package owns the conventions of the neighbouring relations. `noise_multiplier` is always sigma / C: the noise's
 standard deviation on the *sum* over the clip norm, whatever the relation. What one unit can move is
