@@ -27,7 +27,7 @@ from pydantic import (
 from dpaudit.errors import UsageError, rejected
 
 Method = Literal["non-private", "dp-sgd", "dual-priv", "dp-zo"]
-ReducerName = Literal["none", "random", "cls-topk", "visionzip"]
+ReducerName = Literal["none", "random", "cls-topk", "visionzip", "tome", "divprune"]
 CanaryKind = Literal["mislabelled", "noise", "new-token"]
 
 

@@ -53,7 +53,7 @@ BAD: dict[str, list[str]] = {
     "model.lora.alpha": ["0", "-1", ".inf", ".nan"],
     "model.lora.targets": ["q_proj", "3", "[1]", "[[a]]"],
     "model.lora.projector": ["2", "maybe"],
-    "reducer.name": ["tome", "VisionZip", "null", "3"],
+    "reducer.name": ["ToMe", "VisionZip", "null", "3"],
     "reducer.keep": ["0", "-1"],
     "reducer.fuse": ["-1"],
     "reducer.layer": ["last", "1.5"],
