@@ -176,22 +176,40 @@ def tensors_intact(path: Path) -> bool:
 
 
 def write_frame(path: Path, frame: "pd.DataFrame", mode: int = 0o644) -> None:
-    """Write a data frame as Parquet to `path` atomically, without its index; every page carries a checksum."""
+    """Write a data frame as Parquet to `path` atomically, without its index, with the hash of its content."""
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_pandas(frame, preserve_index=False)
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), _DIGEST: _frame_digest(frame)})
     with replacing(path, mode) as temporary:
-        frame.to_parquet(temporary, index=False, engine="pyarrow", write_page_checksum=True)
+        pyarrow.parquet.write_table(table, temporary)
 
 
 def read_frame(path: Path) -> "pd.DataFrame":
-    """Read what `write_frame` wrote, its checksums verified. UsageError when it is damaged or missing."""
+    """Read what `write_frame` wrote. UsageError when it is missing, or not the content that was written."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        frame: pd.DataFrame = pyarrow.parquet.read_table(path, page_checksum_verification=True).to_pandas()
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        what = "missing" if isinstance(error, FileNotFoundError) else "damaged: not the Parquet file that was written"
+        table = pyarrow.parquet.read_table(path)
+        frame: pd.DataFrame = table.to_pandas()
+        written = (table.schema.metadata or {}).get(_DIGEST.encode(), b"").decode()
+        if written != _frame_digest(frame):
+            raise ValueError
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # Arrow's own text may quote what it read, and a damaged schema fails in many ways.
+        what = "missing" if isinstance(error, FileNotFoundError) else "damaged: not the table that was written"
         raise UsageError(f"{path}: {what}") from None
     return frame
+
+
+def _frame_digest(frame: "pd.DataFrame") -> str:
+    import pandas as pd
+
+    found = hashlib.sha256(repr([str(name) for name in frame.columns]).encode())
+    found.update(pd.util.hash_pandas_object(frame, index=False).to_numpy().tobytes())
+    return found.hexdigest()
 
 
 def append_line(path: Path, text: str) -> None:
