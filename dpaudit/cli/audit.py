@@ -3,7 +3,7 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -14,13 +14,45 @@ if TYPE_CHECKING:
 
 
 def command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")],
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A finished run folder.")] = None,
     canaries: Annotated[bool, typer.Option("--canaries", help="The canary game; trains a twin if need be.")] = False,
     mia: Annotated[bool, typer.Option("--mia", help="Membership inference on real records.")] = False,
     fusion: Annotated[bool, typer.Option("--fusion", help="The isolation test of the token path.")] = False,
     contract: Annotated[bool, typer.Option("--contract", help="The step contract on this run's trainer.")] = False,
     white_box: Annotated[bool, typer.Option("--white-box", help="The game with injected gradients.")] = False,
-    count: Annotated[int | None, typer.Option(help="Canary candidates of a twin (default 300).")] = None,
+    count: Annotated[int | None, typer.Option(help="Canary candidates of a twin or a game (default 300).")] = None,
+    trainer: Annotated[
+        str | None, typer.Option(metavar="MODULE:FACTORY", help="Audit a trainer that dpaudit did not write.")
+    ] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="--trainer: an argument of the factory.")
+    ] = None,
+    runs: Annotated[int | None, typer.Option(help="--trainer: trainings with one canary in or out of each.")] = None,
+    steps: Annotated[int | None, typer.Option(help="--trainer: steps of a training (default: its claim's).")] = None,
+    processes: Annotated[int, typer.Option(help="--trainer: trainings of --runs at a time.")] = 1,
+    time_limit: Annotated[float, typer.Option(help="--trainer: seconds that one call of it may take.")] = 30.0,
+    seed: Annotated[int | None, typer.Option(min=0, help="--trainer: repeatable coins and noise.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Audit a checkpoint or PEFT adapter trained elsewhere.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(metavar="PATH", help="--model: what it was fine-tuned from.")] = None,
+    records: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="--model: id, image, question, answer (Parquet or JSONL).")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="--model: pictures by image_id, where they are apart.")
+    ] = None,
+    coins: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="--model: id, member: the fair coins of the records.")
+    ] = None,
+    claim_sigma: Annotated[float | None, typer.Option(help="--model: claimed noise multiplier.")] = None,
+    claim_rate: Annotated[float | None, typer.Option(help="--model: claimed Poisson sample rate.")] = None,
+    claim_steps: Annotated[int | None, typer.Option(help="--model: claimed number of steps.")] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(help="--trainer, --model: the claimed eps (default: as the trainer says).")
+    ] = None,
+    delta: Annotated[float | None, typer.Option(help="--trainer, --model: its delta (default 1e-5).")] = None,
+    out: Annotated[Path | None, typer.Option(help="--trainer, --model: folder of the audit.")] = None,
     fail_above: Annotated[
         float | None, typer.Option(metavar="EPS", help="Exit 1 when the best lower bound on eps exceeds EPS.")
     ] = None,
@@ -30,21 +62,78 @@ def command(
     strict: Annotated[bool, typer.Option("--strict", help="Exit 3 when the verdict is inconclusive.")] = False,
     as_json: Annotated[bool, console.JSON_OPTION] = False,
 ) -> None:
-    """Attack a run and say what its claim of eps is worth.
+    """Attack a run, a trainer or a model and say what its claim of eps is worth.
 
-    None named: the canary game (if the run was trained with canaries) and the isolation test. --contract takes about a
-    minute more; --white-box, and --canaries on a run trained without them, train a twin of the run first.
+    RUN, none named: the canary game (if the run was trained with canaries) and the isolation test. --contract takes
+    about a minute more; --white-box, and --canaries on a run trained without them, train a twin of the run first.
+
+    --trainer MODULE:FACTORY audits training code that dpaudit did not write (docs/audit-your-own.md); none named: all
+    that it allows but --runs. --model PATH --base PATH --records FILE --coins FILE --epsilon E audits a model that is
+    already trained, with its owner's coins.
     """
+    from attacks.external.options import ModelOptions, TrainerOptions
     from attacks.options import Options, prepare
     from dpaudit.bounds import validate
+    from dpaudit.cli import external
+    from dpaudit.errors import UsageError
     from dpaudit.runs import RunFolder
 
-    console.existing(run, "run")
     if fail_above is not None:
         validate.real("--fail-above", fail_above, low=0.0, high=float("inf"))
     flags = {"canaries": canaries, "mia": mia, "fusion": fusion, "contract": contract, "white-box": white_box}
+    named = tuple(name for name, wanted in flags.items() if wanted)
+    of_trainer: dict[str, object] = {"--set": setting, "--runs": runs, "--steps": steps, "--seed": seed}
+    of_model: dict[str, object] = {"--base": base, "--records": records, "--coins": coins, "--images": images}
+    of_model |= {"--claim-sigma": claim_sigma, "--claim-rate": claim_rate, "--claim-steps": claim_steps}
+    both: dict[str, object] = {"--epsilon": epsilon, "--delta": delta, "--out": out}
+    if (run is not None) + (trainer is not None) + (model is not None) != 1:
+        raise UsageError("audit: needs one of RUN, --trainer MODULE:FACTORY and --model PATH")
+    if trainer is not None:
+        external.refuse(of_model, "belongs to --model")
+        asked = TrainerOptions(
+            target=trainer,
+            arguments=external.arguments_of(setting or ()),
+            audits=named,
+            count=count,
+            runs=runs,
+            steps=steps,
+            epsilon=epsilon,
+            delta=delta,
+            confidence=confidence,
+            alpha=alpha,
+            seed=seed,
+            time_limit=time_limit,
+            command=shlex.join(["dpaudit", *sys.argv[1:]]),
+        )
+        document = external.trainer(asked, out, processes)
+        _finish(document, as_json=as_json, strict=strict, fail_above=fail_above)
+    if model is not None:
+        external.refuse(of_trainer | dict.fromkeys([f"--{name}" for name in named], True), "says nothing with --model")
+        needed: dict[str, object] = {"--base": base, "--records": records, "--coins": coins, "--epsilon": epsilon}
+        external.required(needed, "--model needs --base, --records, --coins and --epsilon")
+        assert base is not None and records is not None and coins is not None and epsilon is not None
+        trained = ModelOptions(
+            model=model,
+            base=base,
+            records=records,
+            coins=coins,
+            images=images,
+            epsilon=epsilon,
+            delta=1e-5 if delta is None else delta,
+            sigma=claim_sigma,
+            rate=claim_rate,
+            steps=claim_steps,
+            confidence=confidence,
+            alpha=alpha,
+            device=device,
+            command=_typed(model),
+        )
+        _finish(external.model(trained, out), as_json=as_json, strict=strict, fail_above=fail_above)
+    assert run is not None
+    external.refuse(of_trainer | of_model | both, "belongs to --trainer or --model")
+    console.existing(run, "run")
     options = Options(
-        audits=tuple(name for name, wanted in flags.items() if wanted),
+        audits=named,
         count=count,
         confidence=confidence,
         alpha=alpha,
@@ -53,10 +142,17 @@ def command(
     )
     prepare(RunFolder.open(run), options)  # a wrong flag is told before the heavy imports
 
-    from attacks.audit import audit, headline
+    from attacks.audit import audit
     from trainers.progress import Live
 
     document = audit(run, options, reporter=Live("twin"), log=console.log)
+    _finish(document, as_json=as_json, strict=strict, fail_above=fail_above)
+
+
+def _finish(document: "AuditDocument", *, as_json: bool, strict: bool, fail_above: float | None) -> NoReturn:
+    """Print the document and end with the exit code of its verdict and the gate."""
+    from attacks.audit import headline
+
     if as_json:
         console.emit(document)
     else:

@@ -1,8 +1,8 @@
 """A plain Opacus loop under test: what to hand over so that the step contract can see inside `make_private`.
 
-Two things matter. The noise generator is Opacus' own (`noise_generator=`), seeded anew from (noise_seed, step), so that
-neighbours can be compared under frozen noise. And the noisy gradient is read by Opacus' step hook, after noise and
-scaling and before the inner optimiser.
+Three things matter. The noise generator is Opacus' own (`noise_generator=`), seeded anew from (noise_seed, step), so
+that neighbours can be compared under frozen noise. The noisy gradient is read by Opacus' step hook, after noise and
+scaling and before the inner optimiser. And a canary gradient is one more row of `grad_sample`, which Opacus clips next.
 
 Opacus takes q = 1 / len(loader) and an expected batch size of int(n q) from the private n (issue 571); this loop
 declares a public size instead, and sets both from it.
@@ -67,6 +67,7 @@ class OpacusLoop:
         self.sampler = np.random.default_rng([seed, 2])
         self.step_count = 0
         self.last: dict[str, Tensor] = {}
+        self.injected: list[Mapping[str, Tensor]] = []
 
     @property
     def claim(self) -> StepClaim:
@@ -96,7 +97,16 @@ class OpacusLoop:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
             torch.autograd.backward(loss)
+        self._add_injected()
         self.optimizer.step()
+
+    def _add_injected(self) -> None:
+        if not self.injected:
+            return
+        for name, parameter in self.module.named_parameters():
+            rows = torch.stack([gradient[name] for gradient in self.injected])
+            parameter.grad_sample = torch.cat([parameter.grad_sample, rows])  # type: ignore[attr-defined]
+        self.injected = []
 
     def released(self) -> Mapping[str, Tensor | None]:
         """The noisy mean."""
@@ -125,6 +135,25 @@ class OpacusLoop:
         named = dict(plain.named_parameters())
         values = torch.autograd.grad(loss, list(named.values()))
         return dict(zip(named, values, strict=True))
+
+    def inject(self, gradient: Mapping[str, Tensor]) -> None:
+        """One more unit for the next step, before clipping."""
+        self.injected.append(gradient)
+
+    def canaries(self, n: int, seed: int) -> list[Record]:
+        """Ordinary features with a class drawn at random."""
+        generator = torch.Generator().manual_seed(seed)
+        features = 2 * torch.randn(n, FEATURES, generator=generator)
+        return list(zip(features, torch.randint(CLASSES, (n,), generator=generator), strict=True))
+
+    @torch.no_grad()
+    def score(self, record: Record) -> float:
+        """Minus the loss."""
+        x, y = record
+        # Not through the wrapped module: its hooks would collect activations.
+        plain = network(0)
+        plain.load_state_dict(self.module.state_dict())
+        return -float(nn.functional.cross_entropy(plain(x[None]), y[None]))
 
     def epsilon(self, delta: float) -> float:
         """Opacus' RDP accountant (an upper bound, looser than a PLD)."""

@@ -1,0 +1,287 @@
+"""`audit_model`: a checkpoint or adapter trained elsewhere, with its base, its records and its owner's coins.
+
+Scores are losses against the base model, the tests those of a one-run game (attacks.external.one_run). That the coins
+were fair, independent and drawn before training is the owner's statement; dpaudit checks what can be checked: their
+number, that ids match, that no picture has two coins, and that a classifier that never sees the model can't guess them.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from safetensors import SafetensorError, safe_open
+from scipy.special import ndtr
+
+from attacks.audit import alternative
+from attacks.blind import LEAST, blind_baseline
+from attacks.canaries import Plan
+from attacks.external import one_run
+from attacks.external.claims import ledger_rows
+from attacks.external.folder import AuditFolder, settings_sha256
+from attacks.external.options import ModelOptions
+from attacks.external.records import join, read_coins, read_units, shared_pictures
+from attacks.scores import STATISTIC, calibrate, losses
+from dpaudit import atomic
+from dpaudit.analysis.scores import COIN_LEVEL
+from dpaudit.bounds.pld import check_dp_sgd
+from dpaudit.bounds.roc import summarise
+from dpaudit.claims import decide
+from dpaudit.documents import AuditDocument, Check, Claim, RunInfo, ScoreSummary, Test, Validity
+from dpaudit.errors import UsageError
+from trainers.data.local import PICTURE_UNIT
+from trainers.records import Unit
+from trainers.vlm import VisionLanguageModel
+
+KIND = "record"
+TITLE = "records with the owner's coins"
+METHOD = "model trained elsewhere"
+ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What was read, before any model is loaded."""
+
+    units: dict[str, Unit]
+    coins: pd.DataFrame
+    coins_sha256: str
+
+
+def audit_model(
+    options: ModelOptions, out: Path | None = None, *, log: Callable[[str], None] = lambda _: None
+) -> AuditDocument:
+    """Audit the model and return the document; with `out` it is written to OUT/release/audit.json.
+
+    Raises UsageError (one line that names the option and what is wrong) before anything is computed.
+    """
+    check_model_folder(options.model)
+    claim = claim_of(options)
+    units = read_units(options.records, options.images)
+    files = _Files(units, join(units, read_coins(options.coins)), atomic.sha256_file(options.coins))
+    for first, second in shared_pictures(units)[:3]:
+        log(f"warning: ids {first!r} and {second!r} show the same picture")
+    count = len(files.coins)
+    planned = one_run.guesses(KIND, count, claim, confidence=options.confidence, alpha=options.alpha)
+    plan = Plan(planned, options.seed, one_run.SIGMA_REDUCTION)
+    validity = _validity(files, options.seed)
+    settings = _settings(options, files)
+    folder = None if out is None else AuditFolder.take(out, "model", settings)
+    if folder is not None:
+        atomic.write_text(folder.run.private / "plan.json", plan.to_json() + "\n", mode=0o600)
+    scores = _scores(options, list(units.values()), log) if validity.sound else None
+    document = _document(options, claim, files, plan, validity, scores, settings)
+    if folder is not None:
+        if scores is not None:
+            folder.save_scores(KIND, files.coins.assign(score=scores))
+        folder.finish(document, claim, ())
+    return document
+
+
+def claim_of(options: ModelOptions) -> Claim:
+    """--epsilon and --delta, with the mechanism where all of it is given."""
+    claim = Claim(epsilon=options.epsilon, delta=options.delta, relation="add-remove", unit=PICTURE_UNIT)
+    flags = {"--claim-sigma": options.sigma, "--claim-rate": options.rate, "--claim-steps": options.steps}
+    if all(value is None for value in flags.values()):
+        return claim
+    for flag, value in flags.items():
+        if value is None:
+            raise UsageError(f"{flag}: missing; a mechanism needs --claim-sigma, --claim-rate and --claim-steps")
+    assert options.sigma is not None and options.rate is not None and options.steps is not None
+    sigma, rate, steps = check_dp_sgd(options.sigma, options.rate, options.steps)
+    mechanism = {"noise_multiplier": sigma, "sampling": "poisson", "sample_rate": rate, "steps": steps}
+    return claim.model_copy(update=mechanism)
+
+
+def check_model_folder(path: Path) -> None:
+    """Raise UsageError unless `path` holds a whole adapter or checkpoint in safetensors."""
+    if not path.is_dir():
+        raise UsageError(f"--model {path}: no such folder")
+    if (path / "release" / "model").is_dir():
+        raise UsageError(f"--model {path}: is a run folder of dpaudit; dpaudit audit {path}")
+    adapter = (path / ADAPTER).is_file() or (path / WEIGHTS).is_file()
+    if not adapter and not (path / "config.json").is_file():
+        raise UsageError(f"--model {path}: holds neither {ADAPTER} (a PEFT adapter) nor config.json (a checkpoint)")
+    if adapter:
+        for name in (ADAPTER, WEIGHTS):
+            if not (path / name).is_file():
+                pickled = " (adapter_model.bin is a pickle, which dpaudit never opens)"
+                hint = pickled if (path / "adapter_model.bin").is_file() else ""
+                raise UsageError(f"--model {path}: an unfinished adapter, {name} is missing{hint}")
+        _read_json(path / ADAPTER)
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights:
+        raise UsageError(f"--model {path}: holds no .safetensors file; pickled weights are never opened")
+    for file in weights:
+        try:
+            with safe_open(str(file), framework="pt") as opened:
+                opened.keys()
+        except (SafetensorError, OSError) as error:
+            raise UsageError(f"--model {file}: damaged or unfinished ({' '.join(str(error).split()):.80})") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        tree = None
+    if not isinstance(tree, dict):
+        raise UsageError(f"--model {path}: damaged, not a JSON object")
+    return tree
+
+
+def load_trained(options: ModelOptions) -> VisionLanguageModel:
+    """The trained model: --base with the adapter on top, or the checkpoint. UsageError when they don't fit together."""
+    base = VisionLanguageModel.load(None if options.base == "reference" else options.base, device=options.device)
+    if (options.model / ADAPTER).is_file():
+        _put_on(base, options)
+        return base
+    model = VisionLanguageModel.load(str(options.model.resolve()), device=options.device)
+    ours, theirs = ({name: tuple(value.shape) for name, value in item.hf.named_parameters()} for item in (model, base))
+    different = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
+    if different:
+        raise UsageError(
+            f"--base {options.base}: is not what --model was fine-tuned from: {len(different)} weights differ in name "
+            f"or shape, the first is {different[0]}"
+        )
+    return model
+
+
+def _put_on(base: VisionLanguageModel, options: ModelOptions) -> None:
+    from peft import get_peft_model_state_dict
+
+    problem = f"--model {options.model}: does not fit --base {options.base}"
+    try:
+        base.load_adapter(options.model)
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError, AttributeError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # torch lists every mismatch on a line of its own after a headline.
+        shown = next((line for line in lines if "size mismatch" in line), lines[0] if lines else type(error).__name__)
+        raise UsageError(f"{problem} ({shown:.160})") from None
+    with safe_open(str(options.model / WEIGHTS), framework="pt") as file:
+        saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    loaded = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(base.hf).items()}
+    lost = sorted(name for name in saved if loaded.get(name) != saved[name])
+    if lost or not saved:
+        raise UsageError(f"{problem}: it has no place for {len(lost)} of {len(saved)} tensors ({', '.join(lost[:1])})")
+
+
+def _scores(options: ModelOptions, units: list[Unit], log: Callable[[str], None]) -> Floats:
+    log(f"losses of {len(units)} records under the base model")
+    base = VisionLanguageModel.load(None if options.base == "reference" else options.base, device=options.device)
+    before = losses(base, units)
+    del base
+    log("losses under the trained model")
+    after = losses(load_trained(options), units)
+    for flag, values in (("--base", before), ("--model", after)):
+        if not np.isfinite(values).all():
+            raise UsageError(f"{flag}: its loss on {int((~np.isfinite(values)).sum())} records is not a finite number")
+    if np.allclose(before, after, rtol=1e-6, atol=1e-7):
+        raise UsageError("--model: answers every record exactly as --base does; was it saved before training?")
+    return calibrate(before, after, np.full(len(units), KIND))
+
+
+def _validity(files: _Files, seed: int) -> Validity:
+    members = files.coins["member"].to_numpy(dtype=bool)
+    pairs = len(shared_pictures(files.units))
+    checks = [
+        _coins(files, int(members.sum()), len(members)),
+        Check(
+            name="pictures differ",
+            status="fail" if pairs else "pass",
+            measured=f"{pairs} pictures under more than one id",
+            allowed="0",
+            explanation="The unit is the picture with all its questions: one picture with two coins is in and out at "
+            "the same time."
+            if pairs
+            else "No picture has two coins (compared by pixels).",
+        ),
+    ]
+    found = blind_baseline(list(files.units.values()), members, seed=seed)
+    if found is not None:
+        checks.append(found.check())
+    else:
+        checks.append(
+            Check(
+                name="blind baseline",
+                status="not applicable",
+                measured=f"{len(members)} records",
+                allowed=f"at least {LEAST}, of both classes",
+                explanation="Too few records to fit a classifier that never sees the model.",
+            )
+        )
+    return Validity(sound=all(check.status != "fail" for check in checks), checks=tuple(checks))
+
+
+def _coins(files: _Files, inside: int, count: int) -> Check:
+    # Normal approximation with continuity correction: at 1e-6 it only decides gross cases (as in dpaudit scores).
+    far = max(0.0, abs(inside - count / 2) - 0.5) / (0.5 * np.sqrt(count))
+    p = 2 * float(ndtr(-far))
+    return Check(
+        name="coins",
+        status="fail" if p < COIN_LEVEL else "pass",
+        measured=f"{inside} of {count} in (p = {p:.2g}); SHA-256 {files.coins_sha256[:16]}…",
+        allowed=f"p >= {COIN_LEVEL:g} for fair independent coins",
+        explanation="That each coin was a fair toss of its own before training is the owner's statement; so many heads "
+        + ("are not plausible for it." if p < COIN_LEVEL else "are plausible for it."),
+    )
+
+
+def _settings(options: ModelOptions, files: _Files) -> dict[str, Any]:
+    weights = {file.name: atomic.sha256_file(file) for file in sorted(options.model.glob("*.safetensors"))}
+    numbers = {"epsilon": options.epsilon, "delta": options.delta, "seed": options.seed}
+    mechanism = {"sigma": options.sigma, "rate": options.rate, "steps": options.steps}
+    return {**numbers, **mechanism, "model": weights, "base": Path(options.base).name, "coins": files.coins_sha256}
+
+
+def _document(
+    options: ModelOptions,
+    claim: Claim,
+    files: _Files,
+    plan: Plan,
+    validity: Validity,
+    scores: Floats | None,
+    settings: dict[str, Any],
+) -> AuditDocument:
+    members = files.coins["member"].to_numpy(dtype=bool)
+    levels = {"confidence": options.confidence, "alpha": options.alpha}
+    tests: tuple[Test, ...] = ()
+    summaries: tuple[ScoreSummary, ...] = ()
+    if scores is not None:
+        frame = files.coins.assign(kind=KIND, score=scores)
+        tests = one_run.tests(frame, plan, claim, title=TITLE, statistic=STATISTIC, **levels)
+        summaries = (summarise(TITLE, scores, members),)
+    ledger = ledger_rows(claim)
+    verdict, reasons = decide(
+        claim=claim,
+        alpha=options.alpha,
+        family_confidence=options.confidence,
+        validity=validity,
+        tests=tests,
+        ledger=ledger,
+    )
+    return AuditDocument(
+        verdict=verdict,
+        reasons=reasons,
+        claim=claim,
+        alternative=alternative(claim),
+        alpha=options.alpha,
+        family_confidence=options.confidence,
+        tests=tests,
+        validity=validity,
+        ledger=ledger,
+        scores=summaries,
+        run=RunInfo(
+            name=options.model.resolve().name,
+            method=METHOD,
+            config_sha256=settings_sha256(settings),
+            coins_sha256=files.coins_sha256,
+            command=options.command,
+        ),
+    )

@@ -1,0 +1,139 @@
+"""The records and coins of a model's owner: local files, checked row by row before anything is computed from them.
+
+Records have the columns of our local data format (trainers.data.local) and an `id`: rows with the same id are one unit,
+what one person contributes. With `--images` rows name their picture by `image_id`. Coins are `id, member`, one row an
+id. Ids appear in messages to their owner, never in a document.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from dpaudit.errors import UsageError, rejected
+from trainers.data import rows
+from trainers.data.rows import Source
+from trainers.records import Picture, Pixels, Question, Unit
+
+LEAST_OF_A_CLASS = 10
+_IN = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
+
+
+def open_file(path: Path, flag: str) -> Source:
+    """A data file named on the command line."""
+    if not path.is_file():
+        raise UsageError(f"{flag} {path}: no such file")
+    if path.suffix.lower() not in (".parquet", ".jsonl"):
+        raise rejected(flag, path.name, "a .parquet or .jsonl file")
+    return Source(path=path, label=f"{flag} {path.name}", root=path.parent.resolve())
+
+
+def read_units(records: Path, images: Path | None = None) -> dict[str, Unit]:
+    """Units by id, in the order of their first rows. Raises UsageError that names file, row and field."""
+    source = open_file(records, "--records")
+    pictures = {} if images is None else _pictures(open_file(images, "--images"))
+    where = "image" if images is None else "image_id"
+    found: dict[str, dict[str, tuple[Pixels, list[Question]]]] = {}
+    for number, row in rows.read_rows(source, ["id", where, "question", "answer"], ["kind"]):
+        unit = str(rows.key(source, number, row, "id"))
+        if images is None:
+            pixels = rows.decode(source, number, rows.picture_bytes(source, number, row))
+        else:
+            name = str(rows.key(source, number, row, "image_id"))
+            if name not in pictures:
+                raise source.fault(number, "image_id", "no such picture in --images")
+            pixels = pictures[name]
+        kind = rows.text(source, number, row, "kind") if row.get("kind") is not None else "question"
+        question = Question(rows.text(source, number, row, "question"), rows.text(source, number, row, "answer"), kind)
+        shown = found.setdefault(unit, {}).setdefault(rows.content_sha256(pixels), (pixels, []))
+        shown[1].append(question)
+    if not found:
+        raise UsageError(f"{source.label}: no rows")
+    return {
+        unit: Unit(
+            id=unit,
+            pictures=tuple(
+                Picture(f"{unit}-{place}", pixels, tuple(questions))
+                for place, (pixels, questions) in enumerate(shown.values())
+            ),
+        )
+        for unit, shown in found.items()
+    }
+
+
+def _pictures(source: Source) -> dict[str, Pixels]:
+    found: dict[str, Pixels] = {}
+    for number, row in rows.read_rows(source, ["image_id", "image"]):
+        name = str(rows.key(source, number, row, "image_id"))
+        if name in found:
+            raise source.fault(number, "image_id", "occurs a second time in this file")
+        found[name] = rows.decode(source, number, rows.picture_bytes(source, number, row))
+    return found
+
+
+def read_coins(path: Path) -> pd.DataFrame:
+    """id (text) and member (bool), in the order of the file. Raises UsageError with one line."""
+    frame = _table(path)
+    for column in ("id", "member"):
+        if column not in frame.columns:
+            shown = ", ".join(str(name) for name in frame.columns)
+            raise UsageError(f"--coins {path}: column {column!r} is missing (found: {shown:.80}); accepted: id,member")
+    for column in ("id", "member"):
+        missing = frame[column].isna().to_numpy()
+        if missing.any():
+            raise UsageError(f"--coins {path}: {column} in row {int(np.argmax(missing)) + 1} is missing")
+    ids = frame["id"].astype(str)
+    doubled = ids[ids.duplicated()]
+    if len(doubled):
+        raise UsageError(f"--coins {path}: id {doubled.iloc[0]!r} occurs more than once; accepted: one coin an id")
+    text = frame["member"].astype(str).str.strip().str.lower()
+    members = text.map(_IN)
+    if members.isna().any():
+        row = int(np.argmax(members.isna().to_numpy()))
+        raise UsageError(
+            f"--coins {path}: member in row {row + 1} is {text.iloc[row]!r:.40}; accepted: 0, 1, true, false"
+        )
+    return pd.DataFrame({"id": ids.to_numpy(), "member": members.to_numpy(dtype=bool)})
+
+
+def _table(path: Path) -> pd.DataFrame:
+    if not path.is_file():
+        raise UsageError(f"--coins {path}: no such file")
+    try:
+        if path.suffix.lower() in (".parquet", ".pq"):
+            return pd.read_parquet(path)
+        frame = pd.read_csv(path, dtype={"id": str})
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError, ValueError, OSError) as error:
+        raise UsageError(f"--coins {path}: can't be read as a table ({' '.join(str(error).split()):.80})") from None
+    frame.columns = [str(column).strip() for column in frame.columns]
+    return frame
+
+
+def join(units: dict[str, Unit], coins: pd.DataFrame) -> pd.DataFrame:
+    """The coins in the order of the records. UsageError when an id has no coin or no record, or too few of a class."""
+    without = [unit for unit in units if unit not in set(coins["id"])]
+    if without:
+        raise UsageError(f"--coins: {len(without)} ids of --records have no coin, the first is {without[0]!r}")
+    foreign = [name for name in coins["id"] if name not in units]
+    if foreign:
+        raise UsageError(f"--coins: {len(foreign)} ids are not in --records, the first is {foreign[0]!r}")
+    ordered = coins.set_index("id").loc[list(units)].reset_index()
+    inside = int(ordered["member"].sum())
+    for count, what in ((inside, "members"), (len(ordered) - inside, "non-members")):
+        if count < LEAST_OF_A_CLASS:
+            raise UsageError(
+                f"--coins: {count} {what} of {len(ordered)} records; accepted: at least {LEAST_OF_A_CLASS}"
+            )
+    return ordered
+
+
+def shared_pictures(units: dict[str, Unit]) -> list[tuple[str, str]]:
+    """Pairs of different ids that show a picture of equal pixels."""
+    owner: dict[str, str] = {}
+    pairs = []
+    for name, unit in units.items():
+        for content in {rows.content_sha256(picture.pixels) for picture in unit.pictures}:
+            first = owner.setdefault(content, name)
+            if first != name:
+                pairs.append((first, name))
+    return pairs

@@ -1,0 +1,187 @@
+"""The multi-run audit: many trainings, one canary that a fair coin puts in or leaves out of each.
+
+Trainings are independent, so the classical bounds hold (Clopper-Pearson, Gaussian DP, with a threshold that is valid at
+all thresholds at once), and the order-statistics test of the claim is exact: each coin passes through the claimed
+mechanism by itself. Sampling and initial parameters are drawn anew for each run; the score of an untrained trainer with
+the same seed takes out what the initialisation brought.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from attacks.canaries import Plan
+from attacks.contract.loading import load_factory
+from attacks.external.contents import fingerprint
+from attacks.external.evidence import gather
+from attacks.external.one_run import SIGMA_REDUCTION, finite
+from attacks.external.options import TrainerOptions
+from attacks.external.setting import Setting, seed_of
+from attacks.scores import calibrate
+from dpaudit import atomic
+from dpaudit.analysis.claim import claim_test, claimed_event
+from dpaudit.analysis.plan import bound_guesses, plan
+from dpaudit.analysis.scores import Options as ScoreOptions
+from dpaudit.analysis.scores import independent_run_tests
+from dpaudit.analysis.tables import ScoreTable
+from dpaudit.documents import Claim, Test
+from dpaudit.errors import UsageError
+from dpaudit.randomness import Key
+from trainers.progress import Reporter, Silent, StepReport
+
+KIND = "run"
+TITLE = "runs: one canary in or out of each"
+DECIDING = 1  # tests of the claim
+STATISTIC = "score(record) after training, minus its regression on the score before"
+
+Floats = npt.NDArray[np.float64]
+
+
+def coins(key: Key, runs: int, target: Any) -> pd.DataFrame:
+    """One fair, independent coin a run: id, kind, member, content (the same target in all of them)."""
+    heads = key.uniform(runs, step=0, name=KIND, purpose="coins") < 0.5
+    ids = [f"run-{index:05d}" for index in range(runs)]
+    return pd.DataFrame({"id": ids, "kind": KIND, "member": heads, "content": fingerprint(target)})
+
+
+def guesses(runs: int, claim: Claim, *, alpha: float, confidence: float) -> dict[str, tuple[int, int]]:
+    """Guesses of the claim test: from the number of runs and the claim alone."""
+    if claimed_event(claim) is None:
+        r = bound_guesses("order-statistic", canaries=runs, delta=claim.delta, confidence=confidence)
+        return {KIND: (r - r // 2, r // 2)}
+    row = plan(claim, canaries=runs, alpha=alpha, alternative=1 - SIGMA_REDUCTION, separate=True)
+    return {KIND: (row.top, row.bottom)}
+
+
+def target_of(setting: Setting) -> Any:
+    """The canary whose membership is at stake in every run."""
+    return setting.first.canaries(1, seed_of(setting.key, "target"))[0]
+
+
+def train_one(setting: Setting, target: Any, index: int, member: bool) -> dict[str, Any]:
+    """Run number `index`: {"run", "before", "after", "epsilon"}."""
+    purpose = f"run {index}"
+    before = setting.trainer(purpose).score(target)
+    records = [*setting.records, target] if member else list(setting.records)
+    subject = setting.trainer(purpose, records)
+    for _, indices in setting.batches(subject, purpose, Silent()):
+        subject.step(indices)
+    stated = setting.stated_epsilon(subject)
+    after = subject.score(target)
+    return {"run": index, "before": _plain(before), "after": _plain(after), "epsilon": _plain(stated)}
+
+
+def _plain(value: float | None) -> float | str | None:
+    return value if value is None or np.isfinite(value) else str(float(value))
+
+
+def job(payload: dict[str, Any]) -> dict[str, Any]:
+    """`train_one` for an executor (dpaudit.executors): a process of its own, everything in the payload."""
+    options = TrainerOptions(**{**payload["options"], "audits": tuple(payload["options"]["audits"])})
+    key = Key(bytes.fromhex(payload["key"]), seeded=bool(payload["seeded"]))
+    factory = partial(load_factory(options.target, limit=options.time_limit), **options.arguments)
+    setting = Setting.of(factory, options, key)
+    return train_one(setting, target_of(setting), int(payload["run"]), bool(payload["member"]))
+
+
+def play(
+    setting: Setting,
+    members: npt.NDArray[np.bool_],
+    log: Path,
+    reporter: Reporter,
+    run_all: Callable[[Sequence[int]], Any] | None = None,
+) -> tuple[Floats, float | None]:
+    """Train what `log` does not hold yet; returns the scores (runs,) and the eps stated after the last run.
+
+    `log`: JSON lines, one a finished run, so that an interrupted audit goes on where it stopped. `run_all`: yields the
+    results of the runs named, in any order (None: one after the other, here).
+    """
+    done = read_log(log, len(members))
+    missing = [index for index in range(len(members)) if index not in done]
+    if done:
+        reporter.phase(f"{len(done)} of {len(members)} runs are there already")
+    target = target_of(setting)
+    results = run_all(missing) if run_all else (train_one(setting, target, i, bool(members[i])) for i in missing)
+    for result in results:
+        atomic.append_line(log, json.dumps(result))
+        done[int(result["run"])] = result
+        reporter.step(StepReport(len(done), len(members), None, None, None))
+    reporter.close()
+    rows = [done[index] for index in range(len(members))]
+    before = finite(np.array([float(row["before"]) for row in rows]))
+    after = finite(np.array([float(row["after"]) for row in rows]))
+    stated = [row["epsilon"] for row in rows if row["epsilon"] is not None]
+    scores = calibrate(-before, -after, np.full(len(rows), KIND))
+    return scores, max(float(value) for value in stated) if stated else None
+
+
+def read_log(log: Path, runs: int) -> dict[int, dict[str, Any]]:
+    """Finished runs by number; a line torn by a kill is left out. UsageError for a file that is something else."""
+    found: dict[int, dict[str, Any]] = {}
+    if not log.is_file():
+        return found
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            index = int(row["run"])
+            float(row["before"]), float(row["after"])
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines):
+                continue
+            raise UsageError(f"{log}: line {number} is damaged; delete the folder and audit again") from None
+        if 0 <= index < runs:
+            found[index] = row
+    return found
+
+
+def tests(
+    scores: Floats, members: npt.NDArray[np.bool_], plans: Plan, claim: Claim, *, confidence: float, alpha: float
+) -> tuple[Test, ...]:
+    """Bounds for independent runs, the exact claim test, and the e-value by which repeated audits merge."""
+    ids = np.array([f"run-{index:05d}" for index in range(len(scores))])
+    table = ScoreTable(ids, members, scores)
+    found = independent_run_tests(table, ScoreOptions(delta=claim.delta, confidence=confidence, name=TITLE))
+    top, bottom = plans.guesses[KIND]
+    against = claim_test(
+        scores,
+        members,
+        claim=claim,
+        top=top,
+        bottom=bottom,
+        rng=np.random.default_rng([plans.tie_seed, 3]),
+        alpha=alpha,
+        confidence=confidence,
+        separate=True,
+        alternative=1 - plans.sigma_reduction,
+    )
+    # The power of an ideal attacker says nothing about that of a score.
+    found += [test.model_copy(update={"power": None}) for test in against]
+    named = [test.model_copy(update={"name": TITLE, "statistic": STATISTIC}) for test in found]
+    return (*named, _evidence(scores, members, named[0], claim))
+
+
+def _evidence(scores: Floats, members: npt.NDArray[np.bool_], like: Test, claim: Claim) -> Test:
+    found = gather(scores, members, claim)
+    return like.model_copy(
+        update={
+            "bound": "e-process",
+            "assumes": "none" if claimed_event(claim) is None else "claimed-mechanism",
+            "selection": "each run guessed from the runs before it",
+            "guesses": found.guesses,
+            "correct": found.right,
+            "epsilon_lower": None,
+            "ceiling": None,
+            "p_value": found.p_value,
+            "statement": f"e-value {found.e_value:.4g} against the claim; e-values of repeated audits multiply, and "
+            "the claim is refuted at level alpha once the product reaches 1/alpha",
+            "estimate": False,
+            "decides": False,
+        }
+    )
