@@ -46,7 +46,7 @@ class Options:
 def prepare(run: RunFolder, options: Options) -> RunConfig:
     """Check that the run is whole and that the options fit it; returns its configuration. Raises UsageError."""
     run.require_finished()
-    config = configuration.resolve(configuration.read_yaml(run.config))
+    config = run.read_config()
     for name in ("white-box", "contract"):
         if name in options.audits and config.method == "non-private":
             raise UsageError(f"--{name}: the run makes no claim (method non-private), so there is nothing to audit")

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from attacks.canaries import Game, check_coins, draw_game
-from dpaudit import atomic
 from dpaudit.config import RunConfig
 from dpaudit.errors import UsageError
 from dpaudit.ledger import Ledger
@@ -18,7 +17,7 @@ from trainers import data
 from trainers.plan import Inserted, Plan, make_plan
 from trainers.progress import Reporter, Silent
 from trainers.records import Dataset
-from trainers.run import AfterStep, estimate_seconds, read_config, remember_folder, train
+from trainers.run import AfterStep, estimate_seconds, read_config, train
 from trainers.vlm import VisionLanguageModel
 
 
@@ -68,8 +67,7 @@ def open_run(
         make_plan(config, dataset, config.canaries.count if candidates is None else candidates)
         model.set_reducer(config.reducer)
         key = _key(config, run)
-        atomic.write_text(run.config, config.to_yaml())
-        remember_folder(run)
+        run.write_config(config)
         yield run, key, dataset, model
 
 

@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -42,6 +42,11 @@ Finite = Annotated[float, AfterValidator(_finite)]
 
 def _dashed(name: str) -> str:
     return name.replace("_", "-")
+
+
+def public_path(text: str | None) -> str | None:
+    """A path that leads elsewhere (/…, ~…, ../…) cut to its last part; others and hub ids (`org/model`) as they are."""
+    return PurePosixPath(text).name if text is not None and text.startswith(("/", "~", "..")) else text
 
 
 class Section(BaseModel):
@@ -233,6 +238,12 @@ class RunConfig(Section):
     def to_yaml(self) -> str:
         """The resolved configuration as YAML, every default spelled out."""
         return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
+
+    def public(self) -> "RunConfig":
+        """The same without the folders of a machine: paths name users and projects, so only their last part stays."""
+        data = self.data.model_copy(update={"path": public_path(self.data.path)})
+        model = self.model.model_copy(update={"path": public_path(self.model.path)})
+        return self.model_copy(update={"data": data, "model": model})
 
     def sha256(self) -> str:
         """Hash of the resolved configuration."""

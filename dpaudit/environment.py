@@ -13,10 +13,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from dpaudit import __version__
+from dpaudit.config import public_path
 from dpaudit.documents import Check, DoctorDocument, EnvironmentDocument
 
 # What results depend on; versions of the rest don't matter to a reader.
@@ -74,8 +75,7 @@ def public_command(arguments: Sequence[str]) -> str:
 
 def _cut(argument: str) -> str:
     field, equals, value = argument.rpartition("=")
-    pieces = [PurePosixPath(piece).name if piece.startswith(("/", "~", "..")) else piece for piece in value.split(",")]
-    return field + equals + ",".join(pieces)
+    return field + equals + ",".join(public_path(piece) or "" for piece in value.split(","))
 
 
 def describe(device: str = "cpu", arguments: Sequence[str] | None = None) -> EnvironmentDocument:

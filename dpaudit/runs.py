@@ -15,11 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpaudit import atomic, checksums
+from dpaudit.config import RunConfig, read_yaml, resolve
 from dpaudit.documents import Document
 from dpaudit.errors import EnvironmentFailure, UsageError
 
 MODEL_COMPLETE = "complete.json"
 WAIT_FOR_LOCK = "DPAUDIT_WAIT_FOR_LOCK"
+
+
+def _from(start: Path, given: str | None) -> str | None:
+    """A path of a configuration as it reads from here; hub ids and absolute paths are the same everywhere."""
+    if given is None or Path.cwd() == start or not (start / given).is_dir():
+        return given
+    return str(start / given)
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,10 @@ class RunFolder:
         return self.private / "noise.key"
 
     @property
+    def folders(self) -> Path:
+        return self.private / "folders.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.private / "checkpoints"
 
@@ -102,6 +114,38 @@ class RunFolder:
         atomic.make_folder(run.model)
         atomic.make_folder(run.checkpoints, mode=0o700)
         return run
+
+    def write_config(self, config: RunConfig) -> None:
+        """Write the configuration of a new run.
+
+        `release/config.yaml` names no folder of this machine (`RunConfig.public`); the paths as they were given, and
+        the folder that relative ones start from, are noted in the private part first.
+        """
+        note = {"started-in": str(Path.cwd()), "data.path": config.data.path, "model.path": config.model.path}
+        note["sha256"] = checksums.seal(note)
+        atomic.write_text(self.folders, json.dumps(note, indent=2) + "\n", mode=0o600)
+        atomic.write_text(self.config, config.public().to_yaml())
+
+    def read_config(self) -> RunConfig:
+        """The configuration of this run with the paths that it was given, where the private part is at hand.
+
+        Relative paths are taken from where the run was started. UsageError for a damaged file.
+        """
+        config = resolve(read_yaml(self.config))
+        if not self.folders.is_file():
+            return config
+        try:
+            note = json.loads(self.folders.read_bytes())
+            if note["sha256"] != checksums.seal(note):
+                raise ValueError
+        except OSError as error:
+            raise atomic.failure(self.folders, error, "read") from error
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UsageError(f"{self.folders}: damaged; restore it from a copy") from None
+        start = Path(note["started-in"])
+        data = config.data.model_copy(update={"path": _from(start, note["data.path"])})
+        model = config.model.model_copy(update={"path": _from(start, note["model.path"])})
+        return config.model_copy(update={"data": data, "model": model})
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from dpaudit import atomic
-from dpaudit.config import RunConfig, read_yaml, resolve
+from dpaudit.config import RunConfig
 from dpaudit.documents import BenchmarkDocument, Metric
 from dpaudit.errors import EnvironmentFailure, UsageError, rejected
 from dpaudit.runs import RunFolder
@@ -115,7 +115,7 @@ def benchmark_many(
     processes = min(processes, os.cpu_count() or 1) if kind == "cpu" else 1
     for run in runs:
         run.require_finished()
-    configs = [resolve(read_yaml(run.config)) for run in runs]
+    configs = [run.read_config() for run in runs]
     groups: dict[str, list[int]] = {}
     for index, config in enumerate(configs):
         groups.setdefault(config.data.model_dump_json(), []).append(index)

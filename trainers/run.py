@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -48,8 +47,6 @@ from trainers.records import Dataset, Picture, Unit
 from trainers.sampling import poisson_batch as poisson_batch  # its first home
 from trainers.vlm import VisionLanguageModel
 from trainers.zeroth_order import ZerothOrder, laplace
-
-STARTED_IN = "started-in.txt"
 
 # (step, released noisy gradient before pruning, clipped sum of the units that everybody knows to be there)
 AfterStep = Callable[[int, Gradient, Gradient], None]
@@ -230,8 +227,6 @@ def train(
         raise rejected("pruning.by", config.pruning.by, "a policy that noises every block: gradient canaries need all")
     if injection is not None:
         trainer.injected = injection.rows(sum(parameter.numel() for parameter in trainer.parameters.values()))
-    if not (run.private / STARTED_IN).is_file():  # killed before it was written: the data was found from here just now
-        remember_folder(run)
     ledger = _open_ledger(config, run, dataset, plan, inserted, resume)
     frozen = _fingerprint(model, trainer.parameters)
     start = {name: parameter.detach().clone() for name, parameter in trainer.parameters.items()}
@@ -346,32 +341,14 @@ def _release(run: RunFolder, trainer: Trainer) -> None:
     run.finish_model()
 
 
-def remember_folder(run: RunFolder) -> None:
-    """Note, in the private part, the folder that relative paths of the configuration start from.
-
-    `release/config.yaml` keeps them as they were given: an absolute path would name users and projects.
-    """
-    atomic.write_text(run.private / STARTED_IN, f"{Path.cwd()}\n", mode=0o600)
-
-
 def config_sha256(run: RunFolder) -> str:
     """Hash of the configuration as released, the same from every folder."""
     return configuration.resolve(configuration.read_yaml(run.config)).sha256()
 
 
 def read_config(run: RunFolder) -> RunConfig:
-    """The resolved configuration of a run; its relative paths are taken from where the run was started."""
-    config = configuration.resolve(configuration.read_yaml(run.config))
-    note = run.private / STARTED_IN
-    if not note.is_file():
-        return config
-    start = Path(note.read_text(encoding="utf-8").strip())
-    data, model = config.data, config.model
-    if data.path is not None and not Path(data.path).is_dir() and (start / data.path).is_dir():
-        data = data.model_copy(update={"path": str(start / data.path)})
-    if model.path is not None and not Path(model.path).is_dir() and (start / model.path).is_dir():
-        model = model.model_copy(update={"path": str(start / model.path)})
-    return config.model_copy(update={"data": data, "model": model})
+    """The resolved configuration of a run, with the paths that it was started with."""
+    return run.read_config()
 
 
 def load_model(run: RunFolder | None, device: str = "auto", *, config: RunConfig | None = None) -> VisionLanguageModel:

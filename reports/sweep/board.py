@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from dpaudit import atomic
-from dpaudit.config import read_yaml, resolve
 from dpaudit.documents import AuditDocument, BenchmarkDocument, ClaimDocument, LedgerRow, Metric
 from dpaudit.errors import EnvironmentFailure, UsageError
 from dpaudit.ledger import tuning_row
@@ -80,7 +79,7 @@ class Board:
 def _state(cell: Cell, run: RunFolder, audits: Sequence[str]) -> State:
     if not run.config.is_file():
         return "waiting"
-    if resolve(read_yaml(run.config)).sha256() != cell.config.sha256():
+    if run.read_config().sha256() != cell.config.sha256():
         raise UsageError(
             f"{run.path}: holds another configuration than the grid says; delete it or choose another --out"
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dpaudit import atomic
+from dpaudit.config import read_yaml, resolve
 from dpaudit.errors import EnvironmentFailure, UsageError
 from dpaudit.runs import RunFolder
 
@@ -175,3 +176,26 @@ def test_a_damaged_marker(tmp_path: Path, content: str) -> None:
     (run.model / "complete.json").write_text(content)
     with pytest.raises(UsageError, match="damaged"):
         run.require_finished()
+
+
+def test_the_released_configuration_names_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "alice" / "project"
+    (home / "photos").mkdir(parents=True)
+    monkeypatch.chdir(home)
+    for given, released in ((str(home / "photos"), "photos"), ("photos", "photos"), ("../project/photos", "photos")):
+        run = RunFolder.create(tmp_path / f"run-{len(given)}")
+        config = resolve({}, [f"data.path={given}", "data.train=a.jsonl", "data.test=b.jsonl", "model.path=org/model"])
+        run.write_config(config)
+        assert run.read_config() == config
+        assert resolve(read_yaml(run.config)).data.path == released
+        assert "alice" not in run.config.read_text() and stat.S_IMODE(run.folders.stat().st_mode) == 0o600
+        monkeypatch.chdir(tmp_path)
+        elsewhere = run.read_config()
+        assert Path(elsewhere.data.path or "").resolve() == home / "photos" and elsewhere.model.path == "org/model"
+        monkeypatch.chdir(home)
+    for damaged in ("", "[]", "{}", run.folders.read_text().replace("photos", "photoz")):
+        run.folders.write_text(damaged)
+        with pytest.raises(UsageError, match=r"folders\.json: damaged"):
+            run.read_config()
+    run.folders.unlink()  # the release alone
+    assert run.read_config().data.path == "photos"

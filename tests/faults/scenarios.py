@@ -164,8 +164,7 @@ def state(place: Path) -> dict[str, str]:
         if path.name == "metrics.jsonl":
             found[name] = _digest(_metrics(path))
         elif path.name in ("benchmark.json", "environment.json"):
-            tree = json.loads(path.read_text())
-            found[name] = _digest({key: value for key, value in tree.items() if key not in ("seconds", "command")})
+            found[name] = _digest(_without(path, "seconds", "command"))
         elif path.suffix == ".html":
             found[name] = "present"  # it embeds command lines and times; the same inputs give the same bytes
         elif path.suffix in (".log",):
@@ -175,14 +174,22 @@ def state(place: Path) -> dict[str, str]:
     return found
 
 
+def _without(path: Path, *names: str) -> object:
+    try:
+        tree = json.loads(path.read_bytes())
+        return {key: value for key, value in tree.items() if key not in names}
+    except (ValueError, AttributeError):
+        return path.read_bytes().hex()
+
+
 def _metrics(path: Path) -> list[object]:
     steps = {}
     for line in path.read_bytes().decode(errors="replace").splitlines():
         try:
             tree = json.loads(line)
-        except json.JSONDecodeError:
+            steps[tree["step"]] = {key: value for key, value in tree.items() if key != "seconds"}
+        except (ValueError, KeyError, TypeError, AttributeError):
             return [line]
-        steps[tree["step"]] = {key: value for key, value in tree.items() if key != "seconds"}
     return [steps[step] for step in sorted(steps)]
 
 
