@@ -127,7 +127,9 @@ class LoraConfig(Section):
 
     rank: int = Field(default=8, ge=1)
     alpha: Finite = Field(default=16.0, gt=0)
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    targets: tuple[str, ...] = Field(
+        default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), min_length=1
+    )
     projector: bool = Field(default=False, description="also adapt the multimodal projector")
 
 

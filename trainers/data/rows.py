@@ -32,6 +32,8 @@ MAX_LINE_BYTES = 1 << 27  # a JSONL row may carry its picture in base64
 MAX_CHARACTERS = {"question": 2000, "answer": 500, "kind": 100}
 # Decoders for other formats (EPS runs a program, for one) are never started on untrusted bytes.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+# Turning these into RGB would cut them off at 255 (a 12-bit scan becomes white) and NaN into black, without a word.
+DEEP = {"F": "floating-point", "I": "32-bit", "I;16": "16-bit", "I;16L": "16-bit", "I;16B": "16-bit", "I;16N": "16-bit"}
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,8 @@ def decode(source: Source, number: int, data: bytes, field: str = "image") -> Pi
                 width, height = picture.size
                 if width * height > MAX_PIXELS:
                     raise source.fault(number, field, f"{width}x{height} pixels; at most {MAX_PIXELS} are accepted")
+                if picture.mode in DEEP:
+                    raise source.fault(number, field, f"{DEEP[picture.mode]} pixels; accepted: 8 bits a channel")
                 return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"), dtype=np.uint8)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise source.fault(number, field, f"more than {MAX_PIXELS} pixels") from None
