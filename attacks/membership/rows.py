@@ -6,7 +6,7 @@ losses with respect to the per-row adapters is every row's own gradient: no hook
 that a general implementation can't make: the last layer is computed at the positions that have a target only, and
 picture tokens come projected from a cache.
 
-Written for the Llama family with plain rotary positions, which covers the reference model and LLaVA-1.5. `RowModel.of`
+Written for Llama decoders with rotary positions, which covers the reference model, LLaVA-1.5 and SmolVLM. `RowModel.of`
 compares its losses with the model's own before it is used, and returns None where they differ or the architecture is
 another one; the caller then takes the ordinary path.
 """
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from attacks.membership.forward import embed
 from trainers.inputs import Rows, UnitInputs
-from trainers.prompts import IGNORE, attention_mask
+from trainers.prompts import IGNORE
 from trainers.vlm import VisionLanguageModel
 
 # Loss of a row, against the model's own: float32 rounding over some layers stays far below.
@@ -60,8 +61,7 @@ class RowModel:
     def __init__(self, model: VisionLanguageModel, scale: float) -> None:
         self.model = model
         self.scale = scale
-        core = model.core
-        language = core.model.language_model
+        language = model.family.language_model
         config = language.config
         self.layers = [
             _Layer(
@@ -71,7 +71,11 @@ class RowModel:
             )
             for layer in language.layers
         ]
-        self.last_norm, self.head, self.eps = language.norm.weight, core.lm_head.weight, float(config.rms_norm_eps)
+        self.last_norm, self.head, self.eps = (
+            language.norm.weight,
+            model.core.lm_head.weight,
+            float(config.rms_norm_eps),
+        )
         self.rotary = language.rotary_emb
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
         self.width = getattr(config, "head_dim", None) or config.hidden_size // self.heads
@@ -127,16 +131,9 @@ class RowModel:
         return (entropy * packed.weights.gather(1, order) * wanted.gather(1, order)).sum(dim=1)
 
     def _start(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-        core, packed = self.model.core, rows.packed
-        embed = core.get_input_embeddings()
-        prefix = torch.tensor(self.model.prompter.prefix, dtype=torch.int64, device=self.model.device)
-        visual = core.model.multi_modal_projector(rows.tokens)
-        parts = [embed(prefix).expand(packed.rows, -1, -1), visual, embed(packed.input_ids)]
-        x = torch.cat([part.to(visual.dtype) for part in parts], dim=1)
-        head = len(self.model.prompter.prefix) + rows.tokens.shape[1]
-        start = torch.arange(head, device=self.model.device).expand(packed.rows, -1)
-        cos, sin = self.rotary(x, torch.cat([start, packed.offset + head], dim=1))
-        return x, cos.unsqueeze(1), sin.unsqueeze(1), attention_mask(packed.segment, head), head
+        embedded = embed(self.model, rows)
+        cos, sin = self.rotary(embedded.embeds, embedded.positions[0])
+        return embedded.embeds, cos.unsqueeze(1), sin.unsqueeze(1), embedded.mask, embedded.head
 
     def _linear(self, index: int, name: str, x: Tensor, adapters: Adapters) -> Tensor:
         out = x @ self.layers[index].weights[name].T
@@ -176,9 +173,11 @@ class RowModel:
 
 def _scale(model: VisionLanguageModel) -> float | None:
     """LoRA's alpha / r, or None where the model is not one that `RowModel` computes."""
-    language = getattr(getattr(model.core, "model", None), "language_model", None)
+    language = model.family.language_model
     config = getattr(language, "config", None)
-    if config is None or config.model_type != "llama" or config.hidden_act != "silu":
+    if getattr(config, "model_type", None) != "llama" or config.hidden_act != "silu" or model.family.axes != 1:
+        return None
+    if model.dtype != torch.float32 or getattr(model.core, "lm_head", None) is None:
         return None
     if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
         return None

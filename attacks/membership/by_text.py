@@ -1,0 +1,140 @@
+"""Attacks that see answers only, as a user of a deployed model does."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from attacks.membership.signals import mean_by_record
+from attacks.membership.table import Attack
+from attacks.membership.view import View
+from trainers.generation import greedy
+from trainers.records import Pixels
+from trainers.vlm import VisionLanguageModel
+
+Floats = npt.NDArray[np.float64]
+
+TEMPERATURES = (0.5, 1.0, 1.5)
+MOST_NEW_TOKENS = 12
+AT_ONCE = 128
+
+
+def similarity(answer: str, truth: str) -> float:
+    """F1 of character pairs, 1 for equal texts: close to ROUGE for long answers and still graded for one word."""
+    a, b = answer.strip().casefold(), truth.strip().casefold()
+    if a == b:
+        return 1.0
+    pairs_a, pairs_b = (Counter(f" {text} "[at : at + 2] for at in range(len(text) + 1)) for text in (a, b))
+    shared = (pairs_a & pairs_b).total()
+    return 2.0 * shared / max(1, pairs_a.total() + pairs_b.total())
+
+
+def _truths(view: View) -> tuple[list[str], npt.NDArray[np.int64]]:
+    truths, owners = [], []
+    for index, unit in enumerate(view.units):
+        for picture in unit.pictures:
+            truths += [question.answer for question in picture.questions]
+            owners += [index] * len(picture.questions)
+    return truths, np.array(owners, dtype=np.int64)
+
+
+def _similarities(answers: Sequence[str], truths: Sequence[str]) -> Floats:
+    return np.array([similarity(answer, truth) for answer, truth in zip(answers, truths, strict=True)])
+
+
+class AnswerSimilarity(Attack):
+    """How much closer to the record's own answers the model answers than the base model does."""
+
+    name = "answer-similarity"
+    source = "M4I, metric-based (Hu et al. 2022), against the base model"
+    level = "text"
+    needs = frozenset({"base"})
+    cost = "1 generation, 1 of the base"
+
+    def scores(self, view: View) -> Floats:
+        truths, owners = _truths(view)
+        gained = _similarities(view.target.answers, truths) - _similarities(view.base.answers, truths)
+        return mean_by_record(gained, owners, len(view.units))
+
+
+class TemperatureSensitivity(Attack):
+    """Mean similarity of sampled answers to the record's own over temperatures 0.5, 1 and 1.5: what was learned by
+    heart survives heat. Published for sets of records (`set_level`)."""
+
+    name = "temperature"
+    source = "Hu et al. 2025 (arXiv 2501.18624)"
+    level = "text"
+    cost = "3 generations"
+
+    def scores(self, view: View) -> Floats:
+        truths, owners = _truths(view)
+        shown = [picture.pixels for unit in view.units for picture in unit.pictures for _ in picture.questions]
+        asked = [question.text for unit in view.units for picture in unit.pictures for question in picture.questions]
+        seed = int(view.rng(self.name).integers(2**31))
+        total = np.zeros(len(truths))
+        for index, temperature in enumerate(TEMPERATURES):
+            drawn = sampled_answers(view.target.model, shown, asked, temperature=temperature, seed=seed + index)
+            total += _similarities(drawn, truths)
+        return mean_by_record(total / len(TEMPERATURES), owners, len(view.units))
+
+
+class _Heated:
+    """A model (or its family) whose greedy choice is a sample at a temperature: argmax(logits / T + Gumbel noise)."""
+
+    def __init__(self, wrapped: Any, temperature: float, draw: torch.Generator) -> None:
+        self._wrapped, self._temperature, self._draw = wrapped, temperature, draw
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._wrapped, name)
+
+    @property
+    def family(self) -> "_Heated":
+        return _Heated(self._wrapped.family, self._temperature, self._draw)
+
+    def output(self, hidden: Tensor) -> Tensor:
+        """Logits over the temperature with Gumbel noise."""
+        logits: Tensor = self._wrapped.output(hidden).float().cpu()
+        uniform = torch.rand(logits.shape, generator=self._draw).clamp(min=1e-20)
+        return (logits / self._temperature - (-uniform.log()).log()).to(hidden.device)
+
+
+def sampled_answers(
+    model: VisionLanguageModel, pixels: Sequence[Pixels], questions: Sequence[str], *, temperature: float, seed: int
+) -> list[str]:
+    """One answer to each question, sampled at a temperature; the same for the same seed."""
+    heated: Any = _Heated(model, temperature, torch.Generator().manual_seed(seed))
+    ids = [model.prompter.question_ids(question) for question in questions]
+    order = sorted(range(len(ids)), key=lambda item: len(ids[item]))
+    out = [""] * len(ids)
+    for at in range(0, len(order), AT_ONCE):
+        chosen = order[at : at + AT_ONCE]
+        pictures = model.encoded([pixels[item] for item in chosen])
+        texts = greedy(heated, pictures, [ids[item] for item in chosen], MOST_NEW_TOKENS)
+        for item, text in zip(chosen, texts, strict=True):
+            out[item] = text
+    return out
+
+
+def set_level(
+    scores: Floats, members: npt.NDArray[np.bool_], size: int, *, sets: int = 200, seed: int = 0
+) -> tuple[Floats, npt.NDArray[np.bool_]]:
+    """Mean scores of random sets of `size` records of equal membership, and the sets' membership, (2 * sets,) each.
+
+    An estimate of what an attacker who knows that records belong together could do (Hu et al. 2025): sets share
+    records, and they are formed with the coins, so nothing here bounds eps.
+    """
+    rng = np.random.default_rng([seed, size])
+    means, labels = [], []
+    for inside in (True, False):
+        pool = scores[members == inside]
+        for _ in range(sets if pool.size else 0):
+            means.append(float(rng.choice(pool, size=min(size, pool.size), replace=False).mean()))
+            labels.append(inside)
+    return np.array(means), np.array(labels, dtype=bool)
+
+
+ATTACKS: tuple[Attack, ...] = (AnswerSimilarity(), TemperatureSensitivity())

@@ -1,0 +1,79 @@
+"""Gradients of single records, for attackers who hold the weights."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from attacks.membership.rows import RowModel, row_gradients
+from trainers.gradients import MicroBatch
+from trainers.inputs import UnitInputs
+from trainers.records import Unit
+from trainers.vlm import VisionLanguageModel
+
+Floats = npt.NDArray[np.float64]
+ROWS_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class UnitGradients:
+    """norm (U,): of the gradient over the adapter. alignment (U,): -d loss / d lambda at lambda = 1 when the adapter's
+    change of the weights is scaled by lambda, start (U,): the same at lambda = 0, the base model."""
+
+    norm: Floats
+    alignment: Floats
+    start: Floats
+
+
+def unit_gradients(model: VisionLanguageModel, units: Sequence[Unit], inputs: UnitInputs) -> UnitGradients:
+    """One backward pass a record at the released weights and one at the base.
+
+    A LoRA module adds s B A to its weight, which is linear in B: hence d loss / d lambda = <d loss / d B, B>, and at
+    lambda = 0 the same inner product with the gradient taken at B = 0.
+    """
+    adapter = {name: value.detach().clone() for name, value in model.adapter_parameters().items()}
+    ups = [name for name in adapter if "lora_B" in name]
+    without = {name: torch.zeros_like(value) if name in ups else value for name, value in adapter.items()}
+    norm, alignment, start = (np.zeros(len(units)) for _ in range(3))
+    for index, gradient in gradients_of(model, inputs, range(len(units)), adapter):
+        norm[index] = float(torch.stack([value.square().sum() for value in gradient.values()]).sum().sqrt())
+        alignment[index] = -sum(float((gradient[name] * adapter[name]).sum()) for name in ups)
+    for index, gradient in gradients_of(model, inputs, range(len(units)), without):
+        start[index] = -sum(float((gradient[name] * adapter[name]).sum()) for name in ups)
+    return UnitGradients(norm, alignment, start)
+
+
+def gradients_of(
+    model: VisionLanguageModel, inputs: UnitInputs, units: Sequence[int], adapter: dict[str, Tensor]
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """(unit, its gradient over the adapter's parameters) at the adapter given; the model keeps its own."""
+    fast = RowModel.of(model, inputs)
+    if fast is not None:
+        for chunk in inputs.chunks(units, ROWS_AT_ONCE):
+            rows = inputs.select(chunk)
+            many = {name: value.expand(rows.packed.rows, *value.shape).contiguous() for name, value in adapter.items()}
+            found, _ = row_gradients(rows, fast, many)
+            share = {name: value * rows.weight.view(-1, *[1] * (value.dim() - 1)) for name, value in found.items()}
+            for place, unit in enumerate(chunk):
+                mine = rows.owner == place
+                yield unit, {name: value[mine].sum(dim=0) for name, value in share.items()}
+        return
+    parameters = model.adapter_parameters()
+    before = {name: value.detach().clone() for name, value in parameters.items()}
+    slow = MicroBatch(model, parameters)
+    try:
+        _set(parameters, adapter)
+        for unit in units:
+            gradient, _ = slow.gradient(inputs.select([unit]))
+            yield unit, gradient
+    finally:
+        _set(parameters, before)
+
+
+def _set(parameters: dict[str, torch.nn.Parameter], values: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(values[name])
