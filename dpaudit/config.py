@@ -156,6 +156,14 @@ class ReducerConfig(Section):
     )
 
 
+class FusionConfig(Section):
+    """Visual tokens that may leave the trust boundary; see trainers.fusion and docs/fusion-path.md."""
+
+    release: Literal["none", "clip-noise"] = "none"
+    radius: Finite | None = Field(default=None, gt=0, description="R: all tokens of a unit are clipped to this norm")
+    multiplier: Finite | None = Field(default=None, gt=0, description="z: noise std of the tokens over R")
+
+
 class PrivacyConfig(Section):
     """The claim that the run makes. Either `epsilon` or `noise-multiplier`; a non-private run uses neither."""
 
@@ -206,6 +214,9 @@ class TrainingConfig(Section):
     gradient_checkpointing: Literal["none", "auto", "reentrant", "non-reentrant"] = Field(
         default="none", description="recompute the decoder's layers in the backward pass; auto: the kind that fits"
     )
+    feature_cache: Literal["auto", "always", "never"] = Field(
+        default="auto", description="keep what the tower said on disk, in the run's private part; auto: a large tower"
+    )
     checkpoint_every: int = Field(default=20, ge=1, description="steps")
 
 
@@ -230,6 +241,7 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     reducer: ReducerConfig = ReducerConfig()
+    fusion: FusionConfig = FusionConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     pruning: PruningConfig = PruningConfig()
     zeroth_order: ZerothOrderConfig = ZerothOrderConfig()
@@ -424,6 +436,7 @@ def _check_together(config: RunConfig) -> None:
             "privacy.epsilon", privacy.epsilon, "either privacy.epsilon or privacy.noise-multiplier, exactly one"
         )
     _check_zeroth_order(config)
+    _check_fusion(config)
     _check_unused(
         "pruning", config.pruning, ("decay", "explore"), config.pruning.by == "previous", "pruning.by=previous"
     )
@@ -440,6 +453,26 @@ def _check_together(config: RunConfig) -> None:
         raise rejected("reducer.noise", reducer.noise, "'none', 'sum', 'mean' or a number >= 0")
     if config.method == "non-private" and reducer.noise in ("sum", "mean"):
         raise rejected("reducer.noise", reducer.noise, "'none' or a number for method non-private (it has no sigma)")
+
+
+def _check_fusion(config: RunConfig) -> None:
+    """A release of tokens needs its own clip norm and noise, a claim to be part of, and a relation that it can keep."""
+    chosen = config.fusion
+    _check_unused(
+        "fusion", chosen, ("radius", "multiplier"), chosen.release == "clip-noise", "fusion.release=clip-noise"
+    )
+    if chosen.release == "none":
+        return
+    if config.method == "non-private":
+        raise rejected("fusion.release", chosen.release, "none for method non-private (it makes no claim)")
+    if chosen.radius is None:
+        hint = "a number > 0, chosen on public pictures (python -m trainers.fusion prints their norms)"
+        raise rejected("fusion.radius", None, hint)
+    if chosen.multiplier is None:
+        raise rejected("fusion.multiplier", None, "a number > 0: the noise on the tokens over fusion.radius")
+    if config.privacy.relation == "add-remove":
+        accepted = "zero-out or replace with fusion.release=clip-noise: a published row shows presence"
+        raise rejected("privacy.relation", "add-remove", accepted)
 
 
 def _check_zeroth_order(config: RunConfig) -> None:

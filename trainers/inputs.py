@@ -1,7 +1,7 @@
 """The units of a run, ready for the language model: reduced visual tokens and packed questions, computed once.
 
 The tower is frozen, so a picture's tokens are a fixed function of that picture alone. They live in memory for the
-length of the run and are never written. Fusion noise is added fresh at every use.
+length of the run, or in its feature cache (trainers.features). Fusion noise is added fresh at every use.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dpaudit.errors import DpauditError
 from dpaudit.randomness import Key
+from trainers.features import Features
 from trainers.generation import Encoded, pad_tokens
 from trainers.prompts import Packed, stack_heads
 from trainers.records import Picture, Unit
@@ -89,8 +90,10 @@ class UnitInputs:
         model: VisionLanguageModel,
         units: Sequence[Unit],
         *,
+        features: Features | None = None,
         progress: Callable[[int, int], None] | None = None,
         batch_size: int = 128,
+        release: Callable[[Sequence[Unit], Sequence[Encoded]], list[Encoded]] | None = None,
     ) -> None:
         pictures = [picture for unit in units for picture in unit.pictures]
         rows = [_questions(unit, model.family.packs) for unit in units]
@@ -106,9 +109,12 @@ class UnitInputs:
         self._encoded: list[Encoded] = []
         for at in range(0, len(pictures), batch_size):
             chunk = [picture.pixels for picture in pictures[at : at + batch_size]]
-            self._encoded += model.encoded(chunk)
+            found = model.encoded(chunk) if features is None else features.encoded(model, chunk)
+            self._encoded += [replace(item, tokens=item.tokens.cpu()) for item in found]  # few are in use at once
             if progress is not None:
                 progress(min(at + batch_size, len(pictures)), len(pictures))
+        if release is not None:  # published tokens take the place of the pictures' own (trainers.fusion)
+            self._encoded = release(units, self._encoded)
         self.fused = self._encoded[0].fused if self._encoded else 0
 
     def rows_of(self, unit: int) -> int:

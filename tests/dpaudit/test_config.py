@@ -79,6 +79,7 @@ BAD: dict[str, list[str]] = {
     "training.gradient-path": ["ghost", "null"],
     "training.rows-at-once": ["0", "-1"],
     "training.gradient-checkpointing": ["full", "null"],
+    "training.feature-cache": ["yes", "disk", "null"],
     "training.checkpoint-every": ["0", "-1", "null"],
     "canaries.count": ["-1", "1.5", ".inf"],
     "canaries.kinds": ["noise", "[loud]", "[1]"],

@@ -30,6 +30,7 @@ CHAT = {
     ),
 }
 CHAT["qwen2_5_vl"] = CHAT["qwen2_vl"]
+REDUCERS = ("none", "random", "cls-topk", "visionzip")  # what this module knows
 
 
 class Plain:
@@ -62,6 +63,8 @@ class Plain:
     def question(self, pixels: Pixels, question: str, answer: str) -> Tensor:
         """Mean cross-entropy of one answer."""
         prompt, gap, end = CHAT[self.kind]
+        prompt = getattr(self.core.config, "dpaudit_template", prompt).replace("{question}", "{}")
+        end = self.tokenizer.eos_token if self.kind == "llava" else end
         before = self.ids(prompt.format(question), pixels)
         whole = self.ids(prompt.format(question) + gap + answer + end, pixels)
         count = len(whole) - len(before)
@@ -108,7 +111,8 @@ class Plain:
         nested = self.kind in ("idefics3", "smolvlm")
         made = self.processor([[image]] if nested else [image], return_tensors="pt")
         names = ("pixel_values", "pixel_attention_mask", "image_grid_thw")
-        return {name: made[name] for name in names if name in made}
+        given = {name: made[name] for name in names if name in made}
+        return given | {"pixel_values": given["pixel_values"].to(self.core.dtype)}
 
     def sides(self, ids: Tensor, count: int) -> dict[str, Tensor]:
         """What else a family's forward pass wants to know of each token."""
