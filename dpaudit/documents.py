@@ -149,6 +149,9 @@ class Claim(Part):
     expected_batch_size: float | None = None
     candidates: int | None = Field(default=None, description="n + m: declared records plus canary candidates.")
     accountant: str | None = Field(default=None, description="Name and version, e.g. 'dp-accounting 0.6.0 PLD'.")
+    token_multiplier: float | None = Field(
+        default=None, description="z: noise std of released visual tokens / their clip norm; eps covers them too."
+    )
     release: str = Field(default="final weights", description="What leaves the trust boundary.")
     curve: tuple[EpsilonAt, ...] = Field(default=(), description="eps at other deltas.")
 
@@ -389,13 +392,32 @@ class BoundDocument(Document):
 
 
 class Metric(Part):
-    """A measured utility with its interval (95 %, bootstrap over pictures)."""
+    """A measured utility with its 95 % interval.
+
+    The interval is a bootstrap over clusters of questions that stand or fall together: privacy units of a run's own
+    data, pictures of any other task. Where all answers are right, or all wrong, it is the exact Clopper-Pearson limit
+    for that many clusters. Null limits: a single cluster, or a metric that can't be resampled.
+    """
 
     value: float
     low: float | None
     high: float | None
     n: int = Field(description="Questions.")
-    pictures: int | None = Field(default=None, description="Independent clusters behind the interval.")
+    pictures: int | None = Field(default=None, description="Clusters behind the interval: units, or pictures.")
+
+
+class Gap(Part):
+    """The largest difference in accuracy between two groups of held-out questions, on the same model."""
+
+    task: str
+    metric: str
+    grouping: str = Field(description="'question kind', 'answer kind' or 'unit group'.")
+    best: str = Field(description="Group with the highest value.")
+    worst: str = Field(description="Group with the lowest value.")
+    value: float = Field(description="best minus worst.")
+    low: float | None = Field(description="95 %, bootstrap over clusters, of these two groups' difference.")
+    high: float | None
+    base: float | None = Field(default=None, description="The base model's difference between the same two groups.")
 
 
 class BenchmarkDocument(Document):
@@ -408,8 +430,11 @@ class BenchmarkDocument(Document):
     tasks: dict[str, dict[str, Metric]]
     base: dict[str, dict[str, Metric]] | None = Field(default=None, description="The base model, same tasks.")
     majority: dict[str, Metric] = Field(
-        default_factory=dict, description="Per task, always giving the commonest public answer of the question kind."
+        default_factory=dict,
+        description="Per task, one constant answer for each question kind: the commonest of public synthetic pictures "
+        "for the embedded data, the commonest of the held-out questions themselves for any other set.",
     )
+    gaps: tuple[Gap, ...] = Field(default=(), description="Between subgroups, the widest of each grouping.")
     lmms_eval_version: str
     prompt: str
     batch_size: int

@@ -25,15 +25,22 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 
 @dataclass(frozen=True)
 class FrontierPoint:
-    """One run in the frontier: what it claims, what was audited, and how well it answers.
+    """One run or configuration in the frontier: what it claims, what was audited, and how well it answers.
 
-    `claimed` is math.inf for a run that makes no claim; `audited` is None without a headline bound.
+    `claimed` is math.inf without a claim; `audited` holds the headline bounds, one for each audited training. Points of
+    one `series` share colour and mark, and are joined in the order of their claims.
     """
 
     key: str
     claimed: float
-    audited: float | None
+    audited: tuple[float, ...]
     accuracy: Metric
+    series: str
+
+
+def style(index: int) -> tuple[str, str]:
+    """Colour and mark of the series at this place: 36 different pairs before one comes back."""
+    return SERIES[index % len(SERIES)], MARKERS[(index + index // len(SERIES)) % len(MARKERS)]
 
 
 def _axes(width: float = SIZE[0], height: float = SIZE[1]) -> tuple[Figure, Axes]:
@@ -168,18 +175,24 @@ def frontier(points: Sequence[FrontierPoint], base: Metric | None, *, key: str, 
     The eps axis is log2(1 + eps), so that a bound of 0 has its place; no claim stands at the right, beyond a gap.
     """
     finite = [point.claimed for point in points if math.isfinite(point.claimed)]
-    finite += [point.audited for point in points if point.audited is not None and math.isfinite(point.audited)]
+    finite += [bound for point in points for bound in point.audited if math.isfinite(bound)]
     top = math.log2(1 + max(finite, default=8.0))
     infinity = max(top, 2.0) + 1.1
     with rc_context(SETTINGS):
         figure, axes = _axes(5.4, 3.6)
-        for index, point in enumerate(points):
-            _frontier_run(axes, point, index, _dodged(points, index, infinity), infinity)
+        series = list(dict.fromkeys(point.series for point in points))
+        places = {point.key: _dodged(points, index, infinity) for index, point in enumerate(points)}
+        for index, name in enumerate(series):
+            mine = sorted((p for p in points if p.series == name), key=lambda p: p.claimed)
+            line = [(places[p.key], 100 * p.accuracy.value) for p in mine if math.isfinite(p.claimed)]
+            axes.plot([x for x, _ in line], [y for _, y in line], color=PALETTE[style(index)[0]], alpha=0.5)
+            for point in mine:
+                _frontier_run(axes, point, index, places[point.key], infinity)
         if base is not None:
             axes.axhline(100 * base.value, color=PALETTE["soft"], linestyle=(0, (1, 2)), linewidth=1.2)
-        places = [0.0, 1.0, 3.0] + [eps for eps in (8.0, 16.0, 32.0, 64.0, 128.0) if math.log2(1 + eps) <= top + 0.2]
-        axes.xaxis.set_major_locator(FixedLocator([*(math.log2(1 + eps) for eps in places), infinity]))
-        labels = {**{round(math.log2(1 + eps), 6): number(eps) for eps in places}, round(infinity, 6): "no claim"}
+        ticks = [0.0, 1.0, 3.0] + [eps for eps in (8.0, 16.0, 32.0, 64.0, 128.0) if math.log2(1 + eps) <= top + 0.2]
+        axes.xaxis.set_major_locator(FixedLocator([*(math.log2(1 + eps) for eps in ticks), infinity]))
+        labels = {**{round(math.log2(1 + eps), 6): number(eps) for eps in ticks}, round(infinity, 6): "no claim"}
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: labels.get(round(float(value), 6), "")))
         axes.set_xlim(-0.2, infinity + 0.5)
         axes.yaxis.set_major_locator(MaxNLocator(6))
@@ -191,8 +204,8 @@ def frontier(points: Sequence[FrontierPoint], base: Metric | None, *, key: str, 
             key=key,
             title="Privacy-utility frontier",
             description=(
-                f"Exact match with 95 % intervals against eps for {plural(len(points), 'run')}. Filled marks stand at "
-                "the claimed eps, open triangles at the audited lower bound; runs without a claim stand at the right."
+                f"Exact match with 95 % intervals against eps for {plural(len(points), 'configuration')}. Filled marks "
+                "stand at the claimed eps, open triangles at audited lower bounds; no claim stands at the right."
                 + (f" The dotted line is the base model, {percent(base.value)}." if base is not None else "")
             ),
             styles=styles,
@@ -200,13 +213,14 @@ def frontier(points: Sequence[FrontierPoint], base: Metric | None, *, key: str, 
 
 
 def _frontier_run(axes: Axes, point: FrontierPoint, index: int, x: float, infinity: float) -> None:
-    color, marker = PALETTE[SERIES[index % len(SERIES)]], MARKERS[index % len(MARKERS)]
+    role, marker = style(index)
+    color = PALETTE[role]
     y = 100 * point.accuracy.value
     low, high = point.accuracy.low, point.accuracy.high
     if low is not None and high is not None:
         axes.vlines(x, 100 * low, 100 * high, color=color, linewidth=1.4)
-    if point.audited is not None:
-        bound = math.log2(1 + point.audited) if math.isfinite(point.audited) else infinity
+    for audited in point.audited:
+        bound = math.log2(1 + audited) if math.isfinite(audited) else infinity
         axes.plot([bound, x], [y, y], color=color, linewidth=0.9, linestyle=(0, (2, 2)))
         axes.plot(bound, y, marker=">", markersize=6.5, markerfacecolor="none", markeredgecolor=color, color=color)
     axes.plot(x, y, marker=marker, markersize=7, color=color)
@@ -267,7 +281,7 @@ _MARKS = {
 
 def legend_mark(index: int) -> Markup:
     """The mark of the run at this place of the frontier, as a tiny decorative SVG."""
-    role, marker = SERIES[index % len(SERIES)], MARKERS[index % len(MARKERS)]
+    role, marker = style(index)
     return Markup(f'<svg class="m-{role}" aria-hidden="true" viewBox="0 0 12 12">{_MARKS[marker]}</svg>')
 
 

@@ -1,88 +1,72 @@
-"""One self-contained HTML page over one or more runs.
+"""One self-contained HTML page over runs, sweeps and bare documents.
 
-No script, no external request, no inline style attribute: the page's own CSP allows one style sheet by its hash and
-pictures from data: addresses, nothing else. The same released files give the same bytes.
+No external request, no inline style attribute, and one short script that only sorts tables: the page's own CSP allows
+that script and the style sheet by their hashes and pictures from data: addresses, nothing else. Without JavaScript
+nothing is missing but the sorting. The same files give the same bytes.
 """
 
 import base64
 import binascii
 import hashlib
-import json
-import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
 from dpaudit import __version__
-from dpaudit.documents import Document, Number, Part, RocPoint, ScoreSummary, Thumbnail, Verdict
+from dpaudit.documents import Thumbnail
 from dpaudit.errors import UsageError
 from reports import figures, prose, text, utility
-from reports.diagram import diagram, evidence_bar, scale_top
-from reports.inputs import Curve, RunReport
+from reports.checklist import checklist
+from reports.diagram import evidence_bar, scale_top
+from reports.drawings import draw
+from reports.embedded import Change, embed
+from reports.inputs import RunReport
+from reports.subjects import Page
 from reports.svg import StyleSheet
 
 TEMPLATES = Path(__file__).parent / "templates"
 SIZE_LIMIT = 500_000  # bytes; contract: a page that mail systems and reviewers accept
-TABLE_POINTS = 40  # rows of a figure's data table; the embedded JSON holds all
 PICTURE_BYTES = 12_000
 CONTENTS = (
     ("verdicts", "Verdicts"),
     ("claims", "What is claimed"),
+    ("checklist", "An evaluator's checklist"),
     ("ledger", "Where private data is touched"),
     ("audit", "What the audit found"),
     ("utility", "What privacy cost in accuracy"),
+    ("frontier", "Privacy against accuracy"),
+    ("curves", "Training curves"),
     ("gallery", "Canaries"),
     ("limits", "Limits"),
     ("environment", "Environment and reproduction"),
 )
 
 
-class ReportRun(Part):
-    """One run of a report, as a machine reads it."""
-
-    key: str
-    name: str
-    method: str
-    verdict: Verdict | None
-    claimed_epsilon: Number | None
-    delta: float | None
-    epsilon_lower: Number | None
-    ceiling: Number | None
-    confidence: float | None
-    exact_match: float | None
-
-
-class ReportDocument(Document):
-    """What `dpaudit report --json` prints."""
-
-    kind: ClassVar[str] = "report"
-    path: str
-    bytes: int
-    sha256: str
-    title: str
-    runs: tuple[ReportRun, ...]
-    left_out: tuple[str, ...] = ()
-
-
 @dataclass(frozen=True)
 class Detail:
-    """How much of a page is written; less of it when many runs would make it too large."""
+    """How much of a page is written; less of it when many runs would make it too large.
+
+    cells: configurations of sweeps whose claim and ledger are described. games: score figures per run.
+    """
 
     scores_embedded: bool = True
     documents_embedded: bool = True
     pictures: int = 24
-    table_points: int = TABLE_POINTS
+    table_points: int = 40
+    games: int = 4
+    cells: int = 12
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        notes = ["the pictures of canaries"]
         if not self.documents_embedded:
             return ("everything but the summary of each run, to keep the page small",)
+        notes = ["the pictures of canaries"]
         return (
             (*notes, "histograms and ROC points, to keep the page small") if not self.scores_embedded else tuple(notes)
         )
@@ -90,85 +74,95 @@ class Detail:
 
 DETAILS = (
     Detail(),
-    Detail(scores_embedded=False, pictures=12, table_points=20),
-    Detail(scores_embedded=False, pictures=3, table_points=10),
-    Detail(scores_embedded=False, pictures=0, table_points=5),
-    Detail(scores_embedded=False, documents_embedded=False, pictures=0, table_points=5),
+    Detail(scores_embedded=False, pictures=12, table_points=20, games=2),
+    Detail(scores_embedded=False, pictures=3, table_points=10, games=1, cells=6),
+    Detail(scores_embedded=False, pictures=0, table_points=5, games=1, cells=3),
+    Detail(scores_embedded=False, documents_embedded=False, pictures=0, table_points=5, games=1, cells=1),
 )
 
 
-def render(runs: Sequence[RunReport], *, title: str, show_examples: bool = False) -> tuple[str, Detail]:
-    """The page as text, with as much detail as fits into `SIZE_LIMIT`; UsageError if the least doesn't."""
+def render(
+    page: Page, *, title: str, show_examples: bool = False, changes: Sequence[Change] | None = None, against: str = ""
+) -> tuple[str, Detail]:
+    """The page as text, with as much detail as fits into `SIZE_LIMIT`; UsageError if the least doesn't.
+
+    changes: what is different from the page called `against`; None when no comparison was asked for.
+    """
     size = 0
     for detail in DETAILS:
-        page = _render(runs, title=text.clean(title, 160), show_examples=show_examples, detail=detail)
-        size = len(page.encode())
+        made = _render(
+            page,
+            title=text.clean(title, 160),
+            show_examples=show_examples,
+            detail=detail,
+            changes=changes,
+            against=text.clean(against, 80),
+        )
+        size = len(made.encode())
         if size < SIZE_LIMIT:
-            return page, detail
+            return made, detail
     raise UsageError(
-        f"RUN: {len(runs)} runs make a page of {text.file_size(size)}; accepted: under "
-        f"{text.file_size(SIZE_LIMIT)}, so give fewer runs"
+        f"SUBJECT: what was given makes a page of {text.file_size(size)}; accepted: under "
+        f"{text.file_size(SIZE_LIMIT)}, so give less"
     )
 
 
-def summarise(runs: Sequence[RunReport]) -> tuple[ReportRun, ...]:
-    """The verdict strip as data."""
-    tables = utility.tables(runs)
-    table = tables[0] if tables else None
-    rows = []
-    for run in runs:
-        measured = utility.utility(run, runs, table)
-        test = run.headline
-        rows.append(
-            ReportRun(
-                key=run.key,
-                name=run.name,
-                method=run.method,
-                verdict=run.verdict,
-                claimed_epsilon=run.claim.epsilon if run.claim is not None else None,
-                delta=run.claim.delta if run.claim is not None else None,
-                epsilon_lower=test.epsilon_lower if test is not None else None,
-                ceiling=test.ceiling if test is not None else None,
-                confidence=run.headline_confidence,
-                exact_match=measured.metric.value if measured is not None else None,
-            )
-        )
-    return tuple(rows)
-
-
-def _render(runs: Sequence[RunReport], *, title: str, show_examples: bool, detail: Detail) -> str:
+def _render(
+    page: Page, *, title: str, show_examples: bool, detail: Detail, changes: Sequence[Change] | None, against: str
+) -> str:
     styles = StyleSheet()
-    tables = utility.tables(runs)
-    drawn = _figures(runs, tables, styles, detail)
+    tables = utility.tables(page.runs)
+    described, silent = _described(page, detail.cells)
+    drawn = draw(page, described, tables, styles, table_points=detail.table_points, games=detail.games)
     style = (TEMPLATES / "style.css").read_text(encoding="utf-8") + styles.css()
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'"
+    script = (TEMPLATES / "sort.js").read_text(encoding="utf-8")
+    policy = (
+        f"default-src 'none'; style-src {_source(style)}; script-src {_source(script)}; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
     return (
         environment()
         .get_template("report.html.j2")
         .render(
             version=__version__,
             title=title,
-            policy=Markup(policy),  # made here from a base64 digest; quotes must stay quotes inside the attribute
+            policy=Markup(policy),  # made here from base64 digests; quotes must stay quotes inside the attribute
             style=Markup(style),
+            script=Markup(script),
             limit_sentence=prose.LIMIT,
             contents=CONTENTS,
-            runs=runs,
-            verdict_rows=_verdict_rows(runs, tables[0] if tables else None),
+            number_of={anchor: place for place, (anchor, _) in enumerate(CONTENTS, 1)},
+            page=page,
+            runs=page.runs,
+            described=described,
+            silent=silent,
+            changes=changes,
+            against=against,
+            verdict_rows=_verdict_rows(page.runs, tables[0] if tables else None),
             verdict_meaning=prose.VERDICT_MEANING,
-            claim_groups=_claim_groups(runs),
+            claim_groups=_claim_groups(described),
+            checklist=[(group, list(lines)) for group, lines in groupby(checklist(described), lambda line: line.group)],
             ceiling_note=prose.ceiling_note,
-            limits=prose.limits(runs),
+            power=prose.power,
+            limits=[*prose.limits(described), *prose.sweep_limits(page.sweeps)],
             figures=drawn,
             tables=tables,
-            measured=[run for run in runs if run.benchmark is not None],
+            measured=[run for run in described if run.benchmark is not None],
+            gap_rows=_gap_rows(page.runs),
             question_count=_question_count,
-            galleries=_galleries(runs, detail.pictures),
+            galleries=_galleries(page.runs, detail.pictures),
+            environments=_environments(described),
             show_examples=show_examples,
-            embedded=_embedded(runs, detail),
+            base_mark=figures.BASE_MARK,
+            embedded=embed(page, scores=detail.scores_embedded, documents=detail.documents_embedded, changes=changes),
             left_out=", without " + " and ".join(detail.left_out),
         )
     )
+
+
+def _source(content: str) -> str:
+    """The CSP source of an inline element: its hash."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
 
 
 def environment() -> jinja2.Environment:
@@ -191,10 +185,23 @@ def environment() -> jinja2.Environment:
         ),
         plural=text.plural,
         file_size=text.file_size,
-        points=lambda value: "–" if value is None else f"{100 * value:+.1f} points".replace("-", "−"),
+        points=text.points,
+        signed=text.signed,
         shell=shlex.quote,
     )
     return env
+
+
+def _described(page: Page, cells: int) -> tuple[tuple[RunReport, ...], int]:
+    """Runs whose claim and ledger are written out, and how many configurations of sweeps are not.
+
+    When not all configurations have room, the first of each method come first.
+    """
+    own = [run for run in page.described if run.cell_of is not None]
+    firsts = {(run.cell_of, run.method): run.key for run in reversed(own)}
+    wanted = sorted(own, key=lambda run: run.key != firsts[run.cell_of, run.method])[:cells]
+    kept = {run.key for run in wanted}
+    return tuple(run for run in page.described if run.cell_of is None or run.key in kept), len(own) - len(wanted)
 
 
 def _verdict_rows(runs: Sequence[RunReport], table: utility.TaskTable | None) -> list[dict[str, Any]]:
@@ -225,75 +232,32 @@ def _claim_groups(runs: Sequence[RunReport]) -> list[dict[str, Any]]:
     return groups
 
 
-@dataclass(frozen=True)
-class ScoreFigures:
-    """The two figures of a game and the numbers of their data tables."""
-
-    summary: ScoreSummary
-    histogram: Markup
-    roc: Markup
-    bins: tuple[tuple[float, float, int, int], ...]
-    points: tuple[RocPoint, ...]
-    banded: bool
-
-
-@dataclass(frozen=True)
-class Figures:
-    """All drawings of a page, by run letter or task."""
-
-    diagrams: dict[str, Markup]
-    scores: dict[str, ScoreFigures]
-    frontiers: dict[str, dict[str, Any]]
-    curves: dict[str, tuple[tuple[Curve, Markup], ...]]
-
-
-def _figures(
-    runs: Sequence[RunReport], tables: Sequence[utility.TaskTable], styles: StyleSheet, detail: Detail
-) -> Figures:
-    diagrams, scores, curves = {}, {}, {}
+def _gap_rows(runs: Sequence[RunReport]) -> list[dict[str, Any]]:
+    """Gaps between subgroups of each run, beside the non-private run's between the same two groups."""
+    plain = next((run for run in runs if run.method == "non-private" and run.benchmark is not None), None)
+    rows = []
     for run in runs:
-        key = run.key.lower()
-        if run.ledger:
-            diagrams[run.key] = diagram(run.config, run.claim, run.ledger, key=f"flow-{key}")
-        if run.audit is not None and run.audit.scores:
-            scores[run.key] = _score_figures(run, key, styles, detail)
-        if run.curves:
-            curves[run.key] = tuple(
-                (data, figures.curve(data, key=f"curve-{key}-{index}", styles=styles))
-                for index, data in enumerate(run.curves[:8])
-            )
-    frontiers = {}
-    for index, table in enumerate(tables):
-        points = utility.frontier_points(runs, table)
-        if points:
-            drawing = figures.frontier(points, table.base, key=f"frontier-{index}", styles=styles)
-            by_key = {run.key: run for run in runs}
-            legend = [
-                {"mark": figures.legend_mark(position), "run": by_key[point.key]}
-                for position, point in enumerate(points)
-            ]
-            base = figures.BASE_MARK if table.base is not None else None
-            frontiers[table.task] = {"svg": drawing, "points": points, "legend": legend, "base": base}
-    return Figures(diagrams, scores, frontiers, curves)
-
-
-def _score_figures(run: RunReport, key: str, styles: StyleSheet, detail: Detail) -> ScoreFigures:
-    assert run.audit is not None
-    summary = run.audit.scores[0]
-    stride = max(1, math.ceil(len(summary.roc) / detail.table_points))
-    return ScoreFigures(
-        summary=summary,
-        histogram=figures.histogram(summary, key=f"scores-{key}", styles=styles),
-        roc=figures.roc(summary, run.claim, key=f"roc-{key}", styles=styles),
-        bins=tuple(zip(summary.edges, summary.edges[1:], summary.counts_in, summary.counts_out, strict=False)),
-        points=summary.roc[::stride],
-        banded=any(point.tpr_low is not None and point.tpr_high is not None for point in summary.roc),
-    )
+        for gap in utility.gaps(run.benchmark):
+            other = plain.benchmark if plain is not None and plain is not run else None
+            assert run.benchmark is not None
+            same = other is not None and other.sample_sha256.get(gap.task) == run.benchmark.sample_sha256.get(gap.task)
+            rows.append({"run": run, "gap": gap, "plain": utility.same_gap(gap, other) if same else None})
+    return rows
 
 
 def _question_count(table: utility.TaskTable, metric: str) -> str:
     counts = {column.metrics[metric].n for column in table.columns if metric in column.metrics}
     return " / ".join(f"{count:,}" for count in sorted(counts)) or "–"
+
+
+def _environments(runs: Sequence[RunReport]) -> list[list[RunReport]]:
+    """Runs by equal software and machine."""
+    groups: dict[str, list[RunReport]] = {}
+    for run in runs:
+        environment = run.environment
+        same = environment.model_copy(update={"command": None}).to_json() if environment is not None else ""
+        groups.setdefault(same, []).append(run)
+    return list(groups.values())
 
 
 def _galleries(runs: Sequence[RunReport], limit: int) -> list[tuple[list[RunReport], list[dict[str, Any]], int]]:
@@ -318,31 +282,3 @@ def _picture(item: Thumbnail) -> str | None:
     if not data.startswith(b"\x89PNG\r\n\x1a\n") or len(data) > PICTURE_BYTES:
         return None
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"
-
-
-def _embedded(runs: Sequence[RunReport], detail: Detail) -> Markup:
-    """The documents as JSON that can't end its script element: every <, > and & is written as an escape."""
-    summary = {run.key: row.model_dump(mode="json") for run, row in zip(runs, summarise(runs), strict=True)}
-    entries = []
-    for run in runs:
-        entry: dict[str, Any] = {"summary": summary[run.key], "notices": list(run.notices)}
-        entry["files"] = {file.name: file.sha256 for file in run.files}
-        if detail.documents_embedded:
-            documents = (run.claim_document, run.ledger_document, run.audit, run.benchmark, run.environment)
-            entry["documents"] = {d.kind: _trimmed(d, detail) for d in documents if d is not None}
-        entries.append(entry)
-    report = {"kind": "report", "schema_version": 1, "dpaudit": __version__, "runs": entries}
-    raw = json.dumps(report, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
-    for character in "<>&":
-        raw = raw.replace(character, f"\\u{ord(character):04x}")
-    return Markup(raw)
-
-
-def _trimmed(document: Document, detail: Detail) -> dict[str, Any]:
-    data = document.model_dump(mode="json", by_alias=True)
-    data.pop("gallery", None)
-    if not detail.scores_embedded:
-        for summary in data.get("scores", []):
-            for field in ("edges", "counts_in", "counts_out", "roc"):
-                summary.pop(field)
-    return data

@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import ValidationError
 
@@ -75,6 +75,8 @@ class RunReport:
     """One run as the report sees it. A document that isn't there (yet) is None.
 
     `key` is the letter that stands for the run in figures; `notices` are contradictions between its documents.
+    `source`: what was given, a run folder or a bare document. `cell_of`: the sweep for one of whose configurations this
+    run stands.
     """
 
     key: str
@@ -89,6 +91,8 @@ class RunReport:
     notices: tuple[str, ...] = ()
     curves: tuple[Curve, ...] = ()
     private_gallery: tuple[Thumbnail, ...] = ()
+    source: Literal["run", "scores", "audit"] = "run"
+    cell_of: str | None = None
 
     @property
     def claim(self) -> Claim | None:
@@ -111,7 +115,9 @@ class RunReport:
     def ledger(self) -> tuple[LedgerRow, ...]:
         """The rows of the run, those that the audit added, and those that this report itself adds."""
         own = self.ledger_document.rows if self.ledger_document is not None else ()
-        rows = self.audit.ledger if self.audit is not None and self.audit.ledger else own
+        audited = self.audit.ledger if self.audit is not None else ()
+        later = [row for row in own if row.path not in {judged.path for judged in audited}]  # added after the audit
+        rows = (*audited, *later)
         extra = [PRIVATE_CURVES] if self.curves else []
         extra += [PRIVATE_PICTURES] if self.private_gallery else []
         return (*rows, *extra)
@@ -174,10 +180,10 @@ def load_runs(
         if folder.resolve() in seen:
             raise UsageError(f"RUN: {path} is given twice (also as {seen[folder.resolve()]})")
         seen[folder.resolve()] = path
-    names = _distinct([_name(folder) for folder in folders])
+    names = distinct([_name(folder) for folder in folders])
     runs = []
     for index, (folder, name) in enumerate(zip(folders, names, strict=True)):
-        run = _load(folder, key=_key(index), name=name)
+        run = load_release(folder, key=letter(index), name=name)
         private = folder.parent / "private"
         if include_private:
             run = replace(run, curves=_curves(private / "metrics.jsonl"))
@@ -203,7 +209,7 @@ def _name(folder: Path) -> str:
     return (folder.parent.name if folder.name == "release" else folder.name) or "run"
 
 
-def _distinct(names: Sequence[str]) -> list[str]:
+def distinct(names: Sequence[str]) -> list[str]:
     counts: dict[str, int] = {}
     distinct = []
     for name in names:
@@ -212,7 +218,7 @@ def _distinct(names: Sequence[str]) -> list[str]:
     return distinct
 
 
-def _key(index: int) -> str:
+def letter(index: int) -> str:
     """A, B, …, Z, AA, AB, …"""
     letters = ""
     index += 1
@@ -222,13 +228,13 @@ def _key(index: int) -> str:
     return letters
 
 
-def _load(folder: Path, *, key: str, name: str) -> RunReport:
+def load_release(folder: Path, *, key: str, name: str) -> RunReport:
     config = _config(folder / "config.yaml")
     audit = _document(AuditDocument, folder / "audit.json")
     claim = _document(ClaimDocument, folder / "claim.json")
     if audit is not None:
         for index, summary in enumerate(audit.scores):
-            _check_summary(folder / "audit.json", f"scores.{index}", summary)
+            check_summary(folder / "audit.json", f"scores.{index}", summary)
     run = RunReport(
         key=key,
         name=clean(name, 60),
@@ -257,7 +263,7 @@ def _document(model: type[AnyDocument], path: Path) -> AnyDocument | None:
     return model.read(path) if path.exists() else None
 
 
-def _check_summary(path: Path, field: str, summary: ScoreSummary) -> None:
+def check_summary(path: Path, field: str, summary: ScoreSummary) -> None:
     bins = len(summary.edges) - 1
     if bins < 1 or len(summary.counts_in) != bins or len(summary.counts_out) != bins:
         raise UsageError(f"{path}: {field}: edges must be one more than counts_in and counts_out")

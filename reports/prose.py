@@ -9,8 +9,10 @@ from collections.abc import Sequence
 
 from dpaudit.documents import Claim, Test
 from reports.inputs import RunReport
+from reports.subjects import SweepReport
 from reports.text import clean, number, percent, plural
 
+POWER = 0.8  # of design: below it a test that finds nothing says nothing
 LIMIT = "An audit can refute a claim; it can never prove privacy."
 
 _RELATION = {
@@ -143,6 +145,50 @@ def ceiling_note(test: Test, claim: Claim | None) -> str | None:
     return None
 
 
+def power(run: RunReport) -> list[str]:
+    """What the audit could have detected: its power against the stored alternative, and its ceiling."""
+    if run.audit is None:
+        return []
+    known = [test for test in run.audit.tests if test.power is not None and test.p_value is not None and test.decides]
+    alternative = clean(run.audit.alternative, 160) if run.audit.alternative is not None else None
+    items = [
+        f"{clean(test.name, 80)}: had the alternative been true ({alternative or 'not stated'}), this test would have "
+        f"noticed it with probability {percent(test.power, 0)} at level {number(run.audit.alpha)}"
+        + ("." if (test.power or 0.0) >= POWER else f"; a verdict of “not refuted” needs {percent(POWER, 0)}.")
+        for test in known
+    ]
+    if run.claim is not None and not known:
+        items.append(
+            "No test of this audit knows its power, so a claim that is a little wrong may have gone unnoticed."
+        )
+    test = run.headline
+    if test is not None and test.ceiling is not None:
+        items.append(
+            f"With every guess right, the headline bound would have been eps ≥ {number(test.ceiling)}: no larger leak "
+            "could have shown in it."
+        )
+    return items
+
+
+def sweep_limits(sweeps: Sequence[SweepReport]) -> list[str]:
+    """What a sweep's table does not say."""
+    items = []
+    for sweep in sweeps:
+        items.append(
+            f"Sweep {sweep.name}: the best of {len(sweep.lines)} lines looks better than it is, since it was chosen by "
+            "the numbers that describe it. Choosing by accuracy on private data also costs privacy (see the ledger)."
+        )
+        single = [line.key for line in sweep.lines if line.row.method is not None and len(line.row.seeds) == 1]
+        if single:
+            items.append(
+                f"Trained once only, so their intervals say nothing about luck in training: {', '.join(single)}."
+            )
+        broken = sum(cell.state == "failed" for cell in sweep.document.cells)
+        if broken:
+            items.append(f"{plural(broken, 'cell')} of the sweep failed and is missing from its line.")
+    return items
+
+
 def limits(runs: Sequence[RunReport]) -> list[str]:
     """The limits of what this page shows, first the general ones, then those of these runs."""
     items = [
@@ -160,11 +206,16 @@ def limits(runs: Sequence[RunReport]) -> list[str]:
                 f"more than {number(test.ceiling)}, even with every guess right. By its bound alone it could not "
                 "refute the claim."
             )
-        if run.audit is None:
+        if run.audit is None and run.cell_of is None:
             items.append(f"Run {run.key} has not been audited: nothing here supports or contradicts its claim.")
+        if run.source == "scores":
+            items.append(
+                f"{run.key} is a file of scores from elsewhere: that its coins were fair, independent and drawn before "
+                "training is its owner's word."
+            )
         if run.audit is not None and run.audit.run is not None and run.audit.run.audits != "these weights":
             items.append(f"Run {run.key}: the audit is about {clean(run.audit.run.audits, 200)}.")
-    unmeasured = [run.key for run in runs if run.benchmark is None]
+    unmeasured = [run.key for run in runs if run.benchmark is None and run.source == "run"]
     if unmeasured:
         items.append(f"No accuracy was measured for run {', '.join(unmeasured)}.")
     return items

@@ -77,6 +77,16 @@ def p_value(value: float | None) -> str:
     return "< 1e-9" if value < 1e-9 else number(value, 2)
 
 
+def signed(value: float) -> str:
+    """A difference of two shares in percentage points without its unit, e.g. -0.0123 -> '−1.2'."""
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
+def points(value: float | None) -> str:
+    """A difference of two shares in percentage points, always with its sign."""
+    return "–" if value is None or math.isnan(value) else f"{signed(value)} points"
+
+
 def file_size(count: int) -> str:
     """Bytes as B, kB or MB."""
     if count < 1000:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dpaudit.documents import BenchmarkDocument, Metric
+from dpaudit.documents import BenchmarkDocument, Gap, Metric
 from reports.figures import FrontierPoint
 from reports.inputs import RunReport
 
@@ -119,6 +119,43 @@ def _non_private(runs: Sequence[RunReport], table: TaskTable) -> Metric | None:
     return next((c.metrics.get(OVERALL) for c in table.columns if c.key in keys), None)
 
 
+def gaps(document: BenchmarkDocument | None) -> tuple[Gap, ...]:
+    """Gaps between subgroups, widest first; from the question kinds alone where the document states none."""
+    if document is None:
+        return ()
+    found = list(document.gaps)
+    for task, metrics in document.tasks.items() if not found else ():
+        kinds = {name.removeprefix(f"{OVERALL}/"): m for name, m in metrics.items() if name.startswith(f"{OVERALL}/")}
+        if len(kinds) < 2:
+            continue
+        best = max(kinds, key=lambda name: kinds[name].value)
+        worst = min(kinds, key=lambda name: kinds[name].value)
+        base = (document.base or {}).get(task, {})
+        pair = [base.get(f"{OVERALL}/{name}") for name in (best, worst)]
+        before = pair[0].value - pair[1].value if pair[0] is not None and pair[1] is not None else None
+        found.append(
+            Gap(
+                task=task,
+                metric=OVERALL,
+                grouping="question kind",
+                best=best,
+                worst=worst,
+                value=kinds[best].value - kinds[worst].value,
+                low=None,
+                high=None,
+                base=before,
+            )
+        )
+    return tuple(sorted(found, key=lambda gap: -gap.value))
+
+
+def same_gap(gap: Gap, other: BenchmarkDocument | None) -> float | None:
+    """Another model's difference between the same two groups; None where it was not measured on the same questions."""
+    metrics = other.tasks.get(gap.task, {}) if other is not None else {}
+    best, worst = (metrics.get(f"{gap.metric}/{name}") for name in (gap.best, gap.worst))
+    return best.value - worst.value if best is not None and worst is not None else None
+
+
 def frontier_points(runs: Sequence[RunReport], table: TaskTable) -> tuple[FrontierPoint, ...]:
     """The runs that share the task's questions, in the order given."""
     found = []
@@ -129,5 +166,6 @@ def frontier_points(runs: Sequence[RunReport], table: TaskTable) -> tuple[Fronti
             continue
         test = run.headline
         claimed = run.claim.epsilon if run.claim is not None else math.inf
-        found.append(FrontierPoint(run.key, claimed, test.epsilon_lower if test is not None else None, metric))
+        audited = (test.epsilon_lower,) if test is not None and test.epsilon_lower is not None else ()
+        found.append(FrontierPoint(run.key, claimed, audited, metric, run.key))
     return tuple(found)

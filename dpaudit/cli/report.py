@@ -1,18 +1,29 @@
-"""`dpaudit report`: one self-contained HTML file over one or more runs."""
+"""`dpaudit report`: one self-contained HTML file over runs, sweeps and bare documents."""
 
 import hashlib
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dpaudit.cli import console
 
+if TYPE_CHECKING:
+    from reports.embedded import ReportDocument
+
 
 def command(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or their release/ parts.")],
+    subjects: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="SUBJECT...", help="Run or sweep folders; JSON of dpaudit scores, audit, check or bugs."
+        ),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")] = Path("report.html"),
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "Privacy audit report",
+    against: Annotated[
+        Path | None, typer.Option(metavar="OLD", help="An earlier report: also say what got better or worse.")
+    ] = None,
     include_private: Annotated[
         bool, typer.Option("--include-private", help="Show exact training curves; adds an UNACCOUNTED ledger row.")
     ] = False,
@@ -24,30 +35,56 @@ def command(
 ) -> None:
     """Write one self-contained HTML file: claim, evidence, limits and how to reproduce them.
 
-    Reads the release/ part of each run and nothing else, unless asked. The page makes no request, runs no script and
-    is under 500 kB; the same files give the same bytes.
+    Reads the release/ part of each run and nothing else, unless asked. The page makes no request, works without
+    JavaScript and is under 500 kB; the same files give the same bytes.
     """
     from dpaudit.atomic import write_text
-    from reports.html import ReportDocument, render, summarise
-    from reports.inputs import load_runs
+    from reports.changes import compare, read_earlier
+    from reports.embedded import ReportDocument, summarise, summarise_checks, summarise_sweeps
+    from reports.html import render
+    from reports.subjects import load_page
 
-    loaded = load_runs(runs, include_private=include_private, show_examples=show_examples)
-    page, detail = render(loaded, title=title, show_examples=show_examples)
-    write_text(output, page)
-    encoded = page.encode()
+    earlier = read_earlier(against) if against is not None else None  # before it may be overwritten
+    page = load_page(subjects, include_private=include_private, show_examples=show_examples)
+    changes = compare(page, earlier) if earlier is not None else None
+    name = against.name if against is not None else ""
+    made, detail = render(page, title=title, show_examples=show_examples, changes=changes, against=name)
+    write_text(output, made)
+    encoded = made.encode()
     document = ReportDocument(
         path=str(output),
         bytes=len(encoded),
         sha256=hashlib.sha256(encoded).hexdigest(),
         title=title,
-        runs=summarise(loaded),
+        runs=summarise(page.runs),
+        sweeps=summarise_sweeps(page),
+        checks=summarise_checks(page),
+        changes=changes,
         left_out=detail.left_out,
     )
     if as_json:
-        console.emit(document)
-        return
+        return console.emit(document)
+    for line in describe(document):
+        console.say(line)
+    console.say(f"{output} ({len(encoded) / 1000:.0f} kB). {console.LIMIT_SENTENCE}")
+
+
+def describe(document: "ReportDocument") -> list[str]:
+    """The page in a few lines for people."""
+    from reports.text import clean
+
+    lines = []
     for run in document.runs:
         bound = "no bound" if run.epsilon_lower is None else f"eps >= {run.epsilon_lower:.3g}"
         claim = "no claim" if run.claimed_epsilon is None else f"claims eps = {run.claimed_epsilon:.3g}"
-        console.say(f"{run.key} {run.name}: {run.verdict or 'not audited'} ({claim}; {bound})")
-    console.say(f"{output} ({len(encoded) / 1000:.0f} kB). {console.LIMIT_SENTENCE}")
+        lines.append(f"{run.key} {run.name}: {run.verdict or 'not audited'} ({claim}; {bound})")
+    lines += [f"sweep {clean(sweep.name)}: {len(sweep.rows)} configurations" for sweep in document.sweeps]
+    for check in document.checks:
+        failed = f"; failed: {', '.join(clean(name, 60) for name in check.failed[:5])}" if check.failed else ""
+        lines.append(f"{clean(check.name)}: {check.verdict or f'{len(check.failed)} planted bugs missed'}{failed}")
+    for change in document.changes or ():
+        subject, what = clean(change.subject, 60), clean(change.what, 80)
+        lines.append(f"{change.direction}: {subject}, {what}: {clean(change.before, 60)} -> {clean(change.after, 60)}")
+    if document.changes is not None and not document.changes:
+        lines.append("no change since the earlier report")
+    return lines

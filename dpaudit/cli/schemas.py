@@ -8,7 +8,7 @@ from pathlib import Path
 from attacks.bugs.benchmark import BugsDocument
 from dpaudit import documents
 from dpaudit.analysis.plan import PlanDocument
-from reports.html import ReportDocument
+from reports.embedded import ReportDocument
 from reports.sweep.document import SweepDocument
 
 ALL: tuple[type[documents.Document], ...] = (

@@ -179,6 +179,7 @@ def _row(
     claim = next((ClaimDocument.read(e.run.claim).claim for e in mine.values() if e.run.claim.is_file()), None)
     return SweepRow(
         configuration=point.name,
+        series=point.series,
         method=config.method,
         swept=dict(point.swept),
         epsilon=claim.epsilon if claim is not None else None,
@@ -213,6 +214,7 @@ def _base_row(point: Point, benchmarks: Mapping[str, BenchmarkDocument]) -> Swee
     kinds = {name.removeprefix(f"{OVERALL}/"): _untrained(metric) for name, metric in found.items() if name != OVERALL}
     return SweepRow(
         configuration=point.name,
+        series=point.series,
         method=None,
         swept={},
         epsilon=None,

@@ -44,6 +44,9 @@ class SweepRow(Part):
     """One configuration at one point of the grid."""
 
     configuration: str
+    series: str = Field(
+        description="Its name without the values of the grid: lines that differ in those alone share it."
+    )
     method: str | None = Field(description="null: the base model, not trained.")
     swept: dict[str, Any]
     epsilon: Number | None

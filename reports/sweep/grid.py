@@ -18,7 +18,7 @@ name. Every cell is resolved to a whole run configuration before anything runs, 
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +61,11 @@ class Grid(_Section):
 class Point:
     """One configuration at one point of the grid: a line of the table, trained once a seed.
 
-    swept: the values that tell it from the others, by field.
+    swept: the values that tell it from the others, by field. series: its name without them.
     """
 
     name: str
+    series: str
     settings: Mapping[str, Any]
     swept: Mapping[str, Any]
     against: str | None
@@ -161,7 +162,7 @@ def _points(configuration: Configuration, grid: Grid) -> list[Point]:
     if not configuration.train:
         if configuration.settings or configuration.grid:
             raise UsageError(f"configurations: {configuration.name!r} is not trained; accepted: no settings, no grid")
-        return [Point(configuration.name, {}, {}, None, False)]
+        return [Point(configuration.name, configuration.name, {}, {}, None, False)]
     for key, values in axes.items():
         if not isinstance(values, list) or not values:
             raise rejected(f"grid.{key}", values, "a list of values")
@@ -171,7 +172,7 @@ def _points(configuration: Configuration, grid: Grid) -> list[Point]:
         parts = [f"{key.rpartition('.')[2]} {_shown(value)}" for key, value in swept.items()]
         name = ", ".join(([configuration.name] if configuration.name else []) + parts) or "run"
         settings = {**_flat(grid.settings), **_flat(configuration.settings), **swept}
-        found.append(Point(name, settings, swept, configuration.against, True))
+        found.append(Point(name, configuration.name or "run", settings, swept, configuration.against, True))
     return found
 
 
@@ -195,7 +196,7 @@ def _with_opponent(point: Point, names: Sequence[str]) -> Point:
     place = ", ".join(f"{key.rpartition('.')[2]} {_shown(value)}" for key, value in point.swept.items())
     for candidate in (f"{point.against}, {place}", point.against):
         if candidate in names and candidate != point.name:
-            return Point(point.name, point.settings, point.swept, candidate, point.trained)
+            return replace(point, against=candidate)
     raise rejected(f"configurations: against of {point.name!r}", point.against, [n for n in names if n != point.name])
 
 

@@ -34,13 +34,13 @@ def train(payload: dict[str, Any]) -> dict[str, Any]:
         resume_run(out, reporter=Live(out.name))
     else:
         start_run(config, out, reporter=Live(out.name))
-    if payload["row"] is not None:
-        declare(run, LedgerRow.model_validate(payload["row"]))
     if payload["audits"] and not run.audit.exists():
         from attacks.audit import audit
         from attacks.options import Options
 
         audit(out, Options(audits=tuple(payload["audits"]), device=config.model.device))
+    if payload["row"] is not None:  # after the audit, which judges this cell's own claim and not the choice among cells
+        declare(run, LedgerRow.model_validate(payload["row"]))
     return {}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from reports.html import render
-from reports.inputs import load_runs
+from reports.subjects import load_page
 from tests.reports.browser import Page, find_chromium, open_browser
 from tests.reports.fixtures import write_run, write_three
 from tests.reports.hostile import HOSTILE, write_hostile_run
@@ -64,7 +64,7 @@ def page() -> Iterator[Page]:
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     path = folder / "report.html"
-    path.write_text(render(load_runs(write_three(folder / "runs")), title="Privacy audit report")[0])
+    path.write_text(render(load_page(write_three(folder / "runs")), title="Privacy audit report")[0])
     return path
 
 
@@ -192,7 +192,7 @@ def test_hostile_text_stays_text(page: Page, tmp_path: Path) -> None:
     other = write_run(tmp_path, "dp-sgd")
     path = tmp_path / "hostile.html"
     title = HOSTILE[1]
-    path.write_text(render(load_runs([run, other]), title=title)[0], encoding="utf-8")
+    path.write_text(render(load_page([run, other]), title=title)[0], encoding="utf-8")
     start = len(page.events)
     for width in (1280, 375):
         page.view(width)
@@ -216,7 +216,7 @@ def test_hostile_text_stays_text(page: Page, tmp_path: Path) -> None:
 def test_missing_documents_are_stated(page: Page, tmp_path: Path, with_audit: bool) -> None:
     run = write_run(tmp_path, "dp-sgd", with_audit=with_audit, with_benchmark=not with_audit)
     path = tmp_path / "report.html"
-    path.write_text(render(load_runs([run]), title="One run")[0])
+    path.write_text(render(load_page([run]), title="One run")[0])
     start = len(page.events)
     page.view(800)
     page.open(path)

@@ -71,7 +71,7 @@ def test_two_figures_share_no_id_and_refer_to_their_own() -> None:
 
 def test_frontier_draws_every_run_and_no_claim_at_the_right() -> None:
     metric = Metric(value=0.8, low=0.7, high=0.9, n=10)
-    points = [FrontierPoint("A", math.inf, 3.0, metric), FrontierPoint("B", 8.0, 0.0, metric)]
+    points = [FrontierPoint("A", math.inf, (3.0,), metric, "A"), FrontierPoint("B", 8.0, (0.0,), metric, "B")]
     svg = str(frontier(points, metric, key="f", styles=StyleSheet()))
     text = re.findall(r"<text[^>]*>([^<]+)</text>", svg)
     assert {"A", "B", "no claim", "8"} <= set(text)
@@ -81,7 +81,7 @@ def test_frontier_draws_every_run_and_no_claim_at_the_right() -> None:
     assert place["0"] < place["1"] < place["3"] < place["8"] < place["no claim"]
     unit = place["1"] - place["0"]  # log2(1 + eps)
     assert place["8"] - place["0"] == pytest.approx(math.log2(9) * unit, abs=0.5)
-    lonely = str(frontier([FrontierPoint("A", math.inf, None, metric)], None, key="g", styles=StyleSheet()))
+    lonely = str(frontier([FrontierPoint("A", math.inf, (), metric, "A")], None, key="g", styles=StyleSheet()))
     assert "no claim" in lonely
 
 

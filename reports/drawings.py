@@ -1,0 +1,142 @@
+"""All drawings of a page, made before its style sheet is hashed."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from dpaudit.documents import Metric, RocPoint, ScoreSummary
+from reports import figures, utility
+from reports.diagram import diagram
+from reports.inputs import Curve, RunReport
+from reports.subjects import Page, SweepReport
+from reports.svg import StyleSheet
+from reports.sweep.document import Averaged
+
+MOST_CURVES = 8
+
+
+@dataclass(frozen=True)
+class ScoreFigures:
+    """The two figures of a game and the numbers of their data tables."""
+
+    summary: ScoreSummary
+    histogram: Markup
+    roc: Markup
+    bins: tuple[tuple[float, float, int, int], ...]
+    points: tuple[RocPoint, ...]
+    banded: bool
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """One frontier: the drawing, its points, and the legend as (mark, name, letters)."""
+
+    title: str
+    svg: Markup
+    points: tuple[figures.FrontierPoint, ...]
+    names: dict[str, str]
+    legend: tuple[tuple[Markup, str, str], ...]
+    base: Metric | None
+    of_sweep: bool
+
+
+@dataclass(frozen=True)
+class Drawings:
+    """By run letter; frontiers in the order of the page."""
+
+    diagrams: dict[str, Markup]
+    scores: dict[str, tuple[ScoreFigures, ...]]
+    frontiers: tuple[Frontier, ...]
+    curves: dict[str, tuple[tuple[Curve, Markup], ...]]
+
+
+def draw(
+    page: Page,
+    described: Sequence[RunReport],
+    tables: Sequence[utility.TaskTable],
+    styles: StyleSheet,
+    *,
+    table_points: int,
+    games: int,
+) -> Drawings:
+    """Every figure of a page. table_points: rows of a figure's data table; games: score figures per run."""
+    diagrams, scores, curves = {}, {}, {}
+    for run in described:
+        if run.ledger:
+            diagrams[run.key] = diagram(run.config, run.claim, run.ledger, key=f"flow-{run.key.lower()}")
+    for run in page.runs:
+        key = run.key.lower()
+        if run.audit is not None and run.audit.scores:
+            scores[run.key] = tuple(
+                _score_figures(run, summary, f"{key}-{index}", styles, table_points)
+                for index, summary in enumerate(run.audit.scores[:games])
+            )
+        if run.curves:
+            curves[run.key] = tuple(
+                (data, figures.curve(data, key=f"curve-{key}-{index}", styles=styles))
+                for index, data in enumerate(run.curves[:MOST_CURVES])
+            )
+    frontiers = [_runs_frontier(page.runs, table, index, styles) for index, table in enumerate(tables)]
+    frontiers += [_sweep_frontier(sweep, index, styles) for index, sweep in enumerate(page.sweeps)]
+    return Drawings(diagrams, scores, tuple(found for found in frontiers if found is not None), curves)
+
+
+def _score_figures(
+    run: RunReport, summary: ScoreSummary, key: str, styles: StyleSheet, table_points: int
+) -> ScoreFigures:
+    stride = max(1, math.ceil(len(summary.roc) / table_points))
+    return ScoreFigures(
+        summary=summary,
+        histogram=figures.histogram(summary, key=f"scores-{key}", styles=styles),
+        roc=figures.roc(summary, run.claim, key=f"roc-{key}", styles=styles),
+        bins=tuple(zip(summary.edges, summary.edges[1:], summary.counts_in, summary.counts_out, strict=False)),
+        points=summary.roc[::stride],
+        banded=any(point.tpr_low is not None and point.tpr_high is not None for point in summary.roc),
+    )
+
+
+def _runs_frontier(
+    runs: Sequence[RunReport], table: utility.TaskTable, index: int, styles: StyleSheet
+) -> Frontier | None:
+    points = utility.frontier_points(runs, table)
+    if not points:
+        return None
+    names = {run.key: run.name for run in runs}
+    drawing = figures.frontier(points, table.base, key=f"frontier-{index}", styles=styles)
+    legend = tuple((figures.legend_mark(place), names[p.key], p.key) for place, p in enumerate(points))
+    return Frontier(f"Task {table.task}", drawing, points, names, legend, table.base, False)
+
+
+def _sweep_frontier(sweep: SweepReport, index: int, styles: StyleSheet) -> Frontier | None:
+    """One point a configuration; those that differ in the grid's values alone are joined and share colour and mark."""
+    points = []
+    base: Metric | None = None
+    for line in sweep.lines:
+        row = line.row
+        if row.exact_match is None:
+            continue
+        if row.method is None:
+            base = _metric(row.exact_match)
+            continue
+        cells = [c for c in sweep.document.cells if c.configuration == row.configuration]
+        audited = tuple(cell.epsilon_lower for cell in cells if cell.epsilon_lower is not None)
+        claimed = row.epsilon if row.epsilon is not None else math.inf
+        points.append(figures.FrontierPoint(line.key, claimed, audited, _metric(row.exact_match), row.series))
+    if not points:
+        return None
+    series = list(dict.fromkeys(point.series for point in points))
+    drawing = figures.frontier(points, base, key=f"sweep-{index}", styles=styles)
+    legend = tuple(
+        (figures.legend_mark(place), name, " ".join(p.key for p in points if p.series == name))
+        for place, name in enumerate(series)
+    )
+    names = {line.key: line.row.configuration for line in sweep.lines}
+    return Frontier(f"Sweep {sweep.name}", drawing, tuple(points), names, legend, base, True)
+
+
+def _metric(averaged: Averaged) -> Metric:
+    fields: dict[str, Any] = {name: getattr(averaged, name) for name in ("value", "low", "high", "n", "pictures")}
+    return Metric(**fields)

@@ -1,0 +1,186 @@
+"""What a page is about: run folders, sweeps, and bare documents of `dpaudit scores`, `audit`, `check` and `bugs`."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpaudit.documents import MOST_BYTES, AuditDocument, CheckDocument, ScoresDocument
+from dpaudit.errors import UsageError
+from reports.inputs import ReleasedFile, RunReport, check_summary, distinct, letter, load_release, load_runs
+from reports.sweep.document import SweepDocument, SweepRow
+from reports.text import clean
+
+if TYPE_CHECKING:
+    from attacks.bugs.benchmark import BugsDocument
+
+SWEEP = "sweep.json"
+ACCEPTED = "a run folder, a sweep folder, or a document of dpaudit sweep, audit, scores, check or bugs"
+
+
+@dataclass(frozen=True)
+class SweepLine:
+    """One configuration of a sweep. run: a finished cell, whose claim, ledger and environment stand for all."""
+
+    key: str
+    row: SweepRow
+    run: RunReport | None
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """A sweep with its lines in the order of the table."""
+
+    name: str
+    document: SweepDocument
+    file: ReleasedFile
+    lines: tuple[SweepLine, ...]
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """A step contract by itself; the document does not know whose, so the file's name says it."""
+
+    key: str
+    name: str
+    document: CheckDocument
+    file: ReleasedFile
+
+
+@dataclass(frozen=True)
+class BugsReport:
+    """The planted-bug benchmark."""
+
+    name: str
+    document: "BugsDocument"
+    file: ReleasedFile
+
+
+@dataclass(frozen=True)
+class Page:
+    """Everything that one page shows."""
+
+    runs: tuple[RunReport, ...]
+    sweeps: tuple[SweepReport, ...] = ()
+    checks: tuple[CheckReport, ...] = ()
+    bugs: tuple[BugsReport, ...] = ()
+
+    @property
+    def described(self) -> tuple[RunReport, ...]:
+        """Runs whose claim and ledger are shown: those given, and one for each configuration of a sweep."""
+        cells = (line.run for sweep in self.sweeps for line in sweep.lines)
+        return (*self.runs, *(run for run in cells if run is not None))
+
+
+def load_page(paths: Sequence[Path], *, include_private: bool = False, show_examples: bool = False) -> Page:
+    """Read everything; UsageError with one line that names file and field when something can't be understood."""
+    if not paths:
+        raise UsageError(f"SUBJECT: give at least one; accepted: {ACCEPTED}")
+    sweeps = [path for path in paths if _is_sweep(path)]
+    files = [path for path in paths if path not in sweeps and path.is_file()]
+    folders = [path for path in paths if path not in sweeps and path not in files]
+    runs = load_runs(folders, include_private=include_private, show_examples=show_examples) if folders else ()
+    used = len(runs)
+    page = Page(runs)
+    for path in dict.fromkeys(sweeps):
+        sweep = _sweep(path, first=used)
+        used += len(sweep.lines)
+        page = replace(page, sweeps=(*page.sweeps, sweep))
+    for path in dict.fromkeys(files):
+        page = _with_document(page, path, letter(used))
+        used += 1
+    names = distinct([run.name for run in page.runs])
+    return replace(page, runs=tuple(replace(run, name=name) for run, name in zip(page.runs, names, strict=True)))
+
+
+def _is_sweep(path: Path) -> bool:
+    if path.is_dir():
+        return (path / SWEEP).is_file()
+    return path.is_file() and path.name == SWEEP
+
+
+def _file(path: Path) -> ReleasedFile:
+    content = path.read_bytes()
+    return ReleasedFile(clean(path.name, 80), hashlib.sha256(content).hexdigest(), len(content))
+
+
+def _sweep(path: Path, *, first: int) -> SweepReport:
+    """A sweep folder, or its sweep.json alone (then nothing but the table is known)."""
+    folder = path if path.is_dir() else path.parent
+    document = SweepDocument.read(folder / SWEEP)
+    lines = []
+    for index, row in enumerate(document.rows):
+        key = letter(first + index)
+        cells = (c for c in document.cells if c.configuration == row.configuration and c.state == "finished")
+        releases = (
+            folder / "runs" / cell.folder / "release" for cell in cells if Path(cell.folder).name == cell.folder
+        )
+        release = next((found for found in releases if found.is_dir()), None)
+        run = None
+        if release is not None:
+            run = load_release(release, key=key, name=row.configuration)
+            run = replace(run, cell_of=document.name)
+        lines.append(SweepLine(key, row, run))
+    return SweepReport(clean(document.name, 60), document, _file(folder / SWEEP), tuple(lines))
+
+
+def _with_document(page: Page, path: Path, key: str) -> Page:
+    name = clean(path.stem, 60)
+    kind = _kind(path)
+    if kind == "check":
+        check = CheckReport(key, name, CheckDocument.read(path), _file(path))
+        return replace(page, checks=(*page.checks, check))
+    if kind == "bugs":
+        from attacks.bugs.benchmark import BugsDocument
+
+        bugs = BugsReport(name, BugsDocument.read(path), _file(path))
+        return replace(page, bugs=(*page.bugs, bugs))
+    audit = AuditDocument.read(path) if kind == "audit" else _as_audit(ScoresDocument.read(path))
+    for index, summary in enumerate(audit.scores):
+        check_summary(path, f"scores.{index}", summary)
+    run = RunReport(
+        key=key,
+        name=name,
+        config=None,
+        claim_document=None,
+        ledger_document=None,
+        audit=audit,
+        benchmark=None,
+        environment=None,
+        files=(_file(path),),
+        source="audit" if kind == "audit" else "scores",
+    )
+    return replace(page, runs=(*page.runs, run))
+
+
+def _as_audit(document: ScoresDocument) -> AuditDocument:
+    """The same evidence in the form of an audit: scores from elsewhere come without ledger, run and alternative."""
+    shared: dict[str, Any] = {name: getattr(document, name) for name in ScoresDocument.model_fields}
+    return AuditDocument(**shared, alternative=None)
+
+
+_FIELDS: tuple[tuple[str, frozenset[str]], ...] = (
+    ("audit", frozenset({"verdict", "tests", "validity", "alternative"})),
+    ("scores", frozenset({"verdict", "tests", "validity"})),
+    ("bugs", frozenset({"bugs", "caught"})),
+    ("check", frozenset({"verdict", "checks"})),
+)
+
+
+def _kind(path: Path) -> str:
+    """Which document a file holds, by the fields that only this one has; UsageError for any other JSON."""
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise UsageError(f"{path}: larger than any document of dpaudit")
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: can't be read ({error}); accepted: {ACCEPTED}") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UsageError(f"{path}: not JSON, or cut off; accepted: {ACCEPTED}") from error
+    fields = set(tree) if isinstance(tree, dict) else set()
+    found = next((kind for kind, needed in _FIELDS if needed <= fields), None)
+    if found is None:
+        raise UsageError(f"{path}: not a document that a report shows; accepted: {ACCEPTED}")
+    return found
