@@ -39,6 +39,7 @@ class Plan:
     claim: Claim | None
     not_releasable: tuple[str, ...] = ()
     sampling: accounting.Scheme = "poisson"
+    token_multiplier: float | None = None  # z of a release of visual tokens; None: none leave
 
     @property
     def sampler(self) -> Sampler:
@@ -54,11 +55,20 @@ class Plan:
             self.noise_multiplier, self.sample_rate, self.steps, self.claim.relation, self.claim.noise, self.sampling
         )
 
+    @property
+    def others(self) -> tuple[accounting.DpSgd, ...]:
+        """What the accountant composes beside `event`: a release of tokens, spent before the first step."""
+        if self.claim is None or self.token_multiplier is None:
+            return ()
+        return (accounting.release_event(self.token_multiplier, self.claim.relation),)
+
     def epsilon_after(self, step: int) -> float | None:
         """eps spent after `step` steps (an upper bound before the last one); None without a claim."""
         event = self.event
         if event is None or self.claim is None:
             return None
+        if self.others:
+            return accounting.joint_after(event, self.others, step, self.claim.delta)
         return accounting.epsilon_after(event, step, self.claim.delta)
 
     def document(self) -> ClaimDocument:
@@ -69,7 +79,10 @@ class Plan:
             claim=self.claim,
             releasable=not self.not_releasable,
             reasons=(*reasons, *self.not_releasable),
-            cross_checks=accounting.cross_check(event, self.claim.delta) if event and self.claim else (),
+            # Those accountants are asked about a training alone.
+            cross_checks=accounting.cross_check(event, self.claim.delta)
+            if event and self.claim and not self.others
+            else (),
         )
 
 
@@ -98,20 +111,27 @@ def make_plan(config: RunConfig, dataset: Dataset, canaries: int) -> Plan:
         return Plan(*public, 0.0, math.inf, None, not_releasable, training.sampling)
     if privacy.delta >= 1 / candidates:
         raise rejected("privacy.delta", privacy.delta, f"below 1/n = {1 / candidates:.2g} for {candidates} units")
+    multiplier = config.fusion.multiplier if config.fusion.release != "none" else None
+    others = () if multiplier is None else (accounting.release_event(multiplier, privacy.relation),)
     sigma = privacy.noise_multiplier
     if sigma is None:
         assert privacy.epsilon is not None
-        sigma = accounting.noise_multiplier_for(
-            epsilon=privacy.epsilon,
-            delta=privacy.delta,
-            sample_rate=rate,
-            steps=steps,
-            relation=privacy.relation,
-            noise=config.zeroth_order.noise,
-            sampling=training.sampling,
-        )
+        target = {
+            "epsilon": privacy.epsilon,
+            "delta": privacy.delta,
+            "sample_rate": rate,
+            "steps": steps,
+            "relation": privacy.relation,
+            "noise": config.zeroth_order.noise,
+            "sampling": training.sampling,
+        }
+        if others:
+            sigma = accounting.noise_multiplier_beside(others, **target)
+        else:
+            sigma = accounting.noise_multiplier_for(**target)
     event = accounting.DpSgd(sigma, rate, steps, privacy.relation, config.zeroth_order.noise, training.sampling)
-    spent = accounting.epsilon(event, privacy.delta)
+    deltas = [delta for delta in CURVE_DELTAS if delta < 1 / candidates]
+    spent = accounting.joint_epsilon((event, *others), privacy.delta)
     claim = Claim(
         epsilon=privacy.epsilon if privacy.epsilon is not None else spent,
         delta=privacy.delta,
@@ -127,10 +147,11 @@ def make_plan(config: RunConfig, dataset: Dataset, canaries: int) -> Plan:
         expected_batch_size=float(training.batch_size),
         candidates=candidates,
         accountant=accounting.accountant_name(),
-        release="final weights (LoRA adapter)",
-        curve=accounting.curve(event, [delta for delta in CURVE_DELTAS if delta < 1 / candidates]),
+        token_multiplier=multiplier,
+        release="final weights (LoRA adapter)" + (" and noisy visual tokens" if others else ""),
+        curve=accounting.joint_curve((event, *others), deltas),
     )
-    return Plan(*public, sigma, privacy.max_grad_norm, claim, not_releasable, training.sampling)
+    return Plan(*public, sigma, privacy.max_grad_norm, claim, not_releasable, training.sampling, multiplier)
 
 
 def _not_releasable(config: RunConfig) -> tuple[str, ...]:
@@ -206,18 +227,24 @@ def _gradient_row(config: RunConfig, plan: Plan) -> LedgerRow:
 
 def _token_rows(config: RunConfig, plan: Plan) -> list[LedgerRow]:
     reducer = config.reducer
+    released = _released_rows(config, plan)
     if reducer.name == "none":
-        return []
+        return released
     pruned = LedgerRow(
         path="token pruning and fusion",
         status="per-example preprocessing",
         explanation="The visual tokens of a picture are chosen and fused from that picture alone, before its gradient "
-        "is clipped. Valid for the trained weights only; tokens themselves must not leave the trust boundary.",
+        "is clipped. "
+        + (
+            ""
+            if released
+            else "Valid for the trained weights only; tokens themselves must not leave the trust boundary."
+        ),
         evidence=f"reducer {reducer.name}, K = {reducer.keep}, k = {reducer.fuse}; by construction, and decided by the "
         "isolation test (dpaudit audit RUN --fusion)",
     )
     if reducer.noise == "none":
-        return [pruned]
+        return [pruned, *released]
     noise = LedgerRow(
         path="fusion noise",
         status="per-example preprocessing",
@@ -225,7 +252,26 @@ def _token_rows(config: RunConfig, plan: Plan) -> list[LedgerRow]:
         "privacy and is not counted as any.",
         evidence=f"std = {fusion_std(config, plan):.4g} ({reducer.noise}), independent for every picture and step",
     )
-    return [pruned, noise]
+    return [pruned, noise, *released]
+
+
+def _released_rows(config: RunConfig, plan: Plan) -> list[LedgerRow]:
+    if plan.claim is None or plan.token_multiplier is None:
+        return []
+    event = accounting.release_event(plan.token_multiplier, plan.claim.relation)
+    mu = accounting.sensitivity(event.relation) / plan.token_multiplier
+    return [
+        LedgerRow(
+            path="released visual tokens",
+            status="accounted",
+            explanation="All visual tokens of a unit are clipped together and noised once; training uses the noisy "
+            "ones in every step. They may leave the trust boundary. Which units there are, and how many pictures each "
+            "has, is not hidden.",
+            evidence=f"R = {config.fusion.radius:g}, z = {plan.token_multiplier:g}: mu = {mu:.4g} under "
+            f"{event.relation}, eps = {accounting.gaussian_epsilon(mu, plan.claim.delta):.4g} at "
+            f"{plan.claim.delta:g} by itself; part of the claim's eps",
+        )
+    ]
 
 
 def fusion_std(config: RunConfig, plan: Plan) -> float:

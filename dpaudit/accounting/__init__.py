@@ -18,7 +18,7 @@ form. No module outside may import dp-accounting or read its private attributes.
 """
 
 from dpaudit.accounting.cross_checks import cross_check, prv_epsilon, rdp_epsilon
-from dpaudit.accounting.events import Direction, DpSgd, Noise, PrivacyLosses, Scheme
+from dpaudit.accounting.events import Direction, DpSgd, Noise, PrivacyLosses, Scheme, sensitivity
 from dpaudit.accounting.gaussian import gaussian_delta, gaussian_epsilon
 from dpaudit.accounting.joint import (
     joint_after,
@@ -62,5 +62,6 @@ __all__ = [
     "prv_epsilon",
     "rdp_epsilon",
     "release_event",
+    "sensitivity",
     "tuning",
 ]
