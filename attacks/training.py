@@ -3,17 +3,19 @@
 The game is drawn here, before the first step, and handed to the trainer as units; the trainer never learns a coin.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from attacks.canaries import Game, check_coins, draw_game
-from dpaudit.config import RunConfig
+from dpaudit.config import RunConfig, resolve
 from dpaudit.errors import UsageError
 from dpaudit.ledger import Ledger
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
-from trainers import data
+from trainers import data, distributed
+from trainers.distributed import Group
 from trainers.plan import Inserted, Plan, make_plan
 from trainers.progress import Reporter, Silent
 from trainers.records import Dataset
@@ -41,9 +43,40 @@ def start_run(
 
     `dataset` replaces what the configuration names, for callers that hold it already.
     """
-    with open_run(config, out, dataset=dataset) as (run, key, loaded, model):
+    group = distributed.current()
+    if not group.first:
+        return _follow(group, out, dataset)
+    with distributed.leading(group), open_run(config, out, dataset=dataset) as (run, key, loaded, model):
+        group.from_first(lambda: _orders(config, key, resume=False))
         _train(config, run, key, loaded, model, False, reporter, after_step)
     return run
+
+
+def _orders(config: RunConfig, key: Key, *, resume: bool) -> bytes:
+    """What the other ranks need to know of a run that rank 0 has opened."""
+    settings = config.model_dump(mode="json", by_alias=True)
+    tree = {"config": settings, "key": key.material.hex(), "seeded": key.seeded, "resume": resume}
+    return json.dumps(tree).encode()
+
+
+def _follow(group: Group, out: Path, dataset: Dataset | None) -> RunFolder:
+    """Train along with rank 0, which alone touches the folder. Nothing to do when the run is finished already."""
+    orders = group.from_first(bytes)
+    run = RunFolder(out)
+    if orders:
+        tree = json.loads(orders)
+        config = resolve(tree["config"])
+        key = Key(bytes.fromhex(tree["key"]), seeded=tree["seeded"])
+        dataset = dataset or data.load(config.data)
+        model = _load_model(config)
+        _train(config, run, key, dataset, model, tree["resume"], None, None)
+    return run
+
+
+def _load_model(config: RunConfig) -> VisionLanguageModel:
+    chosen = config.model
+    device = distributed.current().device(chosen.device)
+    return VisionLanguageModel.load(chosen.path, device=device, precision=chosen.precision)
 
 
 @contextmanager
@@ -62,8 +95,7 @@ def open_run(
                 f"--out {out}: holds a run already; choose another folder, or dpaudit train --resume {out}"
             )
         dataset = dataset or data.load(config.data)
-        chosen = config.model
-        model = VisionLanguageModel.load(chosen.path, device=chosen.device, precision=chosen.precision)
+        model = _load_model(config)
         make_plan(config, dataset, config.canaries.count if candidates is None else candidates)
         model.set_reducer(config.reducer)
         key = _key(config, run)
@@ -73,16 +105,22 @@ def open_run(
 
 def resume_run(path: Path, *, reporter: Reporter | None = None, dataset: Dataset | None = None) -> RunFolder:
     """Go on with an interrupted run: same key, same coins, same ledger. A finished run is left as it is."""
-    run = RunFolder.open(path)
-    config = read_config(run)
-    with run.lock():
-        if run.finished:
-            run.require_finished()
-            return run
-        dataset = dataset or data.load(config.data)
-        chosen = config.model
-        model = VisionLanguageModel.load(chosen.path, device=chosen.device, precision=chosen.precision)
-        _train(config, run, Key.load(run.noise_key), dataset, model, True, reporter, None)
+    group = distributed.current()
+    if not group.first:
+        return _follow(group, path, dataset)
+    with distributed.leading(group):
+        run = RunFolder.open(path)
+        config = read_config(run)
+        with run.lock():
+            if run.finished:
+                run.require_finished()
+                group.from_first(bytes)
+                return run
+            dataset = dataset or data.load(config.data)
+            model = _load_model(config)
+            key = Key.load(run.noise_key)
+            group.from_first(lambda: _orders(config, key, resume=True))
+            _train(config, run, key, dataset, model, True, reporter, None)
     return run
 
 
@@ -107,8 +145,10 @@ def _train(
     for warning in dataset.warnings:
         (reporter or Silent()).phase(f"warning: {warning}")
     game = redraw_game(config, dataset, key, model)
-    inserted = Inserted()
-    if game is not None:
+    inserted, group = Inserted(), distributed.current()
+    if game is not None and not group.first:
+        inserted = Inserted(len(game.candidates), game.members())
+    elif game is not None:
         if resume and run.ledger.exists():
             digest = Ledger.load(run.ledger).document.coins_sha256
         else:
@@ -125,6 +165,7 @@ def _train(
         resume=resume,
         reporter=reporter,
         after_step=after_step,
+        group=group,
     )
 
 

@@ -4,15 +4,18 @@ No generator state is stored: batch, noise and masks of step t are functions of 
 exactly what an interrupted one did.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from dpaudit import atomic
 from dpaudit.errors import UsageError
+from trainers.distributed import ALONE, Group
 from trainers.updates import Pruning, optimizer_tensors, restore_optimizer
 
 KEEP = 2
@@ -47,28 +50,48 @@ def restore(
     config: str,
     *,
     pruning: Pruning,
+    group: Group = ALONE,
 ) -> int:
     """Load the newest readable checkpoint in place and return its step; 0 when there is none.
+
+    Rank 0 reads it and sends it to the others, however many they are now: all ranks hold the same state, so nothing in
+    a checkpoint depends on their number.
+    """
+    raw = group.from_first(lambda: newest(folder, config))
+    if not raw:
+        return 0
+    tensors = load(raw)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[f"parameter//{name}"])
+    restore_optimizer(parameters, optimizer, _part(tensors, "optimizer//"))
+    pruning.restore(_part(tensors, "pruning//"))
+    return int(_metadata(raw)["step"])
+
+
+def newest(folder: Path, config: str) -> bytes:
+    """The content of the newest readable checkpoint; empty when there is none.
 
     A damaged file is skipped in favour of the older one (that only repeats steps already paid for); one that belongs
     to another configuration is an error.
     """
     for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
         try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            raw = path.read_bytes()
+            load(raw)
         except (SafetensorError, OSError):
             continue
-        if metadata.get("config") != config:
+        if _metadata(raw).get("config") != config:
             raise UsageError(f"{path}: belongs to another configuration; --resume needs the run's own config.yaml")
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(tensors[f"parameter//{name}"])
-        restore_optimizer(parameters, optimizer, _part(tensors, "optimizer//"))
-        pruning.restore(_part(tensors, "pruning//"))
-        return int(metadata["step"])
-    return 0
+        return raw
+    return b""
+
+
+def _metadata(raw: bytes) -> dict[str, str]:
+    """The text part of a safetensors file that was read whole: 8 bytes of length, then JSON."""
+    size = int.from_bytes(raw[:8], "little")
+    found: dict[str, str] = json.loads(raw[8 : 8 + size]).get("__metadata__", {})
+    return found
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

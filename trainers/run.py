@@ -28,6 +28,9 @@ from dpaudit.ledger import Ledger
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
 from trainers import checkpoints, updates
+from trainers.distributed import ALONE, Group, fingerprint
+from trainers.features import Features, cache_of
+from trainers.fusion import for_questions, release_of
 from trainers.gradients import (
     Gradient,
     GradientPath,
@@ -83,6 +86,7 @@ class Trainer:
     pruning: updates.Pruning
     injected: torch.Tensor | None = None  # (k, parameters): gradient canaries, units after the real ones
     zeroth: ZerothOrder | None = None  # method dp-zo: numbers instead of gradients
+    group: Group = ALONE  # with several ranks `inputs` holds this rank's own units only
 
     @classmethod
     def build(
@@ -92,11 +96,12 @@ class Trainer:
         key: Key,
         model: VisionLanguageModel,
         units: Sequence[Unit],
+        features: Features | None = None,
     ) -> "Trainer":
-        """Choose reducer and adapter, encode the units once, set up the optimiser."""
+        """Choose reducer and adapter, encode the units once (or find them in `features`), set up the optimiser."""
         model.set_reducer(config.reducer)
         parameters = model.attach_lora(config.model.lora, generator=key.generator(purpose="initialisation"))
-        inputs = UnitInputs(model, units)
+        inputs = UnitInputs(model, units, features=features, release=release_of(config, key))
         longest = inputs.longest
         if longest > model.max_positions:
             raise UsageError(
@@ -208,46 +213,56 @@ def train(
     reporter: Reporter | None = None,
     after_step: AfterStep | None = None,
     injection: Injection | None = None,
+    group: Group = ALONE,
 ) -> Plan:
     """Train (or go on with) the run in `run`, whose lock the caller holds, and release the adapter.
 
     `after_step(step, noisy, known)` sees every released noisy gradient, before pruning, and the clipped sum of the
-    batch's records (without gradient canaries). Raises UsageError before the first
-    step when a setting does not fit; DpauditError when the weights did not move or a frozen one did.
+    batch's records (without gradient canaries). With several ranks (`group`) rank 0 alone touches `run`, takes
+    gradient canaries and calls `after_step`. Raises UsageError before the first step when a setting does not fit;
+    DpauditError when the weights did not move or a frozen one did; EnvironmentFailure when another rank is lost.
     """
     inserted = inserted or Inserted()
-    reporter = reporter or Silent()
+    reporter = (reporter if group.first else None) or Silent()
     plan = make_plan(config, dataset, inserted.candidates)
     units = [*dataset.train, *inserted.units]
+    if group.size > len(units):
+        raise rejected("WORLD_SIZE", group.size, f"at most {len(units)}, the units")
+    group.agree("data", "\n".join(unit.id for unit in units).encode())
     reporter.phase(f"encoding {sum(len(unit.pictures) for unit in units)} pictures")
-    trainer = Trainer.build(config, plan, key, model, units)
+    features = cache_of(run, config.training.feature_cache, model, warn=reporter.phase) if group.first else None
+    trainer = Trainer.build(config, plan, key, model, group.own(units), features)
+    trainer.group = group
+    group.agree("initial weights", fingerprint(trainer.parameters))
     if injection is not None and trainer.zeroth is not None:
         raise rejected("method", config.method, "a method with gradients: gradient canaries can't enter a forward pass")
     if injection is not None and trainer.pruning.ahead:
         raise rejected("pruning.by", config.pruning.by, "a policy that noises every block: gradient canaries need all")
     if injection is not None:
         trainer.injected = injection.rows(sum(parameter.numel() for parameter in trainer.parameters.values()))
-    ledger = _open_ledger(config, run, dataset, plan, inserted, resume)
+    ledger = _open_ledger(config, run, dataset, plan, inserted, resume) if group.first else None
     frozen = _fingerprint(model, trainer.parameters)
     start = {name: parameter.detach().clone() for name, parameter in trainer.parameters.items()}
-    identity = config_sha256(run)
-    for name in run.discard_damaged_checkpoints() if resume else ():
+    identity = config_sha256(run) if group.first else ""
+    for name in run.discard_damaged_checkpoints() if resume and group.first else ():
         reporter.phase(f"checkpoint {name} is damaged; going on from the one before it")
     state = (trainer.parameters, trainer.optimizer, identity)
-    done = checkpoints.restore(run.checkpoints, *state, pruning=trainer.pruning) if resume else 0
+    done = checkpoints.restore(run.checkpoints, *state, pruning=trainer.pruning, group=group) if resume else 0
     for step in range(done + 1, plan.steps + 1):
         _one_step(trainer, ledger, run, step, len(units), reporter, after_step)
-        if step % config.training.checkpoint_every == 0 and step < plan.steps:
+        if group.first and step % config.training.checkpoint_every == 0 and step < plan.steps:
             checkpoints.save(run.checkpoints, step, *state, pruning=trainer.pruning)
     reporter.close()
     _check_movement(model, trainer.parameters, start, frozen)
-    _release(run, trainer)
+    group.agree("trained weights", fingerprint(trainer.parameters))
+    if group.first:
+        _release(run, trainer)
     return plan
 
 
 def _one_step(
     trainer: Trainer,
-    ledger: Ledger,
+    ledger: Ledger | None,
     run: RunFolder,
     step: int,
     units: int,
@@ -255,20 +270,27 @@ def _one_step(
     after_step: AfterStep | None,
 ) -> None:
     began = time.perf_counter()
-    plan = trainer.plan
+    plan, group = trainer.plan, trainer.group
     extra = 0 if trainer.injected is None else len(trainer.injected)
     batch = plan.sampler.batch(trainer.key, step=step, units=units + extra)
-    known = trainer.clipped_sum(step, [int(index) for index in batch if index < units])
-    total = trainer.with_injected(known, batch[batch >= units] - units)
-    epsilon = plan.epsilon_after(step)
-    if plan.claim is not None and step > ledger.steps_started:
-        ledger.start_step(step, epsilon)  # on disk before the noisy gradient exists
-    noisy = trainer.noisy_mean(step, total)
-    if after_step is not None:
-        after_step(step, noisy, known.gradient)
-    kept = trainer.update(step, noisy)
-    loss = float(total.losses.mean()) if len(total.losses) else None
-    clipped = float((total.norms > plan.max_grad_norm).float().mean()) if plan.claim and len(total.norms) else None
+    real = [int(index) for index in batch if index < units]
+    known = group.add(trainer.clipped_sum(step, group.share(real)), real)
+    epsilon = plan.epsilon_after(step) if group.first else None
+
+    def release() -> Gradient:
+        total = trainer.with_injected(known, batch[batch >= units] - units)
+        if plan.claim is not None and ledger is not None and step > ledger.steps_started:
+            ledger.start_step(step, epsilon)  # on disk before the noisy gradient exists
+        noisy = trainer.noisy_mean(step, total)
+        if after_step is not None:
+            after_step(step, noisy, known.gradient)
+        return noisy
+
+    kept = trainer.update(step, group.publish(release, known.gradient))
+    if not group.first:
+        return
+    loss = float(known.losses.mean()) if len(known.losses) else None
+    clipped = float((known.norms > plan.max_grad_norm).float().mean()) if plan.claim and len(known.norms) else None
     line = {
         "step": step,
         "batch": len(batch),
@@ -337,7 +359,8 @@ def _release(run: RunFolder, trainer: Trainer) -> None:
         if file.is_file() and file.suffix in (".safetensors", ".json"):
             atomic.write_bytes(run.model / file.name, file.read_bytes())
     shutil.rmtree(temporary, ignore_errors=True)
-    run.write(describe(str(trainer.model.device), sys.argv[1:]))
+    ranks = f" on {trainer.group.size} ranks" if trainer.group.size > 1 else ""
+    run.write(describe(f"{trainer.model.device}{ranks}", sys.argv[1:]))
     run.finish_model()
 
 
@@ -361,11 +384,13 @@ def load_model(run: RunFolder | None, device: str = "auto", *, config: RunConfig
         model = VisionLanguageModel.load(base.path, device=device, precision=base.precision)
         if config is not None:
             model.set_reducer(config.reducer)
+            for_questions(model, config)
         return model
     run.require_finished()
     mine = read_config(run)
     model = VisionLanguageModel.load(mine.model.path, device=device, precision=mine.model.precision)
     model.set_reducer(mine.reducer)
+    for_questions(model, mine)
     model.load_adapter(run.model)
     return model
 

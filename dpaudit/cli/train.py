@@ -31,7 +31,10 @@ def command(
     ] = False,
     as_json: Annotated[bool, console.JSON_OPTION] = False,
 ) -> None:
-    """Fine-tune a vision-language model, with or without differential privacy."""
+    """Fine-tune a vision-language model, with or without differential privacy.
+
+    On several GPUs: torchrun --nproc-per-node N -m dpaudit train … (docs/distributed.md).
+    """
     from dpaudit.config import read_yaml, resolve
 
     if resume is not None:
@@ -54,18 +57,25 @@ def command(
     if dry_run:
         return _dry_run(resolved, as_json)
     from attacks.training import start_run
+    from trainers.distributed import joined
     from trainers.progress import Live
 
     target = out or Path("runs") / resolved.method
-    run = start_run(resolved, target, reporter=Live(target.name))
-    _finish(run.path, as_json)
+    with joined() as group:
+        run = start_run(resolved, target, reporter=Live(target.name))
+    if group.first:
+        _finish(run.path, as_json)
 
 
 def _resume(path: Path, as_json: bool) -> None:
     from attacks.training import resume_run
+    from trainers.distributed import joined
     from trainers.progress import Live
 
-    _finish(resume_run(path, reporter=Live(path.name)).path, as_json)
+    with joined() as group:
+        run = resume_run(path, reporter=Live(path.name))
+    if group.first:
+        _finish(run.path, as_json)
 
 
 def _finish(path: Path, as_json: bool) -> None:
