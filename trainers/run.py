@@ -353,7 +353,7 @@ def _release(run: RunFolder, trainer: Trainer) -> None:
         trainer.model.save_adapter(temporary)
         settings = temporary / "adapter_config.json"
         tree = json.loads(settings.read_text(encoding="utf-8"))
-        tree["base_model_name_or_path"] = trainer.model.source  # as configured: peft writes a folder of this machine
+        tree["base_model_name_or_path"] = configuration.public_path(trainer.model.source)  # peft writes the folder
         settings.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
     for file in sorted(temporary.iterdir()):
         if file.is_file() and file.suffix in (".safetensors", ".json"):
