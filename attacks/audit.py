@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from attacks.canary_audit import CanaryAudit, audit_canaries
-from attacks.options import TWIN, WHITE_BOX_TWIN, Options, prepare
+from attacks.membership.audit import Settings, audit_membership
+from attacks.membership.members import member_twin
+from attacks.options import MEMBER_TWIN, TWIN, WHITE_BOX_TWIN, Options, prepare
 from attacks.training import resume_run, start_run
 from attacks.white_box import DEFAULT_COUNT, audit_twin, train_twin
 from attacks.white_box import TITLE as WHITE_BOX
@@ -56,8 +58,9 @@ def audit(
     if "canaries" in chosen:
         target, about = _with_canaries(run, config, options, reporter, log)
     white = _white_box_twin(run, config, options, reporter, log) if "white-box" in chosen else None
-    games = ("canaries" in chosen) + (white is not None)
-    confidence = 1.0 - (1.0 - options.confidence) / max(1, games)  # both games share one error budget
+    members = _membership_target(run, config, options, reporter, log) if "mia" in chosen else None
+    games = ("canaries" in chosen) + (white is not None) + (members is not None)
+    confidence = 1.0 - (1.0 - options.confidence) / max(1, games)  # the games share one error budget
     with run.lock():
         parts = []
         if "canaries" in chosen:
@@ -72,10 +75,23 @@ def audit(
                     device=options.device,
                 )
             )
+        if members is not None:
+            settings = Settings(
+                claim=ClaimDocument.read(members.claim).claim,
+                delta=config.privacy.delta,
+                confidence=confidence,
+                alpha=options.alpha,
+                references=options.references,
+                device=options.device,
+                log=log,
+            )
+            parts.append(audit_membership(members, settings))
+            if "canaries" not in chosen and members is not run:
+                target, about = members, PROCEDURE
         if white is not None:
             log("testing the claim on the white-box scores")
             parts.append(audit_twin(white, confidence=confidence, alpha=options.alpha))
-            if "canaries" not in chosen:
+            if "canaries" not in chosen and members is None:
                 target, about = white, PROCEDURE
         fusion = _fusion(run, log) if "fusion" in chosen else None
         contract = _contract(config, log) if "contract" in chosen else None
@@ -97,7 +113,18 @@ def merge(parts: Sequence[CanaryAudit]) -> CanaryAudit | None:
         scores=tuple(summary for part in parts for summary in part.scores),
         gallery=tuple(item for part in parts for item in part.gallery),
         coins_sha256=parts[0].coins_sha256,
+        attacks=tuple(row for part in parts for row in part.attacks),
     )
+
+
+def _membership_target(
+    run: RunFolder, config: RunConfig, options: Options, reporter: Reporter | None, log: Callable[[str], None]
+) -> RunFolder:
+    """What the membership game is played on: the run itself where coins decided about its canaries, else a twin in
+    which coins decided about the training units."""
+    if config.canaries.count:
+        return run
+    return member_twin(config, run.path / MEMBER_TWIN, reporter=reporter, log=log)
 
 
 def _white_box_twin(
@@ -201,7 +228,7 @@ def assemble(
     )
     config = read_config(run)
     if about == PROCEDURE:
-        reasons = (*reasons, "Audited a twin trained with canaries: this speaks of " + PROCEDURE + ".")
+        reasons = (*reasons, "Audited a twin of the run: this speaks of " + PROCEDURE + ".")
     elif any(test.name == WHITE_BOX for test in part.tests):
         reasons = (*reasons, "The white-box test was played on a twin: it speaks of " + PROCEDURE + ".")
     return AuditDocument(
@@ -218,6 +245,7 @@ def assemble(
         contract=contract,
         scores=part.scores,
         gallery=part.gallery,
+        attacks=part.attacks,
         run=RunInfo(
             name=run.path.resolve().name,
             method=config.method,

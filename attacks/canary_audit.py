@@ -22,13 +22,14 @@ from dpaudit.analysis.claim import claim_test
 from dpaudit.bounds import steinke
 from dpaudit.bounds.guesses import count_correct, rank_guesses
 from dpaudit.bounds.roc import summarise
-from dpaudit.documents import Check, Claim, LedgerDocument, ScoreSummary, Test, Thumbnail, Validity
+from dpaudit.documents import AttackRow, Check, Claim, LedgerDocument, ScoreSummary, Test, Thumbnail, Validity
 from dpaudit.errors import InvalidGame
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
 from trainers import data
 from trainers.run import load_model, read_config
 
+GAME = "canaries"
 TITLE = "canaries: all kinds"
 PER_KIND = 4  # pictures of each kind in the gallery
 Floats = npt.NDArray[np.float64]
@@ -43,6 +44,7 @@ class CanaryAudit:
     scores: tuple[ScoreSummary, ...] = ()
     gallery: tuple[Thumbnail, ...] = ()
     coins_sha256: str | None = None
+    attacks: tuple[AttackRow, ...] = ()
 
 
 def unsound(name: str, problem: str) -> CanaryAudit:
@@ -71,6 +73,9 @@ def audit_canaries(
     validity = _validity(game, coins)
     if not validity.sound:
         return CanaryAudit(validity, coins_sha256=coins.sha256)
+    small = too_small(frame, coins.plan, confidence=confidence, delta=delta)
+    if small is not None:
+        return CanaryAudit(validity.model_copy(update={"checks": (*validity.checks, small)}), coins_sha256=coins.sha256)
     tests = bound_tests(frame, coins.plan, confidence=confidence, delta=delta)
     if claim is not None:
         tests += claim_tests(frame, coins.plan, claim=claim, confidence=confidence, alpha=alpha)
@@ -125,6 +130,30 @@ def _validity(game: Game, coins: Coins) -> Validity:
     return Validity(sound=all(check.status != "fail" for check in checks), checks=tuple(checks))
 
 
+LEAST_CEILING = 0.5  # eps; a game that can't show even this says nothing, whatever comes out
+
+
+def too_small(frame: pd.DataFrame, plan: Plan, *, confidence: float, delta: float) -> Check | None:
+    """Why a game with so few candidates gets no number at all; None for one that could show something."""
+    kinds = list(dict.fromkeys(frame["kind"]))
+    level = _confidences(confidence, kinds)[ALL]
+    m, r = len(frame), sum(plan.guesses[ALL])
+    top = steinke.ceiling(canaries=m, guesses=r, delta=delta, confidence=level) if r else 0.0
+    if top >= LEAST_CEILING:
+        return None
+    share = r / m if m else 0.2
+    enough = next(size for size in range(10, 10**6, 10)
+                  if steinke.ceiling(canaries=size, guesses=max(1, int(share * size)), delta=delta, confidence=level)
+                  >= LEAST_CEILING)  # fmt: skip
+    return Check(
+        name="number of candidates",
+        status="not applicable",
+        measured=f"{m} candidates, {r} guesses: at most eps = {top:.2f} could be shown",
+        allowed=f"at least {enough} candidates of these kinds",
+        explanation="So few candidates show nothing, whatever the model leaks: no bound and no rate is computed.",
+    )
+
+
 def _confidences(confidence: float, kinds: list[str]) -> dict[str, float]:
     """Confidence of each test, so that all hold together with `confidence`. One kind needs no test of its own."""
     if len(kinds) < 2:
@@ -138,11 +167,25 @@ def _ranked(frame: pd.DataFrame, plan: Plan) -> Floats:
     return prioritise(frame, plan.guesses, np.random.default_rng([plan.tie_seed]))
 
 
-def bound_tests(frame: pd.DataFrame, plan: Plan, *, confidence: float, delta: float) -> tuple[Test, ...]:
+def title_of(title: str, kinds: list[str]) -> str:
+    """The name of the test on all candidates: 'canaries: all kinds', 'membership: record'."""
+    return f"{title}: {kinds[0]}" if title != GAME and len(kinds) == 1 else f"{title}: all kinds"
+
+
+def bound_tests(
+    frame: pd.DataFrame,
+    plan: Plan,
+    *,
+    confidence: float,
+    delta: float,
+    title: str = GAME,
+    statistic: str = STATISTIC,
+) -> tuple[Test, ...]:
     """One-run bounds (Steinke et al. 2023) for all candidates and for each kind, guesses as planned.
 
-    frame: id, kind, member, score. Valid because coins are fair and independent, each guess count was fixed before the
-    scores existed, and the guesses are a function of scores and kinds, never of coins.
+    frame: id, kind, member, score. title, statistic: of the game, in words. Valid because coins are fair and
+    independent, each guess count was fixed before the scores existed, and the guesses are a function of scores and
+    kinds, never of coins.
     """
     scores = _ranked(frame, plan)
     kinds = list(dict.fromkeys(frame["kind"]))
@@ -156,8 +199,8 @@ def bound_tests(frame: pd.DataFrame, plan: Plan, *, confidence: float, delta: fl
         m, r = int(mine.sum()), top + bottom
         tests.append(
             Test(
-                name=TITLE if name == ALL else f"canaries: {name}",
-                statistic=STATISTIC + (", ranked within each kind" if name == ALL and len(kinds) > 1 else ""),
+                name=title_of(title, kinds) if name == ALL else f"{title}: {name}",
+                statistic=statistic + (", ranked within each kind" if name == ALL and len(kinds) > 1 else ""),
                 bound="steinke",
                 assumes="none",
                 selection=f"fixed with the coins: the {top} highest scores guessed in, the {bottom} lowest out",
@@ -175,7 +218,16 @@ def bound_tests(frame: pd.DataFrame, plan: Plan, *, confidence: float, delta: fl
     return tuple(tests)
 
 
-def claim_tests(frame: pd.DataFrame, plan: Plan, *, claim: Claim, confidence: float, alpha: float) -> tuple[Test, ...]:
+def claim_tests(
+    frame: pd.DataFrame,
+    plan: Plan,
+    *,
+    claim: Claim,
+    confidence: float,
+    alpha: float,
+    title: str = GAME,
+    statistic: str = STATISTIC,
+) -> tuple[Test, ...]:
     """The same guesses on all candidates, put to the claimed mechanism itself (dpaudit.analysis.claim).
 
     Canaries of a black-box game meet in the same weights, so the f-DP test decides, and its power stays unknown: what
@@ -190,8 +242,8 @@ def claim_tests(frame: pd.DataFrame, plan: Plan, *, claim: Claim, confidence: fl
             top=top,
             bottom=bottom,
             rng=np.random.default_rng([plan.tie_seed, 0]),  # as in bound_tests: one game, one set of guesses
-            name=TITLE,
-            statistic=STATISTIC,
+            name=title_of(title, list(dict.fromkeys(frame["kind"]))),
+            statistic=statistic,
             alpha=alpha,
             confidence=confidence,
             separate=False,

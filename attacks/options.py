@@ -10,17 +10,23 @@ from dpaudit.runs import RunFolder
 
 TWIN = "twin-canaries"
 WHITE_BOX_TWIN = "twin-white-box"
+MEMBER_TWIN = "twin-members"
 
 # Audits by flag; the ones that this version does not have are refused by name instead of being skipped.
-AVAILABLE = ("canaries", "fusion", "contract", "white-box")
+AVAILABLE = ("canaries", "mia", "fusion", "contract", "white-box")
+
+
+MOST_REFERENCES = 1024
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to audit and how strictly. audits: names out of AVAILABLE, empty = all that the run allows."""
+    """What to audit and how strictly. audits: names out of AVAILABLE, empty = all that the run allows. references:
+    reference models of the membership game."""
 
     audits: tuple[str, ...] = ()
     count: int | None = None
+    references: int = 0
     confidence: float = 0.95
     alpha: float = 0.001
     device: str = "auto"
@@ -33,6 +39,9 @@ class Options:
                 raise UsageError(f"--{name}: this version of dpaudit has no such audit; accepted: {flags}")
         if self.count is not None:
             validate.count("--count", self.count, least=1)
+        validate.count("--references", self.references, most=MOST_REFERENCES)
+        if self.references and "mia" not in self.audits:
+            raise UsageError("--references: reference models serve membership inference; give --mia with it")
         validate.real("--confidence", self.confidence, low=0.0, high=1.0, open_low=True, open_high=True)
         validate.real("--alpha", self.alpha, low=0.0, high=1.0, open_low=True, open_high=True)
 

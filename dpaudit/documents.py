@@ -302,6 +302,64 @@ class Sensitivity(Part):
     how: str = Field(description="The record behind the largest change.")
 
 
+class ReleasePair(Part):
+    """A game over one pair of inputs: which of the two was released? Closed form and measurement."""
+
+    name: str = Field(description="The pair, e.g. 'two pictures of the run'.")
+    what: str = Field(description="Which tokens, under which noise.")
+    distance: float = Field(description="Norm of the difference of the noiseless tokens.")
+    std: float
+    mu: Number = Field(description="distance / std: exact for Gaussian noise.")
+    epsilon: Number = Field(description="Of that mu at the audit's delta.")
+    draws: int = Field(description="Independent releases, each of one of the two by a fair coin.")
+    mu_low: float | None = Field(default=None, description="95 % interval from the likelihood-ratio game.")
+    mu_high: Number | None = None
+    tests: tuple[Test, ...] = ()
+
+
+class MaskLeak(Part):
+    """What the positions of the kept patches tell by themselves; they are a noiseless function of the picture."""
+
+    neighbours: int = Field(description="Pictures, each with one patch inverted.")
+    flipped: int = Field(description="Of those, how many kept other patches: told apart by the mask alone.")
+    low: float = Field(description="95 % interval of the share (Clopper-Pearson).")
+    high: float
+    pairs: int = Field(description="Pairs of different pictures.")
+    different: int = Field(description="Of those, how many have different masks.")
+    identified: int = Field(description="Neighbours whose picture is the nearest by mask (chance: 1 in `neighbours`).")
+
+
+class Reconstruction(Part):
+    """Public pictures rebuilt from released tokens, by a decoder trained on other public pictures."""
+
+    decoder: str = Field(description="'ridge', 'mlp', or 'mean picture' (sees nothing).")
+    released: str = Field(description="Which tokens, under which noise.")
+    std: float
+    multiplier: float | None = Field(default=None, description="z of accounted fusion; null: the paper's noise.")
+    pictures: int
+    psnr: float = Field(description="dB, mean over pictures, peak 1.")
+    psnr_low: float
+    psnr_high: float
+    ssim: float
+    ssim_low: float
+    ssim_high: float
+
+
+class ReleaseAudit(Part):
+    """What would leak if visual tokens left the trust boundary. It says nothing about the trained weights."""
+
+    delta: float
+    tokens: int = Field(description="Per picture.")
+    noiseless: int = Field(description="Of those, how many are the same at every use.")
+    epsilon: Number = Field(description="Of publishing all tokens of a picture once.")
+    statement: str
+    pairs: tuple[ReleasePair, ...] = ()
+    masks: MaskLeak | None = None
+    reconstructions: tuple[Reconstruction, ...] = ()
+    strip_png_base64: str | None = Field(default=None, description="Public pictures and what was rebuilt of them.")
+    strip_caption: str | None = None
+
+
 class FusionAudit(Part):
     """The token-fusion path: per-example or not, and what a release of tokens would mean."""
 
@@ -314,6 +372,7 @@ class FusionAudit(Part):
     leak: Leak | None = None
     checks: tuple[Check, ...] = ()
     sensitivity: tuple[Sensitivity, ...] = ()
+    released: ReleaseAudit | None = None
 
 
 class ContractAudit(Part):
@@ -332,6 +391,21 @@ class RunInfo(Part):
     audits: str = Field(default="these weights", description="Or: 'the training procedure, not these weights'.")
     coins_sha256: str | None = None
     command: str | None = None
+
+
+class AttackRow(Part):
+    """One membership attack on the records on which attacks were compared: descriptive, no bound comes from it."""
+
+    name: str
+    description: str
+    source: str = Field(description="Where it was published.")
+    level: Literal["text", "logits", "weights"] = Field(description="What the attacker sees of the target.")
+    cost: str
+    n: int = Field(description="Records on the development half.")
+    auc: float
+    auc_low: float
+    auc_high: float
+    chosen: bool = Field(description="Whether it reports on the other half.")
 
 
 class Thumbnail(Part):
@@ -361,6 +435,7 @@ class AuditDocument(Document):
     contract: ContractAudit | None = None
     scores: tuple[ScoreSummary, ...] = ()
     gallery: tuple[Thumbnail, ...] = ()
+    attacks: tuple[AttackRow, ...] = Field(default=(), description="Membership attacks compared before one was chosen.")
     run: RunInfo | None = None
 
 

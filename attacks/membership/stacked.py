@@ -7,10 +7,11 @@ pruning and update are the trainer's own code, so each model is the one that `tr
 the same key and members (tested to float32 rounding).
 """
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +21,16 @@ from torch import Tensor, nn
 from attacks.membership.rows import RowModel, row_gradients
 from dpaudit.config import RunConfig
 from dpaudit.randomness import Key
+from dpaudit.runs import RunFolder
 from trainers import updates
 from trainers.gradients import UnitSum, clip_factors
 from trainers.inputs import Rows, UnitInputs, fusion_noise
 from trainers.plan import Plan, fusion_std
-from trainers.records import Unit
-from trainers.run import Trainer, gradient_path, poisson_batch
+from trainers.records import Dataset, Unit
+from trainers.run import Trainer, gradient_path, train
 from trainers.vlm import VisionLanguageModel
+
+Adapter = dict[str, Tensor]
 
 ROWS_AT_ONCE = 32  # of all models together: 1.5 MB of row gradients for the reference model, inside the cache
 STACK_SIZES = (1, 2, 4, 8)
@@ -59,13 +63,22 @@ class Shared:
         if not hasattr(model.hf, "peft_config"):
             model.attach_lora(config.model.lora, generator=np.random.default_rng(0))
         inputs = UnitInputs(model, units)
-        return cls(config, plan, model, units, inputs, RowModel.of(model, inputs))
+        return cls(config, plan, model, units, inputs, RowModel.of(model, inputs) if stackable(config) else None)
 
 
-def initial_adapter(model: VisionLanguageModel, key: Key) -> dict[str, Tensor]:
+def stackable(config: RunConfig) -> bool:
+    """Whether a step of this configuration is "clip row gradients of shared inputs, add noise to every block"."""
+    return (
+        config.method in ("non-private", "dp-sgd", "dual-priv")
+        and config.fusion.release == "none"  # released tokens carry the noise of their own training
+        and not (config.pruning.by == "previous" and config.pruning.keep < 1)
+    )
+
+
+def initial_adapter(model: VisionLanguageModel, key: Key) -> Adapter:
     """The adapter that a training with this key starts from: `VisionLanguageModel.attach_lora`, without a model."""
     rng = key.generator(purpose="initialisation")
-    out: dict[str, Tensor] = {}
+    out: Adapter = {}
     for name, like in sorted(model.adapter_parameters().items()):
         values = torch.zeros_like(like, dtype=torch.float32)
         if "lora_A" in name:
@@ -99,14 +112,14 @@ class Stack:
             parameters=parameters,
             optimizer=updates.make_optimizer(parameters, shared.config.training),
             path=gradient_path(shared.config, shared.model, parameters),
+            pruning=updates.Pruning.of(parameters, shared.config.pruning),
         )
 
     def step(self, step: int) -> None:
         """One step of every model."""
         plan = self.shared.plan
         batches = [
-            trial.units[poisson_batch(trial.key, step=step, units=len(trial.units), rate=plan.sample_rate)]
-            for trial in self.trials
+            trial.units[plan.sampler.batch(trial.key, step=step, units=len(trial.units))] for trial in self.trials
         ]
         sums = self.clipped_sums(step, batches)
         for trainer, total in zip(self.members, sums, strict=True):
@@ -183,7 +196,7 @@ class Stack:
         tokens[:, -fused:] += torch.from_numpy(noise).to(tokens)
         return replace(rows, tokens=tokens)
 
-    def adapters(self) -> list[dict[str, Tensor]]:
+    def adapters(self) -> list[Adapter]:
         """The adapters as they stand, one dict a model."""
         return [
             {name: value[index].detach().clone() for name, value in self.stacked.items()}
@@ -205,10 +218,8 @@ def _split(sizes: Sequence[int], most: int) -> list[list[int]]:
 
 def train_stack(
     shared: Shared, trials: Sequence[Trial], *, progress: Callable[[int, int], None] = lambda _done, _all: None
-) -> list[dict[str, Tensor]]:
+) -> list[Adapter]:
     """The adapters of several trainings. progress(step, steps) after every step."""
-    if shared.rows is None:
-        return [_train_alone(shared, trial, progress) for trial in trials]
     stack = Stack(shared, trials)
     for step in range(1, shared.plan.steps + 1):
         stack.step(step)
@@ -216,33 +227,27 @@ def train_stack(
     return stack.adapters()
 
 
-def _train_alone(shared: Shared, trial: Trial, progress: Callable[[int, int], None]) -> dict[str, Tensor]:
-    """The ordinary path, one model after the other: for architectures that `RowModel` does not compute."""
-    parameters: dict[str, Any] = shared.model.adapter_parameters()
-    start = initial_adapter(shared.model, trial.key)
-    with torch.no_grad():
-        for name, value in parameters.items():
-            value.copy_(start[name])
-    trainer = Trainer(
-        config=shared.config,
-        plan=shared.plan,
-        key=trial.key,
-        model=shared.model,
-        inputs=shared.inputs,
-        parameters=parameters,
-        optimizer=updates.make_optimizer(parameters, shared.config.training),
-        path=gradient_path(shared.config, shared.model, parameters),
-    )
-    for step in range(1, shared.plan.steps + 1):
-        batch = poisson_batch(trial.key, step=step, units=len(trial.units), rate=shared.plan.sample_rate)
-        total = trainer.clipped_sum(step, [int(unit) for unit in trial.units[batch]])
-        trainer.update(step, trainer.noisy_mean(step, total))
-        progress(step, shared.plan.steps)
-    return {name: value.detach().float().cpu().clone() for name, value in parameters.items()}
+def train_alone(shared: Shared, trial: Trial, place: Path, dataset: Dataset) -> Adapter:
+    """One training by the trainer itself, in the run folder `place`: for what a stack can't do.
+
+    dataset: what the study's configuration names; its training units are replaced by the trial's.
+    """
+    shutil.rmtree(place, ignore_errors=True)
+    config = shared.config.model_copy(
+        update={"canaries": shared.config.canaries.model_copy(update={"count": 0}),
+                "data": shared.config.data.model_copy(update={"public_size": shared.plan.candidates})}
+    )  # fmt: skip
+    run = RunFolder.create(place)
+    run.write_config(config)
+    model = VisionLanguageModel.load(config.model.path, device=config.model.device, precision=config.model.precision)
+    members = replace(dataset, train=tuple(shared.units[unit] for unit in trial.units))
+    with run.lock():
+        train(config, run, key=trial.key, dataset=members, model=model)
+    return {name: value.detach().float().cpu().clone() for name, value in model.adapter_parameters().items()}
 
 
 @torch.no_grad()
-def losses_under(shared: Shared, adapter: dict[str, Tensor], units: Sequence[int]) -> npt.NDArray[np.float64]:
+def losses_under(shared: Shared, adapter: Adapter, units: Sequence[int]) -> npt.NDArray[np.float64]:
     """(U,) losses of units under one adapter, without fusion noise."""
     parts = []
     for chunk in shared.inputs.chunks(units, 2 * ROWS_AT_ONCE):

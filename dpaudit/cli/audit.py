@@ -10,17 +10,20 @@ import typer
 from dpaudit.cli import console
 
 if TYPE_CHECKING:
-    from dpaudit.documents import AuditDocument, Test
+    from dpaudit.documents import AuditDocument, ScoreSummary, Test
 
 
 def command(
     run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A finished run folder.")] = None,
     canaries: Annotated[bool, typer.Option("--canaries", help="The canary game; trains a twin if need be.")] = False,
-    mia: Annotated[bool, typer.Option("--mia", help="Membership inference on real records.")] = False,
+    mia: Annotated[
+        bool, typer.Option("--mia", help="Membership inference: canaries, or real records of a twin.")
+    ] = False,
     fusion: Annotated[bool, typer.Option("--fusion", help="The isolation test of the token path.")] = False,
     contract: Annotated[bool, typer.Option("--contract", help="The step contract on this run's trainer.")] = False,
     white_box: Annotated[bool, typer.Option("--white-box", help="The game with injected gradients.")] = False,
     count: Annotated[int | None, typer.Option(help="Canary candidates of a twin or a game (default 300).")] = None,
+    references: Annotated[int, typer.Option(metavar="K", help="--mia: reference models to train.")] = 0,
     trainer: Annotated[
         str | None, typer.Option(metavar="MODULE:FACTORY", help="Audit a trainer that dpaudit did not write.")
     ] = None,
@@ -88,6 +91,8 @@ def command(
     both: dict[str, object] = {"--epsilon": epsilon, "--delta": delta, "--out": out}
     if (run is not None) + (trainer is not None) + (model is not None) != 1:
         raise UsageError("audit: needs one of RUN, --trainer MODULE:FACTORY and --model PATH")
+    if run is None:
+        external.refuse({"--references": references or None}, "belongs to RUN --mia")
     if trainer is not None:
         external.refuse(of_model, "belongs to --model")
         asked = TrainerOptions(
@@ -135,6 +140,7 @@ def command(
     options = Options(
         audits=named,
         count=count,
+        references=references,
         confidence=confidence,
         alpha=alpha,
         device=device,
@@ -194,6 +200,14 @@ def describe(document: "AuditDocument") -> list[str]:
     for summary in document.scores:
         low, high = summary.auc_low or 0.0, summary.auc_high or 1.0
         lines.append(f"AUC       {summary.auc:.3f} ({low:.3f} to {high:.3f})  {summary.name}")
+        if summary.name.startswith("membership"):
+            lines.append(f"          {_rates(summary)}")
+    if document.attacks:
+        lines.append("attacks   AUC on the half of the records that chose among them")
+        lines += [
+            f"          {row.auc:.3f} ({row.auc_low:.3f} to {row.auc_high:.3f})  {row.name}{' *' if row.chosen else ''}"
+            for row in document.attacks
+        ]
     for check in document.validity.checks:
         lines.append(f"game      {check.status}: {check.name} ({check.measured})")
     if document.fusion is not None:
@@ -205,6 +219,17 @@ def describe(document: "AuditDocument") -> list[str]:
         lines += [f"          fail: {check.name} ({check.measured})" for check in made if check.status == "fail"]
     lines += [f"ledger    {row.status}: {row.path}" for row in document.ledger]
     return [*lines, "", console.LIMIT_SENTENCE]
+
+
+def _rates(summary: "ScoreSummary") -> str:
+    """TPR at 10, 1 and 0.1 % FPR, each with its interval or as not resolvable."""
+    parts = []
+    for rate, point in summary.tpr_at_fpr.items():
+        found = "not resolvable" if point is None else f"{point.tpr:.3f}"
+        if point is not None and point.tpr_low is not None and point.tpr_high is not None:
+            found += f" ({point.tpr_low:.3f} to {point.tpr_high:.3f})"
+        parts.append(f"{float(rate):.1%} FPR: {found}")
+    return "TPR at " + ", ".join(parts)
 
 
 def _table(tests: "tuple[Test, ...]", alpha: float) -> list[str]:

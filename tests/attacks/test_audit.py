@@ -123,8 +123,8 @@ def test_the_alternative_is_said_with_its_figures() -> None:
 
 
 def test_audits_that_do_not_exist_are_refused_by_name() -> None:
-    for name in ("mia",):
-        with pytest.raises(UsageError, match=rf"^--{name}: .*accepted: --canaries --fusion"):
+    for name in ("leakage",):
+        with pytest.raises(UsageError, match=rf"^--{name}: .*accepted: --canaries --mia --fusion"):
             Options(audits=(name,))
 
 

@@ -10,7 +10,15 @@ import torch
 from safetensors.torch import load_file
 
 from attacks.membership.rows import RowModel, row_gradients
-from attacks.membership.stacked import Shared, Trial, best_stack, initial_adapter, losses_under, train_stack
+from attacks.membership.stacked import (
+    Shared,
+    Trial,
+    best_stack,
+    initial_adapter,
+    losses_under,
+    train_alone,
+    train_stack,
+)
 from attacks.scores import losses
 from attacks.training import start_run
 from dpaudit.config import RunConfig, resolve
@@ -97,17 +105,19 @@ def test_stacked_models_are_those_of_the_trainer(
         )
 
 
-def test_a_model_that_the_row_model_does_not_compute_takes_the_ordinary_path(tiny: Path) -> None:
+def test_what_a_stack_cannot_do_is_left_to_the_trainer(tiny: Path, tmp_path: Path) -> None:
     wanted = config(tiny)
     shared = shared_of(wanted, tiny)
-    trials = [Trial(Key.from_seed(index), np.arange(12 * index, 12 * index + 12)) for index in range(2)]
-    fast = train_stack(shared, trials)
-    plain = train_stack(replace(shared, rows=None), trials)
-    for ours, theirs in zip(fast, plain, strict=True):
-        for name, value in theirs.items():
-            torch.testing.assert_close(ours[name], value, rtol=0, atol=2e-3 * float(value.abs().max()))
-    slow = losses_under(replace(shared, rows=None), fast[0], [0, 3])
-    np.testing.assert_allclose(losses_under(shared, fast[0], [0, 3]), slow, rtol=1e-4)
+    dataset = Dataset("x", "image", UNITS, random_units(2, seed=9, prefix="e"))
+    trial = Trial(Key.from_seed(1), np.arange(3, 15))
+    fast = train_stack(shared, [trial])[0]
+    plain = train_alone(shared, trial, tmp_path / "run", dataset)
+    for name, value in plain.items():
+        torch.testing.assert_close(fast[name], value, rtol=0, atol=2e-3 * float(value.abs().max()))
+    slow = losses_under(replace(shared, rows=None), fast, [0, 3])
+    np.testing.assert_allclose(losses_under(shared, fast, [0, 3]), slow, rtol=1e-4)
+    zeroth = resolve({"method": "dp-zo"}, [f"model.path={tiny}", "privacy.noise-multiplier=1.0", "training.batch-size=2"])
+    assert shared_of(zeroth, tiny, UNITS[:3]).rows is None
 
 
 def test_a_model_with_other_arithmetic_is_not_taken_for_ours(tiny: Path) -> None:
