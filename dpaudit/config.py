@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from dpaudit.errors import UsageError, rejected
+from dpaudit.untrusted import MOST_CONFIGURATION, read_bytes
 
 Method = Literal["non-private", "dp-sgd", "dual-priv", "dp-zo"]
 ReducerName = Literal["none", "random", "cls-topk", "visionzip", "tome", "divprune"]
@@ -346,7 +347,7 @@ def parse_override(text: str) -> dict[str, Any]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """A configuration file as a tree; one clear line when it is missing or not a mapping."""
     try:
-        tree = _load_yaml(path.read_text(encoding="utf-8"))
+        tree = _load_yaml(read_bytes(path, MOST_CONFIGURATION).decode("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path}: can't be read ({error})") from error
     except yaml.YAMLError as error:

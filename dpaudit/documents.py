@@ -24,9 +24,9 @@ from pydantic import (
 
 from dpaudit import checksums
 from dpaudit.errors import UsageError
+from dpaudit.untrusted import MOST_DOCUMENT, read_bytes
 
 SCHEMA_VERSION = 1
-MOST_BYTES = 1 << 26  # of a document on disk: a planted-bug table or an audit has well under a megabyte
 
 
 def _parse_number(value: object) -> object:
@@ -94,9 +94,7 @@ class Document(Part):
         Where a list of checksums lies beside it, the file must be the one that was written (dpaudit.checksums).
         """
         try:
-            if path.stat().st_size > MOST_BYTES:
-                raise UsageError(f"{path}: larger than any document of dpaudit ({MOST_BYTES >> 20} MB)")
-            content = path.read_bytes()
+            content = read_bytes(path, MOST_DOCUMENT)
             checksums.verify(path, content)
             text = content.decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:

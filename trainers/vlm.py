@@ -83,16 +83,16 @@ class VisionLanguageModel:
         if (source.startswith((".", "/", "~")) or source.count("/") > 1) and not Path(source).is_dir():
             raise rejected("model.path", path, "an existing folder, or a hub id such as llava-hf/llava-1.5-7b-hf")
         try:
-            config = AutoConfig.from_pretrained(source)
+            # Left open, a checkpoint with code of its own would ask on the terminal whether to run it.
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
             architecture = getattr(transformers, family_class(config.model_type, path).architecture)
-            tokenizer = AutoTokenizer.from_pretrained(source)
-            hf = architecture.from_pretrained(source, dtype=getattr(torch, precision))
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            hf = architecture.from_pretrained(source, dtype=getattr(torch, precision), use_safetensors=True)
+            processor = _processor_of(source)
         except (OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UsageError(f"model.path: got {path!r}, which can't be loaded: {first}") from error
-        return cls(
-            hf, tokenizer, device=pick_device(device), source=path or "reference", processor=_processor_of(source)
-        )
+        return cls(hf, tokenizer, device=pick_device(device), source=path or "reference", processor=processor)
 
     def set_reducer(self, config: ReducerConfig) -> None:
         """Choose the reducer used by `answer` and by callers of `self.reducer`; raises UsageError on bad sizes."""
@@ -335,7 +335,7 @@ def _processor_of(source: str) -> Any:
         return None
     from transformers import AutoImageProcessor
 
-    return AutoImageProcessor.from_pretrained(source)
+    return AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
 
 
 def _deduplicate(pixels: Sequence[Pixels]) -> tuple[npt.NDArray[np.int64], list[Pixels]]:

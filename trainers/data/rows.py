@@ -29,6 +29,8 @@ Row = dict[str, Any]
 MAX_PIXELS = 1 << 24
 MAX_PICTURE_BYTES = 1 << 26
 MAX_LINE_BYTES = 1 << 27  # a JSONL row may carry its picture in base64
+ROWS_AT_ONCE = 16  # of a Parquet file: one picture stored once and named by every row is copied for each of them
+MAX_UNPACKED, MAX_RATIO = 1 << 28, 500  # a column of a Parquet file: above so many bytes, at most so much compressed
 MAX_CHARACTERS = {"question": 2000, "answer": 500, "kind": 100}
 # Decoders for other formats (EPS runs a program, for one) are never started on untrusted bytes.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
@@ -122,13 +124,29 @@ def _parquet_rows(source: Source, needed: list[str], wanted: list[str]) -> Itera
                 if name not in present:
                     raise UsageError(f"{source.label}: no column {name!r}; columns: {', '.join(present[:20])}")
             number = 0
-            for batch in file.iter_batches(batch_size=256, columns=[name for name in wanted if name in present]):
+            _no_bomb(source, file.metadata)
+            for batch in file.iter_batches(
+                batch_size=ROWS_AT_ONCE, columns=[name for name in wanted if name in present]
+            ):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
     except (pyarrow.ArrowException, OSError, ValueError):
         # Arrow's own text may quote what it read.
         raise UsageError(f"{source.label}: not a readable Parquet file") from None
+
+
+def _no_bomb(source: Source, metadata: Any) -> None:
+    """Refuse a file whose columns unpack to far more than they take on disk."""
+    for group in range(metadata.num_row_groups):
+        for place in range(metadata.num_columns):
+            column = metadata.row_group(group).column(place)
+            packed, unpacked = column.total_compressed_size, column.total_uncompressed_size
+            if unpacked > MAX_UNPACKED and unpacked > MAX_RATIO * max(1, packed):
+                raise UsageError(
+                    f"{source.label}: a column unpacks from {packed} to {unpacked} bytes; at most {MAX_RATIO}-fold is "
+                    "accepted"
+                )
 
 
 def text(source: Source, number: int, row: Row, field: str) -> str:
