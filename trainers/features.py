@@ -151,9 +151,9 @@ class Features:
 def _split(keys: Sequence[str], tensors: dict[str, Tensor]) -> dict[str, Encoded]:
     """One entry a picture, all of them views into the file."""
     counts, widths = tensors["counts"].tolist(), tensors["widths"].tolist()
-    tokens = tensors["tokens"].split(counts)
-    ids, slots = (tensors[name].split(widths) for name in ("ids", "slots"))
-    positions = tensors["positions"].split(widths, dim=1)
+    tokens = torch.split(tensors["tokens"], counts)
+    ids, slots = (torch.split(tensors[name], widths) for name in ("ids", "slots"))
+    positions = torch.split(tensors["positions"], widths, dim=1)
     out = {}
     for index, key in enumerate(keys):
         arrays = ids[index].numpy(), slots[index].numpy(), positions[index].numpy()
@@ -173,4 +173,4 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
 
 def _bytes(value: Tensor) -> memoryview:
     """The raw bytes of a tensor; no copy where it lies whole on the CPU."""
-    return memoryview(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

@@ -98,7 +98,7 @@ class UnitInputs:
         pictures = [picture for unit in units for picture in unit.pictures]
         rows = [_questions(unit, model.family.packs) for unit in units]
         self.units = len(units)
-        self._starts = [0, *np.cumsum([len(row) for row in rows]).tolist()]
+        self._starts: list[int] = [0, *np.cumsum([len(row) for row in rows], dtype=np.int64).tolist()]
         self._model = model
         self._packed = model.prompter.pack([picture for unit in rows for picture in unit])
         self._weight = torch.cat([_shares(unit) for unit in rows]) if rows else torch.zeros(0)

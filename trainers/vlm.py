@@ -22,7 +22,8 @@ from dpaudit.errors import EnvironmentFailure, UsageError, rejected
 from trainers import lora
 from trainers.families import FAMILIES, Family, Grid
 from trainers.families.base import Prepared
-from trainers.generation import Encoded, greedy
+from trainers.generation import Encoded as Encoded
+from trainers.generation import greedy
 from trainers.prompts import IGNORE, TEXT, Head, HeadRow, Packed, stack_heads
 from trainers.records import Pixels
 from trainers.reducers import Reduced, Reducer, VisualTokens, make_reducer
@@ -61,7 +62,7 @@ class VisionLanguageModel:
         self.drop_cls = self.family.drop_cls
         self.prompter = self.family.prompter(tokenizer)
         self.checkpointing: Checkpointing = "none"
-        self._reducer_config = ReducerConfig()
+        self.reducer_config = ReducerConfig()
         self.reducer: Reducer = self._make_reducer(ReducerConfig(), self.family.patches)
 
     # -- loading ---------------------------------------------------------------------------------------------------
@@ -96,9 +97,9 @@ class VisionLanguageModel:
 
     def set_reducer(self, config: ReducerConfig) -> None:
         """Choose the reducer used by `answer` and by callers of `self.reducer`; raises UsageError on bad sizes."""
-        self.family.check_layer(config.layer, attention=config.name not in ("none", "random"))
+        self.family.check_layer(config.layer, attention=config.name not in ("none", "random", "divprune"))
         self.reducer = self._make_reducer(config, self.family.patches)
-        self._reducer_config = config
+        self.reducer_config = config
         if config.name != "none":
             self.layer = config.layer
 
@@ -189,7 +190,7 @@ class VisionLanguageModel:
             visual = self._visual(pictures, batch_size)
             patches = visual.tokens.shape[1]
             if self.family.patches is None:
-                self._make_reducer(self._reducer_config, patches)  # do K and k fit these pictures?
+                self._make_reducer(self.reducer_config, patches)  # do K and k fit these pictures?
             reduced = self.reduce(visual)
             heads = self.family.head(self.prompter, grid, reduced, patches)
             for place, tokens, head in zip(places, reduced.tokens, heads, strict=True):
