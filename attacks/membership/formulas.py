@@ -110,7 +110,7 @@ def attack_r(target: Floats, references: Floats, inside: Bools) -> Floats:
     _checked(target, references, inside)
     unseen = ~inside
     above = (references > target) + 0.5 * (references == target)
-    return (above * unseen).sum(axis=0) / np.maximum(unseen.sum(axis=0), 1)
+    return np.asarray((above * unseen).sum(axis=0) / np.maximum(unseen.sum(axis=0), 1), dtype=np.float64)
 
 
 def log_reference_probability(references: Floats, inside: Bools, *, offline_a: float | None = None) -> Floats:
@@ -170,7 +170,8 @@ def informia(target: Floats, references: Floats, inside: Bools, population: tupl
     _checked(target, references, inside)
     ratio = -target - log_reference_probability(references, inside)
     moved = population_ratio(population)
-    return (ratio - (float(moved.mean()) if moved.size else 0.0)) / np.log(2.0)
+    centre = float(moved.mean()) if moved.size else 0.0
+    return np.asarray((ratio - centre) / np.log(2.0), dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -259,4 +260,4 @@ def min_k(values: Floats, owner: npt.NDArray[np.int64], records: int, share: flo
     take = np.maximum(1, np.floor(share * counts + 1e-9)).astype(np.int64)
     kept = place < take[owner[order]]
     sums = np.bincount(owner[order][kept], weights=values[order][kept], minlength=records)
-    return sums / np.maximum(1, np.minimum(take, counts))
+    return np.asarray(sums / np.maximum(1, np.minimum(take, counts)), dtype=np.float64)

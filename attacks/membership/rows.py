@@ -174,7 +174,7 @@ class RowModel:
 def _scale(model: VisionLanguageModel) -> float | None:
     """LoRA's alpha / r, or None where the model is not one that `RowModel` computes."""
     language = model.family.language_model
-    config = getattr(language, "config", None)
+    config: Any = getattr(language, "config", None)
     if getattr(config, "model_type", None) != "llama" or config.hidden_act != "silu" or model.family.axes != 1:
         return None
     if model.dtype != torch.float32 or getattr(model.core, "lm_head", None) is None:
