@@ -51,7 +51,7 @@ def unit_losses(model: VisionLanguageModel, rows: Rows) -> Tensor:
     if losses.shape != rows.weight.shape:
         raise DpauditError(f"losses: {tuple(losses.shape)} for {len(rows.weight)} rows; each row needs exactly one")
     per_row = losses * rows.weight
-    return torch.zeros(rows.units, device=per_row.device).index_add(0, rows.owner, per_row)
+    return torch.zeros(rows.units, dtype=per_row.dtype, device=per_row.device).index_add(0, rows.owner, per_row)
 
 
 def whole_units(result: UnitSum, rows: Rows) -> UnitSum:

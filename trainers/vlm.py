@@ -21,6 +21,7 @@ from dpaudit.config import LoraConfig, ReducerConfig
 from dpaudit.errors import EnvironmentFailure, UsageError, rejected
 from trainers import lora
 from trainers.families import FAMILIES, Family, Grid
+from trainers.families.attention import widened
 from trainers.families.base import Prepared
 from trainers.generation import Encoded as Encoded
 from trainers.generation import greedy
@@ -247,11 +248,11 @@ class VisionLanguageModel:
         """(B,) one loss a row: the mean over its questions of the mean over that question's own answer tokens."""
         wanted = packed.targets != IGNORE
         cross_entropy = nn.functional.cross_entropy(
-            self.logits(tokens, packed).float(), packed.targets[wanted], reduction="none"
+            widened(self.logits(tokens, packed)), packed.targets[wanted], reduction="none"
         )
         owner = wanted.nonzero()[:, 0]
         weighted = cross_entropy * packed.weights[wanted]
-        return torch.zeros(packed.rows, device=self.device).index_add(0, owner, weighted)
+        return torch.zeros(packed.rows, dtype=weighted.dtype, device=self.device).index_add(0, owner, weighted)
 
     @torch.no_grad()
     def answer(

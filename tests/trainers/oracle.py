@@ -30,7 +30,7 @@ CHAT = {
     ),
 }
 CHAT["qwen2_5_vl"] = CHAT["qwen2_vl"]
-REDUCERS = ("none", "random", "cls-topk", "visionzip")  # what this module knows
+REDUCERS = ("none", "random", "cls-topk", "visionzip", "tome", "divprune")  # what this module knows
 
 
 class Plain:
@@ -74,7 +74,7 @@ class Plain:
             logits = self.core(input_ids=ids, **self.pictures(pixels), **self.sides(ids, count)).logits
         else:
             logits = self.reduced(pixels, ids, count)
-        return cross_entropy(logits[0, -count - 1 : -1].float(), torch.tensor(whole[-count:]))
+        return cross_entropy(_wide(logits[0, -count - 1 : -1]), torch.tensor(whole[-count:]))
 
     # -- prompts and inputs as transformers makes them -------------------------------------------------------------
 
@@ -130,7 +130,11 @@ class Plain:
         """Logits with a reducer: embeddings put together by hand, one sequence."""
         with torch.no_grad():
             tokens, cls, importance, keys = self.look(pixels)
-        kept, fused, members = self.choose(tokens, importance, keys)
+        if self.reducer.name == "tome":
+            tokens, kept = _merged(tokens, keys, self.reducer.keep)
+            fused, members = [], []
+        else:
+            kept, fused, members = self.choose(tokens, importance, keys)
         rank = {place: index for index, place in enumerate(kept)}
         front = [] if cls is None else [cls]
         visual = self.project(
@@ -174,6 +178,8 @@ class Plain:
         keep, fuse, count = self.reducer.keep, self.reducer.fuse, len(tokens)
         if self.reducer.name == "random":
             return sorted(int(place) for place in np.random.default_rng(0).permutation(count)[:keep]), [], []
+        if self.reducer.name == "divprune":
+            return _diverse(tokens, keep), [], []
         order = sorted(range(count), key=lambda place: (-float(importance[place]), place))
         kept = sorted(order[:keep])
         if self.reducer.name == "cls-topk":
@@ -241,10 +247,10 @@ class Plain:
         handle = blocks[layer].register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
         out = tower(values, **({"output_hidden_states": True} if llava else {}))
         handle.remove()
-        hidden = (out.hidden_states[layer] if llava else out.last_hidden_state)[0].float()
+        hidden = _wide((out.hidden_states[layer] if llava else out.last_hidden_state)[0])
         block, attention = blocks[layer], blocks[layer].self_attn
         normed = block.layer_norm1(seen[0])
-        query, key = attention.q_proj(normed)[0].float(), attention.k_proj(normed)[0].float()
+        query, key = _wide(attention.q_proj(normed)[0]), _wide(attention.k_proj(normed)[0])
         weights, keys = _attend(query, key, attention.num_heads)
         if hidden.shape[0] % 2:  # odd: a CLS in front of the patches
             return hidden[1:], hidden[0], weights[0, 1:], keys[1:]
@@ -267,7 +273,8 @@ class Plain:
         handle.remove()
         entering, (cos, sin) = seen[0]
         heads = block.attn.num_heads
-        query, key, _ = block.attn.qkv(block.norm1(entering)).float().chunk(3, dim=-1)
+        query, key, _ = _wide(block.attn.qkv(block.norm1(entering))).chunk(3, dim=-1)
+        hidden = _wide(hidden)
         size = query.shape[1] // heads
         turned = []
         for value in (query, key):
@@ -292,7 +299,7 @@ class Plain:
             )
             back = {int(place): index for index, place in enumerate(order)}
             squares = [squares[back[place]] for place in range(len(squares))]
-        tokens = torch.stack([hidden[square].flatten() for square in squares]).float()
+        tokens = torch.stack([hidden[square].flatten() for square in squares])
         importance = torch.stack([received[square].mean() for square in squares])
         return tokens, None, importance, torch.stack([keys[square].mean(dim=0) for square in squares])
 
@@ -316,3 +323,50 @@ def _attend(query: Tensor, key: Tensor, heads: int) -> tuple[Tensor, Tensor]:
         weights.append(torch.softmax(query[:, mine] @ key[:, mine].T / size**0.5, dim=-1))
         keys.append(key[:, mine])
     return torch.stack(weights).mean(dim=0), torch.stack(keys).mean(dim=0)
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.float() if value.dtype == torch.bfloat16 else value
+
+
+def _diverse(tokens: Tensor, keep: int) -> list[int]:
+    """DivPrune: the loneliest patch, then again and again the one farthest from its nearest kept one."""
+    count = len(tokens)
+    far = [
+        [1 - float(torch.cosine_similarity(tokens[a], tokens[b], dim=0)) for b in range(count)] for a in range(count)
+    ]
+    chosen: list[int] = []
+    while len(chosen) < keep:
+        left = [place for place in range(count) if place not in chosen]
+        others = chosen or range(count)
+        nearest = {place: min(far[place][other] for other in others if other != place) for place in left}
+        chosen.append(max(left, key=lambda place: (nearest[place], -place)))
+    return sorted(chosen)
+
+
+def _merged(tokens: Tensor, keys: Tensor, keep: int) -> tuple[Tensor, list[int]]:
+    """ToMe: tokens by place, those that others joined replaced by the mean, and the places that are left."""
+    patches = [(place, tokens[place], keys[place], 1) for place in range(len(tokens))]
+    while len(patches) > keep:
+        remove = min(len(patches) // 2, len(patches) - keep)
+        pairs = []
+        for early in range(0, len(patches), 2):
+            near = [
+                float(torch.cosine_similarity(patches[early][2], patches[late][2], dim=0))
+                for late in range(1, len(patches), 2)
+            ]
+            pairs.append((-max(near), early, 2 * int(np.argmax(near)) + 1))
+        joining = {early: late for _, early, late in sorted(pairs)[:remove]}
+        left = []
+        for index, (place, token, key, size) in enumerate(patches):
+            if index in joining:
+                continue
+            mine = [(token, key, size)] + [patches[other][1:] for other, late in joining.items() if late == index]
+            total = sum(item[2] for item in mine)
+            means = [torch.stack([item[part] * item[2] for item in mine]).sum(dim=0) / total for part in (0, 1)]
+            left.append((place, means[0], means[1], total))
+        patches = left
+    out = tokens.clone()
+    for place, token, _, _ in patches:
+        out[place] = token
+    return out, [place for place, *_ in patches]

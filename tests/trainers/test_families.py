@@ -65,7 +65,9 @@ def adapt(model: VisionLanguageModel) -> dict[str, nn.Parameter]:
 def test_per_unit_gradients_equal_transformers_one_question_at_a_time(
     load: Load, name: str, reducer: ReducerConfig
 ) -> None:
+    """In float64, where rounding can't hide an error; benchmarks/exactness.py has the figures for float32."""
     model = load(name)
+    model.hf.double()
     model.set_reducer(reducer)
     parameters = adapt(model)
     chosen = units(name)
@@ -79,8 +81,8 @@ def test_per_unit_gradients_equal_transformers_one_question_at_a_time(
         assert float(size) > 0
         for mine in ({key: value[index] for key, value in fast.items()}, alone):
             gap = torch.sqrt(sum((mine[key] - expected[key]).square().sum() for key in expected))
-            assert float(gap / size) < 1e-5
-        assert loss == pytest.approx(float(losses[index]), rel=1e-5)
+            assert float(gap / size) < 1e-6
+        assert loss == pytest.approx(float(losses[index]), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", [name for name in TINY if name != "llava-siglip"])

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 
@@ -15,6 +16,11 @@ def captured(module: nn.Module) -> Iterator[list[Tensor]]:
         yield outputs
     finally:
         handle.remove()
+
+
+def widened(value: Tensor) -> Tensor:
+    """Half precision as float32, anything else as it is."""
+    return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
 
 
 def split_heads(projected: Tensor, heads: int) -> Tensor:

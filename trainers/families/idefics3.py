@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dpaudit.errors import rejected
-from trainers.families.attention import captured, received, split_heads
+from trainers.families.attention import captured, received, split_heads, widened
 from trainers.families.base import Family, Grid, Prepared, chat_template, square_values
 from trainers.prompts import IMAGE, Prompter
 from trainers.records import Pixels
@@ -118,8 +118,8 @@ class Idefics3(Family):
         tower = self.hf.model.vision_model
         attention = tower.encoder.layers[layer % (self.depth + 1) - 1].self_attn
         with captured(attention.q_proj) as queries, captured(attention.k_proj) as keys:
-            hidden = tower(pixel_values=values).last_hidden_state.float()
-        query, key = (split_heads(item[0].float(), attention.num_heads) for item in (queries, keys))
+            hidden = widened(tower(pixel_values=values).last_hidden_state)
+        query, key = (split_heads(widened(item[0]), attention.num_heads) for item in (queries, keys))
         weights = received(query, key, attention.head_dim**-0.5).unsqueeze(-1)
         connector, scale = self.hf.model.connector, int(self.hf.config.scale_factor)
         squares = connector.pixel_shuffle(weights, scale).mean(dim=-1)

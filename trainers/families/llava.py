@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dpaudit.errors import rejected
-from trainers.families.attention import captured, received, split_heads
+from trainers.families.attention import captured, received, split_heads, widened
 from trainers.families.base import Family, Prepared, square_values
 from trainers.prompts import LLAVA_TEMPLATE, Prompter
 from trainers.records import Pixels
@@ -74,8 +74,8 @@ class Llava(Family):
         index = layer % (len(layers) + 1) - 1  # hidden state n is the output of layer n - 1
         attention = layers[index].self_attn
         with captured(attention.q_proj) as queries, captured(attention.k_proj) as keys:
-            hidden = self.tower(values, output_hidden_states=True).hidden_states[index + 1].float()
-        query, key = (split_heads(item[0].float(), attention.num_heads) for item in (queries, keys))
+            hidden = widened(self.tower(values, output_hidden_states=True).hidden_states[index + 1])
+        query, key = (split_heads(widened(item[0]), attention.num_heads) for item in (queries, keys))
         has_cls = hidden.shape[1] == self.patches + 1
         weights = received(query[:, :, :1] if has_cls else query, key, attention.head_dim**-0.5)
         mean_keys = key.mean(dim=1)

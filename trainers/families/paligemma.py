@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dpaudit.errors import EnvironmentFailure
-from trainers.families.attention import captured, received, split_heads
+from trainers.families.attention import captured, received, split_heads, widened
 from trainers.families.base import Family, Prepared, square_values
 from trainers.families.llava import encoder
 from trainers.prompts import IGNORE, IMAGE, PADDING, Head, Packed, Prompter
@@ -71,8 +71,8 @@ class PaliGemma(Family):
         values = torch.stack([picture.values for picture in pictures]).to(self.hf.device, self.hf.dtype)
         attention = encoder(self.tower).layers[layer % (self.depth + 1) - 1].self_attn
         with captured(attention.q_proj) as queries, captured(attention.k_proj) as keys:
-            hidden = self.tower(values).last_hidden_state.float()
-        query, key = (split_heads(item[0].float(), attention.num_heads) for item in (queries, keys))
+            hidden = widened(self.tower(values).last_hidden_state)
+        query, key = (split_heads(widened(item[0]), attention.num_heads) for item in (queries, keys))
         return VisualTokens(hidden, None, received(query, key, attention.head_dim**-0.5), key.mean(dim=1))
 
     def project(self, tokens: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dpaudit.errors import rejected
-from trainers.families.attention import captured, received
+from trainers.families.attention import captured, received, widened
 from trainers.families.base import Family, Grid, Prepared, chat_template
 from trainers.prompts import Prompter
 from trainers.records import Pixels
@@ -93,8 +93,8 @@ class Qwen2Vl(Family):
         sizes = torch.tensor([[1, *picture.grid] for picture in pictures], device=self.hf.device)
         attention = self.hf.model.visual.blocks[layer % (self.depth + 1) - 1].attn
         with captured(attention.qkv) as projected, _rotations(attention) as rotations:
-            hidden = self.hf.model.visual(values, grid_thw=sizes).last_hidden_state.float()
-        query, key = self._rotated(projected[0].float(), rotations[0], attention.num_heads, len(pictures))
+            hidden = widened(self.hf.model.visual(values, grid_thw=sizes).last_hidden_state)
+        query, key = self._rotated(widened(projected[0]), rotations[0], attention.num_heads, len(pictures))
         weights = received(query, key, attention.head_dim**-0.5)
         squares = self._square**2
         order = self._order(sizes)
@@ -117,7 +117,7 @@ class Qwen2Vl(Family):
     ) -> tuple[Tensor, Tensor]:
         """Queries and keys, (B, heads, N, d), after the tower's rotary positions."""
         query, key, _ = projected.unflatten(-1, (3, heads, -1)).unbind(dim=1)  # (B * N, heads, d)
-        cos, sin = (part.float().unsqueeze(-2) for part in rotation)
+        cos, sin = (widened(part).unsqueeze(-2) for part in rotation)
 
         def turn(value: Tensor) -> Tensor:
             first, second = value.chunk(2, dim=-1)
