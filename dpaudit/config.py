@@ -282,6 +282,12 @@ REFERENCE_DEFAULTS: dict[str, dict[str, Any]] = {
     "non-private": {"model": {"lora": {"rank": 4}}, "training": _PLAIN_TRAINING},
     "dp-sgd": _PRIVATE_SETTINGS,
     "dual-priv": _PRIVATE_SETTINGS,
+    # Along one direction a step learns one number: many small steps, and C for a number instead of a gradient.
+    "dp-zo": {
+        "model": {"lora": {"rank": 4}},
+        "privacy": {"max-grad-norm": 4.0},
+        "training": {"epochs": 40.0, "batch-size": 32, "learning-rate": 4e-3},
+    },
 }
 
 

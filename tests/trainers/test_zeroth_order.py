@@ -118,7 +118,7 @@ def test_noise_of_a_step_scales_with_sigma_and_the_update_lies_on_the_lines(tiny
     plan = trainer.plan
     scale = plan.noise_multiplier * 0.5
     drawn = np.concatenate(
-        [(trainer.noisy_mean(step, trainer.clipped_sum(step, []))[NUMBERS] * 8 / scale).numpy() for step in range(500)]
+        [(trainer.noisy_mean(step, trainer.clipped_sum(step, []))[NUMBERS] * 8 / scale).numpy() for step in range(200)]
     )
     assert kstest(drawn, "laplace" if noise == "laplace" else "norm").pvalue > 1e-7
     noisy = {NUMBERS: torch.tensor([1.0, -2.0, 0.0, 5.0])}

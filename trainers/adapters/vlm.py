@@ -241,7 +241,7 @@ def workshop(method: str, *settings: str) -> Workshop:
     if method == "dp-zo":
         # One direction, along which SGD moves. mu = 1e-2: batched kernels round losses by 1e-7, which 1 / mu enlarges.
         small += ["zeroth-order={directions: 1, perturbation: 1e-2}", "training.optimizer=sgd"]
-        small += ["privacy.max-grad-norm=15"]  # numbers of size 1 to 30 here
+        small += ["privacy.max-grad-norm=4", "model.lora.targets=[q_proj, v_proj]"]  # numbers of size 0 to 10 here
     config = resolve({}, [f"method={method}", *small])
     units = synthetic_units(30)
     dataset = Dataset("synthetic", "image (with all its questions)", units, units[:1])
