@@ -39,6 +39,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python .ci/dependencies.py constraints.txt
 
 format: install
 	$(BIN)/ruff format .

@@ -173,6 +173,9 @@ class PrivacyConfig(Section):
     noise_multiplier: Finite | None = Field(default=None, gt=0)
     max_grad_norm: Finite = Field(default=1.0, gt=0)
     relation: Literal["add-remove", "zero-out", "replace"] = "add-remove"
+    noise: Literal["plain", "secure"] = Field(
+        default="plain", description="secure: half the sum of four normals, against attacks on floating-point noise"
+    )
 
 
 class PruningConfig(Section):
@@ -496,6 +499,8 @@ def _check_zeroth_order(config: RunConfig) -> None:
     if config.training.gradient_checkpointing != "none":
         given = config.training.gradient_checkpointing
         raise rejected("training.gradient-checkpointing", given, "none for method dp-zo (no backward pass)")
+    if chosen.noise == "laplace" and config.privacy.noise == "secure":
+        raise rejected("privacy.noise", "secure", "plain for Laplace noise")
     if chosen.noise == "laplace" and config.privacy.relation == "replace":
         raise rejected("privacy.relation", "replace", "add-remove or zero-out for Laplace noise")
 

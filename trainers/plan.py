@@ -7,6 +7,7 @@ from dpaudit import accounting
 from dpaudit.config import RunConfig
 from dpaudit.documents import Claim, ClaimDocument, LedgerRow
 from dpaudit.errors import rejected
+from dpaudit.randomness import FINITE_PRECISION, SECURE_PRECISION
 from trainers.records import Dataset, Unit
 from trainers.sampling import Sampler
 
@@ -219,7 +220,7 @@ def _gradient_row(config: RunConfig, plan: Plan) -> LedgerRow:
         path="gradients",
         status="accounted",
         explanation=f"{what}, summed over a random batch and noised; the sum is divided by the public expected batch "
-        "size.",
+        f"size. {SECURE_PRECISION if config.privacy.noise == 'secure' else FINITE_PRECISION}",
         evidence=f"C = {plan.max_grad_norm:g}, sigma = {plan.noise_multiplier:.4g}, {plan.sampler.describe()}, "
         f"T = {plan.steps}; {claim.accountant}, {claim.relation}: eps <= {float(claim.epsilon):.4g} at {claim.delta:g}",
     )

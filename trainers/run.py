@@ -63,8 +63,16 @@ class Injection(Protocol):
         ...
 
 
-def noise_like(key: Key, like: Mapping[str, torch.Tensor], *, step: int, std: float) -> Gradient:
-    """Gaussian noise of std `std` for every tensor that is released: PRF(key, step, its name)."""
+def noise_like(key: Key, like: Mapping[str, torch.Tensor], *, step: int, std: float, secure: bool = False) -> Gradient:
+    """Gaussian noise of std `std` for every tensor that is released: PRF(key, step, its name).
+
+    secure: in float64, as half the sum of four (Key.secure_normal); the caller adds first and rounds once.
+    """
+    if secure:
+        return {
+            name: torch.from_numpy(std * key.secure_normal(tuple(value.shape), step=step, name=name)).to(value.device)
+            for name, value in like.items()
+        }
     return {
         name: torch.from_numpy(key.normal(tuple(value.shape), step=step, name=name)).to(value.device) * std
         for name, value in like.items()
@@ -166,12 +174,13 @@ class Trainer:
             return {name: value / size for name, value in total.gradient.items()}
         std = self.config.planted.noise_scale * self.plan.noise_multiplier * self.plan.max_grad_norm
         noise = self._noise(step, std, total.gradient)
-        return {name: (value + noise[name]) / size for name, value in total.gradient.items()}
+        # Secure noise is float64: so is the sum, until the one rounding at the end.
+        return {name: ((value + noise[name]) / size).to(value.dtype) for name, value in total.gradient.items()}
 
     def _noise(self, step: int, scale: float, like: Gradient) -> Gradient:
         """The noise of `step`: Gaussian of std `scale`, or Laplace of that scale where the method says so."""
         if self.zeroth is None or self.zeroth.config.noise == "gaussian":
-            return noise_like(self.key, like, step=step, std=scale)
+            return noise_like(self.key, like, step=step, std=scale, secure=self.config.privacy.noise == "secure")
         return {
             name: scale * laplace(self.key, value.numel(), step=step, name=name).to(value.device)
             for name, value in like.items()

@@ -63,6 +63,7 @@ BAD: dict[str, list[str]] = {
     "privacy.noise-multiplier": ["0", "-1", ".inf"],
     "privacy.max-grad-norm": ["0", "-1", ".nan", ".inf", "null"],
     "privacy.relation": ["add/remove", "swap", "null"],
+    "privacy.noise": ["safe", "null"],
     "pruning.keep": ["0", "1.1", "-1", ".nan"],
     "pruning.by": ["norm", "null"],
     "zeroth-order.noise": ["normal", "null"],

@@ -184,3 +184,26 @@ def test_the_secret_is_never_shown(tmp_path: Path) -> None:
         assert secret not in str(caught.value) and caught.value.__cause__ is None
     with pytest.raises(UsageError, match="can't be read"):
         Key.load(tmp_path / "missing")
+
+
+def test_secure_normals_have_the_law_and_streams_of_their_own() -> None:
+    key = Key.from_seed(11)
+    values = key.secure_normal(200_001, step=3, name="w")
+    assert values.dtype == np.float64 and values.shape == (200_001,)
+    # One test at 1e-8 each: the law, and the variance by a chi-square interval.
+    assert stats.kstest(values, "norm").pvalue > 1e-8
+    low, high = stats.chi2.ppf([1e-8, 1 - 1e-8], values.size)
+    assert low < float((values**2).sum()) < high
+    again = key.secure_normal((200_001,), step=3, name="w")
+    assert np.array_equal(values, again)
+    others = [
+        key.secure_normal(200_001, step=4, name="w"),
+        key.secure_normal(200_001, step=3, name="v"),
+        key.secure_normal(200_001, step=3, name="w", rank=1),
+        key.normal(200_001, step=3, name="w").astype(np.float64),
+        np.roll(values, 100_001),  # the two halves of the Box-Muller pairs
+    ]
+    for other in others:
+        assert abs(float(np.corrcoef(values, other)[0, 1])) * values.size**0.5 < 6.0
+    # Half a sum of four float64 normals hits points between the float32 grid; plain normals are float32.
+    assert not np.array_equal(values.astype(np.float32).astype(np.float64), values)

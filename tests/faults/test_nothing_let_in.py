@@ -32,9 +32,9 @@ PACKAGES = ("dpaudit", "trainers", "attacks", "reports")
 FORBIDDEN = {
     "eval": "runs text", "exec": "runs text", "compile": "makes code of text", "os.system": "runs a shell",
     "os.popen": "runs a shell", "pickle.load": "runs what it reads", "pickle.loads": "runs what it reads",
-    "pickle.dump": "nothing may need unpickling", "pickle.dumps": "nothing may need unpickling",
-    "marshal.loads": "runs what it reads", "shelve.open": "pickles", "joblib.load": "unpickles",
-    "torch.load": "unpickles", "torch.save": "pickles", "np.load": "may unpickle", "numpy.load": "may unpickle", "pd.read_pickle": "unpickles",
+    "pickle.dump": "pickles", "pickle.dumps": "pickles", "marshal.loads": "runs what it reads",
+    "shelve.open": "pickles", "joblib.load": "unpickles", "torch.load": "unpickles", "torch.save": "pickles",
+    "np.load": "may unpickle", "numpy.load": "may unpickle", "pd.read_pickle": "unpickles",
     "yaml.unsafe_load": "runs what it reads", "yaml.full_load": "makes objects", "shutil.unpack_archive": "can escape",
     "zipfile.ZipFile": "can escape", "tarfile.open": "can escape", "tempfile.mktemp": "a race",
 }  # fmt: skip
