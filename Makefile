@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo test lint browser format schemas clean
+.PHONY: install demo test lint browser npm format schemas clean
 
 install: $(STAMP)
 
@@ -31,7 +31,18 @@ browser:
 	( [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq chromium >/dev/null ) || \
 	echo "WARNING: no Chromium and no way to install it: the browser tests of the report will be SKIPPED"
 
-test: install browser
+# axe-core (accessibility of the report) and the schema of SARIF come from npm, as archives without their dependencies.
+NPM := $(VENV)/npm
+NPM_PACKAGES := axe-core@4.14.1 @microsoft/jest-sarif@1.0.0-beta.0
+
+npm: $(NPM)/.installed
+
+$(NPM)/.installed: | install
+	@mkdir -p $(NPM); cd $(NPM) && command -v npm >/dev/null && npm pack --silent $(NPM_PACKAGES) >/dev/null && \
+	for file in *.tgz; do mkdir -p "$${file%.tgz}" && tar xzf "$$file" -C "$${file%.tgz}" --strip-components 1; done && \
+	touch .installed || echo "WARNING: npm can't be used: axe-core and the SARIF schema are SKIPPED in the tests"
+
+test: install browser npm
 	@start=$$(date +%s); $(BIN)/python -m pytest; code=$$?; \
 	echo "make test took $$(( $$(date +%s) - start )) s"; exit $$code
 

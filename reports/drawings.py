@@ -16,6 +16,7 @@ from reports.svg import StyleSheet
 from reports.sweep.document import Averaged
 
 MOST_CURVES = 8
+MOST_GAMES = 4
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,11 @@ class ScoreFigures:
     histogram: Markup
     roc: Markup
     bins: tuple[tuple[float, float, int, int], ...]
-    points: tuple[RocPoint, ...]
     banded: bool
+
+    def points(self, most: int) -> tuple[RocPoint, ...]:
+        """At most about `most` points of the curve, evenly thinned; the page's JSON has all."""
+        return self.summary.roc[:: max(1, math.ceil(len(self.summary.roc) / most))]
 
 
 @dataclass(frozen=True)
@@ -53,26 +57,18 @@ class Drawings:
     curves: dict[str, tuple[tuple[Curve, Markup], ...]]
 
 
-def draw(
-    page: Page,
-    described: Sequence[RunReport],
-    tables: Sequence[utility.TaskTable],
-    styles: StyleSheet,
-    *,
-    table_points: int,
-    games: int,
-) -> Drawings:
-    """Every figure of a page. table_points: rows of a figure's data table; games: score figures per run."""
+def draw(page: Page, tables: Sequence[utility.TaskTable], styles: StyleSheet) -> Drawings:
+    """Every figure of a page; drawing takes most of a page's time, so a page that leaves some out uses these again."""
     diagrams, scores, curves = {}, {}, {}
-    for run in described:
+    for run in page.described:
         if run.ledger:
             diagrams[run.key] = diagram(run.config, run.claim, run.ledger, key=f"flow-{run.key.lower()}")
     for run in page.runs:
         key = run.key.lower()
         if run.audit is not None and run.audit.scores:
             scores[run.key] = tuple(
-                _score_figures(run, summary, f"{key}-{index}", styles, table_points)
-                for index, summary in enumerate(run.audit.scores[:games])
+                _score_figures(run, summary, f"{key}-{index}", styles)
+                for index, summary in enumerate(run.audit.scores[:MOST_GAMES])
             )
         if run.curves:
             curves[run.key] = tuple(
@@ -84,16 +80,12 @@ def draw(
     return Drawings(diagrams, scores, tuple(found for found in frontiers if found is not None), curves)
 
 
-def _score_figures(
-    run: RunReport, summary: ScoreSummary, key: str, styles: StyleSheet, table_points: int
-) -> ScoreFigures:
-    stride = max(1, math.ceil(len(summary.roc) / table_points))
+def _score_figures(run: RunReport, summary: ScoreSummary, key: str, styles: StyleSheet) -> ScoreFigures:
     return ScoreFigures(
         summary=summary,
         histogram=figures.histogram(summary, key=f"scores-{key}", styles=styles),
         roc=figures.roc(summary, run.claim, key=f"roc-{key}", styles=styles),
         bins=tuple(zip(summary.edges, summary.edges[1:], summary.counts_in, summary.counts_out, strict=False)),
-        points=summary.roc[::stride],
         banded=any(point.tpr_low is not None and point.tpr_high is not None for point in summary.roc),
     )
 

@@ -24,7 +24,7 @@ from dpaudit.errors import UsageError
 from reports import figures, prose, text, utility
 from reports.checklist import checklist
 from reports.diagram import evidence_bar, scale_top
-from reports.drawings import draw
+from reports.drawings import MOST_GAMES, Drawings, draw
 from reports.embedded import Change, embed
 from reports.inputs import RunReport
 from reports.subjects import Page
@@ -59,7 +59,7 @@ class Detail:
     documents_embedded: bool = True
     pictures: int = 24
     table_points: int = 40
-    games: int = 4
+    games: int = MOST_GAMES
     cells: int = 12
 
     @property
@@ -89,9 +89,14 @@ def render(
     changes: what is different from the page called `against`; None when no comparison was asked for.
     """
     size = 0
+    styles, tables = StyleSheet(), utility.tables(page.runs)
+    drawn = draw(page, tables, styles)
     for detail in DETAILS:
         made = _render(
             page,
+            tables,
+            drawn,
+            styles,
             title=text.clean(title, 160),
             show_examples=show_examples,
             detail=detail,
@@ -108,12 +113,18 @@ def render(
 
 
 def _render(
-    page: Page, *, title: str, show_examples: bool, detail: Detail, changes: Sequence[Change] | None, against: str
+    page: Page,
+    tables: Sequence[utility.TaskTable],
+    drawn: Drawings,
+    styles: StyleSheet,
+    *,
+    title: str,
+    show_examples: bool,
+    detail: Detail,
+    changes: Sequence[Change] | None,
+    against: str,
 ) -> str:
-    styles = StyleSheet()
-    tables = utility.tables(page.runs)
     described, silent = _described(page, detail.cells)
-    drawn = draw(page, described, tables, styles, table_points=detail.table_points, games=detail.games)
     style = (TEMPLATES / "style.css").read_text(encoding="utf-8") + styles.css()
     script = (TEMPLATES / "sort.js").read_text(encoding="utf-8")
     policy = (
@@ -146,6 +157,7 @@ def _render(
             power=prose.power,
             limits=[*prose.limits(described), *prose.sweep_limits(page.sweeps)],
             figures=drawn,
+            detail=detail,
             tables=tables,
             measured=[run for run in described if run.benchmark is not None],
             gap_rows=_gap_rows(page.runs),

@@ -76,7 +76,7 @@ class RunReport:
 
     `key` is the letter that stands for the run in figures; `notices` are contradictions between its documents.
     `source`: what was given, a run folder or a bare document. `cell_of`: the sweep for one of whose configurations this
-    run stands.
+    run stands. `place`: where its evidence is, as a relative address; pages don't show it.
     """
 
     key: str
@@ -93,6 +93,7 @@ class RunReport:
     private_gallery: tuple[Thumbnail, ...] = ()
     source: Literal["run", "scores", "audit"] = "run"
     cell_of: str | None = None
+    place: str = ""
 
     @property
     def claim(self) -> Claim | None:
@@ -209,6 +210,14 @@ def _name(folder: Path) -> str:
     return (folder.parent.name if folder.name == "release" else folder.name) or "run"
 
 
+def place(path: Path) -> str:
+    """A path as an address relative to the working directory; outside of it the name alone (a path tells too much)."""
+    try:
+        return path.resolve().relative_to(Path.cwd()).as_posix()
+    except (ValueError, OSError):
+        return path.name
+
+
 def distinct(names: Sequence[str]) -> list[str]:
     counts: dict[str, int] = {}
     distinct = []
@@ -245,6 +254,7 @@ def load_release(folder: Path, *, key: str, name: str) -> RunReport:
         benchmark=_document(BenchmarkDocument, folder / "benchmark.json"),
         environment=_document(EnvironmentDocument, folder / "environment.json"),
         files=_files(folder),
+        place=place(folder / "audit.json"),
     )
     return replace(run, notices=_contradictions(run))
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpaudit.documents import MOST_BYTES, AuditDocument, CheckDocument, ScoresDocument
+from dpaudit.documents import AuditDocument, CheckDocument, ScoresDocument
 from dpaudit.errors import UsageError
-from reports.inputs import ReleasedFile, RunReport, check_summary, distinct, letter, load_release, load_runs
+from reports.inputs import ReleasedFile, RunReport, check_summary, distinct, letter, load_release, load_runs, place
 from reports.sweep.document import SweepDocument, SweepRow
 from reports.text import clean
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from attacks.bugs.benchmark import BugsDocument
 
 SWEEP = "sweep.json"
+MOST_BYTES = 1 << 26  # far above any document of dpaudit
 ACCEPTED = "a run folder, a sweep folder, or a document of dpaudit sweep, audit, scores, check or bugs"
 
 
@@ -36,6 +37,7 @@ class SweepReport:
     name: str
     document: SweepDocument
     file: ReleasedFile
+    place: str
     lines: tuple[SweepLine, ...]
 
 
@@ -47,6 +49,7 @@ class CheckReport:
     name: str
     document: CheckDocument
     file: ReleasedFile
+    place: str
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class BugsReport:
     name: str
     document: "BugsDocument"
     file: ReleasedFile
+    place: str
 
 
 @dataclass(frozen=True)
@@ -123,19 +127,19 @@ def _sweep(path: Path, *, first: int) -> SweepReport:
             run = load_release(release, key=key, name=row.configuration)
             run = replace(run, cell_of=document.name)
         lines.append(SweepLine(key, row, run))
-    return SweepReport(clean(document.name, 60), document, _file(folder / SWEEP), tuple(lines))
+    return SweepReport(clean(document.name, 60), document, _file(folder / SWEEP), place(folder / SWEEP), tuple(lines))
 
 
 def _with_document(page: Page, path: Path, key: str) -> Page:
     name = clean(path.stem, 60)
     kind = _kind(path)
     if kind == "check":
-        check = CheckReport(key, name, CheckDocument.read(path), _file(path))
+        check = CheckReport(key, name, CheckDocument.read(path), _file(path), place(path))
         return replace(page, checks=(*page.checks, check))
     if kind == "bugs":
         from attacks.bugs.benchmark import BugsDocument
 
-        bugs = BugsReport(name, BugsDocument.read(path), _file(path))
+        bugs = BugsReport(name, BugsDocument.read(path), _file(path), place(path))
         return replace(page, bugs=(*page.bugs, bugs))
     audit = AuditDocument.read(path) if kind == "audit" else _as_audit(ScoresDocument.read(path))
     for index, summary in enumerate(audit.scores):
@@ -151,6 +155,7 @@ def _with_document(page: Page, path: Path, key: str) -> Page:
         environment=None,
         files=(_file(path),),
         source="audit" if kind == "audit" else "scores",
+        place=place(path),
     )
     return replace(page, runs=(*page.runs, run))
 

@@ -9,7 +9,10 @@ import typer
 from dpaudit.cli import console
 
 if TYPE_CHECKING:
-    from reports.embedded import ReportDocument
+    from collections.abc import Sequence
+
+    from reports.embedded import Change, ReportDocument
+    from reports.subjects import Page
 
 
 def command(
@@ -31,6 +34,16 @@ def command(
         bool,
         typer.Option("--show-examples", help="Show canaries made from real pictures; adds an UNACCOUNTED ledger row."),
     ] = False,
+    junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write JUnit XML.")] = None,
+    sarif: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write SARIF 2.1.0 for code scanning.")
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write a summary for pull requests.")
+    ] = None,
+    disclosure: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the claims as a record for registries (JSON).")
+    ] = None,
     as_json: Annotated[bool, console.JSON_OPTION] = False,
 ) -> None:
     """Write one self-contained HTML file: claim, evidence, limits and how to reproduce them.
@@ -50,6 +63,7 @@ def command(
     name = against.name if against is not None else ""
     made, detail = render(page, title=title, show_examples=show_examples, changes=changes, against=name)
     write_text(output, made)
+    _write_formats(page, changes, title, junit=junit, sarif=sarif, markdown=markdown, disclosure=disclosure)
     encoded = made.encode()
     document = ReportDocument(
         path=str(output),
@@ -67,6 +81,32 @@ def command(
     for line in describe(document):
         console.say(line)
     console.say(f"{output} ({len(encoded) / 1000:.0f} kB). {console.LIMIT_SENTENCE}")
+
+
+def _write_formats(
+    page: "Page",
+    changes: "Sequence[Change] | None",
+    title: str,
+    *,
+    junit: Path | None,
+    sarif: Path | None,
+    markdown: Path | None,
+    disclosure: Path | None,
+) -> None:
+    """The page for machines, each in the file that was named for it."""
+    from dpaudit.atomic import write_document, write_text
+    from reports import formats
+    from reports.formats.findings import findings
+
+    found = findings(page, changes)
+    if junit is not None:
+        write_text(junit, formats.junit(found))
+    if sarif is not None:
+        write_text(sarif, formats.sarif(found))
+    if markdown is not None:
+        write_text(markdown, formats.markdown(page, found, title=title, changes=changes))
+    if disclosure is not None:
+        write_document(disclosure, formats.disclosure(page))
 
 
 def describe(document: "ReportDocument") -> list[str]:

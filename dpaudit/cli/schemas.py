@@ -9,6 +9,7 @@ from attacks.bugs.benchmark import BugsDocument
 from dpaudit import documents
 from dpaudit.analysis.plan import PlanDocument
 from reports.embedded import ReportDocument
+from reports.formats import DisclosureDocument
 from reports.sweep.document import SweepDocument
 
 ALL: tuple[type[documents.Document], ...] = (
@@ -16,6 +17,7 @@ ALL: tuple[type[documents.Document], ...] = (
     PlanDocument,
     ReportDocument,
     SweepDocument,
+    DisclosureDocument,
     BugsDocument,
 )
 FOLDER = Path(documents.__file__).parent / "schemas"

@@ -12,6 +12,7 @@ from dpaudit.documents import (
     AuditDocument,
     BenchmarkDocument,
     Check,
+    CheckDocument,
     Claim,
     ClaimDocument,
     EnvironmentDocument,
@@ -318,3 +319,25 @@ def write_run(
 def write_three(parent: Path) -> list[Path]:
     """The three runs of the demo."""
     return [write_run(parent, method) for method in ("non-private", "dp-sgd", "dual-priv")]
+
+
+def check_document() -> CheckDocument:
+    """A step contract with every status in it."""
+    rows = (
+        ("influence of one unit", "pass", "0.98 C", "at most 1 C"),
+        ("clipping per unit", "fail", "3.2 C", "at most 1 C"),
+        ("resume", "not applicable", "the trainer has no save", ""),
+    )
+    checks = tuple(
+        Check.model_validate(
+            {
+                "name": n,
+                "status": s,
+                "measured": m,
+                "allowed": a,
+                "explanation": "Clipping the batch instead of the unit.",
+            }
+        )
+        for n, s, m, a in rows
+    )
+    return CheckDocument(verdict="fail", checks=checks)

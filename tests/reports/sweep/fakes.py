@@ -17,6 +17,10 @@ from dpaudit.runs import RunFolder
 from reports.benchmark import ANSWERS
 from reports.metrics import by_kind
 from reports.sweep import jobs
+from reports.sweep.board import Board
+from reports.sweep.document import SweepDocument
+from reports.sweep.grid import Grid, make_plan
+from reports.sweep.run import run_sweep
 from reports.worker import TASK
 from tests.reports import fixtures
 
@@ -83,3 +87,24 @@ class FakeExecutor:
             frame = pd.DataFrame({"cluster": clusters, "kind": kinds, "answer": "x", "correct": correct, "sample": SHA})
             atomic.write_frame(run.private / ANSWERS, frame)
             atomic.write_document(run.benchmark, BenchmarkDocument.model_validate(document.model_dump()))
+
+
+SMALL = Grid.model_validate(
+    {
+        "name": "small",
+        "grid": {"privacy.epsilon": [3, 8]},
+        "configurations": [
+            {"name": "base model", "train": False},
+            {"name": "non-private", "settings": {"method": "non-private"}, "grid": {}},
+            {"name": "dp-sgd", "settings": {"method": "dp-sgd"}},
+            {"name": "dual-priv", "settings": {"method": "dual-priv"}, "against": "dp-sgd"},
+        ],
+    }
+)
+
+
+def write_sweep(out: Path, executor: FakeExecutor | None = None, *, seeds: tuple[int, ...] = (0, 1)) -> SweepDocument:
+    """A sweep of SMALL in `out` as a real one leaves it."""
+    chosen = executor or FakeExecutor()
+    board = Board.read(make_plan(SMALL, seeds=seeds), out, grid=SMALL.model_dump(), overrides=(), seeds=seeds)
+    return run_sweep(board, executor=lambda logs: chosen, lanes=2, watch=lambda board, entry: None)

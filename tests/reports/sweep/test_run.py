@@ -16,27 +16,12 @@ from dpaudit.cli import app
 from dpaudit.errors import EnvironmentFailure, UsageError
 from dpaudit.ledger import Ledger
 from reports.sweep import jobs
-from reports.sweep.board import Board, Entry, locked
+from reports.sweep.board import locked
 from reports.sweep.document import SweepDocument
-from reports.sweep.grid import Grid, make_plan
-from reports.sweep.run import run_sweep
-from tests.reports.sweep.fakes import PICTURES, FakeExecutor, correctness
+from reports.sweep.grid import make_plan
+from tests.reports.sweep.fakes import PICTURES, SMALL, FakeExecutor, correctness, write_sweep
 
 DPAUDIT = Path(sys.executable).parent / "dpaudit"
-
-
-SMALL = Grid.model_validate(
-    {
-        "name": "small",
-        "grid": {"privacy.epsilon": [3, 8]},
-        "configurations": [
-            {"name": "base model", "train": False},
-            {"name": "non-private", "settings": {"method": "non-private"}, "grid": {}},
-            {"name": "dp-sgd", "settings": {"method": "dp-sgd"}},
-            {"name": "dual-priv", "settings": {"method": "dual-priv"}, "against": "dp-sgd"},
-        ],
-    }
-)
 
 
 @pytest.fixture(autouse=True)
@@ -47,22 +32,9 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dpaudit.atomic.os.fsync", lambda descriptor: None)
 
 
-class Watch:
-    def __init__(self) -> None:
-        self.seen: list[tuple[str, str]] = []
-
-    def __call__(self, board: Board, entry: Entry) -> None:
-        self.seen.append((entry.cell.folder, entry.state))
-
-
-def sweep(out: Path, executor: FakeExecutor, *, grid: Grid = SMALL, seeds: tuple[int, ...] = (0, 1)) -> SweepDocument:
-    board = Board.read(make_plan(grid, seeds=seeds), out, grid=grid.model_dump(), overrides=(), seeds=seeds)
-    return run_sweep(board, executor=lambda logs: executor, lanes=2, watch=Watch())
-
-
 def test_a_sweep_fills_its_table_and_is_not_done_twice(tmp_path: Path) -> None:
     executor = FakeExecutor()
-    document = sweep(tmp_path, executor)
+    document = write_sweep(tmp_path, executor)
     assert document.finished and len(document.cells) == 10 and document.name == "small"
     assert document == SweepDocument.read(tmp_path / "sweep.json")
     # 10 trainings; a benchmark job for each of two lanes a round
@@ -80,13 +52,13 @@ def test_a_sweep_fills_its_table_and_is_not_done_twice(tmp_path: Path) -> None:
     assert other is not None
     assert dual.difference.value == pytest.approx(dual.exact_match.value - other.value)
     again = FakeExecutor()
-    assert sweep(tmp_path, again) == document and again.done == []
+    assert write_sweep(tmp_path, again) == document and again.done == []
 
 
 def test_more_seeds_train_only_what_is_new_and_tell_the_old_cells(tmp_path: Path) -> None:
-    sweep(tmp_path, FakeExecutor(), seeds=(0,))
+    write_sweep(tmp_path, FakeExecutor(), seeds=(0,))
     more = FakeExecutor()
-    document = sweep(tmp_path, more, seeds=(0, 1, 2))
+    document = write_sweep(tmp_path, more, seeds=(0, 1, 2))
     assert [name for name, _ in more.done].count(jobs.TRAIN) == 10 and document.finished
     rows = Ledger.load(tmp_path / "runs" / document.cells[0].folder / "release" / "ledger.json").rows
     tuning = [row for row in rows if row.path == "hyper-parameter tuning"]
@@ -101,7 +73,7 @@ def test_a_failing_cell_is_reported_and_the_rest_goes_on(tmp_path: Path) -> None
         bad = function == jobs.MEASURE and any("dp-sgd-epsilon-3-s0" in run for run in payload["runs"])
         return "lmms-eval failed" if bad else None
 
-    document = sweep(tmp_path, FakeExecutor(fail))
+    document = write_sweep(tmp_path, FakeExecutor(fail))
     states = {cell.folder[: -len("-12345678")]: (cell.state, cell.error) for cell in document.cells}
     assert states["non-private-s0"] == states["non-private-s1"] == ("failed", "out of memory")
     # the job that held the bad run also held good ones: they were measured one by one
@@ -112,37 +84,37 @@ def test_a_failing_cell_is_reported_and_the_rest_goes_on(tmp_path: Path) -> None
     dual = next(row for row in document.rows if row.configuration == "dual-priv, epsilon 3")
     assert dual.difference is not None and dual.difference.seeds == 1  # only the seed that both have
     healed = FakeExecutor()
-    document = sweep(tmp_path, healed)
+    document = write_sweep(tmp_path, healed)
     assert document.finished and [name for name, _ in healed.done].count(jobs.TRAIN) == 2
 
 
 @pytest.mark.parametrize("stop", [0, 3, 6, 9])
 def test_interrupted_anywhere_it_ends_with_the_same_table(tmp_path: Path, stop: int) -> None:
-    whole = sweep(tmp_path / "whole", FakeExecutor())
+    whole = write_sweep(tmp_path / "whole", FakeExecutor())
     with pytest.raises(KeyboardInterrupt):
-        sweep(tmp_path / "parts", FakeExecutor(stop=stop))
+        write_sweep(tmp_path / "parts", FakeExecutor(stop=stop))
     assert not SweepDocument.read(tmp_path / "parts" / "sweep.json").finished
     resumed = FakeExecutor()
-    document = sweep(tmp_path / "parts", resumed)
+    document = write_sweep(tmp_path / "parts", resumed)
     assert len([1 for name, _ in resumed.done if name == jobs.TRAIN]) <= 10 - min(stop, 5)
     assert document.rows == whole.rows
 
 
 def test_a_folder_of_another_configuration_and_a_second_sweep_are_refused(tmp_path: Path) -> None:
-    document = sweep(tmp_path, FakeExecutor(), seeds=(0,))
+    document = write_sweep(tmp_path, FakeExecutor(), seeds=(0,))
     config = tmp_path / "runs" / document.cells[0].folder / "release" / "config.yaml"
     config.write_text(config.read_text().replace("limit: null", "limit: 7"))
     with pytest.raises(UsageError, match="another configuration"):
-        sweep(tmp_path, FakeExecutor(), seeds=(0,))
+        write_sweep(tmp_path, FakeExecutor(), seeds=(0,))
     with locked(tmp_path / "x"), pytest.raises(EnvironmentFailure, match="another sweep"), locked(tmp_path / "x"):
         pass
 
 
 def test_damaged_answers_are_named(tmp_path: Path) -> None:
-    document = sweep(tmp_path, FakeExecutor(), seeds=(0,))
+    document = write_sweep(tmp_path, FakeExecutor(), seeds=(0,))
     (tmp_path / "runs" / document.cells[0].folder / "private" / "answers.parquet").write_bytes(b"PAR1")
     with pytest.raises(UsageError, match=r"answers\.parquet: damaged"):
-        sweep(tmp_path, FakeExecutor(), seeds=(0,))
+        write_sweep(tmp_path, FakeExecutor(), seeds=(0,))
 
 
 def command(*arguments: str, **options: Any) -> "subprocess.CompletedProcess[str]":

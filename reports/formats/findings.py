@@ -1,0 +1,167 @@
+"""Everything on a page that can pass or fail, as one flat list that all formats share.
+
+A finding is `pass`, `fail` (a gate should stop), `warn` (a person should look) or `skip` (not made, or can't say). What
+counts as failing follows the verdicts: a refuted, unsupported or invalid claim, a failed check, a private path that is
+UNACCOUNTED beside a claim, and a planted bug that slipped through. An inconclusive audit is a warning: the contract's
+exit code for it is 0 unless `--strict`.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from dpaudit.documents import Check, Test
+from reports import prose
+from reports.embedded import Change
+from reports.inputs import RunReport
+from reports.subjects import BugsReport, Page, SweepReport
+from reports.text import clean, number, p_value
+
+Outcome = Literal["pass", "fail", "warn", "skip"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that passed, failed or could not be decided. Texts are single lines without control characters.
+
+    subject: whose (a run, a document); place: the file that says so, as a relative address; rule: a stable id.
+    """
+
+    subject: str
+    place: str
+    rule: str
+    name: str
+    outcome: Outcome
+    message: str
+    help: str
+
+
+RULES: dict[str, str] = {
+    "claim": "The claimed privacy guarantee against the audit's evidence",
+    "claim-test": "A statistical test of the claim itself",
+    "bound": "A lower bound on eps against the claimed eps",
+    "documents": "The documents of a run fit each other",
+    "game": "The game is sound: coins, records and guesses",
+    "token-path": "One record's tokens do not reach another record",
+    "step-contract": "What one training step must satisfy",
+    "ledger": "Every place where private data is touched is accounted for",
+    "planted-bug": "A trainer with one deliberate bug is noticed",
+    "sweep": "Every cell of a sweep has finished",
+    "change": "Nothing got worse since the earlier page",
+}
+
+
+def findings(page: Page, changes: Sequence[Change] | None = None) -> tuple[Finding, ...]:
+    """All findings of a page, in its order."""
+    found: list[Finding] = []
+    for run in page.runs:
+        found += _run(run)
+    for sweep in page.sweeps:
+        found += _sweep(sweep)
+    for check in page.checks:
+        found += [_check(check.name, check.place, "step-contract", item) for item in check.document.checks]
+    for bugs in page.bugs:
+        found += _bugs(bugs)
+    for change in changes or ():
+        if change.direction == "worse":
+            text = f"{clean(change.what)}: {clean(change.before)} before, {clean(change.after)} now"
+            found.append(Finding(clean(change.subject, 80), "", "change", clean(change.what, 120), "warn", text, ""))
+    return tuple(found)
+
+
+def _run(run: RunReport) -> Iterator[Finding]:
+    def finding(rule: str, name: str, outcome: Outcome, message: str, help: str = "") -> Finding:
+        return Finding(run.name, run.place, rule, name, outcome, message, help)
+
+    for notice in run.notices:
+        yield finding("documents", "documents of the run", "fail", notice)
+    if run.audit is None:
+        yield finding("claim", "claim", "skip", "not audited")
+    else:
+        outcome, meaning = _verdict(run)
+        reasons = " ".join(clean(reason, 400) for reason in run.audit.reasons)
+        yield finding("claim", "claim", outcome, f"{run.audit.verdict}. {meaning} {reasons}".strip(), prose.LIMIT)
+        yield from (_test(run, test) for test in run.audit.tests if test.decides and not test.estimate)
+        fusion = run.audit.fusion.checks if run.audit.fusion is not None else ()
+        contract = run.audit.contract.checks if run.audit.contract is not None else ()
+        groups = (("game", run.audit.validity.checks), ("token-path", fusion), ("step-contract", contract))
+        for rule, checks in groups:
+            yield from (_check(run.name, run.place, rule, check) for check in checks)
+    for row in run.ledger:
+        bad = row.status == "UNACCOUNTED"
+        outcome = ("fail" if run.claim is not None else "warn") if bad else "pass"
+        text = f"{row.status}: {clean(row.explanation, 600)}"
+        yield finding("ledger", clean(row.path, 120), outcome, text, clean(row.evidence, 600))
+
+
+def _verdict(run: RunReport) -> tuple[Outcome, str]:
+    assert run.audit is not None
+    outcome: Outcome = "pass"
+    if run.audit.verdict in ("refuted", "unsupported", "invalid"):
+        outcome = "fail"
+    elif run.audit.verdict == "inconclusive":
+        outcome = "warn"
+    elif run.audit.verdict == "no claim":
+        outcome = "skip"
+    return outcome, prose.VERDICT_MEANING[run.audit.verdict]
+
+
+def _test(run: RunReport, test: Test) -> Finding:
+    """A test of the claim fails below its level; a bound fails above the claimed eps; both are part of the verdict."""
+    assert run.audit is not None
+    claimed = run.claim.epsilon if run.claim is not None else math.inf
+    name = f"{clean(test.name, 120)} ({clean(test.bound, 60)})"
+    if test.p_value is not None:
+        refuted = test.p_value < run.audit.alpha
+        said = f" ({clean(test.statement, 300)})" if test.statement is not None else ""
+        text = f"p = {p_value(test.p_value)} at level {number(run.audit.alpha)}{said}"
+        return Finding(run.name, run.place, "claim-test", name, "fail" if refuted else "pass", text, "")
+    if test.epsilon_lower is None:
+        return Finding(run.name, run.place, "bound", name, "skip", "no bound was computed", "")
+    above = test.epsilon_lower > claimed
+    text = f"eps ≥ {number(test.epsilon_lower)}, ceiling {number(test.ceiling)}, claimed {number(claimed)}"
+    return Finding(run.name, run.place, "bound", name, "fail" if above else "pass", text, "")
+
+
+def _check(subject: str, place: str, rule: str, check: Check) -> Finding:
+    outcome: Outcome = {"pass": "pass", "fail": "fail", "not applicable": "skip"}[check.status]  # type: ignore[assignment]
+    text = f"measured {clean(check.measured, 400)}; allowed {clean(check.allowed, 400)}"
+    return Finding(subject, place, rule, clean(check.name, 120), outcome, text, clean(check.explanation, 600))
+
+
+def _sweep(sweep: SweepReport) -> Iterator[Finding]:
+    for cell in sweep.document.cells:
+        name = f"{clean(cell.configuration, 100)}, seed {cell.seed}"
+        outcome: Outcome = {"finished": "pass", "failed": "fail"}.get(cell.state, "warn")  # type: ignore[assignment]
+        text = clean(cell.error, 400) if cell.error is not None else cell.state
+        yield Finding(sweep.name, sweep.place, "sweep", name, outcome, text, "")
+    for row in sweep.document.ledger:
+        text = f"{row.status}: {clean(row.explanation, 600)}"
+        status: Outcome = "warn" if row.status == "UNACCOUNTED" else "pass"
+        yield Finding(sweep.name, sweep.place, "ledger", clean(row.path, 120), status, text, clean(row.evidence, 600))
+
+
+def _bugs(bugs: BugsReport) -> Iterator[Finding]:
+    for row in bugs.document.bugs:
+        outcome: Outcome = "pass" if row.caught else "skip" if row.why_not is not None else "fail"
+        by = ", ".join(clean(name, 60) for name in row.contract[:5])
+        text = (
+            f"caught by {by or 'the white-box game'}" if row.caught else clean(row.why_not or "nothing noticed it", 400)
+        )
+        help = f"{clean(row.what, 400)} (source: {clean(row.source, 200)})"
+        yield Finding(bugs.name, bugs.place, "planted-bug", clean(row.name, 120), outcome, text, help)
+
+
+def counts(found: Iterable[Finding]) -> dict[Outcome, int]:
+    """How many of each outcome."""
+    total: dict[Outcome, int] = {"pass": 0, "fail": 0, "warn": 0, "skip": 0}
+    for finding in found:
+        total[finding.outcome] += 1
+    return total
+
+
+def slug(text: str) -> str:
+    """Letters, digits and dashes of a text, for ids."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:80] or "unnamed"

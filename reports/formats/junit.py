@@ -1,0 +1,49 @@
+"""JUnit XML, as Jenkins, GitLab and GitHub's test reporters read it: one suite a subject, one case a finding.
+
+A failing finding is a failed case. A warning is a passed case with its text in system-out (an inconclusive audit is no
+failed test), something that could not be decided is a skipped one. No time stamps: the same page gives the same bytes.
+"""
+
+from collections.abc import Sequence
+from xml.etree import ElementTree
+
+from reports.formats.findings import Finding, counts
+
+
+def junit(found: Sequence[Finding]) -> str:
+    """The XML text."""
+    root = ElementTree.Element("testsuites", _numbers(found, name="dpaudit"))
+    for subject in dict.fromkeys(finding.subject for finding in found):
+        mine = [finding for finding in found if finding.subject == subject]
+        suite = ElementTree.SubElement(root, "testsuite", _numbers(mine, name=subject))
+        for finding in mine:
+            _case(suite, finding)
+    ElementTree.indent(root)
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{ElementTree.tostring(root, encoding="unicode")}\n'
+
+
+def _numbers(found: Sequence[Finding], *, name: str) -> dict[str, str]:
+    number = counts(found)
+    return {
+        "name": name,
+        "tests": str(len(found)),
+        "failures": str(number["fail"]),
+        "errors": "0",
+        "skipped": str(number["skip"]),
+        "time": "0",
+    }
+
+
+def _case(suite: ElementTree.Element, finding: Finding) -> None:
+    case = ElementTree.SubElement(
+        suite,
+        "testcase",
+        {"classname": f"dpaudit.{finding.rule}", "name": finding.name, "time": "0"},
+    )
+    if finding.outcome == "fail":
+        failure = ElementTree.SubElement(case, "failure", {"message": finding.message, "type": finding.rule})
+        failure.text = "\n".join(part for part in (finding.message, finding.help, finding.place) if part)
+    elif finding.outcome == "skip":
+        ElementTree.SubElement(case, "skipped", {"message": finding.message})
+    elif finding.outcome == "warn":
+        ElementTree.SubElement(case, "system-out").text = f"WARNING: {finding.message}"
