@@ -8,7 +8,7 @@ its coin; both are functions of the key alone, so that a resumed run and the aud
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,15 @@ import pandas as pd
 import pyarrow
 import pyarrow.parquet
 
-from attacks.kinds import KINDS, Draft, Materials
+from attacks.kinds import FIRST, Draft, Gradients, Kind, Materials
+from attacks.kinds_drawn import DRAWN
 from dpaudit import atomic
 from dpaudit.config import CanaryKind
 from dpaudit.errors import InvalidGame, rejected
 from dpaudit.randomness import Key
 from trainers.records import Dataset, Unit
 
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (*FIRST, *DRAWN)}
 ALL = "all"
 COLUMNS = ["id", "kind", "member", "content"]
 _PLAN = b"dpaudit.plan"
@@ -42,12 +44,13 @@ class Plan:
 
     guesses: for all candidates (key 'all') and for each kind, how many of the highest scores are guessed "in" and how
     many of the lowest "out". tie_seed: for ties. sigma_reduction: the alternative, "the true sigma is this much smaller
-    than claimed".
+    than claimed". chosen: which of their proposals kinds that choose among some took.
     """
 
     guesses: dict[str, tuple[int, int]]
     tie_seed: int
     sigma_reduction: float = 0.3
+    chosen: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
     def default(cls, sizes: dict[str, int], tie_seed: int) -> "Plan":
@@ -64,17 +67,19 @@ class Plan:
 
     def to_json(self) -> str:
         """Stable text for the coin file."""
-        return json.dumps(
-            {"guesses": self.guesses, "tie_seed": self.tie_seed, "sigma_reduction": self.sigma_reduction},
-            sort_keys=True,
-        )
+        tree: dict[str, Any] = {"guesses": self.guesses, "tie_seed": self.tie_seed}
+        tree["sigma_reduction"] = self.sigma_reduction
+        if self.chosen:
+            tree["chosen"] = dict(self.chosen)
+        return json.dumps(tree, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Plan":
         """Inverse of `to_json`; ValueError, KeyError or TypeError on anything else."""
         tree: Any = json.loads(text)
         guesses = {str(name): (int(top), int(bottom)) for name, (top, bottom) in tree["guesses"].items()}
-        return cls(guesses, int(tree["tie_seed"]), float(tree["sigma_reduction"]))
+        chosen = {str(kind): tuple(int(place) for place in places) for kind, places in tree.get("chosen", {}).items()}
+        return cls(guesses, int(tree["tie_seed"]), float(tree["sigma_reduction"]), chosen)
 
 
 @dataclass(frozen=True)
@@ -162,20 +167,28 @@ def _named(draft: Draft, name: str) -> Unit:
 
 
 def draw_game(
-    dataset: Dataset, count: int, kinds: Sequence[CanaryKind], *, key: Key, spare_tokens: Sequence[str]
+    dataset: Dataset,
+    count: int,
+    kinds: Sequence[CanaryKind],
+    *,
+    key: Key,
+    spare_tokens: Sequence[str],
+    gradients: Gradients | None = None,
+    chosen: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Game:
     """The game of a run: `count` candidates, split evenly over `kinds`, each with a fair independent coin.
 
     A function of the arguments and of the key's streams "canaries" (candidates) and "coins" alone. `spare_tokens`:
-    tokens that nothing else uses, one needed for each candidate of kind 'new-token'. Raises UsageError when the reserve
-    or the tokens do not suffice, with the numbers.
+    tokens that nothing else uses, one needed for each candidate of kind 'new-token'. gradients: of the public base
+    model, for kinds that choose by them; chosen: their choice, where it was stored with the coins. Raises UsageError
+    when the reserve or the tokens do not suffice, with the numbers.
     """
     if count == 0:
         return Game()
     if not kinds or len(set(kinds)) != len(kinds) or any(kind not in KINDS for kind in kinds):
         raise rejected("canaries.kinds", list(kinds), f"different kinds out of {', '.join(KINDS)}")
     sizes = {kind: size for kind, size in share_out(count, kinds).items() if size}
-    materials = Materials.of(dataset, spare_tokens)
+    materials = Materials.of(dataset, spare_tokens, gradients=gradients, chosen=chosen)
     rng = key.generator(purpose="canaries")
     drafts = [(kind, draft) for kind, size in sizes.items() for draft in KINDS[kind].draw(size, materials, rng)]
     heads = key.uniform(count, step=0, name="canaries", purpose="coins") < 0.5
@@ -186,7 +199,7 @@ def draw_game(
             for place, (kind, draft) in enumerate(drafts)
             for name in [f"canary-{place:06d}"]
         ),
-        Plan.default(sizes, tie_seed),
+        replace(Plan.default(sizes, tie_seed), chosen=materials.chosen),
     )
 
 

@@ -14,8 +14,7 @@ import pandas as pd
 from PIL import Image
 
 from attacks.blind import LEAST, blind_baseline
-from attacks.canaries import ALL, Coins, Game, Plan, check_coins
-from attacks.kinds import KINDS
+from attacks.canaries import ALL, KINDS, Coins, Game, Plan, check_coins
 from attacks.scores import STATISTIC, loss_scores, prioritise, save_scores, standardise
 from attacks.training import redraw_game
 from dpaudit.analysis.claim import claim_test
@@ -64,7 +63,7 @@ def audit_canaries(
     """
     try:
         coins = check_coins(run.coins, LedgerDocument.read(run.ledger).coins_sha256)
-        game = _redraw(run)
+        game = _redraw(run, coins)
         game.check_against(coins)
         frame = loss_scores(run, game, device=device)
     except InvalidGame as error:
@@ -88,11 +87,11 @@ def audit_canaries(
     )
 
 
-def _redraw(run: RunFolder) -> Game:
+def _redraw(run: RunFolder, coins: Coins) -> Game:
     config = read_config(run)
     dataset = data.load(config.data)
     base = load_model(None, "cpu", config=config)
-    game = redraw_game(config, dataset, Key.load(run.noise_key), base)
+    game = redraw_game(config, dataset, Key.load(run.noise_key), base, coins)
     if game is None:
         raise InvalidGame(f"{run.path}: the configuration says no canaries, but there are coins")
     return game

@@ -5,11 +5,12 @@ inserted is decided later and elsewhere, so nothing about a candidate can tell i
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from dpaudit.errors import UsageError
 from trainers.records import Dataset, Picture, Pixels, Question, Unit
@@ -25,21 +26,35 @@ PUBLIC_WORDS = (
     "square", "star", "table", "ten", "three", "train", "tree", "triangle", "two", "umbrella", "white", "window",
     "winter", "yellow", "zero",
 )  # fmt: skip
+Gradients = Callable[[Sequence[Unit]], npt.NDArray[np.float32]]
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 
 
 @dataclass(frozen=True)
 class Materials:
-    """What kinds may use: units held back from training, unused tokens, a picture size, public answers by kind."""
+    """What kinds may use: units held back from training, unused tokens, a picture size, public answers by kind.
+
+    gradients: (n, d) sketched gradients of units at the public base model, where it is at hand. chosen: for kinds that
+    choose among proposals, the choice: given, or left here by the kind.
+    """
 
     reserve: tuple[Unit, ...]
     spare_tokens: tuple[str, ...]
     height: int
     width: int
     public_answers: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    gradients: Gradients | None = None
+    chosen: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, dataset: Dataset, spare_tokens: Sequence[str]) -> "Materials":
+    def of(
+        cls,
+        dataset: Dataset,
+        spare_tokens: Sequence[str],
+        *,
+        gradients: Gradients | None = None,
+        chosen: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> "Materials":
         """Materials for a data set. The picture size is the test split's commonest: no training row is looked at."""
         sizes = Counter(picture.pixels.shape[:2] for unit in dataset.test for picture in unit.pictures)
         if not sizes:
@@ -50,7 +65,8 @@ class Materials:
             from trainers.data.digits import PUBLIC_ANSWERS
 
             answers = PUBLIC_ANSWERS
-        return cls(dataset.reserve, tuple(spare_tokens), int(height), int(width), answers)
+        tokens = tuple(spare_tokens)
+        return cls(dataset.reserve, tokens, int(height), int(width), answers, gradients, dict(chosen or {}))
 
 
 @dataclass(frozen=True)
@@ -119,7 +135,8 @@ class Mislabelled:
         return Draft(replace(unit, pictures=pictures), "a held-back record, wrong answers")
 
 
-def _single(pixels: Pixels, text: str, answer: str, kind: str) -> Unit:
+def single(pixels: Pixels, text: str, answer: str, kind: str) -> Unit:
+    """A unit of one picture with one question; ids are given later."""
     return Unit(id="", pictures=(Picture(id="", pixels=pixels, questions=(Question(text, answer, kind),)),))
 
 
@@ -162,7 +179,7 @@ class Noise:
             if word not in words:
                 words.add(word)
                 pixels = noise_picture(materials.height, materials.width, rng)
-                drafts.append(Draft(_single(pixels, self.question, word, "code word"), "noise, a rare word"))
+                drafts.append(Draft(single(pixels, self.question, word, "code word"), "noise, a rare word"))
         return drafts
 
 
@@ -195,11 +212,11 @@ class NewToken:
             )
         return [
             Draft(
-                _single(mark_picture(materials.height, materials.width, rng), self.question, token, "mark"),
+                single(mark_picture(materials.height, materials.width, rng), self.question, token, "mark"),
                 "a drawn mark, a token of its own",
             )
             for token in materials.spare_tokens[:count]
         ]
 
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (Mislabelled(), Noise(), NewToken())}
+FIRST: tuple[Kind, ...] = (Mislabelled(), Noise(), NewToken())

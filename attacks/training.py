@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from attacks.canaries import Game, check_coins, draw_game
+from attacks.canaries import Coins, Game, check_coins, draw_game
 from dpaudit.config import RunConfig, resolve
-from dpaudit.errors import UsageError
+from dpaudit.errors import UsageError, rejected
 from dpaudit.ledger import Ledger
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
@@ -23,12 +23,27 @@ from trainers.run import AfterStep, estimate_seconds, read_config, train
 from trainers.vlm import VisionLanguageModel
 
 
-def redraw_game(config: RunConfig, dataset: Dataset, key: Key, model: VisionLanguageModel) -> Game | None:
-    """The canary game of a run: a function of its configuration, data and key. None without canaries."""
+def redraw_game(
+    config: RunConfig, dataset: Dataset, key: Key, model: VisionLanguageModel, coins: Coins | None = None
+) -> Game | None:
+    """The canary game of a run: a function of its configuration, data and key. None without canaries.
+
+    coins: those stored, which hold what kinds chose among their proposals; without them the choice is made now.
+    """
     count = config.canaries.count
     if count == 0:
         return None
-    return draw_game(dataset, count, config.canaries.kinds, key=key, spare_tokens=model.spare_tokens(count))
+    from attacks.membership.gradients import base_gradients
+
+    return draw_game(
+        dataset,
+        count,
+        config.canaries.kinds,
+        key=key,
+        spare_tokens=model.spare_tokens(count),
+        gradients=base_gradients(config),
+        chosen=coins.plan.chosen if coins is not None else None,
+    )
 
 
 def start_run(
@@ -144,9 +159,15 @@ def _train(
 ) -> Plan:
     for warning in dataset.warnings:
         (reporter or Silent()).phase(f"warning: {warning}")
-    game = redraw_game(config, dataset, key, model)
     inserted, group = Inserted(), distributed.current()
     if game is not None and not group.first:
+    if group.size > 1 and "orthogonal" in config.canaries.kinds and config.canaries.count:
+        accepted = "kinds without 'orthogonal' with several ranks: each rank would choose its own candidates"
+        raise rejected("canaries.kinds", list(config.canaries.kinds), accepted)
+    coins = None
+    if resume and group.first and run.ledger.exists() and config.canaries.count:
+        coins = check_coins(run.coins, Ledger.load(run.ledger).document.coins_sha256)
+    game = redraw_game(config, dataset, key, model, coins)
         inserted = Inserted(len(game.candidates), game.members())
     elif game is not None:
         if resume and run.ledger.exists():

@@ -29,7 +29,10 @@ from dpaudit.untrusted import MOST_CONFIGURATION, read_bytes
 
 Method = Literal["non-private", "dp-sgd", "dual-priv", "dp-zo"]
 ReducerName = Literal["none", "random", "cls-topk", "visionzip", "tome", "divprune"]
-CanaryKind = Literal["mislabelled", "noise", "new-token"]
+CanaryKind = Literal[
+    "mislabelled", "noise", "new-token", "natural", "blank", "out-of-distribution", "rendered-code", "cross-modal",
+    "rare-answer", "high-perplexity", "orthogonal",
+]  # fmt: skip
 
 
 def _finite(value: float) -> float:

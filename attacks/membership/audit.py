@@ -91,7 +91,7 @@ def audit_membership(run: RunFolder, settings: Settings) -> CanaryAudit:
 def _check_game(run: RunFolder, records: StudyRecords, coins: Coins) -> None:
     """Raise InvalidGame when the records are not those of the coin file."""
     dataset = data.load(records.config.data)
-    game = redraw_game(records.config, dataset, records.key, records.model)
+    game = redraw_game(records.config, dataset, records.key, records.model, coins)
     if game is not None:
         game.check_against(coins)
         return

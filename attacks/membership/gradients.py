@@ -1,6 +1,6 @@
 """Gradients of single records, for attackers who hold the weights."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attacks.membership.rows import RowModel, row_gradients
+from dpaudit.config import RunConfig
 from trainers.gradients import MicroBatch
 from trainers.inputs import UnitInputs
 from trainers.records import Unit
@@ -77,3 +78,34 @@ def _set(parameters: dict[str, torch.nn.Parameter], values: dict[str, Tensor]) -
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(values[name])
+
+
+SKETCH = 4096  # columns that gradients are hashed into: cosines keep to about 1 / sqrt(4096)
+
+
+def base_gradients(config: RunConfig) -> Callable[[Sequence[Unit]], npt.NDArray[np.float32]]:
+    """A function from units to sketched gradients (n, SKETCH) at the public base model of a configuration.
+
+    The adapter is a public one of the configured rank at its start, where the gradient of B is all there is. Every
+    coordinate goes to a fixed random column with a fixed random sign (count sketch), which keeps inner products.
+    """
+
+    def gradients(units: Sequence[Unit]) -> npt.NDArray[np.float32]:
+        chosen = config.model
+        model = VisionLanguageModel.load(chosen.path, device=chosen.device, precision=chosen.precision)
+        model.set_reducer(config.reducer)
+        model.attach_lora(chosen.lora, generator=np.random.default_rng(0))
+        adapter = {name: value.detach().clone() for name, value in model.adapter_parameters().items()}
+        draw = torch.Generator().manual_seed(0)
+        ups = [name for name in sorted(adapter) if "lora_B" in name]
+        where = {name: torch.randint(SKETCH, (adapter[name].numel(),), generator=draw) for name in ups}
+        sign = {name: torch.randint(2, (adapter[name].numel(),), generator=draw) * 2.0 - 1.0 for name in ups}
+        out = np.zeros((len(units), SKETCH), dtype=np.float32)
+        for index, gradient in gradients_of(model, UnitInputs(model, units), range(len(units)), adapter):
+            row = torch.zeros(SKETCH)
+            for name in ups:
+                row.index_add_(0, where[name], gradient[name].float().flatten().cpu() * sign[name])
+            out[index] = row.numpy()
+        return out
+
+    return gradients

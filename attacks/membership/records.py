@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from attacks.canaries import Game
-from attacks.kinds import KINDS, Materials
+from attacks.canaries import KINDS, Game, check_coins
+from attacks.kinds import Materials
+from attacks.membership.gradients import base_gradients
 from attacks.membership.members import KIND, MemberGame
 from attacks.membership.stacked import Shared
 from attacks.training import redraw_game
 from dpaudit.config import RunConfig
+from dpaudit.documents import LedgerDocument
 from dpaudit.errors import InvalidGame, UsageError
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
@@ -83,7 +85,8 @@ def study_records(run: RunFolder) -> StudyRecords:
     chosen = config.model
     model = VisionLanguageModel.load(chosen.path, device=chosen.device, precision=chosen.precision)
     model.set_reducer(config.reducer)
-    game = redraw_game(config, dataset, key, model)
+    coins = check_coins(run.coins, LedgerDocument.read(run.ledger).coins_sha256)
+    game = redraw_game(config, dataset, key, model, coins)
     if game is not None:
         return _canaries(config, dataset, key, model, game)
     return _members(config, dataset, key, model)
@@ -105,7 +108,7 @@ def _members(config: RunConfig, dataset: Dataset, key: Key, model: VisionLanguag
 
 
 def _canaries(config: RunConfig, dataset: Dataset, key: Key, model: VisionLanguageModel, game: Game) -> StudyRecords:
-    drawn, kinds = canary_population(dataset, key, model, game)
+    drawn, kinds = canary_population(config, dataset, key, model, game)
     return StudyRecords(
         config,
         dataset,
@@ -119,7 +122,7 @@ def _canaries(config: RunConfig, dataset: Dataset, key: Key, model: VisionLangua
 
 
 def canary_population(
-    dataset: Dataset, key: Key, model: VisionLanguageModel, game: Game
+    config: RunConfig, dataset: Dataset, key: Key, model: VisionLanguageModel, game: Game
 ) -> tuple[list[Unit], npt.NDArray[np.str_]]:
     """Canaries like the candidates that no training sees, each kind from the key's stream "population".
 
@@ -131,7 +134,8 @@ def canary_population(
         canary.kind for canary in game.candidates)}  # fmt: skip
     taken = {question.answer for canary in game.candidates for p in canary.unit.pictures for question in p.questions}
     spare = [token for token in model.spare_tokens(2 * sum(sizes.values())) if token not in taken]
-    materials = Materials.of(replace(dataset, reserve=dataset.test), spare)
+    gradients = base_gradients(config)
+    materials = Materials.of(replace(dataset, reserve=dataset.test), spare, gradients=gradients)
     units: list[Unit] = []
     kinds: list[str] = []
     for kind, size in sizes.items():

@@ -4,7 +4,7 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from attacks.canaries import ALL, Game, Plan, check_coins, content_sha256, draw_game, share_out
-from attacks.kinds import KINDS, PUBLIC_WORDS, Materials, rare_word, wrong_answer
+from attacks.canaries import ALL, KINDS, Game, Plan, check_coins, content_sha256, draw_game, share_out
+from attacks.kinds import PUBLIC_WORDS, Materials, rare_word, wrong_answer
+from attacks.kinds_drawn import code_picture
 from dpaudit.config import CanaryKind
 from dpaudit.errors import InvalidGame, UsageError
 from dpaudit.randomness import Key
@@ -140,7 +141,7 @@ def test_what_does_not_suffice_is_said_with_numbers() -> None:
     with pytest.raises(UsageError, match=r"2001 candidates of kind 'new-token' .* the tokenizer offers 2000"):
         draw(2001, kinds=("new-token",))
     with pytest.raises(UsageError, match=r"canaries\.kinds"):
-        draw_game(dataset(), 3, ["blank"], key=Key.from_seed(0), spare_tokens=TOKENS)  # type: ignore[list-item]
+        draw_game(dataset(), 3, ["no-such-kind"], key=Key.from_seed(0), spare_tokens=TOKENS)  # type: ignore[list-item]
 
 
 def test_no_canaries_is_an_empty_game() -> None:
@@ -236,7 +237,98 @@ def test_a_file_that_is_no_coin_file(tmp_path: Path, fault: str) -> None:
 
 
 def test_kinds_describe_themselves() -> None:
-    assert set(KINDS) == set(ALL_KINDS)
+    assert set(KINDS) == set(get_args(CanaryKind))
     assert all(kind.description.endswith(".") for kind in KINDS.values())
-    assert [name for name, kind in KINDS.items() if not kind.synthetic] == ["mislabelled"]
+    assert [name for name, kind in KINDS.items() if not kind.synthetic] == ["mislabelled", "natural"]
     assert json.loads(Plan.default({}, 1).to_json())["tie_seed"] == 1
+
+
+DRAWN: tuple[CanaryKind, ...] = (
+    "blank", "out-of-distribution", "rendered-code", "cross-modal", "rare-answer", "high-perplexity"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DRAWN)
+@pytest.mark.parametrize("size", [(16, 12), (1, 1), (64, 80)])
+def test_drawn_kinds_are_all_different_and_fit_the_pictures(kind: CanaryKind, size: tuple[int, int]) -> None:
+    materials = Materials((), (), *size)
+    drafts = KINDS[kind].draw(25, materials, np.random.default_rng(0))
+    again = KINDS[kind].draw(25, materials, np.random.default_rng(0))
+    assert [content_sha256(draft.unit) for draft in drafts] == [content_sha256(draft.unit) for draft in again]
+    assert len({content_sha256(draft.unit) for draft in drafts}) == 25
+    for draft in drafts:
+        picture = draft.unit.pictures[0]
+        assert picture.pixels.shape == (*size, 3) and picture.pixels.dtype == np.uint8
+        assert len(picture.questions) == 1 and picture.questions[0].answer.strip()
+
+
+def test_natural_records_keep_their_answers_and_mislabelled_ones_do_not() -> None:
+    data = dataset()
+    game = draw_game(data, 30, ("natural",), key=Key.from_seed(1), spare_tokens=[])
+    reserve = {content_sha256(unit) for unit in data.reserve}
+    assert {content_sha256(item.unit) for item in game.candidates} <= reserve
+    with pytest.raises(UsageError, match="kind 'natural' need as many held-back units, the reserve holds 40"):
+        draw_game(data, 41, ("natural",), key=Key.from_seed(1), spare_tokens=[])
+
+
+def test_a_rendered_code_can_be_read_off_its_picture() -> None:
+    """Ink and ground are far apart, and another code gives another picture."""
+    rng = np.random.default_rng(2)
+    pixels = code_picture("K7PX", 32, 32, np.random.default_rng(5))
+    grey = pixels.mean(axis=2)
+    assert grey.max() - grey.min() > 60
+    assert not np.array_equal(pixels, code_picture("K7PY", 32, 32, np.random.default_rng(5)))
+    for draft in KINDS["rendered-code"].draw(20, Materials((), (), 32, 32), rng):
+        assert len(draft.unit.pictures[0].questions[0].answer) == 4
+
+
+def fake_gradients(units: Any) -> Any:
+    """Gradients that depend on a unit's content alone, in few dimensions and with a common part."""
+    rows = [np.random.default_rng(int(content_sha256(unit)[:8], 16)).normal(size=12) + 2.0 for unit in units]
+    return np.stack(rows).astype(np.float32)
+
+
+def test_orthogonal_records_overlap_less_than_what_they_were_chosen_from() -> None:
+    materials = Materials((), (), 16, 16, gradients=fake_gradients)
+    rng = np.random.default_rng(3)
+    chosen = KINDS["orthogonal"].draw(10, materials, rng)
+    every = [
+        draft for kind in KINDS["orthogonal"].sources for draft in kind.draw(8, materials, np.random.default_rng(3))
+    ]  # type: ignore[attr-defined]
+
+    def overlap(rows: Any) -> float:
+        unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        unit = unit - unit.mean(axis=0)
+        cosines = (unit @ unit.T)[~np.eye(len(unit), dtype=bool)] / np.square(unit).sum(axis=1).mean()
+        return float(np.square(cosines).mean())
+
+    ours = overlap(fake_gradients([draft.unit for draft in chosen]))
+    assert ours < 0.6 * np.mean(
+        [
+            overlap(fake_gradients([every[i].unit for i in np.random.default_rng(seed).permutation(40)[:10]]))
+            for seed in range(20)
+        ]
+    )
+
+
+def test_the_choice_is_stored_with_the_coins_and_needs_no_gradients_again(tmp_path: Path) -> None:
+    kinds: tuple[CanaryKind, ...] = ("orthogonal", "blank")
+    arguments: dict[str, Any] = {"key": Key.from_seed(8), "spare_tokens": []}
+    game = draw_game(dataset(), 12, kinds, gradients=fake_gradients, **arguments)
+    digest = game.save_coins(tmp_path / "coins.parquet")
+    coins = check_coins(tmp_path / "coins.parquet", digest)
+    assert len(coins.plan.chosen["orthogonal"]) == 6
+    # Another machine's rounding may choose others; the stored choice stands.
+    redrawn = draw_game(
+        dataset(),
+        12,
+        kinds,
+        gradients=lambda units: -fake_gradients(units[::-1]),
+        chosen=coins.plan.chosen,
+        **arguments,
+    )
+    redrawn.check_against(coins)
+    with pytest.raises(UsageError, match="kind 'orthogonal' is chosen by gradients of the base model"):
+        draw_game(dataset(), 12, kinds, **arguments)
+    with pytest.raises(UsageError, match="does not fit this run's kinds and count"):
+        draw_game(dataset(), 12, kinds, chosen={"orthogonal": (0, 1)}, **arguments)
