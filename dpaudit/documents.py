@@ -27,6 +27,7 @@ from dpaudit.errors import UsageError
 from dpaudit.untrusted import MOST_DOCUMENT, read_bytes
 
 SCHEMA_VERSION = 1
+MOST_BYTES = MOST_DOCUMENT
 
 
 def _parse_number(value: object) -> object:
