@@ -17,8 +17,8 @@ from dpaudit.documents import Check
 from dpaudit.errors import InvalidGame
 from trainers.records import Pixels, Unit
 
-HASH_BITS = 64
-MOST_BITS = 3  # of 64 that may differ
+MOST_BITS = 3  # of the 64 of a hash that may differ
+CLEARLY = 3  # grey levels
 THUMBNAIL = 16
 MOST_GREY = 4.0  # mean difference of thumbnails, in grey levels of 255
 NAMED = 5  # pairs that a warning names
@@ -35,10 +35,13 @@ class Pair:
 
 
 def difference_hash(pixels: Pixels) -> npt.NDArray[np.bool_]:
-    """(64,) bits: is a pixel of the 9 x 8 grey picture brighter than its right neighbour (Krawetz 2013, dHash)."""
+    """(64,) bits: is a pixel of the 9 x 8 grey picture clearly brighter than its right neighbour (Krawetz 2013, dHash).
+
+    "Clearly", by more than 3 grey levels: in flat areas the sign alone would be noise.
+    """
     grey = Image.fromarray(pixels).convert("L").resize((9, 8), Image.Resampling.BOX)
     values = np.asarray(grey, dtype=np.int16)
-    bits: npt.NDArray[np.bool_] = (values[:, :-1] > values[:, 1:]).ravel()
+    bits: npt.NDArray[np.bool_] = (values[:, :-1] > values[:, 1:] + CLEARLY).ravel()
     return bits
 
 
