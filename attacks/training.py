@@ -89,8 +89,9 @@ def _follow(group: Group, out: Path, dataset: Dataset | None) -> RunFolder:
 
 
 def _load_model(config: RunConfig) -> VisionLanguageModel:
-    chosen = config.model
-    device = distributed.current().device(chosen.device)
+    chosen, group = config.model, distributed.current()
+    group.sharded = group.size > 1 and config.training.parallel == "fsdp"
+    device = "cpu" if group.sharded else group.device(chosen.device)  # sharded: moved layer by layer
     return VisionLanguageModel.load(chosen.path, device=device, precision=chosen.precision)
 
 
@@ -160,7 +161,6 @@ def _train(
     for warning in dataset.warnings:
         (reporter or Silent()).phase(f"warning: {warning}")
     inserted, group = Inserted(), distributed.current()
-    if game is not None and not group.first:
     if group.size > 1 and "orthogonal" in config.canaries.kinds and config.canaries.count:
         accepted = "kinds without 'orthogonal' with several ranks: each rank would choose its own candidates"
         raise rejected("canaries.kinds", list(config.canaries.kinds), accepted)
@@ -168,6 +168,7 @@ def _train(
     if resume and group.first and run.ledger.exists() and config.canaries.count:
         coins = check_coins(run.coins, Ledger.load(run.ledger).document.coins_sha256)
     game = redraw_game(config, dataset, key, model, coins)
+    if game is not None and not group.first:
         inserted = Inserted(len(game.candidates), game.members())
     elif game is not None:
         if resume and run.ledger.exists():

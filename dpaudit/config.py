@@ -224,6 +224,9 @@ class TrainingConfig(Section):
     feature_cache: Literal["auto", "always", "never"] = Field(
         default="auto", description="keep what the tower said on disk, in the run's private part; auto: a large tower"
     )
+    parallel: Literal["data", "fsdp"] = Field(
+        default="data", description="with several ranks: every rank holds the whole base model, or a share (fsdp)"
+    )
     checkpoint_every: int = Field(default=20, ge=1, description="steps")
 
 

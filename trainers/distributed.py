@@ -24,7 +24,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol, TypeVar
@@ -47,6 +47,7 @@ class Group(Protocol):
 
     rank: int
     size: int
+    sharded: bool
 
     @property
     def first(self) -> bool:
@@ -73,6 +74,14 @@ class Group(Protocol):
         """What `work` returns on rank 0, on every rank; its DpauditError likewise."""
         ...
 
+    def passes(self, wanted: int) -> int:
+        """Passes through the model that this rank must make when it needs `wanted`: more with sharded weights."""
+        ...
+
+    def guard(self) -> AbstractContextManager[None]:
+        """Around passes through a sharded model: a lost rank shows there first."""
+        ...
+
     def agree(self, what: str, value: bytes) -> None:
         """EnvironmentFailure on every rank unless all ranks hold the same `value`."""
         ...
@@ -85,7 +94,7 @@ class Group(Protocol):
 class Alone:
     """A single process: everything is its own, nothing is sent."""
 
-    rank, size, first = 0, 1, True
+    rank, size, first, sharded = 0, 1, True, False
 
     def own(self, units: Sequence[T]) -> list[T]:
         return list(units)
@@ -102,6 +111,12 @@ class Alone:
     def from_first(self, work: Callable[[], bytes]) -> bytes:
         return work()
 
+    def passes(self, wanted: int) -> int:
+        return wanted
+
+    def guard(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def agree(self, what: str, value: bytes) -> None:
         return None
 
@@ -116,6 +131,7 @@ class Ranks:
     rank: int
     size: int
     local: int = 0  # rank on this machine: which GPU
+    sharded: bool = False  # whether the ranks gather weights for every pass
     started: bool = False  # whether rank 0 has sent anything
 
     @property
@@ -184,6 +200,24 @@ class Ranks:
             dist.broadcast(buffer, src=0)
         return buffer.numpy().tobytes()
 
+    def passes(self, wanted: int) -> int:
+        if not self.sharded:
+            return wanted
+        most = torch.tensor([wanted])
+        with self._exchange():
+            dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return int(most)
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            # FSDP's own exchanges fail with these words; any other RuntimeError is a defect and keeps its traceback.
+            if self.sharded and (isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)):
+                raise self._lost(error) from error
+            raise
+
     def agree(self, what: str, value: bytes) -> None:
         mine = torch.tensor(list(hashlib.sha256(value).digest()), dtype=torch.uint8)
         all_values = [torch.zeros_like(mine) for _ in range(self.size)]
@@ -211,11 +245,14 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            why = " ".join(str(error).split()).rpartition("] ")[2][:120]
-            raise EnvironmentFailure(
-                f"rank {self.rank} of {self.size}: lost another rank ({why}); what was spent is in the "
-                "ledger, and dpaudit train --resume goes on"
-            ) from error
+            raise self._lost(error) from error
+
+    def _lost(self, error: RuntimeError) -> EnvironmentFailure:
+        why = " ".join(str(error).split()).rpartition("] ")[2][:120]
+        return EnvironmentFailure(
+            f"rank {self.rank} of {self.size}: lost another rank ({why}); what was spent is in the ledger, and "
+            "dpaudit train --resume goes on"
+        )
 
 
 @contextmanager

@@ -48,6 +48,7 @@ from trainers.plan import Inserted, Plan, fusion_std, ledger_rows, make_plan
 from trainers.progress import Reporter, Silent, StepReport
 from trainers.records import Dataset, Picture, Unit
 from trainers.sampling import poisson_batch as poisson_batch  # its first home
+from trainers.sharding import local, shard
 from trainers.vlm import VisionLanguageModel
 from trainers.zeroth_order import ZerothOrder, laplace
 
@@ -105,10 +106,13 @@ class Trainer:
         model: VisionLanguageModel,
         units: Sequence[Unit],
         features: Features | None = None,
+        group: Group = ALONE,
     ) -> "Trainer":
         """Choose reducer and adapter, encode the units once (or find them in `features`), set up the optimiser."""
         model.set_reducer(config.reducer)
         parameters = model.attach_lora(config.model.lora, generator=key.generator(purpose="initialisation"))
+        if group.sharded:
+            shard(model, parameters, group, config.model.device)
         inputs = UnitInputs(model, units, features=features, release=release_of(config, key))
         longest = inputs.longest
         if longest > model.max_positions:
@@ -120,7 +124,7 @@ class Trainer:
         zeroth = ZerothOrder(model, parameters, config.zeroth_order) if config.method == "dp-zo" else None
         optimizer = updates.make_optimizer(parameters, config.training)
         pruning = updates.Pruning.of(parameters, config.pruning)
-        return cls(config, plan, key, model, inputs, parameters, optimizer, path, pruning, zeroth=zeroth)
+        return cls(config, plan, key, model, inputs, parameters, optimizer, path, pruning, zeroth=zeroth, group=group)
 
     @property
     def released(self) -> Mapping[str, torch.Tensor]:
@@ -149,10 +153,14 @@ class Trainer:
         like: Mapping[str, torch.Tensor],
     ) -> UnitSum:
         std, size = fusion_std(self.config, self.plan), self.plan.max_grad_norm
-        chunks = self.inputs.chunks(units, self.config.training.rows_at_once)
-        rows = (self.inputs.select(chunk, key=self.key, step=step, fusion_std=std) for chunk in chunks)
-        parts = [whole_units(path(part, size), part) for part in rows]
-        return add_sums(parts, like, self.model.device)
+        one_by_one = self.group.sharded and self.config.training.gradient_path == "micro-batch"
+        chunks = self.inputs.chunks(units, 1 if one_by_one else self.config.training.rows_at_once)
+        idle = self.group.passes(len(chunks)) - len(chunks)
+        rows = [*chunks, *([[0]] * idle)]  # any unit will do for an idle pass: its sum is thrown away
+        with self.group.guard():
+            selected = (self.inputs.select(chunk, key=self.key, step=step, fusion_std=std) for chunk in rows)
+            parts = [whole_units(path(part, size), part) for part in selected]
+        return add_sums(parts[: len(chunks)], like, self.model.device)
 
     def with_injected(self, known: UnitSum, canaries: npt.NDArray[np.int64]) -> UnitSum:
         """`known` plus the sampled gradient canaries, each clipped as one more unit."""
@@ -237,11 +245,12 @@ def train(
     units = [*dataset.train, *inserted.units]
     if group.size > len(units):
         raise rejected("WORLD_SIZE", group.size, f"at most {len(units)}, the units")
+    if group.size > 1 and config.fusion.release != "none":  # ids are compared within a rank only
+        raise rejected("fusion.release", config.fusion.release, "none with several ranks")
     group.agree("data", "\n".join(unit.id for unit in units).encode())
     reporter.phase(f"encoding {sum(len(unit.pictures) for unit in units)} pictures")
     features = cache_of(run, config.training.feature_cache, model, warn=reporter.phase) if group.first else None
-    trainer = Trainer.build(config, plan, key, model, group.own(units), features)
-    trainer.group = group
+    trainer = Trainer.build(config, plan, key, model, group.own(units), features, group)
     group.agree("initial weights", fingerprint(trainer.parameters))
     if injection is not None and trainer.zeroth is not None:
         raise rejected("method", config.method, "a method with gradients: gradient canaries can't enter a forward pass")
@@ -333,7 +342,7 @@ def _open_ledger(
 def _fingerprint(model: VisionLanguageModel, trained: Mapping[str, nn.Parameter]) -> dict[str, tuple[float, float]]:
     mine = {id(parameter) for parameter in trained.values()}
     return {
-        name: (float(value.double().sum()), float(value.double().square().sum()))
+        name: (float(local(value).double().sum()), float(local(value).double().square().sum()))
         for name, value in model.hf.named_parameters()
         if id(value) not in mine
     }

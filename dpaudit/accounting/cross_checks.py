@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ PRV_ERROR = 0.01  # Opacus' default: the bound is this much above its estimate
 _PRV_POINTS = 1_000_000  # of its grid; beyond (small noise), it takes minutes and gigabytes, so it is not asked
 
 
+@lru_cache(maxsize=64)
 def cross_check(event: DpSgd, delta: float) -> tuple[CrossCheck, ...]:
     """eps of `event` by every other accountant, or the reason why it has none."""
     return (_rdp(event, delta), _prv(event, delta))
@@ -41,13 +43,20 @@ def rdp_epsilon(event: DpSgd, delta: float) -> float | None:
         return known
     if not _rdp_knows(event):
         return None
+    with quiet():
+        return float(_rdp_accountant(event).get_epsilon(delta))
+
+
+@lru_cache(maxsize=8)
+def _rdp_accountant(event: DpSgd) -> Any:
+    """The Rényi curve of an event: half a second to compute, and asked at several deltas."""
     import dp_accounting
     from dp_accounting.rdp import RdpAccountant
 
     accountant = RdpAccountant(neighboring_relation=rdp_relation(event))
     with quiet():
         accountant.compose(dp_accounting.SelfComposedDpEvent(rdp_step(event), event.steps))
-        return float(accountant.get_epsilon(delta))
+    return accountant
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def fixed_size_deltas(sigma: float, rate: float, grid: float) -> tuple[int, npt.
     reach = mu * mu / 2 + _DEVIATIONS * mu
     amplified = float(np.logaddexp(math.log1p(-rate), math.log(rate) + reach))
     top = max(1, math.ceil(amplified / grid))
-    deltas = fixed_size_delta(sigma, rate, np.arange(-top, top + 1) * grid)
+    deltas = fixed_size_delta(sigma, rate, np.arange(-top, top + 1, dtype=np.float64) * grid)
     return top, np.clip(deltas, 0.0, 1.0)
 
 

@@ -73,6 +73,7 @@ BAD: dict[str, list[str]] = {
     "training.steps": ["0", "-1", "1.5"],
     "training.batch-size": ["0", "-1", "2.5", "null"],
     "training.sampling": ["Poisson", "full", "null"],
+    "training.parallel": ["ddp", "null"],
     "training.optimizer": ["adam", "AdamW"],
     "training.learning-rate": ["0", "-1", ".inf", "fast"],
     "training.weight-decay": ["-0.1", ".nan"],

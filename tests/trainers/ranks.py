@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -24,9 +25,10 @@ from trainers.gradients import Gradient
 from trainers.plan import make_plan
 from trainers.records import Dataset
 from trainers.run import train
+from trainers.sharding import local, shard
 from trainers.vlm import VisionLanguageModel
 
-FAST = ("training.batch-size=8", "training.steps=6", "model.lora.rank=2", "model.device=cpu", "seed=1",
+FAST = ("training.batch-size=8", "training.steps=4", "model.lora.rank=2", "model.device=cpu", "seed=1",
         "training.checkpoint-every=2", "privacy.noise-multiplier=1")  # fmt: skip
 CONTEXT = multiprocessing.get_context("forkserver")
 
@@ -81,6 +83,38 @@ def twin(tiny: Path, out: Path, *extra: str) -> None:
 
 def resume(tiny: Path, out: Path, *extra: str) -> None:
     resume_run(out, dataset=data())
+
+
+def shares(tiny: Path, out: Path) -> None:
+    """How many frozen numbers of the decoder layers this rank holds, of how many, and how many of the adapter."""
+    group, config = current(), settings(tiny)
+    model = VisionLanguageModel.load(str(tiny), device="cpu")
+    parameters = model.attach_lora(config.model.lora, generator=Key.from_seed(1).generator(purpose="initialisation"))
+    mine = {id(parameter) for parameter in parameters.values()}
+    shard(model, parameters, group, "cpu")
+    frozen = [
+        value
+        for name, value in model.hf.named_parameters()
+        if ".layers." in name and "language_model" in name and id(value) not in mine
+    ]
+    counted = [sum(local(value).numel() for value in frozen), sum(value.numel() for value in frozen)]
+    adapter = sum(local(value).numel() for value in parameters.values())
+    (out / f"share-{group.rank}").write_text(json.dumps([*counted, adapter]))
+
+
+def dies(tiny: Path, out: Path, *extra: str) -> None:
+    """Rank 1 is killed while the others are in the middle of step 4."""
+    from trainers.run import Trainer
+
+    update = Trainer.update
+
+    def fatal(self: Trainer, step: int, noisy: Gradient) -> set[str]:
+        if step == 3 and not current().first:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return update(self, step, noisy)
+
+    Trainer.update = fatal  # type: ignore[method-assign]
+    start_run(settings(tiny, *extra), out, dataset=data())
 
 
 def other_data(tiny: Path, out: Path, *extra: str) -> None:

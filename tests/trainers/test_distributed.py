@@ -26,7 +26,8 @@ DPAUDIT = Path(sys.executable).parent / "dpaudit"
 METHODS = {
     "dp-sgd": ["canaries.count=6", "canaries.kinds=[noise]", "training.optimizer=sgd"],
     "dual-priv": ["method=dual-priv", "reducer.keep=4", "reducer.fuse=3", "training.sampling=shuffle"],
-    "previous": ["method=dual-priv", "reducer.keep=4", "reducer.fuse=3", "pruning={by: previous, keep: 0.5}"],
+    # Shards of the base model, and more passes on one rank than on the other.
+    "fsdp": ["training.parallel=fsdp", "training.rows-at-once=2", "pruning={by: previous, keep: 0.5}"],
     "dp-zo": ["method=dp-zo", "zeroth-order.directions=3", "training.learning-rate=1e-3"],
 }
 
@@ -54,9 +55,11 @@ def test_two_ranks_equal_one(tiny: Path, tmp_path: Path, method: str) -> None:
     one, two = (load_file(tmp_path / name / "seen.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     scale = max(float(value.abs().max()) for value in one.values())
-    assert max(float((one[name] - two[name]).abs().max()) for name in one) <= 1e-5 * scale
+    # dp-zo divides a difference of losses by 2e-3, so float32 rounding of 1e-7 becomes 1e-4.
+    allowed = 1e-3 if method == "dp-zo" else 1e-5
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) <= allowed * scale
     lines = [json.loads(line) for line in (tmp_path / "two/private/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 7))
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert (tmp_path / "two/release/environment.json").read_text().count("cpu on 2 ranks") == 1
 
 
@@ -74,19 +77,40 @@ class _Stopped(Exception):
 
 
 def test_one_process_stopped_and_two_resume(tiny: Path, tmp_path: Path) -> None:
-    config = ranks.settings(tiny, *METHODS["previous"])
+    config = ranks.settings(tiny, *METHODS["fsdp"])
 
     def stop(step: int, noisy: Gradient, known: Gradient) -> None:
-        if step == 5:
+        if step == 4:
             raise _Stopped
 
     with pytest.raises(_Stopped):
         start_run(config, tmp_path / "cut", dataset=ranks.data(), after_step=stop)
     spent = LedgerDocument.read(RunFolder(tmp_path / "cut").ledger).spent
-    assert spent is not None and spent.steps_started == 5  # paid for, though nobody applied it
+    assert spent is not None and spent.steps_started == 4  # paid for, though nobody applied it
     codes, errors = together(ranks.resume, tiny, tmp_path / "cut", notes=tmp_path)
     assert codes == [0, 0], errors
     start_run(config, tmp_path / "whole", dataset=ranks.data())
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_each_rank_keeps_its_share_of_the_frozen_layers(tiny: Path, tmp_path: Path) -> None:
+    codes, errors = together(ranks.shares, tiny, tmp_path, notes=tmp_path)
+    assert codes == [0, 0], errors
+    (one, whole, adapter_one), (two, _, adapter_two) = (
+        json.loads((tmp_path / f"share-{rank}").read_text()) for rank in (0, 1)
+    )
+    assert one + two == whole and max(one, two) <= 0.52 * whole
+    assert adapter_one == adapter_two > 0  # the adapter lies whole on every rank
+
+
+def test_a_rank_that_dies_among_shards_ends_the_other(tiny: Path, tmp_path: Path) -> None:
+    """The loss shows inside FSDP's own exchanges; the run goes on alone, with the whole base model."""
+    extra = ["training.parallel=fsdp", "training.gradient-path=micro-batch"]
+    codes, errors = together(ranks.dies, tiny, tmp_path / "cut", *extra, notes=tmp_path)
+    assert codes == [4, -signal.SIGKILL], errors
+    assert errors[0].startswith("EnvironmentFailure: rank 0 of 2: lost another rank")
+    ranks.resume(tiny, tmp_path / "cut")
+    start_run(ranks.settings(tiny, *extra), tmp_path / "whole", dataset=ranks.data())
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
@@ -101,7 +125,7 @@ def test_errors_of_one_rank_are_errors_of_all(tiny: Path, tmp_path: Path) -> Non
 
 
 def rank_command(tiny: Path, out: Path, rank: int, port: int) -> "subprocess.Popen[str]":
-    extra = ["training.steps=60", "training.checkpoint-every=5", "data.limit=40"]
+    extra = ["training.steps=24", "training.checkpoint-every=5", "data.limit=40"]
     command = [str(DPAUDIT), "train", f"model.path={tiny}", *ranks.FAST, *extra, "--out", str(out)]
     environment = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return subprocess.Popen(command, env={**os.environ, **environment, "OMP_NUM_THREADS": "1"}, text=True,
@@ -115,7 +139,7 @@ def test_kill_of_one_rank_ends_the_other_and_one_process_resumes(tiny: Path, tmp
     metrics = out / "private/metrics.jsonl"
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and processes[0].poll() is None:
-        if metrics.exists() and metrics.read_text().count("\n") >= 7:
+        if metrics.exists() and metrics.read_text().count("\n") >= 6:
             break
         time.sleep(0.005)
     processes[1].send_signal(signal.SIGKILL)
@@ -128,9 +152,9 @@ def test_kill_of_one_rank_ends_the_other_and_one_process_resumes(tiny: Path, tmp
     assert len(last) == 1 and "rank 0 of 2: lost another rank" in last[0] and "--resume" in last[0]
     assert "Traceback" not in stderr
     spent = LedgerDocument.read(RunFolder(out).ledger).spent
-    assert spent is not None and 7 <= spent.steps_started < 60, "the kill came too late to test anything"
+    assert spent is not None and 6 <= spent.steps_started < 24, "the kill came too late to test anything"
     resume_run(out)
-    config = ranks.settings(tiny, "training.steps=60", "training.checkpoint-every=5", "data.limit=40")
+    config = ranks.settings(tiny, "training.steps=24", "training.checkpoint-every=5", "data.limit=40")
     start_run(config, tmp_path / "whole")
     assert_same_run(tmp_path / "whole", out)
 
