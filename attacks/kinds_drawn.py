@@ -265,7 +265,7 @@ class Orthogonal:
         return [proposals[index] for index in chosen]
 
 
-def least_overlapping(gradients: np.ndarray, count: int) -> tuple[int, ...]:  # type: ignore[type-arg]
+def least_overlapping(gradients: np.ndarray, count: int) -> tuple[int, ...]:
     """Indices of `count` rows by pivoted Cholesky on the cosines of the centred directions; gradients: (n, d)."""
     unit = gradients / np.maximum(np.linalg.norm(gradients, axis=1, keepdims=True), 1e-12)
     unit = (unit - unit.mean(axis=0)).astype(np.float64)

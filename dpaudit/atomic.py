@@ -158,7 +158,7 @@ def _tensor_digest(tensors: "Mapping[str, torch.Tensor]") -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         found.update(f"{len(name)}:{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        found.update(tensor.reshape(-1).contiguous().view(torch.uint8).numpy())
+        found.update(tensor.reshape(-1).contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

@@ -136,8 +136,8 @@ def _accuracy(name: str, old: Metric | None, new: Metric | None, *, same: bool) 
     if old is None or new is None:
         if old is new:
             return []
-        shown = [describe_interval(metric) if metric is not None else "not measured" for metric in (old, new)]
-        return [_change(name, "exact match", *shown, "changed")]
+        before, after = (describe_interval(metric) if metric is not None else "not measured" for metric in (old, new))
+        return [_change(name, "exact match", before, after, "changed")]
     if not same:
         return [_change(name, "exact match", describe_interval(old), "other questions: not compared", "changed")]
     if (old.value, old.low, old.high) == (new.value, new.low, new.high):
@@ -167,7 +167,7 @@ def _sweep(old: ReportSweep, rows: Sequence[Any], sample: str | None) -> list[Ch
         if old.sample_sha256 != sample:
             found.append(_change(name, "exact match", shown[0], "other questions: not compared", "changed"))
         else:
-            found.append(_change(name, "exact match", *shown, _apart(was, now)))
+            found.append(_change(name, "exact match", shown[0], shown[1], _apart(was, now)))
     return found
 
 

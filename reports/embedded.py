@@ -11,7 +11,7 @@ from dpaudit import __version__
 from dpaudit.documents import Document, LedgerStatus, Metric, Number, Part, Verdict
 from reports import utility
 from reports.inputs import RunReport
-from reports.subjects import Page
+from reports.subjects import BugsReport, CheckReport, Page
 from reports.sweep.document import SweepRow
 
 ELEMENT = "dpaudit-report"
@@ -166,7 +166,7 @@ def embed(page: Page, *, scores: bool, documents: bool, changes: Sequence[Change
     if page.checks or page.bugs:
         report["checks"] = [row.model_dump(mode="json") for row in summarise_checks(page)]
         if documents:
-            loose = (*page.checks, *page.bugs)
+            loose: list[CheckReport | BugsReport] = [*page.checks, *page.bugs]
             report["documents"] = [{"name": i.name, i.document.kind: i.document.model_dump(mode="json")} for i in loose]
     if changes is not None:
         report["changes"] = [change.model_dump(mode="json") for change in changes]
@@ -183,6 +183,8 @@ def _sweep(tree: dict[str, Any], whole: bool) -> dict[str, Any]:
 def _trimmed(document: Document, scores: bool) -> dict[str, Any]:
     data = document.model_dump(mode="json", by_alias=True)
     data.pop("gallery", None)
+    released = (data.get("fusion") or {}).get("released") or {}
+    released.pop("strip_png_base64", None)
     if not scores:
         for summary in data.get("scores", []):
             for field in ("edges", "counts_in", "counts_out", "roc"):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 from dpaudit import accounting
 from dpaudit.config import RunConfig
@@ -117,19 +118,16 @@ def make_plan(config: RunConfig, dataset: Dataset, canaries: int) -> Plan:
     sigma = privacy.noise_multiplier
     if sigma is None:
         assert privacy.epsilon is not None
-        target = {
-            "epsilon": privacy.epsilon,
-            "delta": privacy.delta,
-            "sample_rate": rate,
-            "steps": steps,
-            "relation": privacy.relation,
-            "noise": config.zeroth_order.noise,
-            "sampling": training.sampling,
-        }
-        if others:
-            sigma = accounting.noise_multiplier_beside(others, **target)
-        else:
-            sigma = accounting.noise_multiplier_for(**target)
+        solve = partial(accounting.noise_multiplier_beside, others) if others else accounting.noise_multiplier_for
+        sigma = solve(
+            epsilon=privacy.epsilon,
+            delta=privacy.delta,
+            sample_rate=rate,
+            steps=steps,
+            relation=privacy.relation,
+            noise=config.zeroth_order.noise,
+            sampling=training.sampling,
+        )
     event = accounting.DpSgd(sigma, rate, steps, privacy.relation, config.zeroth_order.noise, training.sampling)
     deltas = [delta for delta in CURVE_DELTAS if delta < 1 / candidates]
     spent = accounting.joint_epsilon((event, *others), privacy.delta)

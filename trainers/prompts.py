@@ -204,7 +204,8 @@ class Prompter:
                 out[index, : len(row[name])] = torch.tensor(row[name], dtype=dtype)
             return out
 
-        return Packed(*(column(name) for name in ("input_ids", "segment", "offset", "targets", "weights")))
+        ids, segment, offset, targets, weights = map(column, ("input_ids", "segment", "offset", "targets", "weights"))
+        return Packed(ids, segment, offset, targets, weights)
 
     def _row(self, picture: Picture) -> dict[str, list[Any]]:
         row: dict[str, list[Any]] = {name: [] for name in ("input_ids", "segment", "offset", "targets", "weights")}

@@ -51,10 +51,8 @@ def test_every_payload_has_one_outcome_in_a_process_of_its_own() -> None:
 
 def test_never_more_jobs_at_once_than_asked_for() -> None:
     begun: list[int] = []
-    at_once, ended = [], 0
-    for _ in LocalExecutor(processes=2).run(f"{JOBS}:double", [{"value": v} for v in range(6)], started=begun.append):
-        at_once.append(len(begun) - ended)
-        ended += 1
+    outcomes = LocalExecutor(processes=2).run(f"{JOBS}:double", [{"value": v} for v in range(6)], started=begun.append)
+    at_once = [len(begun) - ended for ended, _ in enumerate(outcomes)]
     assert max(at_once) == 2
 
 

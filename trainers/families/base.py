@@ -179,8 +179,9 @@ class Family(ABC):
         text = self.hf.config.get_text_config()
         longest = int(text.max_position_embeddings)
         window = getattr(text, "sliding_window", None)
-        slides = window is not None and "sliding_attention" in (getattr(text, "layer_types", None) or ())
-        return min(longest, int(window)) if slides else longest
+        if window is None or "sliding_attention" not in (getattr(text, "layer_types", None) or ()):
+            return longest
+        return min(longest, int(window))
 
 
 def _one_run(places: npt.NDArray[np.int64]) -> bool:

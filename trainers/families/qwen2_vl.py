@@ -116,19 +116,20 @@ class Qwen2Vl(Family):
         self, projected: Tensor, rotation: tuple[Tensor, Tensor], heads: int, pictures: int
     ) -> tuple[Tensor, Tensor]:
         """Queries and keys, (B, heads, N, d), after the tower's rotary positions."""
-        query, key, _ = projected.unflatten(-1, (3, heads, -1)).unbind(dim=1)  # (B * N, heads, d)
+        query, key, _ = projected.view(projected.shape[0], 3, heads, -1).unbind(dim=1)  # (B * N, heads, d)
         cos, sin = (widened(part).unsqueeze(-2) for part in rotation)
 
         def turn(value: Tensor) -> Tensor:
             first, second = value.chunk(2, dim=-1)
             turned = value * cos + torch.cat([-second, first], dim=-1) * sin
-            return turned.unflatten(0, (pictures, -1)).transpose(1, 2)
+            return turned.view(pictures, -1, *turned.shape[1:]).transpose(1, 2)
 
         return turn(query), turn(key)
 
     def project(self, tokens: Tensor) -> Tensor:
         merger = self.hf.model.visual.merger
-        normed = merger.ln_q(tokens.unflatten(-1, (self._square**2, -1))).flatten(2)
+        parts = tokens.reshape(*tokens.shape[:-1], self._square**2, -1)
+        normed = merger.ln_q(parts).flatten(2)
         projected: Tensor = merger.mlp(normed)
         return projected
 
