@@ -359,6 +359,17 @@ class ReleaseAudit(Part):
     strip_caption: str | None = None
 
 
+class TruthCase(Part):
+    """One case of the token path's truth table, and the test that decided whether this run is it."""
+
+    case: str
+    applies: bool
+    training: LedgerStatus | None = Field(description="If it applies; null: says nothing about the trained weights.")
+    release: LedgerStatus | None = Field(description="If tokens leave the trust boundary; null: says nothing of that.")
+    decided_by: str
+    evidence: str = Field(description="The figures of that test on this run.")
+
+
 class FusionAudit(Part):
     """The token-fusion path: per-example or not, and what a release of tokens would mean."""
 
@@ -372,6 +383,7 @@ class FusionAudit(Part):
     checks: tuple[Check, ...] = ()
     sensitivity: tuple[Sensitivity, ...] = ()
     released: ReleaseAudit | None = None
+    cases: tuple[TruthCase, ...] = ()
 
 
 class ContractAudit(Part):

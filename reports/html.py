@@ -33,6 +33,7 @@ from reports.svg import StyleSheet
 TEMPLATES = Path(__file__).parent / "templates"
 SIZE_LIMIT = 500_000  # bytes; contract: a page that mail systems and reviewers accept
 PICTURE_BYTES = 12_000
+STRIP_BYTES = 60_000
 CONTENTS = (
     ("verdicts", "Verdicts"),
     ("claims", "What is claimed"),
@@ -155,6 +156,7 @@ def _render(
             checklist=[(group, list(lines)) for group, lines in groupby(checklist(described), lambda line: line.group)],
             ceiling_note=prose.ceiling_note,
             power=prose.power,
+            picture=lambda encoded: _picture(encoded, STRIP_BYTES),
             limits=[*prose.limits(described), *prose.sweep_limits(page.sweeps)],
             figures=drawn,
             detail=detail,
@@ -280,17 +282,17 @@ def _galleries(runs: Sequence[RunReport], limit: int) -> list[tuple[list[RunRepo
             shared.setdefault(run.gallery, []).append(run)
     found = []
     for gallery, owners in shared.items():
-        shown = [{**item.model_dump(), "source": _picture(item)} for item in gallery[:limit]]
+        shown = [{**item.model_dump(), "source": _picture(item.png_base64)} for item in gallery[:limit]]
         found.append((owners, shown, len(gallery) - len(shown)))
     return found
 
 
-def _picture(item: Thumbnail) -> str | None:
-    """A data: address for a small PNG; None when the bytes are anything else."""
+def _picture(encoded: str | None, limit: int = PICTURE_BYTES) -> str | None:
+    """A data: address for a PNG of at most `limit` bytes; None when the bytes are anything else."""
     try:
-        data = base64.b64decode(item.png_base64, validate=True)
+        data = base64.b64decode(encoded or "", validate=True)
     except (binascii.Error, ValueError):
         return None
-    if not data.startswith(b"\x89PNG\r\n\x1a\n") or len(data) > PICTURE_BYTES:
+    if not data.startswith(b"\x89PNG\r\n\x1a\n") or len(data) > limit:
         return None
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"

@@ -149,7 +149,7 @@ def power(run: RunReport) -> list[str]:
     """What the audit could have detected: its power against the stored alternative, and its ceiling."""
     if run.audit is None:
         return []
-    known = [test for test in run.audit.tests if test.power is not None and test.p_value is not None and test.decides]
+    known = [test for test in run.audit.tests if test.power is not None and test.decides]
     alternative = clean(run.audit.alternative, 160) if run.audit.alternative is not None else None
     items = [
         f"{clean(test.name, 80)}: had the alternative been true ({alternative or 'not stated'}), this test would have "

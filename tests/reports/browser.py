@@ -82,8 +82,15 @@ class Page:
         self._sent += 1
         data = json.dumps({"id": self._sent, "method": method, "params": parameters}).encode()
         mask = os.urandom(4)
-        size = bytes([128 | len(data)]) if len(data) < 126 else bytes([254]) + struct.pack("!H", len(data))
-        self._socket.sendall(b"\x81" + size + mask + bytes(b ^ mask[i % 4] for i, b in enumerate(data)))
+        if len(data) < 126:
+            size = bytes([128 | len(data)])
+        elif len(data) < 1 << 16:
+            size = bytes([254]) + struct.pack("!H", len(data))
+        else:
+            size = bytes([255]) + struct.pack("!Q", len(data))
+        repeated = (mask * (len(data) // 4 + 1))[: len(data)]
+        masked = (int.from_bytes(data) ^ int.from_bytes(repeated)).to_bytes(len(data))
+        self._socket.sendall(b"\x81" + size + mask + masked)
         while True:
             message = self._receive()
             if message.get("id") == self._sent:
@@ -106,6 +113,13 @@ class Page:
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression (the DevTools run it even where the page's own scripts are off)."""
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        if "exceptionDetails" in result:
+            raise RuntimeError(str(result["exceptionDetails"]))
+        return result["result"].get("value")
+
+    def wait_for(self, expression: str) -> Any:
+        """The value of a promise."""
+        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in result:
             raise RuntimeError(str(result["exceptionDetails"]))
         return result["result"].get("value")

@@ -20,13 +20,19 @@ from dpaudit.documents import (
     FusionAudit,
     LedgerDocument,
     LedgerRow,
+    MaskLeak,
     Metric,
+    Reconstruction,
+    ReleaseAudit,
+    ReleasePair,
     RocPoint,
     RunInfo,
     ScoreSummary,
+    Sensitivity,
     Spent,
     Test,
     Thumbnail,
+    TruthCase,
     Validity,
 )
 
@@ -128,6 +134,55 @@ def score_summary(name: str, gap: float, *, n: int = 150, seed: int = 0) -> Scor
     )
 
 
+def sensitivity() -> tuple[Sensitivity, ...]:
+    shared = {"max_grad_norm": 1.0, "bound": 1.0, "comparisons": 96, "how": "a saturated picture"}
+    return (
+        Sensitivity.model_validate({**shared, "relation": "add-remove", "largest": 1.0, "holds": True}),
+        Sensitivity.model_validate({**shared, "relation": "zero-out", "largest": 1.31, "holds": False}),
+    )
+
+
+def cases() -> tuple[TruthCase, ...]:
+    rows = (
+        ("each image pruned and fused from itself", True, "per-example preprocessing", None),
+        ("tokens published with the paper's noise", False, None, "UNACCOUNTED"),
+    )
+    return tuple(
+        TruthCase.model_validate(
+            {"case": c, "applies": a, "training": t, "release": r, "decided_by": "isolation test", "evidence": "0 of 6"}
+        )
+        for c, a, t, r in rows
+    )
+
+
+def released() -> ReleaseAudit:
+    pair = ReleasePair(
+        name="two pictures of the run",
+        what="fused tokens, noise sigma C / B",
+        distance=3.2,
+        std=0.5,
+        mu=6.4,
+        epsilon=41.2,
+        draws=2000,
+        mu_low=6.2,
+        mu_high=6.6,
+    )
+    shared = {"released": "all tokens", "std": 0.0, "pictures": 64}
+    quality = {"psnr": 17.3, "psnr_low": 16.9, "psnr_high": 17.7, "ssim": 0.61, "ssim_low": 0.58, "ssim_high": 0.64}
+    return ReleaseAudit(
+        delta=1e-5,
+        tokens=25,
+        noiseless=17,
+        epsilon=float("inf"),
+        statement="CLS and dominant tokens carry no noise, so eps is infinite.",
+        pairs=(pair,),
+        masks=MaskLeak(neighbours=64, flipped=40, low=0.5, high=0.74, pairs=100, different=100, identified=61),
+        reconstructions=(Reconstruction.model_validate({**shared, **quality, "decoder": "ridge"}),),
+        strip_png_base64=thumbnails()[0].png_base64,
+        strip_caption="Public pictures and what was rebuilt of them.",
+    )
+
+
 def audit(method: str) -> AuditDocument:
     caught = method == "non-private"
     bound = 3.41 if caught else 0.0 if method == "dp-sgd" else 0.12
@@ -189,6 +244,9 @@ def audit(method: str) -> AuditDocument:
         training="per-example preprocessing" if method == "dual-priv" else "not run",
         release="not released",
         reducer="visionzip" if method == "dual-priv" else "none",
+        sensitivity=sensitivity() if method == "dual-priv" else (),
+        released=released() if method == "dual-priv" else None,
+        cases=cases() if method == "dual-priv" else (),
         checks=(
             Check(
                 name="selection",

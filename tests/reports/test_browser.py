@@ -1,6 +1,7 @@
 """The page in a real browser: nothing leaves it, nothing is missing, nothing breaks out of its text."""
 
 import json
+import sys
 import warnings
 from collections.abc import Iterator
 from itertools import pairwise
@@ -13,11 +14,17 @@ from reports.subjects import load_page
 from tests.reports.browser import Page, find_chromium, open_browser
 from tests.reports.fixtures import write_run, write_three
 from tests.reports.hostile import HOSTILE, write_hostile_run
+from tests.reports.sweep.fakes import write_sweep
+from tests.reports.test_subjects import write_documents
 
 CHROMIUM = find_chromium()
 LOUD = "NO CHROMIUM: the report was NOT opened in a browser; install it with: apt-get install chromium"
 if CHROMIUM is None:
     warnings.warn(LOUD, stacklevel=1)
+AXE = sorted((Path(sys.prefix) / "npm").glob("axe-core-*/axe.min.js"))
+NO_AXE = "NO AXE-CORE: accessibility was NOT checked by it; fetch it with: make npm"
+if not AXE:
+    warnings.warn(NO_AXE, stacklevel=1)
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason=LOUD)]
 
 WIDTHS = (375, 800, 1280)
@@ -93,7 +100,7 @@ def test_opens_without_a_word_and_without_a_request(page: Page, report: Path, sc
         if event.get("method") == "Network.requestWillBeSent" and event["params"]["request"]["url"].startswith("file:")
     ]
     assert files == [report.resolve().as_uri()]
-    assert page.evaluate("document.querySelectorAll('main section').length") == 8
+    assert page.evaluate("document.querySelectorAll('main section').length") == 11
     page.call("Emulation.setScriptExecutionDisabled", value=False)
 
 
@@ -131,7 +138,7 @@ def test_every_figure_is_drawn_in_every_view(page: Page, report: Path) -> None:
                 "[...document.querySelectorAll('svg.figure')].map(s => {const b = s.getBoundingClientRect();"
                 "return [b.width, b.height, s.querySelectorAll('path,rect,use').length]})"
             )
-            assert len(boxes) == 3 + 6 + 1  # ledger diagrams, histograms and ROCs, frontier
+            assert len(boxes) == 3 + 3 * 2 * 2 + 1  # ledger diagrams; histogram and ROC of two games each; frontier
             assert all(w > 200 and h > 120 and shapes > 5 for w, h, shapes in boxes), (width, dark, boxes)
             assert page.evaluate("document.documentElement.scrollWidth") <= width  # no sideways scrolling of the page
             assert page.evaluate(OVERLAPS) == [] and page.evaluate(CUT) == [], width
@@ -199,13 +206,13 @@ def test_hostile_text_stays_text(page: Page, tmp_path: Path) -> None:
         page.open(path)
         assert complaints(page, start) == []
         assert page.evaluate("document.title").startswith("</script><img src=x")
-        assert page.evaluate("document.scripts.length") == 1
+        assert page.evaluate("document.scripts.length") == 2
         assert (
             page.evaluate("document.querySelectorAll('[onerror],[onload],[style],main style,iframe,object').length")
             == 0
         )
         assert page.evaluate("[...document.images].every(i => i.src.startsWith('data:image/png;base64,'))")
-        assert page.evaluate("document.querySelectorAll('main section').length") == 8
+        assert page.evaluate("document.querySelectorAll('main section').length") == 11
         assert page.evaluate("document.documentElement.scrollWidth") <= width
     embedded = json.loads(page.evaluate("document.getElementById('dpaudit-report').textContent"))
     said = embedded["runs"][0]["documents"]["audit"]["reasons"]
@@ -224,3 +231,78 @@ def test_missing_documents_are_stated(page: Page, tmp_path: Path, with_audit: bo
     text = page.evaluate("document.body.innerText")
     assert ("not been audited" in text) != with_audit
     assert ("No accuracy has been measured" in text) == with_audit
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs, a sweep and bare documents on one page."""
+    folder = tmp_path_factory.mktemp("everything")
+    write_sweep(folder / "sweep")
+    subjects = [*write_three(folder / "runs"), folder / "sweep", *write_documents(folder / "documents")]
+    path = folder / "report.html"
+    path.write_text(render(load_page(subjects), title="Everything", changes=(), against="old.html")[0])
+    return path
+
+
+@pytest.mark.skipif(not AXE, reason=NO_AXE)
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (375, False)])
+def test_axe_finds_no_serious_issue(page: Page, everything: Path, width: int, dark: bool) -> None:
+    page.view(width, dark=dark)
+    page.open(everything)
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    page.evaluate(AXE[-1].read_text(encoding="utf-8") + "; 1")
+    found = page.wait_for("axe.run(document, {resultTypes: ['violations']})")
+    serious = [
+        (item["id"], item["impact"], node["html"][:160])
+        for item in found["violations"]
+        if item["impact"] in ("serious", "critical")
+        for node in item["nodes"][:3]
+    ]
+    assert serious == []
+    # the instrument itself works: a picture without a text and a pale text are found
+    page.evaluate(
+        "document.querySelector('main').insertAdjacentHTML('afterbegin', '<img src=data:,><div role=button></div>')"
+    )
+    found = page.wait_for("axe.run(document, {resultTypes: ['violations']})")
+    assert {"image-alt", "aria-command-name"} <= {item["id"] for item in found["violations"]}
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_page_of_everything_fits(page: Page, everything: Path, width: int) -> None:
+    start = len(page.events)
+    for dark in (False, True):
+        page.view(width, dark=dark)
+        page.open(everything)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate(OVERLAPS) == [] and page.evaluate(CUT) == []
+        assert page.evaluate(CONTRAST) == []
+    assert complaints(page, start) == []
+
+
+def test_tables_sort_by_number_and_keyboard_where_there_is_javascript(page: Page, everything: Path) -> None:
+    page.view(1280)
+    page.open(everything)
+    table = "document.querySelector('#verdicts [aria-label^=Sweep] table')"
+    column = f"[...{table}.tBodies[0].rows].map(r => r.cells[4].firstChild.textContent.trim())"
+    press = f"{table}.tHead.rows[0].cells[4].querySelector('button').click()"
+    before = page.evaluate(column)
+    page.evaluate(press)
+    rising = [float(text.split()[0]) for text in page.evaluate(column)]
+    assert rising == sorted(rising) and len(rising) == len(before)
+    assert page.evaluate(f"{table}.tHead.rows[0].cells[4].getAttribute('aria-sort')") == "ascending"
+    page.evaluate(press)
+    assert [float(text.split()[0]) for text in page.evaluate(column)] == sorted(rising, reverse=True)
+    assert page.evaluate(f"{table}.querySelectorAll('[aria-sort]').length") == 1
+    assert page.evaluate("[...document.querySelectorAll('th button')].every(b => b.tabIndex === 0 && b.textContent)")
+
+
+def test_without_javascript_nothing_is_missing_but_the_sorting(page: Page, everything: Path) -> None:
+    texts = []
+    for scripts in (True, False):
+        page.call("Emulation.setScriptExecutionDisabled", value=not scripts)
+        page.view(1280)
+        page.open(everything)
+        texts.append(page.evaluate("document.querySelector('main').innerText.replace(/\\s+/g, ' ')"))
+        assert (page.evaluate("document.querySelectorAll('th button').length") > 0) == scripts
+    page.call("Emulation.setScriptExecutionDisabled", value=False)
+    assert texts[0] == texts[1]
