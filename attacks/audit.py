@@ -8,13 +8,14 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from attacks.canary_audit import CanaryAudit, audit_canaries
 from attacks.membership.audit import Settings, audit_membership
 from attacks.membership.members import member_twin
-from attacks.options import MEMBER_TWIN, TWIN, WHITE_BOX_TWIN, Options, prepare
+from attacks.options import MEMBER_TWIN, TWIN, Options, prepare
 from attacks.training import resume_run, start_run
-from attacks.white_box import DEFAULT_COUNT, audit_twin, train_twin
+from attacks.white_box import DEFAULT_COUNT, Directions, audit_twin, train_twin
 from attacks.white_box import TITLE as WHITE_BOX
 from dpaudit import accounting
 from dpaudit.bounds import pld
@@ -131,7 +132,7 @@ def _white_box_twin(
     run: RunFolder, config: RunConfig, options: Options, reporter: Reporter | None, log: Callable[[str], None]
 ) -> RunFolder:
     """The run's white-box twin, trained now unless a finished one is there already."""
-    place = run.path / WHITE_BOX_TWIN
+    place = run.path / options.white_box_twin
     twin = RunFolder(place)
     if twin.config.is_file() and twin.finished and twin.scores.is_file():
         return twin
@@ -140,7 +141,14 @@ def _white_box_twin(
         shutil.rmtree(place)
     count = options.count or DEFAULT_COUNT
     log(f"training {place} with {count} gradient canaries: the audit {PROCEDURE[len('the ') :]}")
-    return train_twin(config, place, count=count, reporter=reporter)
+    return train_twin(
+        config,
+        place,
+        count=count,
+        directions=cast(Directions, options.directions),
+        final=options.final_only,
+        reporter=reporter,
+    )
 
 
 def _with_canaries(

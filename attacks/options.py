@@ -17,16 +17,20 @@ AVAILABLE = ("canaries", "mia", "fusion", "contract", "white-box")
 
 
 MOST_REFERENCES = 1024
+DIRECTIONS = ("orthogonal", "dirac", "random")
 
 
 @dataclass(frozen=True)
 class Options:
     """What to audit and how strictly. audits: names out of AVAILABLE, empty = all that the run allows. references:
-    reference models of the membership game."""
+    reference models of the membership game. directions, final_only: of the gradient canaries, and whether the auditor
+    sees the final update only."""
 
     audits: tuple[str, ...] = ()
     count: int | None = None
     references: int = 0
+    directions: str = "orthogonal"
+    final_only: bool = False
     confidence: float = 0.95
     alpha: float = 0.001
     device: str = "auto"
@@ -39,11 +43,21 @@ class Options:
                 raise UsageError(f"--{name}: this version of dpaudit has no such audit; accepted: {flags}")
         if self.count is not None:
             validate.count("--count", self.count, least=1)
+        if self.directions not in DIRECTIONS:
+            raise rejected("--directions", self.directions, DIRECTIONS)
+        if (self.directions != DIRECTIONS[0] or self.final_only) and "white-box" not in self.audits:
+            raise UsageError("--directions, --final-only: belong to the gradient canaries; give --white-box with them")
         validate.count("--references", self.references, most=MOST_REFERENCES)
         if self.references and "mia" not in self.audits:
             raise UsageError("--references: reference models serve membership inference; give --mia with it")
         validate.real("--confidence", self.confidence, low=0.0, high=1.0, open_low=True, open_high=True)
         validate.real("--alpha", self.alpha, low=0.0, high=1.0, open_low=True, open_high=True)
+
+    @property
+    def white_box_twin(self) -> str:
+        """The folder of the white-box twin: one for each way to play."""
+        named = WHITE_BOX_TWIN if self.directions == DIRECTIONS[0] else f"{WHITE_BOX_TWIN}-{self.directions}"
+        return named + ("-final" if self.final_only else "")
 
     def named(self, config: RunConfig) -> tuple[str, ...]:
         """The audits to run on a run with this configuration: those that need no further training or minutes."""

@@ -11,14 +11,21 @@ claimed mechanism's own pair of distributions, so
 
 is its log-likelihood ratio, no test can be sharper (Neyman-Pearson), and the order-statistics claim test is exact.
 Knowing the other records and their sampling is allowed to the adversary of differential privacy, and the
-amplification argument conditions on them. Sources: Nasr et al. 2023 (arXiv 2302.07956), Steinke et al. 2023
-(arXiv 2305.08846), Xiang et al. 2025 (arXiv 2509.08704).
+amplification argument conditions on them. Directions may also be single coordinates (Dirac), which are orthonormal by
+construction, or independent random ones, which meet a little (cosines of 1 / sqrt(parameters)): then the test that
+assumes nothing about meetings decides. With `final` the auditor sees the sum of all updates only, as somebody who holds
+the first and the last weights does, and scores its projection.
+
+Sources: Nasr et al. 2023 (arXiv 2302.07956), Steinke et al. 2023 (arXiv 2305.08846), Xiang et al. 2025
+(arXiv 2509.08704).
 """
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +34,7 @@ import torch
 
 from attacks.canaries import ALL, COLUMNS, Coins, Plan, check_coins, save_coins
 from attacks.canary_audit import CanaryAudit, unsound
+from attacks.membership.stacked import initial_adapter
 from attacks.training import open_run
 from dpaudit import atomic
 from dpaudit.analysis.claim import claim_test
@@ -44,18 +52,23 @@ from trainers.progress import Reporter
 from trainers.run import train
 
 KIND = "gradient"
+Directions = Literal["orthogonal", "dirac", "random"]
 TITLE = "white box: gradient canaries"
 STATISTIC = "log-likelihood ratio of the claimed mechanism, over all noisy gradients"
+FINAL = "-final"  # at the end of the coin file's kind: the final update only
+FINAL_STATISTIC = "projection of the final update on the canary's direction"
 DEFAULT_COUNT = 1000
 PARAMETERS_PER_CANARY = 10  # fewer, and orthogonal directions would crowd out the model's own gradient
+WORDS = {"orthogonal": "orthonormal", "dirac": "single-coordinate", "random": "random"}
 SCALES = (1.0, 100.0)  # half of the canaries arrive at norm C, half far above: both must be clipped to C
 
 
 @dataclass
 class GradientGame:
-    """`count` orthonormal directions with independent fair coins.
+    """`count` directions with independent fair coins: orthonormal, single coordinates, or random unit vectors.
 
-    `scores` (m,) grows while the run trains: `observe` is the trainer's after-step callback.
+    `scores` (m,) grows while the run trains: `observe` is the trainer's after-step callback. final: nothing is seen of
+    the steps; `see_final` scores the sum of all updates.
     """
 
     count: int
@@ -67,6 +80,8 @@ class GradientGame:
     members: npt.NDArray[np.bool_] = field(init=False)
     scores: npt.NDArray[np.float64] = field(init=False)
     steps_seen: int = 0
+    directions: Directions = "orthogonal"
+    final: bool = False
 
     def __post_init__(self) -> None:
         self.members = self.key.uniform(self.count, step=0, name="gradient canaries", purpose="coins") < 0.5
@@ -74,11 +89,17 @@ class GradientGame:
         self._directions = torch.empty(0)
 
     @property
+    def kind(self) -> str:
+        """What the coin file calls these canaries: 'gradient', 'gradient-dirac', 'gradient-random-final', …"""
+        named = KIND if self.directions == "orthogonal" else f"{KIND}-{self.directions}"
+        return named + (FINAL if self.final else "")
+
+    @property
     def plan(self) -> Plan:
         """A quarter of the candidates guessed on each side."""
         side = max(1, self.count // 4)
         seed = int(self.key.generator(purpose="gradient ties").integers(2**31))
-        return Plan({ALL: (side, side), KIND: (side, side)}, seed)
+        return Plan({ALL: (side, side), self.kind: (side, side)}, seed)
 
     def ids(self) -> list[str]:
         """Names of the candidates, in order."""
@@ -87,7 +108,7 @@ class GradientGame:
     def frame(self) -> pd.DataFrame:
         """The coin file's rows: id, kind, member, content (a hash of the name: the key defines the direction)."""
         content = [hashlib.sha256(name.encode()).hexdigest() for name in self.ids()]
-        rows = zip(self.ids(), [KIND] * self.count, self.members.tolist(), content, strict=True)
+        rows = zip(self.ids(), [self.kind] * self.count, self.members.tolist(), content, strict=True)
         return pd.DataFrame(list(rows), columns=COLUMNS).astype({"member": bool})
 
     def rows(self, parameters: int) -> torch.Tensor:
@@ -96,22 +117,39 @@ class GradientGame:
         if self.count > room:
             why = f"{parameters} trained parameters, {PARAMETERS_PER_CANARY} for each gradient canary"
             raise rejected("--count", self.count, f"at most {room} ({why})")
-        drawn = self.key.generator(purpose="gradient directions").normal(size=(parameters, self.count))
-        basis = np.linalg.qr(drawn.astype(np.float32))[0]
-        self._directions = torch.from_numpy(np.ascontiguousarray(basis.T))
+        self._directions = self._drawn(parameters)
         scale = torch.tensor([SCALES[index % len(SCALES)] for index in range(self.count)])
         inserted = torch.from_numpy(self.members)
         return self._directions[inserted] * (scale[inserted] * self.max_grad_norm).unsqueeze(1)
 
+    def _drawn(self, parameters: int) -> torch.Tensor:
+        """(m, parameters) unit vectors."""
+        rng = self.key.generator(purpose="gradient directions")
+        if self.directions == "dirac":
+            basis = torch.zeros(self.count, parameters)
+            basis[torch.arange(self.count), torch.from_numpy(rng.permutation(parameters)[: self.count])] = 1.0
+            return basis
+        drawn = rng.normal(size=(parameters, self.count)).astype(np.float32)
+        if self.directions == "random":
+            return torch.from_numpy(np.ascontiguousarray((drawn / np.linalg.norm(drawn, axis=0)).T))
+        return torch.from_numpy(np.ascontiguousarray(np.linalg.qr(drawn)[0].T))
+
+    def see_final(self, start: Mapping[str, torch.Tensor], end: Mapping[str, torch.Tensor]) -> None:
+        """Scores from the first and the last weights alone: an update goes against the gradient."""
+        moved = torch.cat([(start[name] - end[name].detach()).flatten().float().cpu() for name in sorted(start)])
+        self.scores = (self._directions @ moved).double().numpy()
+
     def observe(self, step: int, noisy: Gradient, known: Gradient) -> None:
-        """Add one step's log-likelihood ratios to the scores."""
+        """Add one step's log-likelihood ratios to the scores; an auditor of the final update looks away."""
+        self.steps_seen += 1
+        if self.final:
+            return
         size = self.expected_batch_size
         rest = torch.cat([(noisy[name] * size - known[name]).flatten().cpu() for name in sorted(noisy)])
         z = (self._directions @ rest).double().numpy() / self.max_grad_norm
         rate, variance = self.sample_rate, self.noise_multiplier**2
         shifted = (2 * z - 1) / (2 * variance)
         self.scores += shifted if rate >= 1 else np.logaddexp(math.log1p(-rate), math.log(rate) + shifted)
-        self.steps_seen += 1
 
 
 def refusal(sampling: str) -> str:
@@ -122,7 +160,15 @@ def refusal(sampling: str) -> str:
     )
 
 
-def train_twin(config: RunConfig, place: Path, *, count: int, reporter: Reporter | None = None) -> RunFolder:
+def train_twin(
+    config: RunConfig,
+    place: Path,
+    *,
+    count: int,
+    directions: Directions = "orthogonal",
+    final: bool = False,
+    reporter: Reporter | None = None,
+) -> RunFolder:
     """Train the white-box twin of a configuration in `place` and write its scores. Needs a claim with Gaussian noise.
 
     The twin's scores grow with its steps and are not part of its checkpoints: an interrupted twin starts over.
@@ -136,10 +182,17 @@ def train_twin(config: RunConfig, place: Path, *, count: int, reporter: Reporter
         if plan.sampling != "poisson":
             raise UsageError(refusal(plan.sampling))
         game = GradientGame(
-            count, key, plan.max_grad_norm, plan.noise_multiplier, plan.sample_rate, plan.expected_batch_size
+            count,
+            key,
+            plan.max_grad_norm,
+            plan.noise_multiplier,
+            plan.sample_rate,
+            plan.expected_batch_size,
+            directions=directions,
+            final=final,
         )
         digest = save_coins(run.coins, game.frame(), game.plan)
-        inserted = Inserted(count, (), digest, "They are gradients along orthonormal directions, not records.")
+        inserted = Inserted(count, (), digest, f"They are gradients along {WORDS[directions]} directions, not records.")
         train(
             plain,
             run,
@@ -151,6 +204,8 @@ def train_twin(config: RunConfig, place: Path, *, count: int, reporter: Reporter
             after_step=game.observe,
             injection=game,
         )
+        if final:
+            game.see_final(initial_adapter(model, key), model.adapter_parameters())
         frame = game.frame()[["id", "kind", "member"]].assign(score=game.scores)
         atomic.write_frame(run.scores, frame, mode=0o600)
     return run
@@ -174,9 +229,13 @@ def audit_twin(twin: RunFolder, *, confidence: float, alpha: float) -> CanaryAud
         "about the coins, so no blind baseline is needed.",
     )
     scores, members = frame["score"].to_numpy(), frame["member"].to_numpy(dtype=bool)
+    kind = str(frame["kind"].iloc[0])
+    separate = "random" not in kind and not kind.endswith(FINAL)
+    statistic = FINAL_STATISTIC if kind.endswith(FINAL) else STATISTIC
+    words: dict[str, Any] = {"separate": separate, "statistic": f"{statistic} ({kind})"}
     return CanaryAudit(
         validity=Validity(sound=True, checks=(check,)),
-        tests=tests_of(scores, members, claim, coins.plan, confidence=confidence, alpha=alpha),
+        tests=tests_of(scores, members, claim, coins.plan, confidence=confidence, alpha=alpha, **words),
         scores=(summarise(TITLE, scores, members),) if 0 < members.sum() < members.size else (),
         coins_sha256=coins.sha256,
     )
@@ -190,14 +249,17 @@ def tests_of(
     *,
     confidence: float,
     alpha: float,
+    separate: bool = True,
+    statistic: str = STATISTIC,
 ) -> tuple[Test, ...]:
-    """The assumption-free one-run bound, and the claim test for canaries on separate directions of the noise."""
+    """The assumption-free one-run bound, and the claim test: by order statistics for canaries on separate directions of
+    the noise that every step shows, by the f-DP theorem otherwise."""
     top, bottom = plan.guesses[ALL]
     guesses = rank_guesses(scores, top, bottom, rng=np.random.default_rng([plan.tie_seed]))
     correct, m, r = count_correct(guesses, members), len(scores), top + bottom
     free = Test(
         name=TITLE,
-        statistic=STATISTIC,
+        statistic=statistic,
         bound="steinke",
         assumes="none",
         selection=f"fixed with the coins: the {top} highest scores guessed in, the {bottom} lowest out",
@@ -219,10 +281,10 @@ def tests_of(
         bottom=bottom,
         rng=np.random.default_rng([plan.tie_seed]),
         name=TITLE,
-        statistic=STATISTIC,
+        statistic=statistic,
         alpha=alpha,
         confidence=confidence,
-        separate=True,
+        separate=separate,
         alternative=1.0 - plan.sigma_reduction,
     )
     return (free, *against)

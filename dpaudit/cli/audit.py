@@ -23,6 +23,12 @@ def command(
     contract: Annotated[bool, typer.Option("--contract", help="The step contract on this run's trainer.")] = False,
     white_box: Annotated[bool, typer.Option("--white-box", help="The game with injected gradients.")] = False,
     count: Annotated[int | None, typer.Option(help="Canary candidates of a twin or a game (default 300).")] = None,
+    directions: Annotated[
+        str, typer.Option(help="--white-box: gradient canaries along orthogonal, dirac or random directions.")
+    ] = "orthogonal",
+    final_only: Annotated[
+        bool, typer.Option("--final-only", help="--white-box: the auditor sees the final update only.")
+    ] = False,
     references: Annotated[int, typer.Option(metavar="K", help="--mia: reference models to train.")] = 0,
     trainer: Annotated[
         str | None, typer.Option(metavar="MODULE:FACTORY", help="Audit a trainer that dpaudit did not write.")
@@ -93,6 +99,11 @@ def command(
         raise UsageError("audit: needs one of RUN, --trainer MODULE:FACTORY and --model PATH")
     if run is None:
         external.refuse({"--references": references or None}, "belongs to RUN --mia")
+        played = {
+            "--directions": None if directions == "orthogonal" else directions,
+            "--final-only": final_only or None,
+        }
+        external.refuse(played, "belongs to RUN --white-box")
     if trainer is not None:
         external.refuse(of_model, "belongs to --model")
         asked = TrainerOptions(
@@ -141,6 +152,8 @@ def command(
         audits=named,
         count=count,
         references=references,
+        directions=directions,
+        final_only=final_only,
         confidence=confidence,
         alpha=alpha,
         device=device,

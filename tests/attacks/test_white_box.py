@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from scipy.stats import kstest
 from attacks.audit import audit
 from attacks.options import Options
 from attacks.training import start_run
-from attacks.white_box import PARAMETERS_PER_CANARY, GradientGame, audit_twin, train_twin
+from attacks.white_box import PARAMETERS_PER_CANARY, Directions, GradientGame, audit_twin, train_twin
 from dpaudit.config import RunConfig, resolve
 from dpaudit.errors import UsageError
 from dpaudit.randomness import Key
@@ -34,8 +35,13 @@ def config(tiny: Path, *extra: str) -> RunConfig:
     return resolve({}, [*settings, "training.steps=12", "model.lora.rank=4", "privacy.noise-multiplier=1.0", *extra])
 
 
-def game(**changes: float) -> GradientGame:
-    values = {"max_grad_norm": 0.5, "noise_multiplier": 1.3, "sample_rate": 0.4, "expected_batch_size": 7.0} | changes
+def game(**changes: Any) -> GradientGame:
+    values: dict[str, Any] = {
+        "max_grad_norm": 0.5,
+        "noise_multiplier": 1.3,
+        "sample_rate": 0.4,
+        "expected_batch_size": 7.0,
+    } | changes
     return GradientGame(20, Key.from_seed(1), **values)
 
 
@@ -69,6 +75,38 @@ def test_scores_are_the_log_likelihood_ratio_of_the_claimed_mechanism() -> None:
             density = np.exp(-((z - np.array([0.0, 1.0])) ** 2) / (2 * 1.3**2))
             expected[index] += np.log(0.6 + 0.4 * density[1] / density[0])
     np.testing.assert_allclose(mine.scores, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("directions", ["orthogonal", "dirac", "random"])
+def test_directions_are_unit_vectors_and_meet_as_they_say(directions: Directions) -> None:
+    mine = game(directions=directions)
+    mine.rows(4000)
+    gram = (mine._directions @ mine._directions.T).numpy()
+    np.testing.assert_allclose(np.diag(gram), 1.0, atol=1e-5)
+    meeting = np.abs(gram - np.eye(20)).max()
+    assert meeting < 1e-5 if directions != "random" else 1e-3 < meeting < 6 / 4000**0.5
+    if directions == "dirac":
+        assert (mine._directions != 0).sum() == 20
+    assert mine.kind == ("gradient" if directions == "orthogonal" else f"gradient-{directions}")
+
+
+def test_only_separate_canaries_that_every_step_shows_are_decided_by_order_statistics(
+    tiny: Path, tmp_path: Path
+) -> None:
+    """And from the final update alone members are told apart: AUC of 0.5 +- 6 standard errors would be chance."""
+    noise = ("privacy.noise-multiplier=0.3", "training.batch-size=120", "training.optimizer=sgd")
+    decided = {}
+    for directions, final in (("random", False), ("dirac", False), ("orthogonal", True)):
+        twin = train_twin(
+            config(tiny, *noise), tmp_path / f"{directions}{final}", count=200, directions=directions, final=final
+        )  # type: ignore[arg-type]
+        part = audit_twin(twin, confidence=0.95, alpha=1e-6)
+        deciding = [test for test in part.tests if test.decides and test.p_value is not None]
+        assert len(deciding) == 1 and deciding[0].p_value is not None and deciding[0].p_value > 1e-6
+        decided[directions, final] = deciding[0].bound
+        assert part.scores[0].auc > 0.5 + 6 * 0.29 / 100**0.5 * 0.82
+        assert all("final update" in test.statistic for test in part.tests) == final
+    assert decided == {("random", False): "f-dp", ("dirac", False): "order-statistic", ("orthogonal", True): "f-dp"}
 
 
 def test_a_correct_run_is_not_refuted_and_half_the_noise_is(tiny: Path, tmp_path: Path) -> None:
