@@ -43,7 +43,6 @@ CONTRACT_UNITS = 24
 SIGMA_REDUCTION = 0.3
 THESE_WEIGHTS = "these weights"
 PROCEDURE = "the training procedure, not these weights"
-TOKEN_ROW = "token pruning and fusion"
 
 
 def audit(
@@ -184,10 +183,10 @@ def twin_config(config: RunConfig, count: int) -> RunConfig:
 
 
 def _fusion(run: RunFolder, log: Callable[[str], None]) -> FusionAudit:
-    from attacks.fusion.audit import audit_fusion
+    from attacks.fusion.audit import audit_fusion, record
 
-    log("audit of the token path")
-    result: FusionAudit = audit_fusion(run)
+    result: FusionAudit = audit_fusion(run, log=log)
+    record(run, result)
     return result
 
 
@@ -266,26 +265,19 @@ def assemble(
 
 
 def _ledger(rows: Sequence[LedgerRow], fusion: FusionAudit | None) -> tuple[LedgerRow, ...]:
-    """The run's ledger, with the token path as the isolation test found it instead of as construction promises."""
-    if fusion is None or fusion.training == "not run":
+    """The run's ledger, with the token path as its tests decided it instead of as construction promises."""
+    if fusion is None:
         return tuple(rows)
-    tested = [check for check in fusion.checks if check.name.startswith("isolation")]
-    failed = [check for check in tested if check.status == "fail"]
-    evidence = "; ".join(f"{check.name}: {check.measured}" for check in failed) or "; ".join(
-        f"{check.name}: {check.status}" for check in tested
-    )
-    found = [row for row in rows if row.path == TOKEN_ROW]
-    evidence = f"isolation test on this run's model and data: {evidence}"
-    changed = {"status": fusion.training, "evidence": evidence}
-    kept = [row.model_copy(update=changed) if row.path == TOKEN_ROW else row for row in rows]
-    if fusion.training == "UNACCOUNTED" and not found:
-        explanation = (
-            f"One record reaches what the model computes about another, first at {fusion.first_leaking_stage}."
-        )
-        kept.append(
-            LedgerRow(path="isolation of records", status=fusion.training, explanation=explanation, evidence=evidence)
-        )
-    return tuple(kept)
+    from attacks.fusion.verdicts import ledger
+
+    decided = ledger(rows, fusion.cases) if fusion.cases else tuple(rows)
+    if fusion.training != "UNACCOUNTED" or any(row.status == "UNACCOUNTED" for row in decided):
+        return decided
+    # Whatever a part of the audit found, the verdict must see it.
+    explanation = f"One record reaches what the model computes about another, first at {fusion.first_leaking_stage}."
+    evidence = "; ".join(f"{check.name}: {check.measured}" for check in fusion.checks if check.status == "fail")
+    row = LedgerRow(path="isolation of records", status="UNACCOUNTED", explanation=explanation, evidence=evidence)
+    return (*decided, row)
 
 
 def alternative(claim: Claim, reduction: float = SIGMA_REDUCTION) -> str:

@@ -18,13 +18,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dpaudit.config import RunConfig
 from dpaudit.errors import DpauditError, UsageError
 from dpaudit.randomness import Key
-from trainers.records import Unit
+from trainers.records import Picture, Unit
 from trainers.reducers import Reduced, Reducer, VisualTokens
 from trainers.vlm import Encoded, VisionLanguageModel
 
@@ -77,12 +78,15 @@ class TokenRelease:
     def __call__(self, units: Sequence[Unit], encoded: Sequence[Encoded]) -> list[Encoded]:
         """Model inputs made of published tokens, for the pictures of `units` in their order.
 
-        Raises DpauditError when two pictures share an id: they would share their noise, and it would cancel.
+        Raises DpauditError when two different pictures share an id: they would share their noise, and it would cancel.
         """
-        names = [picture.id for unit in units for picture in unit.pictures]
-        if len(set(names)) != len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise DpauditError(f"fusion.release: two pictures have the id {twice!r}; each needs noise of its own")
+        seen: dict[str, Picture] = {}
+        for picture in (picture for unit in units for picture in unit.pictures):
+            other = seen.setdefault(picture.id, picture)
+            if other is not picture and not np.array_equal(other.pixels, picture.pixels):
+                raise DpauditError(
+                    f"fusion.release: two pictures have the id {picture.id!r}; each needs noise of its own"
+                )
         out: list[Encoded] = []
         for unit in units:
             mine = encoded[len(out) : len(out) + len(unit.pictures)]
@@ -128,8 +132,6 @@ def for_questions(model: VisionLanguageModel, config: RunConfig) -> None:
 
 def public_norms(model: VisionLanguageModel, count: int = 200) -> list[float]:
     """Joint token norms of `count` public synthetic pictures under the model's reducer, ascending: to choose R by."""
-    import numpy as np
-
     from trainers.public.synthetic import synthetic_pictures
 
     pictures = synthetic_pictures("base", count, np.random.default_rng(0))

@@ -1,52 +1,275 @@
 """The fusion-path audit of a finished run, on its own model, reducer, data and key."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
+
+from attacks.fusion import published, reconstruction, release, verdicts
+from attacks.fusion.blocks import audit_blocks
 from attacks.fusion.isolation import audit_isolation
-from attacks.fusion.noise import APART, audit_noise
+from attacks.fusion.masks import mask_leak
+from attacks.fusion.noise import audit_noise
 from attacks.fusion.path import TokenPath
 from attacks.fusion.sensitivity import audit_sensitivity
-from dpaudit.documents import FusionAudit
+from attacks.fusion.standins import one_patch
+from dpaudit.config import RunConfig
+from dpaudit.documents import Check, ClaimDocument, FusionAudit, LedgerDocument, MaskLeak, ReleaseAudit, ReleasePair
+from dpaudit.ledger import Ledger
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
 from trainers import data
-from trainers.run import gradient_path, load_model, read_config
+from trainers.fusion import TokenRelease, release_of
+from trainers.inputs import UnitInputs
+from trainers.plan import make_plan
+from trainers.records import Dataset, Unit
+from trainers.run import Trainer, gradient_path, load_model, read_config
+from trainers.vlm import VisionLanguageModel
 
-ANY_STD = 0.1  # of fusion noise: only its independence is at stake
+ANY_STD = 0.1  # of fusion noise, where only its independence is at stake
 BATCH = 6
+MASKED = 200  # pictures whose masks are compared
+MOST_VALUES = 20_000_000  # of one game's draws
+EXAMPLES = (0.01, 0.1, 1.0)  # z of accounted fusion, for the reconstruction figures of a run that does not use it
 
 
 def path_of(run: RunFolder, device: str = "cpu") -> TokenPath:
     """The token path of a finished run at its released weights."""
     config = read_config(run)
     model = load_model(run, device)
+    model.set_reducer(config.reducer)  # without what a run with a release does to new pictures
     parameters = model.adapter_parameters()
+    key = Key.load(run.noise_key)
+    publish = release_of(config, key)
     return TokenPath.of(
         model,
         parameters,
-        key=Key.load(run.noise_key),
+        key=key,
         fusion_std=0.0 if config.reducer.noise == "none" else ANY_STD,
         max_grad_norm=math.inf if config.method == "non-private" else config.privacy.max_grad_norm,
         gradient=gradient_path(config, model, parameters) if config.method != "non-private" else None,
+        encode=lambda units: UnitInputs(model, units, release=publish),
     )
 
 
-def audit_fusion(run: RunFolder, *, batch: int = BATCH, device: str = "cpu") -> FusionAudit:
-    """Every test of the token path that this run allows. Raises UsageError when the data hold fewer than two units."""
+def audit_fusion(
+    run: RunFolder, *, batch: int = BATCH, device: str = "cpu", log: Callable[[str], None] = lambda _: None
+) -> FusionAudit:
+    """Every test of the token path that this run allows. Raises UsageError when the data hold fewer than two units.
+
+    The tests run on held-out records where there are any: the figures go into a document that may leave the house, and
+    exact figures of training records must not (docs/fusion-path.md).
+    """
     config = read_config(run)
     path = path_of(run, device)
+    dataset = data.load(config.data)
     # Two pictures a unit show all that can happen between pictures of a unit and of others; more only cost time.
-    units = [replace(unit, pictures=unit.pictures[:2]) for unit in data.load(config.data).train[:batch]]
+    records = dataset.test if len(dataset.test) >= 2 else dataset.train
+    units = [replace(unit, pictures=unit.pictures[:2]) for unit in records[:batch]]
+    log("token path: isolation")
     isolation = audit_isolation(path, units)
+    log("token path: noise, sensitivity, update mask")
     noise = audit_noise(path, units)
-    collision = any(check.name == APART and check.status == "fail" for check in noise)
+    sensitivity = audit_sensitivity(path, units)
+    mask = _mask_check(config, dataset, units)
+    log("token path: what released tokens would tell")
+    publish = release_of(config, path.key)
+    released, publishing = _release_audit(run, path, publish, records, config)
+    rows = LedgerDocument.read(run.ledger).rows
+    found = verdicts.Findings(
+        isolation=isolation,
+        noise=noise,
+        mask=mask,
+        sensitivity=sensitivity,
+        released=released,
+        publishing=publishing,
+        leaves=publish is not None,
+        tuning=next((row for row in rows if row.path == verdicts.TUNING_ROW), None),
+    )
+    table = verdicts.cases(found)
     return FusionAudit(
-        training="per-example preprocessing" if isolation.passed and not collision else "UNACCOUNTED",
-        release="not released",
+        training=verdicts.training_status(table),
+        release=verdicts.release_status(table),
         reducer=config.reducer.name,
         first_leaking_stage=None if isolation.leak is None else isolation.leak.stage,
         leak=isolation.leak,
-        checks=(*isolation.checks, *noise),
-        sensitivity=audit_sensitivity(path, units),
+        checks=(*isolation.checks, *noise, mask, *publishing),
+        sensitivity=sensitivity,
+        released=released,
+        cases=table,
     )
+
+
+def record(run: RunFolder, audit: FusionAudit) -> None:
+    """Let the run's ledger cite the tests that decided its rows. The caller holds the run's lock."""
+    ledger = Ledger.load(run.ledger)
+    there = {row.path: row for row in ledger.rows}
+    for row in verdicts.ledger(ledger.rows, audit.cases):
+        if row.path not in there:
+            ledger.add_row(row)
+        elif row != there[row.path]:
+            ledger.replace_row(row)
+
+
+def _mask_check(config: RunConfig, dataset: Dataset, units: Sequence[Unit]) -> Check:
+    """The update mask of this run's own trainer, on a few of its units."""
+    training = config.training.model_copy(update={"batch_size": len(units), "steps": 10, "sampling": "poisson"})
+    privacy = config.privacy.model_copy(update={"epsilon": None, "noise_multiplier": 1.0, "delta": 1e-3})
+    if config.method == "non-private":
+        privacy = config.privacy
+    small = config.model_copy(update={"training": training, "privacy": privacy})
+    few = replace(dataset, train=tuple(units), reserve=())
+    plan = make_plan(small, few, 0)
+
+    def make(chosen: Sequence[Unit]) -> Trainer:
+        model = VisionLanguageModel.load(config.model.path, device="cpu", precision=config.model.precision)
+        return Trainer.build(small, plan, Key.from_seed(0), model, chosen)
+
+    return audit_blocks(make, units)
+
+
+def paper_std(run: RunFolder, config: RunConfig) -> float:
+    """Standard deviation of the run's fusion noise, from its claim."""
+    noise = config.reducer.noise
+    claim = ClaimDocument.read(run.claim).claim
+    if noise == "none":
+        return 0.0
+    if noise in ("sum", "mean"):
+        assert claim is not None and claim.noise_multiplier is not None and claim.max_grad_norm is not None
+        total = float(claim.noise_multiplier) * claim.max_grad_norm
+        return total if noise == "sum" else total / float(claim.expected_batch_size or 1.0)
+    return float(noise)
+
+
+def _release_audit(
+    run: RunFolder, path: TokenPath, publish: TokenRelease | None, records: Sequence[Unit], config: RunConfig
+) -> tuple[ReleaseAudit, tuple[Check, ...]]:
+    """The part of the document on leaving tokens, and the checks of what a run really publishes."""
+    delta = config.privacy.delta
+    units = [release.alone(unit, f"unit {index}") for index, unit in enumerate(records[:MASKED])]
+    std = paper_std(run, config)
+    checks: tuple[Check, ...] = ()
+    if publish is None:
+        noiseless, tokens = release.noiseless_tokens(path, units[0])
+        pairs = paper_pairs(path, units, std, delta=delta)
+        # A run without fusion noise has nothing but noiseless tokens.
+        statement, epsilon = _noiseless(noiseless, tokens, pairs), math.inf
+    else:
+        noiseless, tokens = 0, len(path.model.encoded([units[0].pictures[0].pixels])[0].tokens)
+        games = published.pairs(publish, path, units, draws=_draws(path, units), seed=0)
+        pairs, agrees = published.audit_pairs(publish, games, delta=delta)
+        checks = (*published.audit_noise(publish, path, records[:BATCH]), agrees)
+        statement, epsilon = _accounted(run, pairs, publish, delta)
+    masks = _masks(path, units, config)
+    rebuilt = _rebuilt(path, publish, std)
+    if masks is not None and publish is None:
+        statement += f" The mask alone tells {masks.flipped} of {masks.neighbours} pictures from a one-patch neighbour."
+    part = ReleaseAudit(
+        delta=delta,
+        tokens=tokens,
+        noiseless=noiseless,
+        epsilon=epsilon,
+        statement=statement,
+        pairs=pairs,
+        masks=masks,
+        reconstructions=() if rebuilt is None else rebuilt.rows,
+        strip_png_base64=None if rebuilt is None else reconstruction.strip_text(rebuilt.strip),
+        strip_caption=None if rebuilt is None else rebuilt.caption,
+    )
+    return part, checks
+
+
+def _draws(path: TokenPath, units: Sequence[Unit]) -> int:
+    """As many as fit."""
+    values = path.model.encoded([units[0].pictures[0].pixels])[0].tokens.numel()
+    return int(np.clip(MOST_VALUES // max(values, 1), 100, release.DRAWS))
+
+
+def paper_pairs(
+    path: TokenPath, units: Sequence[Unit], std: float, *, delta: float, seed: int = 0
+) -> tuple[ReleasePair, ...]:
+    """Games on the fused tokens under the trainer's own noise: at the run's std, and where a game can measure.
+
+    Nothing where the reducer fuses no tokens or adds no noise to them.
+    """
+    if std <= 0 or len(units) < 2 or not path.encode(units[:1]).fused:
+        return ()
+    rng = np.random.default_rng(seed)
+    draws = _draws(path, units)
+    one, two = units[0].pictures[0].pixels, units[1].pictures[0].pixels
+    real = release.fused_pair(path, units[:2], "two pictures", release.fair_coins(draws, rng))
+    patched = release.alone(units[0], "patched", one_patch(one))
+    near = release.fused_pair(
+        path, [units[0], patched], "a picture and itself with one patch changed", release.fair_coins(draws, rng)
+    )
+    ends = release.farthest(path.model, one, two, rng=rng) if one.shape == two.shape else (one, two)
+    far = release.fused_pair(
+        path,
+        [release.alone(units[0], f"end {place}", pixels) for place, pixels in enumerate(ends)],
+        "the two farthest pictures that a search found",
+        release.fair_coins(draws, rng),
+    )
+    played = [release.play(pair, std, delta=delta) for pair in (real, near, far)]
+    played += [release.play(real, real.distance / mu, delta=delta) for mu in release.CALIBRATED if real.distance > 0]
+    return tuple(played)
+
+
+def _noiseless(noiseless: int, tokens: int, pairs: Sequence[ReleasePair]) -> str:
+    text = (
+        f"{noiseless} of {tokens} tokens of a picture carry no noise: they are a function of the picture, so whoever "
+        "holds them tells any two pictures apart, and eps is infinite."
+    )
+    if pairs:
+        worst = max(pairs, key=lambda pair: pair.mu)
+        text += (
+            f" The fused tokens alone: mu = {float(pairs[0].mu):.3g} for two pictures and "
+            f"{float(worst.mu):.3g} for {worst.name} (eps = {float(worst.epsilon):.3g} at {worst.tests[0].delta:g}); "
+            "there is no bound over all pictures."
+        )
+    return text
+
+
+def _accounted(run: RunFolder, pairs: Sequence[ReleasePair], publish: TokenRelease, delta: float) -> tuple[str, float]:
+    from dpaudit.accounting import joint_epsilon, release_event
+
+    claim = ClaimDocument.read(run.claim).claim
+    assert claim is not None
+    epsilon = joint_epsilon([release_event(publish.multiplier, claim.relation)], delta)
+    worst = max(pairs, key=lambda pair: pair.mu)
+    return (
+        f"All tokens of a unit are clipped to {publish.radius:g} and noised once with z = {publish.multiplier:g}: "
+        f"eps = {epsilon:.4g} at {delta:g} under {claim.relation}, part of the claim's. Largest mu played "
+        f"{float(worst.mu):.3g} ({worst.name}), measured between {worst.mu_low or 0:.3g} and "
+        f"{float(worst.mu_high or math.inf):.3g}.",
+        epsilon,
+    )
+
+
+def _masks(path: TokenPath, units: Sequence[Unit], config: RunConfig) -> MaskLeak | None:
+    """Nothing where the selection is not of single patches of the picture, or the same for every picture."""
+    if config.reducer.name in ("none", "random"):
+        return None
+    pictures = [unit.pictures[0].pixels for unit in units]
+    same = [pixels for pixels in pictures if pixels.shape == pictures[0].shape]
+    if len(same) < 2:
+        return None
+    return mask_leak(path.model, same, rng=np.random.default_rng(0))
+
+
+def _rebuilt(path: TokenPath, publish: TokenRelease | None, std: float) -> reconstruction.Rebuilt | None:
+    """Reconstruction of public pictures, at the run's own noise and at some of accounted fusion."""
+    corpora = reconstruction.public_corpora(path.model)
+    if corpora is None:
+        return None
+    fused = path.model.encoded([np.zeros((32, 32, 3), np.uint8)])[0].fused
+    typical = float(np.median([float(item.norm()) for item in corpora[0].tokens]))
+    own = reconstruction.fused_noise(std, fused)
+    levels = [own]
+    if fused:
+        loud = typical / math.sqrt(fused)  # per coordinate: louder than any token
+        levels.append(reconstruction.fused_noise(loud, fused))
+    radius = typical if publish is None else publish.radius
+    steps = EXAMPLES if publish is None else (publish.multiplier,)
+    levels += [reconstruction.accounted(radius, z) for z in steps]
+    return reconstruction.rebuild(*corpora, levels, deep=[own.name])

@@ -84,10 +84,13 @@ def limit(values: int, pairs: int) -> float:
 
 def residuals(path: TokenPath, units: Sequence[Unit], *, step: int, key: Key | None = None) -> Floats:
     """(pictures, values) of the noise really added at `step`, in units of its standard deviation, one row a picture."""
+    inputs = path.encode(units)
+    first = [inputs.ids.index(name) for name in dict.fromkeys(inputs.ids)]  # one row a picture, however many it has
+    everybody = range(len(units))
     with torch.no_grad():
-        noisy = path.rows(units, step=step, key=key).tokens
-        plain = path.rows(units, noisy=False, step=step, key=key).tokens
-    gap = (noisy.double() - plain.double()).flatten(1).cpu().numpy() / path.fusion_std
+        noisy = inputs.select(everybody, key=key or path.key, step=step, fusion_std=path.fusion_std).tokens
+        plain = inputs.select(everybody).tokens
+    gap = (noisy.double() - plain.double())[first].flatten(1).cpu().numpy() / path.fusion_std
     touched = (gap != 0).any(axis=0)
     return np.asarray(gap[:, touched], dtype=np.float64)
 
@@ -134,9 +137,9 @@ def _cross(one: Floats, two: Floats) -> Floats:
     return np.asarray(standard(one) @ standard(two).T)
 
 
-def not_by_content(path: TokenPath, units: Sequence[Unit]) -> Check:
-    """The same pictures under other names, in one batch with the first ones."""
-    doubles = [
+def renamed(units: Sequence[Unit]) -> list[Unit]:
+    """The same units and pictures under other names."""
+    return [
         replace(
             unit,
             id=f"{unit.id}/double",
@@ -144,20 +147,30 @@ def not_by_content(path: TokenPath, units: Sequence[Unit]) -> Check:
         )
         for unit in units
     ]
-    rows = residuals(path, [*units, *doubles], step=STEPS[0])
+
+
+def another(key: Key) -> Key:
+    """A key that has nothing to do with `key`."""
+    return Key.from_seed(int.from_bytes(key.material[:4], "big") + 1)
+
+
+def matched(name: str, one: Floats, two: Floats) -> Check:
+    """Every row of one set with every row of another that should have nothing in common with it."""
+    found = np.abs(_cross(one, two)).ravel()
+    return _judged(name, float(found.max(initial=0.0)), len(found), one.shape[1])
+
+
+def not_by_content(path: TokenPath, units: Sequence[Unit]) -> Check:
+    """The same pictures under other names, in one batch with the first ones."""
+    rows = residuals(path, [*units, *renamed(units)], step=STEPS[0])
     half = len(rows) // 2
-    found = np.abs(np.diagonal(_cross(rows[:half], rows[half:])))
-    return _judged(CONTENT, float(found.max(initial=0.0)), half, rows.shape[1])
+    return matched(CONTENT, rows[:half], rows[half:])
 
 
 def keyed(path: TokenPath, units: Sequence[Unit]) -> Check:
     """The same batch and step under another key."""
-    other = Key.from_seed(int.from_bytes(path.key.material[:4], "big") + 1)
-    found = np.abs(
-        _cross(residuals(path, units, step=STEPS[0]), residuals(path, units, step=STEPS[0], key=other))
-    ).ravel()
-    values = residuals(path, units[:1], step=STEPS[0]).shape[1]
-    return _judged(KEYED, float(found.max(initial=0.0)), len(found), values)
+    other = residuals(path, units, step=STEPS[0], key=another(path.key))
+    return matched(KEYED, residuals(path, units, step=STEPS[0]), other)
 
 
 def apart(path: TokenPath, units: Sequence[Unit], draws: Sequence[Floats]) -> Check:

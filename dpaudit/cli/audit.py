@@ -10,7 +10,7 @@ import typer
 from dpaudit.cli import console
 
 if TYPE_CHECKING:
-    from dpaudit.documents import AuditDocument, ScoreSummary, Test
+    from dpaudit.documents import AuditDocument, FusionAudit, ScoreSummary, Test
 
 
 def command(
@@ -19,7 +19,7 @@ def command(
     mia: Annotated[
         bool, typer.Option("--mia", help="Membership inference: canaries, or real records of a twin.")
     ] = False,
-    fusion: Annotated[bool, typer.Option("--fusion", help="The isolation test of the token path.")] = False,
+    fusion: Annotated[bool, typer.Option("--fusion", help="The token path: isolation, and what tokens tell.")] = False,
     contract: Annotated[bool, typer.Option("--contract", help="The step contract on this run's trainer.")] = False,
     white_box: Annotated[bool, typer.Option("--white-box", help="The game with injected gradients.")] = False,
     count: Annotated[int | None, typer.Option(help="Canary candidates of a twin or a game (default 300).")] = None,
@@ -224,8 +224,7 @@ def describe(document: "AuditDocument") -> list[str]:
     for check in document.validity.checks:
         lines.append(f"game      {check.status}: {check.name} ({check.measured})")
     if document.fusion is not None:
-        lines.append(f"fusion    training: {document.fusion.training}; tokens: {document.fusion.release}")
-        lines += [f"          {check.status}: {check.name}" for check in document.fusion.checks]
+        lines += _fusion(document.fusion)
     if document.contract is not None:
         made = [check for check in document.contract.checks if check.status != "not applicable"]
         lines.append(f"contract  {document.contract.verdict}: {len(made)} checks of the step contract")
@@ -243,6 +242,19 @@ def _rates(summary: "ScoreSummary") -> str:
             found += f" ({point.tpr_low:.3f} to {point.tpr_high:.3f})"
         parts.append(f"{float(rate):.1%} FPR: {found}")
     return "TPR at " + ", ".join(parts)
+
+
+def _fusion(part: "FusionAudit") -> list[str]:
+    lines = [f"fusion    training: {part.training}; if tokens leave: {part.release}"]
+    if part.leak is not None:
+        lines.append(f"          first leak: {part.leak.stage} ({part.leak.observable}), {part.leak.how}")
+    lines += [f"          {check.status}: {check.name}" for check in part.checks]
+    if part.sensitivity:
+        share = max(row.largest / row.bound for row in part.sensitivity)
+        lines.append(f"          one unit moved the clipped sum by at most {share:.3f} of its bound")
+    if part.released is not None:
+        lines.append(f"          {part.released.statement}")
+    return lines
 
 
 def _table(tests: "tuple[Test, ...]", alpha: float) -> list[str]:

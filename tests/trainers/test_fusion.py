@@ -102,9 +102,11 @@ def test_training_sees_published_tokens_only(tiny: Path) -> None:
 
 def test_two_pictures_of_one_name_are_refused(tiny: Path) -> None:
     model = VisionLanguageModel.load(str(tiny), device="cpu")
-    units = [random_units(1)[0]] * 2
+    release = TokenRelease(1.0, 1.0, Key.from_seed(0))
+    UnitInputs(model, [random_units(1)[0]] * 2, release=release)  # the same picture twice is one picture
+    units = [random_units(1)[0], random_units(1, seed=1)[0]]
     with pytest.raises(DpauditError, match=r"^fusion\.release: two pictures have the id 'u0\.0'"):
-        UnitInputs(model, units, release=TokenRelease(1.0, 1.0, Key.from_seed(0)))
+        UnitInputs(model, units, release=release)
 
 
 def dataset() -> Dataset:

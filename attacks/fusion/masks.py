@@ -1,0 +1,62 @@
+"""What the positions of the kept patches tell by themselves.
+
+A mask is a noiseless, discrete function of the picture: two pictures with different masks are told apart with
+certainty, whatever noise lies on the token values. Measured on one-patch neighbours (which a small change of a picture
+makes) and on different pictures. Each picture has one neighbour, so the share has an exact binomial interval.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import betaincinv
+
+from attacks.fusion.standins import one_patch
+from dpaudit.documents import MaskLeak
+from trainers.records import Pixels
+from trainers.vlm import VisionLanguageModel
+
+CELLS = 8  # the grid that a changed patch is one cell of
+
+
+def masks(model: VisionLanguageModel, pictures: Sequence[Pixels]) -> npt.NDArray[np.bool_]:
+    """(n, patches) which patches the model's reducer keeps of pictures of one size."""
+    visual = model.visual_tokens(pictures)
+    kept = model.reduce(visual).kept.cpu().numpy()
+    out = np.zeros((len(pictures), visual.importance.shape[1]), dtype=bool)
+    np.put_along_axis(out, kept, True, axis=1)
+    return out
+
+
+def share_interval(hits: int, trials: int, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Clopper-Pearson interval of a share."""
+    tail = (1 - confidence) / 2
+    low = 0.0 if hits == 0 else float(betaincinv(hits, trials - hits + 1, tail))
+    high = 1.0 if hits == trials else float(betaincinv(hits + 1, trials - hits, 1 - tail))
+    return low, high
+
+
+def mask_leak(model: VisionLanguageModel, pictures: Sequence[Pixels], *, rng: np.random.Generator) -> MaskLeak:
+    """Masks of pictures of one size and of their one-patch neighbours."""
+    neighbours = [
+        one_patch(pixels, row=int(rng.integers(CELLS)), column=int(rng.integers(CELLS)), cells=CELLS)
+        for pixels in pictures
+    ]
+    own, changed = masks(model, pictures), masks(model, neighbours)
+    flipped = int((own != changed).any(axis=1).sum())
+    low, high = share_interval(flipped, len(pictures))
+    upper = np.triu_indices(len(pictures), 1)
+    apart = (own[:, None] != own[None, :]).sum(axis=2)
+    distance = (changed[:, None] != own[None, :]).sum(axis=2)
+    right = distance[np.arange(len(pictures)), np.arange(len(pictures))]
+    # A tie with another picture counts as a miss: the mask does not say which it was.
+    np.fill_diagonal(distance, distance.max() + 1)
+    return MaskLeak(
+        neighbours=len(pictures),
+        flipped=flipped,
+        low=low,
+        high=high,
+        pairs=len(upper[0]),
+        different=int((apart[upper] > 0).sum()),
+        identified=int((right < distance.min(axis=1)).sum()),
+    )

@@ -1,0 +1,224 @@
+"""The truth table of the token path: which of its cases a run is, what each means, and which test decided it.
+
+Every case is decided by a test and by nothing else; `docs/fusion-path.md` explains the cases. A case that does not
+apply is listed too, with the test that ruled it out, so that a reader sees what was asked.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from attacks.fusion import noise
+from attacks.fusion.isolation import Isolation
+from attacks.fusion.published import published_name
+from dpaudit.documents import Check, LedgerRow, LedgerStatus, ReleaseAudit, Sensitivity, TruthCase
+
+PER_EXAMPLE: LedgerStatus = "per-example preprocessing"
+ACCOUNTED: LedgerStatus = "accounted"
+UNACCOUNTED: LedgerStatus = "UNACCOUNTED"
+
+OWN = "each picture pruned and fused from itself"
+SHARED = "something shared over the batch"
+LEAVES = "tokens leave with the paper's noise, or none"
+ACCOUNTED_RELEASE = "all tokens clipped to R and noised once"
+NOISE_SHARED = "fusion noise shared, replayable or seeded by content"
+NOISE_COLLIDES = "fusion noise taken from the gradient noise"
+CLEAN_MASK = "blocks chosen from the clean gradient"
+TUNED = "K, layer or noise tuned on private data"
+
+TOKEN_ROW = "token pruning and fusion"
+NOISE_ROW = "fusion noise"
+RELEASE_ROW = "released visual tokens"
+MASK_ROW = "gradient-update pruning"
+TUNING_ROW = "hyper-parameter tuning"
+DECIDED = ". Decided by "
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All answers of the tests on one run. `leaves`: the run publishes tokens through accounted fusion."""
+
+    isolation: Isolation
+    noise: tuple[Check, ...]
+    mask: Check
+    sensitivity: tuple[Sensitivity, ...]
+    released: ReleaseAudit | None
+    publishing: tuple[Check, ...] = ()
+    leaves: bool = False
+    tuning: LedgerRow | None = None
+
+
+def failed(checks: Sequence[Check], names: Sequence[str] | None = None) -> list[Check]:
+    """Those that failed, out of `names` or of all."""
+    return [check for check in checks if check.status == "fail" and (names is None or check.name in names)]
+
+
+def cited(checks: Sequence[Check]) -> str:
+    """Names and figures of checks, for a ledger."""
+    return "; ".join(f"{check.name}: {check.status} ({check.measured})" for check in checks)
+
+
+def cases(found: Findings) -> tuple[TruthCase, ...]:
+    """Every row of the truth table, in its order."""
+    return (
+        _own(found),
+        _shared(found),
+        _leaves(found),
+        _accounted(found),
+        _noise_shared(found),
+        _noise_collides(found),
+        _clean_mask(found),
+        _tuned(found),
+    )
+
+
+def _isolation_figures(found: Findings) -> str:
+    bad = failed(found.isolation.checks)
+    text = cited(bad or found.isolation.checks)
+    if found.sensitivity:
+        worst = max(found.sensitivity, key=lambda row: row.largest / row.bound)
+        text += (
+            f"; empirical sensitivity at most {worst.largest / worst.bound:.3f} of its bound ({worst.relation}, "
+            f"C = {worst.max_grad_norm:.3g})"
+        )
+    return text
+
+
+def _own(found: Findings) -> TruthCase:
+    return TruthCase(
+        case=OWN,
+        applies=found.isolation.passed,
+        training=PER_EXAMPLE,
+        release=None,
+        decided_by="isolation by exact replay, searched partner, padding, permutation, batch size",
+        evidence=_isolation_figures(found),
+    )
+
+
+def _shared(found: Findings) -> TruthCase:
+    leak = found.isolation.leak
+    stage = "" if leak is None else f"first at {leak.stage}; "
+    return TruthCase(
+        case=SHARED,
+        applies=not found.isolation.passed,
+        training=UNACCOUNTED,
+        release=UNACCOUNTED,
+        decided_by="the same isolation tests",
+        evidence=stage + _isolation_figures(found),
+    )
+
+
+def _leaves(found: Findings) -> TruthCase:
+    return TruthCase(
+        case=LEAVES,
+        applies=not found.leaves,
+        training=None,
+        release=UNACCOUNTED,
+        decided_by="release game, mask leakage, reconstruction",
+        evidence="not examined" if found.released is None else found.released.statement,
+    )
+
+
+def _accounted(found: Findings) -> TruthCase:
+    good = found.leaves and not failed(found.publishing) and found.isolation.passed
+    return TruthCase(
+        case=ACCOUNTED_RELEASE,
+        applies=found.leaves,
+        training=ACCOUNTED if good else None,  # the weights' own guarantee does not rest on the published noise
+        release=ACCOUNTED if good else UNACCOUNTED,
+        decided_by="release game against the formula, checks of the published noise, the ledger",
+        evidence=cited(found.publishing) if found.leaves else "fusion.release=none: no tokens are published",
+    )
+
+
+def _noise_shared(found: Findings) -> TruthCase:
+    bad = failed(found.noise, noise.RELEASE_CHECKS)
+    return TruthCase(
+        case=NOISE_SHARED,
+        applies=bool(bad),
+        training=PER_EXAMPLE,
+        release=UNACCOUNTED,
+        decided_by="correlation of the noise over pictures and steps, replay under other names and another key",
+        evidence=cited(bad or found.noise) or "the run adds no fusion noise",
+    )
+
+
+def _noise_collides(found: Findings) -> TruthCase:
+    names = (noise.APART, published_name(noise.APART))
+    mine = [check for check in (*found.noise, *found.publishing) if check.name in names]
+    return TruthCase(
+        case=NOISE_COLLIDES,
+        applies=bool(failed(mine)),
+        training=UNACCOUNTED,
+        release=None,
+        decided_by="correlation with the gradient noise at every offset, and the addresses of the key's streams",
+        evidence=cited(mine) or "the run adds no fusion noise",
+    )
+
+
+def _clean_mask(found: Findings) -> TruthCase:
+    return TruthCase(
+        case=CLEAN_MASK,
+        applies=found.mask.status == "fail",
+        training=UNACCOUNTED,
+        release=None,
+        decided_by="equal noisy gradients on neighbouring data",
+        evidence=cited([found.mask]),
+    )
+
+
+def _tuned(found: Findings) -> TruthCase:
+    row = found.tuning
+    return TruthCase(
+        case=TUNED,
+        applies=row is not None,
+        training=UNACCOUNTED if row is None else row.status,
+        release=None,
+        decided_by="the ledger row that a sweep writes into each of its runs",
+        evidence="no sweep declared this run as one of its own" if row is None else row.evidence,
+    )
+
+
+def training_status(table: Sequence[TruthCase]) -> LedgerStatus:
+    """What the table says of the path in training; the tuning has a row of its own."""
+    mine = [case.training for case in table if case.applies and case.case != TUNED]
+    return UNACCOUNTED if UNACCOUNTED in mine else PER_EXAMPLE
+
+
+def release_status(table: Sequence[TruthCase]) -> LedgerStatus:
+    """What it would mean if tokens left the trust boundary."""
+    mine = [case.release for case in table if case.applies]
+    return ACCOUNTED if ACCOUNTED in mine and UNACCOUNTED not in mine else UNACCOUNTED
+
+
+def ledger(rows: Sequence[LedgerRow], table: Sequence[TruthCase]) -> tuple[LedgerRow, ...]:
+    """The run's ledger with every row of the token path as its test decided it, citing test and figures.
+
+    A row that a run has no place for (a leak in a run without a reducer) is added.
+    """
+    by_name = {case.case: case for case in table}
+    shared, own = by_name[SHARED], by_name[OWN]
+    token = shared if shared.applies else own
+    decided: dict[str, tuple[TruthCase, LedgerStatus]] = {TOKEN_ROW: (token, token.training or PER_EXAMPLE)}
+    collides, masked, published = by_name[NOISE_COLLIDES], by_name[CLEAN_MASK], by_name[ACCOUNTED_RELEASE]
+    decided[NOISE_ROW] = (collides, UNACCOUNTED if collides.applies else PER_EXAMPLE)
+    decided[MASK_ROW] = (masked, UNACCOUNTED if masked.applies else "post-processing")
+    decided[RELEASE_ROW] = (published, published.release or UNACCOUNTED)
+    out = []
+    for row in rows:
+        if row.path not in decided:
+            out.append(row)
+            continue
+        case, status = decided[row.path]
+        evidence = f"{row.evidence.split(DECIDED)[0]}{DECIDED}{case.decided_by}: {case.evidence}"
+        out.append(row.model_copy(update={"status": status, "evidence": evidence}))
+    missing = (
+        (shared, TOKEN_ROW, "isolation of records", "One record reaches what the model computes about another."),
+        (collides, NOISE_ROW, NOISE_ROW, "The fusion noise repeats the gradient noise."),
+        (masked, MASK_ROW, MASK_ROW, "The update mask follows the gradient before the noise."),
+    )
+    there = {row.path for row in rows}
+    for case, needed, path, explanation in missing:
+        if case.applies and needed not in there:
+            evidence = f"{case.decided_by}: {case.evidence}"
+            out.append(LedgerRow(path=path, status=UNACCOUNTED, explanation=explanation, evidence=evidence))
+    return tuple(out)
