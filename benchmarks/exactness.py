@@ -153,7 +153,7 @@ def measure(family: str, folder: str | None, precision: str, reducer: str, wante
 
 
 def main() -> None:
-    """Measure what is missing, writing after every family."""
+    """Measure what is missing, writing after every cell, so that an interrupted run goes on where it stopped."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="only print the Markdown table of what is there")
@@ -165,18 +165,19 @@ def main() -> None:
         print(table(rows))
         return
     done = {(row["family"], row["precision"], row["reducer"], row["path"]) for row in rows}
+    versions = {name: version(name) for name in PACKAGES}
     with tempfile.TemporaryDirectory() as place:
         for family in ["reference", *TINY]:
             folder = None if family == "reference" else str(TINY[family](Path(place) / family))
             for precision in PRECISIONS:
                 for reducer in REDUCERS if precision != "bfloat16" else ("none", "visionzip"):
                     missing = [name for name in paths() if (family, precision, reducer, name) not in done]
-                    if missing:
-                        rows.extend(measure(family, folder, precision, reducer, missing))
-                        print(family, precision, reducer, rows[-1]["largest_relative_difference"], file=sys.stderr)
-            versions = {name: version(name) for name in PACKAGES}
-            document = {"versions": versions, "seeds": SEEDS, "units_a_seed": UNITS, "rows": rows}
-            atomic.write_text(options.out, json.dumps(document, indent=1) + "\n")
+                    if not missing:
+                        continue
+                    rows.extend(measure(family, folder, precision, reducer, missing))
+                    print(family, precision, reducer, rows[-1]["largest_relative_difference"], file=sys.stderr)
+                    document = {"versions": versions, "seeds": SEEDS, "units_a_seed": UNITS, "rows": rows}
+                    atomic.write_text(options.out, json.dumps(document, indent=1) + "\n")
 
 
 def table(rows: list[Row]) -> str:

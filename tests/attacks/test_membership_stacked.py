@@ -116,7 +116,9 @@ def test_what_a_stack_cannot_do_is_left_to_the_trainer(tiny: Path, tmp_path: Pat
         torch.testing.assert_close(fast[name], value, rtol=0, atol=2e-3 * float(value.abs().max()))
     slow = losses_under(replace(shared, rows=None), fast, [0, 3])
     np.testing.assert_allclose(losses_under(shared, fast, [0, 3]), slow, rtol=1e-4)
-    zeroth = resolve({"method": "dp-zo"}, [f"model.path={tiny}", "privacy.noise-multiplier=1.0", "training.batch-size=2"])
+    zeroth = resolve(
+        {"method": "dp-zo"}, [f"model.path={tiny}", "privacy.noise-multiplier=1.0", "training.batch-size=2"]
+    )
     assert shared_of(zeroth, tiny, UNITS[:3]).rows is None
 
 
