@@ -61,7 +61,7 @@ def play_all(world: World, name: str, results: Tree, out: Path) -> None:
 def damage_all(world: World, results: Tree, out: Path) -> None:
     """Every file of an audited run: one bit flipped (three places), cut in half, emptied; then audit and report."""
     place = world.place("damage")
-    whole = world.root / "audited"
+    whole = world.root / "audited" / "run"  # the name of the folder is part of the audit
     shutil.copytree(world.finished("damage", *WITH_CANARIES), whole, dirs_exist_ok=True)
     command = ["audit", str(whole), "--canaries"]
     assert harness.run(command, [whole], world.root).code == 0

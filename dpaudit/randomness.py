@@ -36,6 +36,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
 from dpaudit import atomic
 from dpaudit.errors import UsageError, rejected
+from dpaudit.untrusted import read_bytes
 
 FINITE_PRECISION = (
     "The proof is for real-valued noise from a true random source; the noise here comes from a cryptographic stream, "
@@ -93,7 +94,7 @@ class Key:
     def load(cls, path: Path) -> "Key":
         """Read what `save` wrote; UsageError (without the content) when it is missing or damaged."""
         try:
-            tree = json.loads(path.read_text(encoding="ascii"))
+            tree = json.loads(read_bytes(path, 1 << 12).decode("ascii"))
             if tree["format"] != _FORMAT or not isinstance(tree["seeded"], bool):
                 raise ValueError
             key = cls(bytes.fromhex(tree["key"]), seeded=tree["seeded"])

@@ -65,6 +65,7 @@ class Ended:
     err: str
     sites: tuple[Site, ...]
     foreign: tuple[str, ...]  # files that were opened for writing outside the watched folders
+    memory: int = 0  # bytes at most, the libraries included
 
     @property
     def line(self) -> str:
@@ -233,7 +234,7 @@ def run(
     child = os.fork()
     if child == 0:
         _child(arguments, folders, names, kind, at, skip, prepare, timeout)
-    _, status = os.waitpid(child, 0)
+    _, status, usage = os.wait4(child, 0)
     out, err, log = (path.read_text(encoding="utf-8", errors="replace") for path in names)
     entries = [json.loads(line) for line in log.splitlines()]
     return Ended(
@@ -242,6 +243,7 @@ def run(
         err,
         tuple(Site(entry["call"], entry["path"]) for entry in entries if "call" in entry),
         tuple(entry["foreign"] for entry in entries if "foreign" in entry),
+        usage.ru_maxrss << 10,
     )
 
 

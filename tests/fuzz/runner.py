@@ -1,0 +1,147 @@
+"""A case is laid out in an empty folder and run in a fork; what came of it is judged by rules that hold for any."""
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from dpaudit import checksums
+from tests.faults import harness
+from tests.faults.scenarios import WITH_CANARIES, World
+from tests.fuzz.grammar import Case
+
+SECONDS = 60  # that any case may take
+MEMORY = 12 << 30  # bytes of address space; the libraries alone take a tenth of it
+MOST = 3 << 30  # bytes of memory that a case may really use
+ALSO_WARM = (
+    "dpaudit.analysis.scores", "dpaudit.analysis.plan", "dpaudit.cli.scores", "dpaudit.cli.bound", "dpaudit.cli.plan",
+    "dpaudit.cli.check", "dpaudit.cli.sweep", "dpaudit.bounds.calculator", "reports.sweep.grid", "attacks.contract",
+)  # fmt: skip
+
+
+class Runner:
+    """Lays out and runs cases; one at a time."""
+
+    def __init__(self, root: Path) -> None:
+        import importlib
+
+        harness.warm_up()
+        for name in ALSO_WARM:
+            importlib.import_module(name)
+        self.root = root
+        self.world = World.make(root)
+        self.whole = self.world.finished("fuzzed", *WITH_CANARIES)
+        audited = harness.run(["audit", str(self.whole), "--canaries"], [self.whole], root)
+        assert audited.code == 0, audited.err
+
+    def play(self, case: Case) -> str | None:
+        """Run a case; None, or in one line what was wrong."""
+        return self.play_and_tell(case)[0]
+
+    def play_and_tell(self, case: Case) -> tuple[str | None, int]:
+        """What was wrong, if anything, and the exit code."""
+        place = self.world.place("fuzz")
+        (place / "tmp").mkdir()
+        for name, content in case.files:
+            target = place / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+        if case.damage:
+            shutil.copytree(self.whole, place / "run")
+            for name, how, where in case.damage:
+                damage(place / "run", name, how, where)
+        arguments = [item.replace("{run}", str(place / "run")) for item in case.arguments]
+
+        def prepare() -> None:
+            os.chdir(place)
+            resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))  # one case must not take the machine with it
+            tempfile.tempdir = str(place / "tmp")
+            sys.dont_write_bytecode = True
+
+        ended = harness.run(arguments, [place], self.root, prepare=prepare, timeout=SECONDS)
+        return judge(case, ended), ended.code
+
+
+def judge(case: Case, ended: harness.Ended) -> str | None:
+    """The rules: an allowed exit code, no traceback, one line an error, one document for --json, nothing outside."""
+    if ended.code == -14:
+        return f"took longer than {SECONDS} s"
+    if "Traceback (most recent call last)" in ended.err or "Traceback (most recent call last)" in ended.out:
+        return f"a traceback: {ended.line[:200]}"
+    if ended.code not in (0, 1, 2, 3, 4):
+        return f"exit code {ended.code}: {ended.line[:200]}"
+    if ended.memory > MOST:
+        return f"took {ended.memory / 1e9:.1f} GB"
+    if ended.foreign:
+        return f"wrote outside: {ended.foreign[0]}"
+    told = [line for line in ended.err.splitlines() if line.startswith("dpaudit: ")]
+    if ended.code == 2 and (len(told) != 1 or ended.line != told[0]):
+        return f"{len(told)} lines for an error: {ended.err[-300:]!r}"
+    if any(len(line) > 2000 for line in told):
+        return f"a message of {max(map(len, told))} characters"
+    if "--json" in case.arguments and ended.code in (0, 1, 3) and "-h" not in case.arguments:
+        try:
+            json.loads(ended.out)
+        except ValueError:
+            return f"--json printed no document: {ended.out[:100]!r}"
+    return None
+
+
+def damage(run: Path, name: str, how: str, where: int) -> None:
+    """Damage one file of a run."""
+    path = run / name
+    if not path.exists() and not path.is_symlink():
+        return
+    content = path.read_bytes() if path.is_file() else b""
+    at = where % max(1, len(content))
+    match how:
+        case "flip" if content:
+            path.write_bytes(content[:at] + bytes([content[at] ^ (1 << where % 8)]) + content[at + 1 :])
+        case "half":
+            path.write_bytes(content[:at])
+        case "empty":
+            path.write_bytes(b"")
+        case "remove" | "folder" | "link" if path.is_file():
+            path.unlink()
+            if how == "folder":
+                path.mkdir()
+            if how == "link":
+                path.symlink_to(("/dev/zero", "/etc/passwd", path.name, "nowhere")[where % 4])
+        case "number" | "null" | "rubbish":
+            path.write_bytes({"number": b"7", "null": b"null", "rubbish": bytes(range(256)) * 8}[how])
+        case "sealed":
+            _reseal(run, path, content, where)
+        case "mode" if path.is_file():
+            path.chmod(0)
+
+
+def _reseal(run: Path, path: Path, content: bytes, where: int) -> None:
+    """Change one value of a JSON document and mend every checksum: what somebody who can edit a release could do."""
+    try:
+        tree = json.loads(content)
+    except ValueError:
+        return
+    leaves: list[tuple[Any, Any]] = []
+
+    def walk(node: Any) -> None:
+        for key in list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ():
+            leaves.append((node, key))
+            walk(node[key])
+
+    walk(tree)
+    if not leaves:
+        return
+    node, key = leaves[where % len(leaves)]
+    node[key] = (None, -1, 1e308, "x" * 50, [], {}, "inf", True, 10**30, "<b>&\u202e")[where // 7 % 10]
+    if isinstance(tree, dict) and "sha256" in tree and isinstance(tree["sha256"], str):
+        tree["sha256"] = checksums.seal(tree)
+    path.write_text(json.dumps(tree))
+    sums = checksums.read(run / "release" / checksums.SUMS)
+    if path.name in sums:
+        sums[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        (run / "release" / checksums.SUMS).write_text(checksums.write(sums))
