@@ -17,15 +17,16 @@ import pandas as pd
 import pyarrow
 import pyarrow.parquet
 
-from attacks.kinds import FIRST, Draft, Gradients, Kind, Materials
+from attacks.kinds import FIRST, Draft, Gradients, Kind, Materials, Selection
 from attacks.kinds_drawn import DRAWN
+from attacks.kinds_region import FusedRegion
 from dpaudit import atomic
 from dpaudit.config import CanaryKind
 from dpaudit.errors import InvalidGame, rejected
 from dpaudit.randomness import Key
 from trainers.records import Dataset, Unit
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (*FIRST, *DRAWN)}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (*FIRST, *DRAWN, FusedRegion())}
 ALL = "all"
 COLUMNS = ["id", "kind", "member", "content"]
 _PLAN = b"dpaudit.plan"
@@ -175,20 +176,21 @@ def draw_game(
     spare_tokens: Sequence[str],
     gradients: Gradients | None = None,
     chosen: Mapping[str, tuple[int, ...]] | None = None,
+    selection: Selection | None = None,
 ) -> Game:
     """The game of a run: `count` candidates, split evenly over `kinds`, each with a fair independent coin.
 
     A function of the arguments and of the key's streams "canaries" (candidates) and "coins" alone. `spare_tokens`:
     tokens that nothing else uses, one needed for each candidate of kind 'new-token'. gradients: of the public base
-    model, for kinds that choose by them; chosen: their choice, where it was stored with the coins. Raises UsageError
-    when the reserve or the tokens do not suffice, with the numbers.
+    model, for kinds that choose by them; selection: what the run's reducer keeps; chosen: the kinds' choice, where it
+    was stored with the coins. Raises UsageError when the reserve or the tokens do not suffice, with the numbers.
     """
     if count == 0:
         return Game()
     if not kinds or len(set(kinds)) != len(kinds) or any(kind not in KINDS for kind in kinds):
         raise rejected("canaries.kinds", list(kinds), f"different kinds out of {', '.join(KINDS)}")
     sizes = {kind: size for kind, size in share_out(count, kinds).items() if size}
-    materials = Materials.of(dataset, spare_tokens, gradients=gradients, chosen=chosen)
+    materials = Materials.of(dataset, spare_tokens, gradients=gradients, chosen=chosen, selection=selection)
     rng = key.generator(purpose="canaries")
     drafts = [(kind, draft) for kind, size in sizes.items() for draft in KINDS[kind].draw(size, materials, rng)]
     heads = key.uniform(count, step=0, name="canaries", purpose="coins") < 0.5

@@ -27,6 +27,7 @@ PUBLIC_WORDS = (
     "winter", "yellow", "zero",
 )  # fmt: skip
 Gradients = Callable[[Sequence[Unit]], npt.NDArray[np.float32]]
+Selection = Callable[[Sequence[Pixels]], npt.NDArray[np.bool_]]
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 
 
@@ -35,7 +36,8 @@ class Materials:
     """What kinds may use: units held back from training, unused tokens, a picture size, public answers by kind.
 
     gradients: (n, d) sketched gradients of units at the public base model, where it is at hand. chosen: for kinds that
-    choose among proposals, the choice: given, or left here by the kind.
+    choose among proposals, the choice: given, or left here by the kind. selection: (n, patches) which patches the run's
+    reducer keeps of pictures, on the public tower; None where it selects none.
     """
 
     reserve: tuple[Unit, ...]
@@ -45,6 +47,7 @@ class Materials:
     public_answers: Mapping[str, Sequence[str]] = field(default_factory=dict)
     gradients: Gradients | None = None
     chosen: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    selection: Selection | None = None
 
     @classmethod
     def of(
@@ -54,6 +57,7 @@ class Materials:
         *,
         gradients: Gradients | None = None,
         chosen: Mapping[str, tuple[int, ...]] | None = None,
+        selection: Selection | None = None,
     ) -> "Materials":
         """Materials for a data set. The picture size is the test split's commonest: no training row is looked at."""
         sizes = Counter(picture.pixels.shape[:2] for unit in dataset.test for picture in unit.pictures)
@@ -66,7 +70,7 @@ class Materials:
 
             answers = PUBLIC_ANSWERS
         tokens = tuple(spare_tokens)
-        return cls(dataset.reserve, tokens, int(height), int(width), answers, gradients, dict(chosen or {}))
+        return cls(dataset.reserve, tokens, int(height), int(width), answers, gradients, dict(chosen or {}), selection)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ def redraw_game(
     count = config.canaries.count
     if count == 0:
         return None
+    from attacks.fusion.masks import selection_of
     from attacks.membership.gradients import base_gradients
 
     return draw_game(
@@ -43,6 +44,7 @@ def redraw_game(
         spare_tokens=model.spare_tokens(count),
         gradients=base_gradients(config),
         chosen=coins.plan.chosen if coins is not None else None,
+        selection=selection_of(config),
     )
 
 

@@ -359,6 +359,29 @@ class ReleaseAudit(Part):
     strip_caption: str | None = None
 
 
+class Region(Part):
+    """Exposure of the codes in one region: log2(references) - log2(rank of the true word), mean over canaries."""
+
+    region: str
+    inserted: int
+    left_out: int
+    exposure_in: float = Field(description="Of inserted canaries, bits.")
+    exposure_out: float = Field(description="Of canaries that were left out: what chance gives.")
+    gain: float = Field(description="Their difference.")
+    gain_low: float = Field(description="95 % interval (Welch).")
+    gain_high: float
+
+
+class Carried(Part):
+    """What the path from low-attention patches carries, by fused-region canaries and their twins in dominant ones."""
+
+    references: int
+    regions: tuple[Region, ...]
+    difference: float = Field(description="Gain in dominant patches minus gain in patches of low attention, bits.")
+    difference_low: float
+    difference_high: float
+
+
 class TruthCase(Part):
     """One case of the token path's truth table, and the test that decided whether this run is it."""
 
@@ -384,6 +407,7 @@ class FusionAudit(Part):
     sensitivity: tuple[Sensitivity, ...] = ()
     released: ReleaseAudit | None = None
     cases: tuple[TruthCase, ...] = ()
+    carried: Carried | None = Field(default=None, description="null: the run has no fused-region canaries.")
 
 
 class ContractAudit(Part):

@@ -15,7 +15,16 @@ from attacks.fusion.path import TokenPath
 from attacks.fusion.sensitivity import audit_sensitivity
 from attacks.fusion.standins import one_patch
 from dpaudit.config import RunConfig
-from dpaudit.documents import Check, ClaimDocument, FusionAudit, LedgerDocument, MaskLeak, ReleaseAudit, ReleasePair
+from dpaudit.documents import (
+    Carried,
+    Check,
+    ClaimDocument,
+    FusionAudit,
+    LedgerDocument,
+    MaskLeak,
+    ReleaseAudit,
+    ReleasePair,
+)
 from dpaudit.ledger import Ledger
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
@@ -27,6 +36,7 @@ from trainers.records import Dataset, Unit
 from trainers.run import Trainer, gradient_path, load_model, read_config
 from trainers.vlm import VisionLanguageModel
 
+KIND = "fused-region"
 ANY_STD = 0.1  # of fusion noise, where only its independence is at stake
 BATCH = 6
 MASKED = 200  # pictures whose masks are compared
@@ -88,6 +98,7 @@ def audit_fusion(
         tuning=next((row for row in rows if row.path == verdicts.TUNING_ROW), None),
     )
     table = verdicts.cases(found)
+    carries = _carried(run, config, dataset, device, log)
     return FusionAudit(
         training=verdicts.training_status(table),
         release=verdicts.release_status(table),
@@ -98,7 +109,28 @@ def audit_fusion(
         sensitivity=sensitivity,
         released=released,
         cases=table,
+        carried=carries,
     )
+
+
+def _carried(
+    run: RunFolder, config: RunConfig, dataset: Dataset, device: str, log: Callable[[str], None]
+) -> Carried | None:
+    """Exposure of the run's fused-region canaries; None where it has none, or too few for figures."""
+    if not config.canaries.count or KIND not in config.canaries.kinds:
+        return None
+    from attacks.canaries import check_coins
+    from attacks.fusion.carried import carried, exposures
+    from attacks.training import redraw_game
+
+    log("token path: exposure of fused-region canaries")
+    coins = check_coins(run.coins, LedgerDocument.read(run.ledger).coins_sha256)
+    base = load_model(None, device, config=config)
+    game = redraw_game(config, dataset, Key.load(run.noise_key), base, coins)
+    assert game is not None
+    game.check_against(coins)
+    mine = [canary for canary in game.candidates if canary.kind == KIND]
+    return carried(mine, exposures(base, load_model(run, device), [canary.unit for canary in mine]))
 
 
 def record(run: RunFolder, audit: FusionAudit) -> None:

@@ -5,17 +5,19 @@ certainty, whatever noise lies on the token values. Measured on one-patch neighb
 makes) and on different pictures. Each picture has one neighbour, so the share has an exact binomial interval.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import betaincinv
 
 from attacks.fusion.standins import one_patch
+from dpaudit.config import RunConfig
 from dpaudit.documents import MaskLeak
 from trainers.records import Pixels
 from trainers.vlm import VisionLanguageModel
 
+SELECTING = ("visionzip", "cls-topk")  # reducers that keep patches by attention
 CELLS = 8  # the grid that a changed patch is one cell of
 
 
@@ -26,6 +28,22 @@ def masks(model: VisionLanguageModel, pictures: Sequence[Pixels]) -> npt.NDArray
     out = np.zeros((len(pictures), visual.importance.shape[1]), dtype=bool)
     np.put_along_axis(out, kept, True, axis=1)
     return out
+
+
+def selection_of(config: RunConfig) -> Callable[[Sequence[Pixels]], npt.NDArray[np.bool_]] | None:
+    """`masks` under the base model and reducer of a configuration, loaded at the first call; None: selects nothing."""
+    if config.reducer.name not in SELECTING:
+        return None
+    loaded: list[VisionLanguageModel] = []
+
+    def selection(pictures: Sequence[Pixels]) -> npt.NDArray[np.bool_]:
+        if not loaded:
+            chosen = config.model
+            loaded.append(VisionLanguageModel.load(chosen.path, device="cpu", precision=chosen.precision))
+            loaded[0].set_reducer(config.reducer)
+        return masks(loaded[0], pictures)
+
+    return selection
 
 
 def share_interval(hits: int, trials: int, *, confidence: float = 0.95) -> tuple[float, float]:
