@@ -148,8 +148,15 @@ def _group(
         models: dict[str, dict[str, Any]] = {}
         if base:
             for _, config in runs:
-                path = _local(config.model.path)
-                models.setdefault(f"base {path}", {"name": "base model", "run": None, "base": path})
+                models.setdefault(
+                    _base_key(config),
+                    {
+                        "name": "base model",
+                        "run": None,
+                        "base": _local(config.model.path),
+                        "precision": config.model.precision,
+                    },
+                )
         for run, _ in runs:
             models[str(run.path)] = {"name": run.path.name, "run": str(run.path.resolve()), "base": None}
         log = runs[0][0].private / LOG
@@ -159,7 +166,7 @@ def _group(
         for run, config in runs:
             document = _document(
                 outcomes[str(run.path)],
-                outcomes.get(f"base {_local(config.model.path)}"),
+                outcomes.get(_base_key(config)),
                 questions,
                 majority,
                 batch_size=settings.batch_size,
@@ -169,6 +176,11 @@ def _group(
             run.write(document)
             documents.append(document)
     return documents
+
+
+def _base_key(config: RunConfig) -> str:
+    """Runs with equal keys have the same base model."""
+    return f"base {_local(config.model.path)} in {config.model.precision}"
 
 
 def _local(path: str | None) -> str | None:

@@ -69,7 +69,7 @@ def _load(entry: dict[str, Any], device: str) -> Any:
 
     if entry["run"] is not None:
         return load_model(RunFolder.open(Path(entry["run"])), device)
-    return VisionLanguageModel.load(entry["base"], device=device)
+    return VisionLanguageModel.load(entry["base"], device=device, precision=entry["precision"])
 
 
 def _per_question(results: dict[str, Any] | None) -> dict[str, Any]:
