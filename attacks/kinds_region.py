@@ -31,7 +31,7 @@ def grid(count: int) -> int:
     side = round(count**0.5)
     if side * side != count:
         raise UsageError(f"canaries.kinds: kind 'fused-region' needs a square grid of patches, the encoder has {count}")
-    return side
+    return int(side)
 
 
 def painted(base: Pixels, patches: Sequence[int], side: int, strength: float, rng: np.random.Generator) -> Pixels:
