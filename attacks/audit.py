@@ -114,6 +114,8 @@ def merge(parts: Sequence[CanaryAudit]) -> CanaryAudit | None:
         gallery=tuple(item for part in parts for item in part.gallery),
         coins_sha256=parts[0].coins_sha256,
         attacks=tuple(row for part in parts for row in part.attacks),
+        exposure=tuple(row for part in parts for row in part.exposure),
+        regeneration=tuple(row for part in parts for row in part.regeneration),
     )
 
 
@@ -253,6 +255,8 @@ def assemble(
         scores=part.scores,
         gallery=part.gallery,
         attacks=part.attacks,
+        exposure=part.exposure,
+        regeneration=part.regeneration,
         run=RunInfo(
             name=run.path.resolve().name,
             method=config.method,

@@ -21,7 +21,18 @@ from dpaudit.analysis.claim import claim_test
 from dpaudit.bounds import steinke
 from dpaudit.bounds.guesses import count_correct, rank_guesses
 from dpaudit.bounds.roc import summarise
-from dpaudit.documents import AttackRow, Check, Claim, LedgerDocument, ScoreSummary, Test, Thumbnail, Validity
+from dpaudit.documents import (
+    AttackRow,
+    Check,
+    Claim,
+    Extraction,
+    LedgerDocument,
+    Regeneration,
+    ScoreSummary,
+    Test,
+    Thumbnail,
+    Validity,
+)
 from dpaudit.errors import InvalidGame
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
@@ -44,6 +55,8 @@ class CanaryAudit:
     gallery: tuple[Thumbnail, ...] = ()
     coins_sha256: str | None = None
     attacks: tuple[AttackRow, ...] = ()
+    exposure: tuple[Extraction, ...] = ()
+    regeneration: tuple[Regeneration, ...] = ()
 
 
 def unsound(name: str, problem: str) -> CanaryAudit:

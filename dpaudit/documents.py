@@ -443,6 +443,37 @@ class AttackRow(Part):
     chosen: bool = Field(description="Whether it reports on the other half.")
 
 
+class Extraction(Part):
+    """Exposure of inserted secrets of one kind, in bits: log2(secrets compared) - log2(rank)."""
+
+    kind: str
+    members: int
+    others: int
+    most_bits: float = Field(description="Exposure of a secret that ranks first.")
+    bits_members: float
+    bits_others: float
+    bits_members_base: float = Field(description="The base model's, on the same records.")
+    first_members: int = Field(description="Members whose secret ranks first.")
+    first_others: int
+    p_value: float = Field(description="Of 'members reach 3 bits no more often than secrets that nobody saw'.")
+
+
+class Regeneration(Part):
+    """Questions answered exactly from half of the record, as shares."""
+
+    half: str = Field(description="'picture alone' or 'question alone'.")
+    questions_members: int
+    questions_others: int
+    members: float
+    members_low: float
+    members_high: float
+    others: float
+    members_base: float = Field(description="The base model's, on the same questions.")
+    others_base: float
+    similarity_members: float = Field(description="Mean similarity of the answer, 1 = exact.")
+    similarity_others: float
+
+
 class Thumbnail(Part):
     """A small picture for the gallery; only synthetic ones without `--show-examples`."""
 
@@ -471,6 +502,8 @@ class AuditDocument(Document):
     scores: tuple[ScoreSummary, ...] = ()
     gallery: tuple[Thumbnail, ...] = ()
     attacks: tuple[AttackRow, ...] = Field(default=(), description="Membership attacks compared before one was chosen.")
+    exposure: tuple[Extraction, ...] = Field(default=(), description="Of inserted secrets; descriptive.")
+    regeneration: tuple[Regeneration, ...] = Field(default=(), description="From half of a record; descriptive.")
     run: RunInfo | None = None
 
 

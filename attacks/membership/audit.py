@@ -14,8 +14,9 @@ import numpy.typing as npt
 import pandas as pd
 
 from attacks.blind import blind_baseline
-from attacks.canaries import Coins, check_coins
+from attacks.canaries import Canary, Coins, check_coins
 from attacks.canary_audit import CanaryAudit, bound_tests, claim_tests, too_small, unsound
+from attacks.membership.extraction import exposures, regeneration
 from attacks.membership.hygiene import overlap_check
 from attacks.membership.members import MemberGame
 from attacks.membership.records import StudyRecords, study_records
@@ -28,7 +29,7 @@ from attacks.scores import join_coins
 from attacks.training import redraw_game
 from dpaudit import atomic
 from dpaudit.bounds.roc import auc_interval, summarise
-from dpaudit.documents import AttackRow, Check, Claim, LedgerDocument, ScoreSummary, Test, Validity
+from dpaudit.documents import AttackRow, Check, Claim, Extraction, LedgerDocument, ScoreSummary, Test, Validity
 from dpaudit.errors import InvalidGame
 from dpaudit.runs import RunFolder
 from trainers import data
@@ -85,7 +86,26 @@ def audit_membership(run: RunFolder, settings: Settings) -> CanaryAudit:
         scores=part.scores,
         coins_sha256=coins.sha256,
         attacks=part.attacks,
+        exposure=_exposure(records, view, coins) if part.tests else (),
+        regeneration=regeneration(view.target.model, view.base.model, view.units, _members(coins))
+        if part.tests
+        else (),
     )
+
+
+def _members(coins: Coins) -> npt.NDArray[np.bool_]:
+    members: npt.NDArray[np.bool_] = coins.frame["member"].to_numpy(dtype=bool)
+    return members
+
+
+def _exposure(records: StudyRecords, view: View, coins: Coins) -> tuple[Extraction, ...]:
+    """Of canaries that are secrets; real records have none to compare with."""
+    candidates = [
+        Canary(unit.id, str(kind), unit, bool(member), "")
+        for unit, kind, member in zip(view.units, view.kinds, _members(coins), strict=True)
+    ]
+    spare = records.model.spare_tokens(2 * len(candidates))
+    return exposures(view.target.model, view.base.model, candidates, spare_tokens=spare, seed=coins.plan.tie_seed)
 
 
 def _check_game(run: RunFolder, records: StudyRecords, coins: Coins) -> None:

@@ -221,6 +221,16 @@ def describe(document: "AuditDocument") -> list[str]:
             f"          {row.auc:.3f} ({row.auc_low:.3f} to {row.auc_high:.3f})  {row.name}{' *' if row.chosen else ''}"
             for row in document.attacks
         ]
+    lines += [
+        f"exposure  {row.kind}: members {row.bits_members:.2f} bits of {row.most_bits:.0f} "
+        f"({row.bits_members_base:.2f} under the base model), others {row.bits_others:.2f}; p = {row.p_value:.2g}"
+        for row in document.exposure
+    ]
+    lines += [
+        f"answers   {row.half}: members {row.members:.1%} ({row.members_low:.1%} to {row.members_high:.1%}), others "
+        f"{row.others:.1%}; base model {row.members_base:.1%} and {row.others_base:.1%}"
+        for row in document.regeneration
+    ]
     for check in document.validity.checks:
         lines.append(f"game      {check.status}: {check.name} ({check.measured})")
     if document.fusion is not None:
