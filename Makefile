@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo test lint browser npm format schemas clean
+.PHONY: install demo test lint docs browser npm format schemas clean
 
 install: $(STAMP)
 
@@ -42,16 +42,21 @@ $(NPM)/.installed: | install
 	for file in *.tgz; do mkdir -p "$${file%.tgz}" && tar xzf "$$file" -C "$${file%.tgz}" --strip-components 1; done && \
 	touch .installed || echo "WARNING: npm can't be used: axe-core and the SARIF schema are SKIPPED in the tests"
 
-# The fault tests fork the test process, which must not carry the state of other tests: a process of their own.
+# Fault and fuzz tests fork the test process, which must not carry the state of other tests: a process of their own.
 test: install browser npm
-	@start=$$(date +%s); $(BIN)/python -m pytest tests/faults && $(BIN)/python -m pytest --ignore tests/faults; code=$$?; \
+	@start=$$(date +%s); $(BIN)/python -m pytest tests/faults tests/fuzz && \
+	$(BIN)/python -m pytest --ignore tests/faults --ignore tests/fuzz; code=$$?; \
 	echo "make test took $$(( $$(date +%s) - start )) s"; exit $$code
 
-lint: install
+lint: install docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python .ci/dependencies.py constraints.txt
+
+# Into build/site. A link or anchor that leads nowhere is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: install
 	$(BIN)/ruff format .

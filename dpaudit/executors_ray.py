@@ -99,6 +99,18 @@ class RayExecutor:
                     with contextlib.suppress(ray.exceptions.RayError, ValueError):
                         ray.cancel(reference, force=True)
 
+    @contextlib.contextmanager
+    def connection(self) -> Iterator[Any]:
+        """Holds the cluster between several calls of `run`, which would else connect (or start Ray) each time.
+
+        Ray prints on standard output what happens to its nodes; meanwhile that goes to standard error.
+        """
+        with (
+            contextlib.redirect_stdout(sys.stderr),
+            _cluster(self.address, self.cpus_per_trial, self.gpus_per_trial) as ray,
+        ):
+            yield ray
+
     def _log(self, index: int) -> str | None:
         if self.logs is None:
             return None

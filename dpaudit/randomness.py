@@ -148,7 +148,7 @@ class Key:
     def secure_normal(
         self, shape: int | tuple[int, ...], *, step: int, name: str, rank: int = 0, purpose: str = "noise"
     ) -> npt.NDArray[np.float64]:
-        """Independent standard normals of shape `shape` in float64, each half the sum of four: four times the work.
+        """Independent standard normals of shape `shape` in float64, each half the sum of four: twice the time.
 
         See the module's docstring. Streams of their own: no number of `normal` is among them.
         """

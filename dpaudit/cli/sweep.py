@@ -1,6 +1,8 @@
 """`dpaudit sweep`: many runs from one grid."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,9 +12,12 @@ from dpaudit.cli import console
 from dpaudit.errors import UsageError, rejected
 
 if TYPE_CHECKING:
+    from dpaudit.executors import Executor
     from reports.sweep.board import Board
     from reports.sweep.document import SweepDocument, SweepRow
     from reports.sweep.grid import Grid, Plan
+
+LANES = 8  # benchmark jobs side by side on a cluster; each starts lmms-eval once
 
 
 def command(
@@ -22,11 +27,21 @@ def command(
     ] = None,
     preset: Annotated[str | None, typer.Option(help="frontier, dual-priv-ablation or iso-parameter.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the sweep; default sweeps/NAME.")] = None,
-    processes: Annotated[int, typer.Option(help="Trainings side by side.")] = 2,
+    processes: Annotated[
+        int | None, typer.Option(help="Trainings side by side; default 2, on Ray as many as the cluster has room for.")
+    ] = None,
     threads: Annotated[int, typer.Option(help="Threads of each.")] = 1,
     seeds: Annotated[str | None, typer.Option(help="Repeats, e.g. 0,1,2 or 0-4; default: the grid's.")] = None,
     audit: Annotated[
         list[str] | None, typer.Option(help="Also audit every cell: canaries, fusion ... May be repeated.")
+    ] = None,
+    executor: Annotated[str, typer.Option(help="local: processes here; ray: a Ray cluster, see --address.")] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(help="Of a running Ray cluster: auto or HOST:PORT; default: Ray on this machine alone."),
+    ] = None,
+    gpus_per_trial: Annotated[
+        float | None, typer.Option(help="Ray: GPUs that a training takes, e.g. 0.25 for four on one.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in --out.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells; train nothing.")] = False,
@@ -40,23 +55,50 @@ def command(
     plan, grid, overrides, chosen, folder = _given(arguments or [], preset, out, seeds, audit or [], resume)
     if dry_run:
         return _list(plan, folder)
-    from dpaudit.executors import LocalExecutor
     from reports.sweep.board import NAME, Board
     from reports.sweep.live import SweepView
     from reports.sweep.run import run_sweep
 
     if (folder / NAME).exists() and not resume:
         raise UsageError(f"--out {folder}: holds a sweep already; go on with --resume, or choose another folder")
-    LocalExecutor(processes, threads)  # a bad number is told before anything is written
+    make, lanes, connection = _executor(executor, processes, threads, address, gpus_per_trial)
     board = Board.read(plan, folder, grid=grid.model_dump(), overrides=overrides, seeds=chosen)
-    view = SweepView(board)
-    try:
-        document = run_sweep(
-            board, executor=lambda logs: LocalExecutor(processes, threads, logs), lanes=processes, watch=view
-        )
-    finally:
-        view.close()
+    with connection:
+        view = SweepView(board)
+        try:
+            document = run_sweep(board, executor=make, lanes=lanes, watch=view)
+        finally:
+            view.close()
     _finish(document, folder, board, as_json)
+
+
+def _executor(
+    name: str, processes: int | None, threads: int, address: str | None, gpus: float | None
+) -> "tuple[Callable[[Path], Executor], int, AbstractContextManager[object]]":
+    """What makes an executor for a folder of logs, how many jobs it runs at once, and what holds it open.
+
+    A bad number is told before anything is written.
+    """
+    from dpaudit.executors import PROCESSES, LocalExecutor
+
+    if name == "local":
+        for flag, value in (("--address", address), ("--gpus-per-trial", gpus)):
+            if value is not None:
+                raise UsageError(f"{flag}: only with --executor ray")
+        local = LocalExecutor(PROCESSES if processes is None else processes, threads)
+        return (lambda logs: replace(local, logs=logs)), local.processes, nullcontext()
+    if name != "ray":
+        raise rejected("--executor", name, "local or ray")
+    from dpaudit.executors_ray import RayExecutor
+
+    far = RayExecutor(
+        address=address,
+        cpus_per_trial=threads,
+        gpus_per_trial=gpus or 0.0,
+        threads_per_process=threads,
+        processes=processes,
+    )
+    return (lambda logs: replace(far, logs=logs)), processes or LANES, far.connection()
 
 
 def _given(

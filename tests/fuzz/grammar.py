@@ -181,19 +181,16 @@ def _typed(item: str) -> str:
 @st.composite
 def score_files(draw: st.DrawFn) -> Case:
     """`dpaudit scores`: tables of a few rows as CSV or Parquet, with every kind of fault."""
-    count = draw(st.integers(0, 40))
+    count = draw(st.integers(24, 40) | st.integers(24, 40) | st.integers(0, 24))
     columns = draw(
         st.sampled_from(
             [["id", "member", "score"]] * 6
             + [["id", "score"], ["ID", "member", "score"], ["id", "member", "score", "x"]]
         )
     )
-    members = (
-        st.sampled_from(["0", "1", "true", "False", "1.0", "", "2", "yes"])
-        if draw(st.booleans())
-        else st.sampled_from(["0", "1"])
-    )
-    odd = draw(st.booleans())
+    good = draw(st.booleans())
+    members = st.sampled_from(["0", "1"] if good else ["0", "1", "true", "False", "1.0", "", "2", "yes"])
+    odd = not good and draw(st.booleans())
     rows = []
     for place in range(count):
         cells = {
@@ -204,18 +201,19 @@ def score_files(draw: st.DrawFn) -> Case:
             else str(draw(st.integers(-50, 50)) / 10),
         }
         rows.append([cells.get(name.lower(), "5") for name in columns])
-    mark = draw(st.sampled_from([","] * 8 + [";", "\t", "|"]))
+    mark = "," if good else draw(st.sampled_from([","] * 8 + [";", "\t", "|"]))
     lines = [mark.join(columns)] + [mark.join(cell.replace("\n", " ") for cell in row) for row in rows]
-    content = draw(bent(("\n".join(lines) + "\n").encode("utf-8", "replace")))
+    plain = ("\n".join(lines) + "\n").encode("utf-8", "replace")
+    content = plain if good else draw(bent(plain))
     name = draw(st.sampled_from(["scores.csv"] * 8 + ["scores.parquet", "scores", "missing.csv"]))
     arguments = ["scores", name, "--delta", draw(st.sampled_from(["1e-5"] * 5 + list(NUMBERS)))]
     for flag in draw(
         st.lists(st.sampled_from(["--confidence", "--alpha", "--coins", "--claim-sigma", "--seed"]), max_size=2)
     ):
-        good = {"--coins": ["independent", "half", "unknown"], "--claim-sigma": ["1"], "--seed": ["3"]}.get(
+        usual = {"--coins": ["independent", "half", "unknown"], "--claim-sigma": ["1"], "--seed": ["3"]}.get(
             flag, ["0.9"]
         )
-        arguments += [flag, draw(st.sampled_from(good * 3 + ["0", "-1", "nan", "x"]))]
+        arguments += [flag, draw(st.sampled_from(usual * 3 + ["0", "-1", "nan", "x"]))]
     arguments += draw(st.sampled_from([[], ["--json"], ["--separate"], ["--independent-runs"], ["--features", name]]))
     return Case(
         "score file", tuple(_typed(item) for item in arguments), ((name, content),) if name != "missing.csv" else ()
