@@ -53,12 +53,15 @@ def command(
     skipped, an interrupted training continues. A cell that fails is reported and the others go on (exit code 4).
     """
     plan, grid, overrides, chosen, folder = _given(arguments or [], preset, out, seeds, audit or [], resume)
-    if dry_run:
+    if dry_run and not as_json:
         return _list(plan, folder)
-    from reports.sweep.board import NAME, Board
+    from reports.sweep.board import NAME, Board, summarise
     from reports.sweep.live import SweepView
     from reports.sweep.run import run_sweep
 
+    if dry_run:  # the document as it would start: nothing is written
+        board = Board.read(plan, folder, grid=grid.model_dump(), overrides=overrides, seeds=chosen)
+        return console.emit(summarise(board))
     if (folder / NAME).exists() and not resume:
         raise UsageError(f"--out {folder}: holds a sweep already; go on with --resume, or choose another folder")
     make, lanes, connection = _executor(executor, processes, threads, address, gpus_per_trial)

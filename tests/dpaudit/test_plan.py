@@ -12,7 +12,7 @@ import pytest
 from dpaudit.analysis import claim as claims
 from dpaudit.analysis import plan, simulate
 from dpaudit.analysis.claim import Game
-from dpaudit.cli import app, console
+from dpaudit.cli import app
 from dpaudit.documents import Claim
 from dpaudit.errors import UsageError
 
@@ -33,7 +33,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", out)
-        patch.setattr(console.stderr, "file", err)
+        patch.setattr(sys, "stderr", err)
         code = app.run(["plan", *map(str, arguments)])
     return subprocess.CompletedProcess([], code, out.getvalue(), err.getvalue())
 

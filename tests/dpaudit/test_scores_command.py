@@ -13,7 +13,7 @@ import pytest
 from dpaudit.analysis import blind
 from dpaudit.analysis.scores import Options, analyse
 from dpaudit.analysis.tables import ScoreTable, read_features, read_scores
-from dpaudit.cli import app, console
+from dpaudit.cli import app
 from dpaudit.documents import ScoresDocument
 from dpaudit.errors import UsageError
 
@@ -25,7 +25,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", out)
-        patch.setattr(console.stderr, "file", err)
+        patch.setattr(sys, "stderr", err)
         code = app.run(["scores", *map(str, arguments)])
     return subprocess.CompletedProcess([], code, out.getvalue(), err.getvalue())
 

@@ -266,12 +266,8 @@ def _child(
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(timeout)
         sys.argv = ["dpaudit", *arguments]
-        from rich.console import Console
-
-        from dpaudit.cli import console
         from dpaudit.cli.app import run as command
 
-        console.stderr = Console(stderr=True, highlight=False)  # the parent's may be in the middle of other output
         if prepare is not None:
             prepare()
         _install(_Watch(folders, kind, at, log, skip))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dpaudit.bounds.calculator import METHODS, compute
-from dpaudit.cli import app, console
+from dpaudit.cli import app
 from dpaudit.errors import UsageError
 
 DPAUDIT = Path(sys.executable).parent / "dpaudit"
@@ -30,7 +30,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", out)
-        patch.setattr(console.stderr, "file", err)
+        patch.setattr(sys, "stderr", err)
         code = app.run(["bound", *map(str, arguments)])
     return subprocess.CompletedProcess([], code, out.getvalue(), err.getvalue())
 

@@ -143,6 +143,10 @@ def test_the_command_says_what_is_wrong_in_one_line(
     assert not (tmp_path / "sweeps").exists()
     assert app.run(["sweep", str(grid), "--seeds", "0-2", "--dry-run", "data.limit=4"]) == 0
     assert "3 cells" in capsys.readouterr().out
+    assert app.run(["sweep", str(grid), "--seeds", "0-2", "--dry-run", "--json", "data.limit=4"]) == 0
+    listed = SweepDocument.model_validate_json(capsys.readouterr().out)
+    assert not listed.finished and [cell.state for cell in listed.cells] == ["waiting"] * 3
+    assert not (tmp_path / "sweeps").exists()
 
 
 @pytest.mark.slow
