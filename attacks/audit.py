@@ -32,6 +32,7 @@ from dpaudit.documents import (
     RunInfo,
     Validity,
 )
+from dpaudit.executors import Executor
 from dpaudit.runs import RunFolder
 from trainers import data
 from trainers.plan import make_plan
@@ -46,9 +47,18 @@ PROCEDURE = "the training procedure, not these weights"
 
 
 def audit(
-    path: Path, options: Options, *, reporter: Reporter | None = None, log: Callable[[str], None] = lambda _: None
+    path: Path,
+    options: Options,
+    *,
+    reporter: Reporter | None = None,
+    log: Callable[[str], None] = lambda _: None,
+    processes: int | None = None,
+    executor: Executor | None = None,
 ) -> AuditDocument:
-    """Audit the run in `path`, write its release/audit.json and return it. Raises UsageError before any work."""
+    """Audit the run in `path`, write its release/audit.json and return it. Raises UsageError before any work.
+
+    processes, executor: of the reference models (attacks.membership.references.train_references).
+    """
     run = RunFolder.open(path)
     config = prepare(run, options)
     chosen = options.named(config)
@@ -82,6 +92,8 @@ def audit(
                 confidence=confidence,
                 alpha=options.alpha,
                 references=options.references,
+                processes=processes,
+                executor=executor,
                 device=options.device,
                 log=log,
             )

@@ -33,6 +33,7 @@ from dpaudit.analysis.tables import ScoreTable
 from dpaudit.documents import Claim, Test
 from dpaudit.errors import UsageError
 from dpaudit.randomness import Key
+from dpaudit.runs import RunFolder
 from trainers.progress import Reporter, Silent, StepReport
 
 KIND = "run"
@@ -82,9 +83,9 @@ def _plain(value: float | None) -> float | str | None:
 
 
 def job(payload: dict[str, Any]) -> dict[str, Any]:
-    """`train_one` for an executor (dpaudit.executors): a process of its own, everything in the payload."""
+    """`train_one` for an executor (dpaudit.executors): a process of its own; the key is in the folder of the audit."""
     options = TrainerOptions(**{**payload["options"], "audits": tuple(payload["options"]["audits"])})
-    key = Key(bytes.fromhex(payload["key"]), seeded=bool(payload["seeded"]))
+    key = Key.load(RunFolder(Path(payload["folder"])).noise_key)
     factory = partial(load_factory(options.target, limit=options.time_limit), **options.arguments)
     setting = Setting.of(factory, options, key)
     return train_one(setting, target_of(setting), int(payload["run"]), bool(payload["member"]))

@@ -208,7 +208,7 @@ def _play(
     if games.runs and folder.scores(runs.KIND) is None:
         log(f"{games.runs} trainings of {setting.steps} steps; interrupt at any time, --out {folder.path} goes on")
         heads = members(runs.KIND)
-        many = _on(executor, setting, heads) if executor is not None else None
+        many = _on(executor, setting, folder, heads) if executor is not None else None
         keep(runs.KIND, *runs.play(setting, heads, folder.runs_log, reporter("runs"), many))
     for kind in (canaries.KIND, gradients.KIND, runs.KIND):
         frame = folder.scores(kind)
@@ -219,10 +219,9 @@ def _play(
     return stated, parts
 
 
-def _on(executor: Executor, setting: Setting, members: Any) -> Callable[[Any], Any]:
-    """The trainings named, on an executor."""
-    options = dataclasses.asdict(setting.options)
-    shared = {"options": options, "key": setting.key.material.hex(), "seeded": setting.key.seeded}
+def _on(executor: Executor, setting: Setting, folder: AuditFolder, members: Any) -> Callable[[Any], Any]:
+    """The trainings named, on an executor. A job reads the key where it lies: it is in no message to a cluster."""
+    shared = {"options": dataclasses.asdict(setting.options), "folder": str(folder.path.resolve())}
 
     def run_all(indices: Any) -> Any:
         payloads = [{**shared, "run": index, "member": bool(members[index])} for index in indices]

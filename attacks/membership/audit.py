@@ -31,6 +31,7 @@ from dpaudit import atomic
 from dpaudit.bounds.roc import auc_interval, summarise
 from dpaudit.documents import AttackRow, Check, Claim, Extraction, LedgerDocument, ScoreSummary, Test, Validity
 from dpaudit.errors import InvalidGame
+from dpaudit.executors import Executor
 from dpaudit.runs import RunFolder
 from trainers import data
 from trainers.run import load_model
@@ -42,13 +43,15 @@ TITLE = "membership"
 @dataclass(frozen=True)
 class Settings:
     """confidence: of all bounds of this game together. alpha: level of the test of the claim. references: how many
-    reference models to train. log: told what happens."""
+    reference models to train. processes, executor: see train_references. log: told what happens."""
 
     claim: Claim | None
     delta: float
     confidence: float
     alpha: float
     references: int = 0
+    processes: int | None = None
+    executor: Executor | None = None
     device: str = "auto"
     log: Callable[[str], None] = lambda _: None
 
@@ -70,7 +73,14 @@ def audit_membership(run: RunFolder, settings: Settings) -> CanaryAudit:
         return CanaryAudit(validity, coins_sha256=coins.sha256)
     trials = Trials(settings.claim, records.kinds, coins.plan.tie_seed, settings.alpha)
     if settings.references:
-        train_references(run, settings.references, log=settings.log, decided=trials.decided)
+        train_references(
+            run,
+            settings.references,
+            processes=settings.processes,
+            executor=settings.executor,
+            log=settings.log,
+            decided=trials.decided,
+        )
     study = load_study(run, settings.references)
     settings.log("scoring records with every attack")
     view = view_of(run, records, study, settings.device, coins.plan.tie_seed)

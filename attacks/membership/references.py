@@ -31,7 +31,7 @@ from attacks.membership.records import StudyRecords, study_records
 from attacks.membership.stacked import Shared, Trial, best_stack, losses_under, train_alone, train_stack
 from dpaudit import atomic
 from dpaudit.errors import DpauditError
-from dpaudit.executors import LocalExecutor
+from dpaudit.executors import Executor, LocalExecutor
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
 
@@ -106,13 +106,15 @@ def train_references(
     count: int,
     *,
     processes: int | None = None,
+    executor: Executor | None = None,
     log: Callable[[str], None] = lambda _: None,
     decided: Callable[[Study], bool] = lambda _: False,
 ) -> Study:
     """Train what is missing of `count` trials and return all that are finished.
 
-    decided(study) is asked whenever a trial is done; once it says yes, no further training starts. processes: default
-    one for each core. Raises DpauditError when a worker fails.
+    decided(study) is asked whenever a trial is done; once it says yes, no further training starts. processes: shares
+    into which the trials are dealt, default one for each core. executor: where the shares run (None: processes here).
+    A share that runs again, because its worker died, goes on with what is missing. Raises DpauditError when one fails.
     """
     place = folder_of(run)
     atomic.make_folder(place, mode=0o700)
@@ -125,12 +127,12 @@ def train_references(
     shares = [missing[worker::workers] for worker in range(workers)]
     log(f"{len(missing)} reference models in {workers} processes")
     watch = _Watch(run, count, len(missing), log, decided)
-    executor = LocalExecutor(processes=workers, threads_per_process=1)
+    runner = executor or LocalExecutor(processes=workers, threads_per_process=1)
     payloads = [
         {"run": str(run.path.resolve()), "trials": share, "worker": worker} for worker, share in enumerate(shares)
     ]
     with watch:
-        failed = [outcome.error for outcome in executor.run(WORKER, payloads) if outcome.error is not None]
+        failed = [outcome.error for outcome in runner.run(WORKER, payloads) if outcome.error is not None]
     if failed:
         raise DpauditError(f"reference models: {failed[0]}")
     return load_study(run, count)
@@ -186,7 +188,10 @@ def work(payload: Mapping[str, Any]) -> dict[str, Any]:
     run = RunFolder(Path(payload["run"]))
     records = study_records(run)
     shared = records.shared()
-    waiting = [(index, *trial_of(records, index)) for index in payload["trials"]]
+    missing = [index for index in payload["trials"] if _read(trial_path(run, index)) is None]
+    if not missing:
+        return {"trained": 0, "stack": 0}
+    waiting = [(index, *trial_of(records, index)) for index in missing]
     size = best_stack(shared, [trial for _, trial, _ in waiting])
     progress = folder_of(run) / f"progress-{int(payload['worker'])}.json"
     finished, last = 0, 0.0

@@ -2,12 +2,14 @@
 
 import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from dpaudit.cli import console
+from dpaudit.cli.executor import Address, Chosen, ExecutorName, GpusPerTrial, choose
 
 if TYPE_CHECKING:
     from dpaudit.documents import AuditDocument, FusionAudit, ScoreSummary, Test
@@ -38,7 +40,10 @@ def command(
     ] = None,
     runs: Annotated[int | None, typer.Option(help="--trainer: trainings with one canary in or out of each.")] = None,
     steps: Annotated[int | None, typer.Option(help="--trainer: steps of a training (default: its claim's).")] = None,
-    processes: Annotated[int, typer.Option(help="--trainer: trainings of --runs at a time.")] = 1,
+    processes: Annotated[int | None, typer.Option(help="Trainings of --runs or --references at a time.")] = None,
+    executor: ExecutorName = "local",
+    address: Address = None,
+    gpus_per_trial: GpusPerTrial = None,
     time_limit: Annotated[float, typer.Option(help="--trainer: seconds that one call of it may take.")] = 30.0,
     seed: Annotated[int | None, typer.Option(min=0, help="--trainer: repeatable coins and noise.")] = None,
     model: Annotated[
@@ -97,6 +102,7 @@ def command(
     both: dict[str, object] = {"--epsilon": epsilon, "--delta": delta, "--out": out}
     if (run is not None) + (trainer is not None) + (model is not None) != 1:
         raise UsageError("audit: needs one of RUN, --trainer MODULE:FACTORY and --model PATH")
+    many = _many(runs, references, processes, executor, address, gpus_per_trial)
     if run is None:
         external.refuse({"--references": references or None}, "belongs to RUN --mia")
         played = {
@@ -121,7 +127,7 @@ def command(
             time_limit=time_limit,
             command=shlex.join(["dpaudit", *sys.argv[1:]]),
         )
-        document = external.trainer(asked, out, processes)
+        document = external.trainer(asked, out, many)
         _finish(document, as_json=as_json, strict=strict, fail_above=fail_above)
     if model is not None:
         external.refuse(of_trainer | dict.fromkeys([f"--{name}" for name in named], True), "says nothing with --model")
@@ -164,8 +170,26 @@ def command(
     from attacks.audit import audit
     from trainers.progress import Live
 
-    document = audit(run, options, reporter=Live("twin"), log=console.log)
+    with many.connection if many else nullcontext():
+        shares, runner = (many.lanes, many.make(None)) if many else (None, None)
+        document = audit(run, options, reporter=Live("twin"), log=console.log, processes=shares, executor=runner)
     _finish(document, as_json=as_json, strict=strict, fail_above=fail_above)
+
+
+def _many(
+    runs: int | None, references: int, processes: int | None, executor: str, address: str | None, gpus: float | None
+) -> Chosen | None:
+    """Where many trainings run; None: where nothing was asked for. Raises UsageError where there are none."""
+    from dpaudit.errors import UsageError
+
+    given: dict[str, object] = {"--processes": processes, "--executor": None if executor == "local" else executor}
+    given |= {"--address": address, "--gpus-per-trial": gpus}
+    asked = [flag for flag, value in given.items() if value is not None]
+    if not asked:
+        return None
+    if runs is None and not references:
+        raise UsageError(f"{asked[0]}: belongs to --trainer --runs N or --mia --references K")
+    return choose(executor, processes, 1, address, gpus)
 
 
 def _finish(document: "AuditDocument", *, as_json: bool, strict: bool, fail_above: float | None) -> NoReturn:

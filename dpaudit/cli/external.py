@@ -12,6 +12,7 @@ from dpaudit.errors import UsageError, rejected
 
 if TYPE_CHECKING:
     from attacks.external.options import ModelOptions, TrainerOptions
+    from dpaudit.cli.executor import Chosen
     from dpaudit.documents import AuditDocument
 
 
@@ -56,20 +57,21 @@ def leave_folder() -> None:
         sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
 
 
-def trainer(options: "TrainerOptions", out: Path | None, processes: int) -> "AuditDocument":
-    """Audit `--trainer`. What foreign code prints goes to stderr: stdout holds our result."""
-    if processes < 1:
-        raise rejected("--processes", processes, "a whole number of at least 1")
+def trainer(options: "TrainerOptions", out: Path | None, chosen: "Chosen | None") -> "AuditDocument":
+    """Audit `--trainer`. What foreign code prints goes to stderr: stdout holds our result.
+
+    chosen: where the trainings of --runs are; None: in this process, one by one.
+    """
     leave_folder()
     with contextlib.redirect_stdout(sys.stderr):
         from attacks.contract.guard import start_watchdog
         from attacks.external.trainer import audit_trainer
-        from dpaudit.executors import LocalExecutor
         from trainers.progress import Live
 
         start_watchdog(lambda line: console.log(f"dpaudit: {line}"))
-        executor = LocalExecutor(processes) if processes > 1 else None
-        document, place = audit_trainer(options, out, reporter=Live, log=console.log, executor=executor)
+        with chosen.connection if chosen else contextlib.nullcontext():
+            executor = chosen.make(None) if chosen else None
+            document, place = audit_trainer(options, out, reporter=Live, log=console.log, executor=executor)
     console.log(f"written to {place} (dpaudit report {place} makes a page of it)")
     return document
 

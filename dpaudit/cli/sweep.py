@@ -1,23 +1,19 @@
 """`dpaudit sweep`: many runs from one grid."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dpaudit.cli import console
+from dpaudit.cli.executor import Address, ExecutorName, GpusPerTrial, choose
 from dpaudit.errors import UsageError, rejected
 
 if TYPE_CHECKING:
-    from dpaudit.executors import Executor
     from reports.sweep.board import Board
     from reports.sweep.document import SweepDocument, SweepRow
     from reports.sweep.grid import Grid, Plan
-
-LANES = 8  # benchmark jobs side by side on a cluster; each starts lmms-eval once
 
 
 def command(
@@ -35,14 +31,9 @@ def command(
     audit: Annotated[
         list[str] | None, typer.Option(help="Also audit every cell: canaries, fusion ... May be repeated.")
     ] = None,
-    executor: Annotated[str, typer.Option(help="local: processes here; ray: a Ray cluster, see --address.")] = "local",
-    address: Annotated[
-        str | None,
-        typer.Option(help="Of a running Ray cluster: auto or HOST:PORT; default: Ray on this machine alone."),
-    ] = None,
-    gpus_per_trial: Annotated[
-        float | None, typer.Option(help="Ray: GPUs that a training takes, e.g. 0.25 for four on one.")
-    ] = None,
+    executor: ExecutorName = "local",
+    address: Address = None,
+    gpus_per_trial: GpusPerTrial = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in --out.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells; train nothing.")] = False,
     as_json: Annotated[bool, console.JSON_OPTION] = False,
@@ -64,44 +55,15 @@ def command(
         return console.emit(summarise(board))
     if (folder / NAME).exists() and not resume:
         raise UsageError(f"--out {folder}: holds a sweep already; go on with --resume, or choose another folder")
-    make, lanes, connection = _executor(executor, processes, threads, address, gpus_per_trial)
+    chosen_executor = choose(executor, processes, threads, address, gpus_per_trial)
     board = Board.read(plan, folder, grid=grid.model_dump(), overrides=overrides, seeds=chosen)
-    with connection:
+    with chosen_executor.connection:
         view = SweepView(board)
         try:
-            document = run_sweep(board, executor=make, lanes=lanes, watch=view)
+            document = run_sweep(board, executor=chosen_executor.make, lanes=chosen_executor.lanes, watch=view)
         finally:
             view.close()
     _finish(document, folder, board, as_json)
-
-
-def _executor(
-    name: str, processes: int | None, threads: int, address: str | None, gpus: float | None
-) -> "tuple[Callable[[Path], Executor], int, AbstractContextManager[object]]":
-    """What makes an executor for a folder of logs, how many jobs it runs at once, and what holds it open.
-
-    A bad number is told before anything is written.
-    """
-    from dpaudit.executors import PROCESSES, LocalExecutor
-
-    if name == "local":
-        for flag, value in (("--address", address), ("--gpus-per-trial", gpus)):
-            if value is not None:
-                raise UsageError(f"{flag}: only with --executor ray")
-        local = LocalExecutor(PROCESSES if processes is None else processes, threads)
-        return (lambda logs: replace(local, logs=logs)), local.processes, nullcontext()
-    if name != "ray":
-        raise rejected("--executor", name, "local or ray")
-    from dpaudit.executors_ray import RayExecutor
-
-    far = RayExecutor(
-        address=address,
-        cpus_per_trial=threads,
-        gpus_per_trial=gpus or 0.0,
-        threads_per_process=threads,
-        processes=processes,
-    )
-    return (lambda logs: replace(far, logs=logs)), processes or LANES, far.connection()
 
 
 def _given(

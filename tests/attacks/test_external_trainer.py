@@ -1,6 +1,7 @@
 """Audits of trainers that dpaudit did not write: games, verdicts, what is not offered, interruption."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,18 @@ from attacks.external.options import TrainerOptions
 from attacks.external.trainer import audit_trainer
 from dpaudit.documents import AuditDocument, LedgerDocument, Test
 from dpaudit.errors import InvalidGame, UsageError
+from dpaudit.randomness import Key
+from dpaudit.runs import RunFolder
 from tests.attacks import external_toy
+from tests.dpaudit.jobs import InProcess
 from trainers.progress import Silent
 
 TOY = "tests.attacks.external_toy:factory"
 
 
-def audit(out: Path, target: str = TOY, **options: Any) -> AuditDocument:
+def audit(out: Path, target: str = TOY, executor: Any = None, **options: Any) -> AuditDocument:
     asked = TrainerOptions(target, **{"seed": 1, **options})
-    return audit_trainer(asked, out, reporter=lambda _: Silent())[0]
+    return audit_trainer(asked, out, reporter=lambda _: Silent(), executor=executor)[0]
 
 
 def deciding(document: AuditDocument, name: str) -> Test:
@@ -138,6 +142,17 @@ def test_an_interrupted_multi_run_audit_ends_like_an_uninterrupted_one(tmp_path:
     assert resumed == whole
     with pytest.raises(UsageError, match="holds a finished audit"):
         audit(tmp_path / "cut", runs=24, steps=2)
+
+
+def test_an_executor_gives_the_same_document_and_sees_no_key(tmp_path: Path) -> None:
+    executor = InProcess()
+    far = audit(tmp_path / "far", executor=executor, runs=24, steps=2)
+    assert far == audit(tmp_path / "near", runs=24, steps=2)
+    assert [payload["run"] for payload in executor.payloads] == list(range(24))
+    key = RunFolder(tmp_path / "far").noise_key.read_text()
+    sent = json.dumps(executor.payloads)
+    assert all(word not in sent for word in re.findall(r"[0-9a-f]{32,}", key))
+    assert Key.load(RunFolder(tmp_path / "far").noise_key).material.hex() not in sent
 
 
 def test_an_unfinished_audit_is_not_taken_up_by_another(tmp_path: Path, monkeypatch) -> None:

@@ -15,7 +15,7 @@ from attacks.membership.audit import Settings, audit_membership
 from attacks.membership.hygiene import look_alikes, overlap_check, require_disjoint
 from attacks.membership.members import MemberGame, coins, distinct, member_twin
 from attacks.membership.records import study_records
-from attacks.membership.references import Study, folder_of, load_study, train_references, trial_of, trial_path
+from attacks.membership.references import Study, folder_of, load_study, train_references, trial_of, trial_path, work
 from attacks.membership.stacked import losses_under
 from attacks.membership.trials import Trials
 from attacks.options import MEMBER_TWIN, Options
@@ -26,6 +26,7 @@ from dpaudit.documents import AuditDocument, Claim, LedgerDocument
 from dpaudit.errors import InvalidGame, UsageError
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
+from tests.dpaudit.jobs import InProcess
 from tests.tiny import random_units
 from trainers.records import Dataset, Unit
 
@@ -102,6 +103,23 @@ def test_references_are_kept_resumed_and_the_models_that_their_keys_give(run: Pa
         _, inside = trial_of(records, index)
         np.testing.assert_array_equal(study.inside[index], inside)
     assert len({row.tobytes() for row in study.inside}) == 3  # coins of their own
+
+
+def test_an_executor_trains_what_is_missing_of_each_share(run: Path) -> None:
+    """Two shares on an executor; the one that comes back after its worker died trains the missing trial alone."""
+    twin = RunFolder(run / MEMBER_TWIN)
+    before = {index: trial_path(twin, index).read_bytes() for index in range(3)}
+    for index in range(3):
+        trial_path(twin, index).unlink()
+    executor = InProcess()
+    study = train_references(twin, 3, processes=2, executor=executor)
+    assert study.index.tolist() == [0, 1, 2]
+    assert [payload["trials"] for payload in executor.payloads] == [[0, 2], [1]]
+    np.testing.assert_allclose(study.losses[1], load(before[1])["losses"], rtol=2e-3, atol=2e-4)
+    kept = trial_path(twin, 0).read_bytes()
+    trial_path(twin, 2).unlink()
+    assert work({"run": str(twin.path), "trials": [0, 2], "worker": 0})["trained"] == 1  # as an executor does it
+    assert trial_path(twin, 0).read_bytes() == kept and trial_path(twin, 2).is_file()
 
 
 def study_of(leak: float, *, m: int = 400, k: int = 12, seed: int = 0) -> Study:

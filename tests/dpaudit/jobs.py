@@ -1,14 +1,17 @@
 """Jobs for the tests of dpaudit.executors."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dpaudit.errors import UsageError
+from dpaudit.executors import Outcome, load_function
 
 
 def double(payload: dict[str, Any]) -> dict[str, Any]:
@@ -47,3 +50,16 @@ def first_is_quick(payload: dict[str, Any]) -> dict[str, Any]:
 
 def heavy(payload: dict[str, Any]) -> dict[str, Any]:
     return {"loaded": sorted({"torch", "transformers"} & set(sys.modules)), "first": sys.path[0]}
+
+
+class InProcess:
+    """An executor that runs every job here, the last first; everything passes through JSON. `payloads`: what it got."""
+
+    def __init__(self) -> None:
+        self.payloads: list[dict[str, Any]] = []
+
+    def run(self, function: str, payloads: Any, *, started: Any = None) -> Iterator[Outcome]:
+        self.payloads += [json.loads(json.dumps(payload)) for payload in payloads]
+        for index in reversed(range(len(payloads))):
+            result = load_function(function)(json.loads(json.dumps(payloads[index])))
+            yield Outcome(index, json.loads(json.dumps(result)), None, 0.0)

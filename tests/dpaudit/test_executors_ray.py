@@ -7,14 +7,17 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dpaudit.errors import EnvironmentFailure, UsageError
-from dpaudit.executors import LocalExecutor, Outcome
+from dpaudit.executors import LocalExecutor, Outcome, load_function
 from dpaudit.executors_ray import RayExecutor
+from dpaudit.randomness import Key
+from dpaudit.runs import RunFolder
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (pip install 'dpaudit[ray]'): NO CLUSTER TEST WAS RUN")
 SQUARE = "tests.dpaudit.ray_jobs:square"
@@ -92,6 +95,22 @@ def test_failures_are_those_of_local_processes(cluster: Any) -> None:
     far = results(list(RayExecutor(address=cluster.address).run(function, jobs)))
     assert far == results(list(LocalExecutor(2).run(function, jobs)))
     assert [error is None for _, _, error in far] == [False, False, True]
+
+
+@pytest.mark.slow
+def test_one_training_of_a_multi_run_audit_is_that_of_here(cluster: Any, tmp_path: Path) -> None:
+    """benchmarks/cluster.py compares whole documents."""
+    from attacks.external.options import TrainerOptions
+
+    key = RunFolder.create(tmp_path / "audit").noise_key
+    Key.from_seed(1).save(key)
+    options = TrainerOptions("tests.attacks.external_toy:factory", runs=20, steps=2)
+    payload = {"options": asdict(options), "folder": str(tmp_path / "audit"), "run": 3, "member": True}
+    function = "attacks.external.runs:job"
+    with RayExecutor(address=cluster.address).connection():
+        (far,) = RayExecutor(address=cluster.address).run(function, [payload])
+    assert far.error is None
+    assert far.result == load_function(function)(json.loads(json.dumps(payload)))
 
 
 _DRIVER = """
