@@ -1,10 +1,10 @@
-"""A sweep on a two-node Ray cluster: a node killed in the middle, a driver killed in the middle, and the same result.
+"""A sweep, a multi-run audit and reference models on two Ray nodes: one killed in the middle, and the same result.
 
     python benchmarks/cluster.py        # writes benchmarks/results/cluster.json
 
 The nodes are processes of this machine (ray.cluster_utils.Cluster), each with one CPU. Cells are trainings of a model
 of a few thousand weights with their benchmark through lmms-eval: what is tested is that nothing is lost, done twice
-into the same place, or computed differently; not speed.
+into the same place, or computed differently; not speed. The driver of the sweep is killed as well, and resumed.
 """
 
 import argparse
@@ -33,7 +33,9 @@ from tests.tiny import save_tiny_llava
 RESULTS = Path(__file__).parent / "results" / "cluster.json"
 DPAUDIT = [sys.executable, "-m", "dpaudit"]
 PATIENCE = 1800  # seconds for one sweep
-TIMES = ("seconds", "started", "ended")
+TIMES = ("seconds", "started", "ended", "command")  # what differs by nature; the command names the executor
+RUNS = ("--trainer", "tests.attacks.external_toy:factory", "--runs", "20", "--steps", "2", "--seed", "1")
+REFERENCES = ("--mia", "--references", "4", "--processes", "4")  # a share for each: no stack of several models
 
 
 def grid(root: Path) -> Path:
@@ -100,6 +102,35 @@ def when_training(out: Path, count: int) -> float:
     return time.monotonic() - began
 
 
+def audits(root: Path, cluster: Cluster, ray_flags: tuple[str, ...]) -> dict[str, Any]:
+    """A multi-run audit and a membership audit with reference models, each here and on the cluster, a node killed."""
+    first = sorted((root / "node" / "runs").iterdir())[0]
+    found: dict[str, Any] = {}
+    for name, words, log in (
+        ("a multi-run audit", [*RUNS, "--out"], "private/runs.jsonl"),
+        ("reference models", [*REFERENCES], "twin-members/private/references/progress-*.json"),
+    ):
+        place = root / "audited"
+        documents = []
+        for flags in ((), ray_flags):
+            shutil.rmtree(place, ignore_errors=True)
+            if words[-1] != "--out":
+                shutil.copytree(first, place)
+            command = [*DPAUDIT, "audit", *words, str(place), *flags, "--json"]
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            if flags:
+                began = time.monotonic()
+                while not list(place.glob(log)) and time.monotonic() - began < PATIENCE:
+                    time.sleep(0.05)
+                cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
+            out, _ = process.communicate(timeout=PATIENCE)
+            documents.append((process.returncode, without_times(json.loads(out))))
+            if flags:
+                cluster.add_node(num_cpus=1)
+        found[f"{name}, a node killed while it trained: same JSON"] = documents[0] == documents[1]
+    return found
+
+
 def main() -> None:
     """Local, with a node killed, with the driver killed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -123,6 +154,8 @@ def main() -> None:
         shutil.move(place, root / "node")
 
         cluster.add_node(num_cpus=1)
+        found |= audits(root, cluster, ray_flags)
+
         process = sweep(file, place, *ray_flags)
         when_training(place, 2)
         process.send_signal(signal.SIGKILL)
