@@ -2,6 +2,7 @@
 
     python benchmarks/faults.py                       # writes benchmarks/results/faults.json; goes on where it stopped
     python benchmarks/faults.py --only train,report   # some of the scenarios
+    python benchmarks/faults.py --sample benchmark    # of these one fault, in turn, at the first of each call on a file
     python benchmarks/faults.py --table               # prints the tables of docs/nothing-lost.md
 
 A case passes when the command (or `--resume`) that a person types next ends with the files of an uninterrupted run,
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dpaudit import atomic
 from tests.faults import harness
-from tests.faults.scenarios import SCENARIOS, WITH_CANARIES, World, play, state, uninterrupted
+from tests.faults.scenarios import SCENARIOS, WITH_CANARIES, World, distinct, play, state, uninterrupted
 
 RESULTS = Path(__file__).parent / "results" / "faults.json"
 KINDS: tuple[harness.Kind, ...] = ("kill", "torn", "full")
@@ -34,8 +35,11 @@ PER_WRITE = 10  # cases between two writes of the results
 Tree = dict[str, Any]
 
 
-def play_all(world: World, name: str, results: Tree, out: Path) -> None:
-    """Every kind of fault at every site of one scenario; what is in `results` already is kept."""
+def play_all(world: World, name: str, results: Tree, out: Path, *, few: bool = False) -> None:
+    """Every kind of fault at every site of one scenario; what is in `results` already is kept.
+
+    few: at the first site only of each call on each file, the three kinds in turn.
+    """
     scenario = SCENARIOS[name]
     began = time.perf_counter()
     ended, expected = uninterrupted(world, scenario)
@@ -45,7 +49,10 @@ def play_all(world: World, name: str, results: Tree, out: Path) -> None:
         part.update(sites=sites, cases={})
     if ended.foreign:
         part["outside"] = sorted(set(ended.foreign))
-    todo = [(kind, at) for kind in KINDS for at in range(len(sites)) if f"{kind} {at}" not in part["cases"]]
+    cases = [(kind, at) for kind in KINDS for at in range(len(sites))]
+    if few:
+        cases = [(KINDS[number % len(KINDS)], at) for number, at in enumerate(distinct(ended.sites))]
+    todo = [(kind, at) for kind, at in cases if f"{kind} {at}" not in part["cases"]]
     for number, (kind, at) in enumerate(todo, start=1):
         case = play(world, scenario, kind, at, expected)
         part["cases"][f"{kind} {at}"] = case.problem
@@ -146,11 +153,14 @@ def small_disk(world: World, results: Tree, out: Path) -> None:
 
 def table(results: Tree) -> str:
     """The Markdown tables."""
-    lines = ["| command | writes | kill -9 | torn write | full disk | minutes |", "|---|---|---|---|---|---|"]
+    head = "| command | writes | of them played | kill -9 | torn write | full disk | minutes |"
+    lines = [head, "|---|---|---|---|---|---|---|"]
     for name, part in results["writes"].items():
         counts = {kind: Counter(part["cases"][f"{kind} {at}"] is None for at in _played(part, kind)) for kind in KINDS}
         cells = [f"{counts[kind][True]} of {sum(counts[kind].values())}" for kind in KINDS]
-        lines.append(f"| {name} | {len(part['sites'])} | {' | '.join(cells)} | {part['seconds'] / 60:.0f} |")
+        played = len({at for kind in KINDS for at in _played(part, kind)})
+        writes = f"{len(part['sites'])} | {'all' if played == len(part['sites']) else played}"
+        lines.append(f"| {name} | {writes} | {' | '.join(cells)} | {part['seconds'] / 60:.0f} |")
     if results.get("damage"):
         lines += ["", "| file | damaged copies | named | made no difference | what is said |", "|---|---|---|---|---|"]
         for name, row in results["damage"].items():
@@ -168,6 +178,7 @@ def main() -> None:
     """Play what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="scenarios by name, separated by commas; also 'damage' and 'small disk'")
+    parser.add_argument("--sample", default="", help="scenarios of which one fault at each call and file is played")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="only print the Markdown tables of what is there")
     options = parser.parse_args()
@@ -186,7 +197,7 @@ def main() -> None:
             elif name == "small disk":
                 small_disk(world, results, options.out)
             else:
-                play_all(world, name, results, options.out)
+                play_all(world, name, results, options.out, few=name in options.sample.split(","))
     finally:
         shutil.rmtree(root, ignore_errors=True)
 

@@ -34,8 +34,8 @@ NEEDS_ROOM = ("open", "write", "fsync", "mkdir", "rename")
 WARM = (
     "torch", "transformers.models.llava.modeling_llava", "peft", "opacus", "pyarrow.parquet", "pandas",
     "sklearn.datasets", "dp_accounting", "attacks.audit", "attacks.training", "attacks.fusion.audit",
-    "attacks.white_box", "reports.html", "reports.benchmark", "dpaudit.cli.app", "dpaudit.cli.train",
-    "dpaudit.cli.audit", "dpaudit.cli.report", "dpaudit.cli.benchmark",
+    "attacks.white_box", "attacks.external.trainer", "reports.html", "reports.benchmark", "dpaudit.cli.app",
+    "dpaudit.cli.train", "dpaudit.cli.audit", "dpaudit.cli.report", "dpaudit.cli.benchmark",
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from dpaudit.cli.app import run as command
+from tests.faults import in_process
 from tests.faults.harness import Ended, Kind, Site, run
 from tests.tiny import random_units, save_tiny_llava
 from trainers.records import Unit
@@ -91,13 +92,24 @@ class World:
 
 @dataclass(frozen=True)
 class Scenario:
-    """A command in an empty place. prepare: what lies there before; again: how a person goes on after a crash."""
+    """A command in an empty place. prepare: what lies there before; again: how a person goes on after a crash.
+
+    skip: sites that another scenario plays. patch: called in the process of the command. finished: what is said, with
+    exit code 2, by a command that has nothing left to do.
+    """
 
     name: str
     prepare: Callable[[World, Path], None]
     command: Callable[[World, Path], list[str]]
     again: Callable[[World, Path], Sequence[list[str]]]
     skip: str | None = None
+    patch: Callable[[World], Callable[[], None]] | None = None
+    finished: str | None = None
+
+    def run(self, world: World, place: Path, typed: Sequence[str], kind: Kind = "none", at: int = -1) -> Ended:
+        """One command of this scenario, with a fault at its site `at`."""
+        prepare = self.patch(world) if self.patch is not None else None
+        return run(typed, [place], world.root, kind=kind, at=at, skip=self.skip, prepare=prepare)
 
 
 def _with_run(*extra: str) -> Callable[[World, Path], None]:
@@ -132,6 +144,46 @@ def _benchmark(world: World, place: Path) -> list[str]:
     return ["benchmark", str(place / "run"), "--limit", "4"]
 
 
+GRID = """
+name: small
+settings: {{{settings}}}
+grid: {{privacy.noise-multiplier: [1.0, 2.0]}}
+"""
+
+
+def _grid(world: World) -> Path:
+    """A grid of two cells of two steps."""
+    data = [f"data.path={world.data}", "data.train=train.jsonl", "data.test=test.jsonl", f"model.path={world.model}"]
+    kept = [item for item in SETTINGS if not item.startswith(("seed", "privacy", "training.steps", "data.reserve"))]
+    pairs = [item.replace("=", ": ", 1) for item in (*kept, *data, "training.steps=2", "privacy.epsilon=null")]
+    path = world.root / "grid.yaml"
+    path.write_text(GRID.format(settings=", ".join(pairs)))
+    return path
+
+
+def _sweep(world: World, place: Path) -> list[str]:
+    return ["sweep", str(_grid(world)), "--out", str(place / "sweep")]
+
+
+def _sweep_again(world: World, place: Path) -> Sequence[list[str]]:
+    return [[*_sweep(world, place), "--resume"], _sweep(world, place)]
+
+
+def _measured(world: World) -> Callable[[], None]:
+    """The sweep is measured once, for real; its jobs run in the process that is watched."""
+    whole = world.root / "finished" / "sweep"
+    if not whole.exists():
+        whole.parent.mkdir(exist_ok=True)
+        ended = run(["sweep", str(_grid(world)), "--out", str(whole)], [whole], world.root)
+        assert ended.code == 0, ended.err
+    return lambda: in_process.patch(whole)
+
+
+def _trainer(world: World, place: Path) -> list[str]:
+    games = ["--canaries", "--count", "30", "--runs", "20", "--steps", "2"]
+    return ["audit", "--trainer", "tests.attacks.external_toy:factory", *games, "--seed", "1", "--out", f"{place}/toy"]
+
+
 def _scenario(
     name: str, prepare: Callable[[World, Path], None], command: Callable[[World, Path], list[str]]
 ) -> Scenario:
@@ -145,6 +197,22 @@ SCENARIOS: Mapping[str, Scenario] = {
         _scenario("audit", _with_run(*WITH_CANARIES), _audit("--canaries")),
         _scenario("audit that trains a twin", _with_run(*DUAL_PRIV), _audit("--canaries", "--count", "12")),
         _scenario("white-box audit", _with_run(*DUAL_PRIV), _audit("--white-box", "--count", "30")),
+        Scenario(
+            "membership audit",
+            _with_run(*WITH_CANARIES),
+            _audit("--mia", "--references", "2"),
+            _same(_audit("--mia", "--references", "2")),
+            skip=r"/\.?progress-",  # written by a clock
+            patch=lambda world: in_process.patch,
+        ),
+        Scenario(
+            "audit of a trainer",
+            lambda world, place: None,
+            _trainer,
+            _same(_trainer),
+            finished="holds a finished audit",
+        ),
+        Scenario("sweep", lambda world, place: None, _sweep, _sweep_again, patch=_measured),
         _scenario("report", _with_run(*WITH_CANARIES), _report),
         _scenario("benchmark", _with_run(*WITH_CANARIES), _benchmark),
     )
@@ -165,6 +233,8 @@ def state(place: Path) -> dict[str, str]:
             found[name] = _digest(_metrics(path))
         elif path.name in ("benchmark.json", "environment.json"):
             found[name] = _digest(_without(path, "seconds", "command"))
+        elif path.name == "sweep.json":
+            found[name] = _digest(_timeless(json.loads(path.read_bytes())))
         elif path.suffix == ".html":
             found[name] = "present"  # it embeds command lines and times; the same inputs give the same bytes
         elif path.suffix in (".log",):
@@ -180,6 +250,12 @@ def _without(path: Path, *names: str) -> object:
         return {key: value for key, value in tree.items() if key not in names}
     except (ValueError, AttributeError):
         return path.read_bytes().hex()
+
+
+def _timeless(tree: object) -> object:
+    if isinstance(tree, dict):
+        return {key: _timeless(value) for key, value in tree.items() if key != "seconds"}
+    return [_timeless(item) for item in tree] if isinstance(tree, list) else tree
 
 
 def _metrics(path: Path) -> list[object]:
@@ -214,11 +290,19 @@ class Case:
     problem: str | None
 
 
+def distinct(sites: Sequence[Site]) -> list[int]:
+    """Indices of the first site of each call on each file."""
+    first: dict[Site, int] = {}
+    for index, site in enumerate(sites):
+        first.setdefault(site, index)
+    return sorted(first.values())
+
+
 def uninterrupted(world: World, scenario: Scenario) -> tuple[Ended, dict[str, str]]:
     """The command without a fault, and what it leaves."""
     place = world.place("whole")
     scenario.prepare(world, place)
-    ended = run(scenario.command(world, place), [place], world.root, skip=scenario.skip)
+    ended = scenario.run(world, place, scenario.command(world, place))
     if ended.code != 0:
         raise RuntimeError(f"{scenario.name}: the command itself fails: {ended.err[-2000:]}")
     return ended, state(place)
@@ -229,7 +313,7 @@ def play(world: World, scenario: Scenario, kind: Kind, at: int, expected: Mappin
     # The same path as the uninterrupted run: a path is part of a configuration.
     place = world.place("whole")
     scenario.prepare(world, place)
-    ended = run(scenario.command(world, place), [place], world.root, kind=kind, at=at, skip=scenario.skip)
+    ended = scenario.run(world, place, scenario.command(world, place), kind, at)
     if len(ended.sites) <= at:
         return Case(Site("none", ""), kind, f"has only {len(ended.sites)} sites")
     site = ended.sites[at]
@@ -252,15 +336,16 @@ def _first_problem(
         audit = run(["audit", str(place / "run")], [place], world.root)
         if audit.code != 2 or "Traceback" in audit.err or len(audit.err.strip().splitlines()) != 1:
             return f"a half-written run was audited: code {audit.code}: {audit.line[:200]}"
-    last = None
+    last, done = None, False
     for typed in scenario.again(world, place):
-        last = run(typed, [place], world.root)
-        if last.code == 0:
+        last = scenario.run(world, place, typed)
+        done = scenario.finished is not None and scenario.finished in last.line
+        if last.code == 0 or done:
             break
         if last.code != 2 or "Traceback" in last.err or len(last.err.strip().splitlines()) != 1:
             return f"going on failed with code {last.code}: {last.err.strip()[-300:]}"
     assert last is not None
-    if last.code != 0:
+    if last.code != 0 and not done:
         return f"no way to go on: {last.line[:300]}"
     after = spent(place)
     fallen = [name for name, steps in before.items() if after.get(name, 0) < steps]

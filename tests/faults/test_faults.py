@@ -13,7 +13,17 @@ import pytest
 
 from dpaudit.runs import RunFolder
 from tests.faults import harness
-from tests.faults.scenarios import DUAL_PRIV, SCENARIOS, WITH_CANARIES, Scenario, World, play, state, uninterrupted
+from tests.faults.scenarios import (
+    DUAL_PRIV,
+    SCENARIOS,
+    WITH_CANARIES,
+    Scenario,
+    World,
+    distinct,
+    play,
+    state,
+    uninterrupted,
+)
 
 
 @pytest.fixture(scope="module")
@@ -25,18 +35,10 @@ def world() -> Iterator[World]:
     shutil.rmtree(root)
 
 
-def one_of_each(sites: tuple[harness.Site, ...], stride: int) -> list[int]:
-    """Indices of sites: every `stride`-th among the first of each kind of call and file."""
-    first: dict[harness.Site, int] = {}
-    for index, site in enumerate(sites):
-        first.setdefault(site, index)
-    return sorted(first.values())[::stride]
-
-
 def check(world: World, scenario: Scenario, stride: int) -> int:
     ended, expected = uninterrupted(world, scenario)
     assert ended.foreign == (), f"{scenario.name} writes outside its folders: {ended.foreign}"
-    chosen = one_of_each(ended.sites, stride)
+    chosen = distinct(ended.sites)[::stride]
     kinds: tuple[harness.Kind, ...] = ("torn", "full", "kill")
     for place, at in enumerate(chosen):
         case = play(world, scenario, kinds[place % 3], at, expected)
@@ -56,6 +58,11 @@ def test_an_audit_survives_a_fault_at_any_write(world: World) -> None:
 
 def test_a_report_survives_a_fault_at_any_write(world: World) -> None:
     assert check(world, SCENARIOS["report"], 2) >= 3
+
+
+@pytest.mark.slow
+def test_an_audit_of_a_trainer_survives_a_fault_at_any_write(world: World) -> None:
+    assert check(world, SCENARIOS["audit of a trainer"], 10) > 60
 
 
 def test_a_second_process_is_refused(world: World) -> None:
