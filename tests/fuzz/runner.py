@@ -100,9 +100,9 @@ def judge(case: Case, ended: harness.Ended) -> str | None:
 def damage(run: Path, name: str, how: str, where: int) -> None:
     """Damage one file of a run."""
     path = run / name
-    if not path.exists() and not path.is_symlink():
-        return
-    content = path.read_bytes() if path.is_file() else b""
+    if path.is_symlink() or not path.is_file():
+        return  # damaged before: nothing is written through a link
+    content = path.read_bytes()
     at = where % max(1, len(content))
     match how:
         case "flip" if content:
@@ -111,7 +111,7 @@ def damage(run: Path, name: str, how: str, where: int) -> None:
             path.write_bytes(content[:at])
         case "empty":
             path.write_bytes(b"")
-        case "remove" | "folder" | "link" if path.is_file():
+        case "remove" | "folder" | "link":
             path.unlink()
             if how == "folder":
                 path.mkdir()
@@ -121,7 +121,7 @@ def damage(run: Path, name: str, how: str, where: int) -> None:
             path.write_bytes({"number": b"7", "null": b"null", "rubbish": bytes(range(256)) * 8}[how])
         case "sealed":
             _reseal(run, path, content, where)
-        case "mode" if path.is_file():
+        case "mode":
             path.chmod(0)
 
 

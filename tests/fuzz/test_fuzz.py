@@ -65,6 +65,22 @@ def test_the_judge_sees_what_it_must() -> None:
     assert judge(case, Ended(2, "", "run: encoding\ndpaudit: data.train: got 1; accepted: 2\n", (), ())) is None
 
 
+def test_damage_never_leaves_the_run(tmp_path: Path) -> None:
+    """A file that became a link or a folder is left alone by what is drawn next."""
+    from tests.fuzz.grammar import DAMAGES
+    from tests.fuzz.runner import damage
+
+    outside = tmp_path / "outside"
+    outside.write_text("precious")
+    (tmp_path / "run" / "folder").mkdir(parents=True)
+    (tmp_path / "run" / "link").symlink_to(outside)
+    for how in DAMAGES:
+        for name in ("link", "folder", "missing"):
+            damage(tmp_path / "run", name, how, 3)
+    assert outside.read_text() == "precious" and (tmp_path / "run" / "link").is_symlink()
+    assert (tmp_path / "run" / "folder").is_dir()
+
+
 def test_the_grammar_reaches_every_field() -> None:
     from tests.fuzz.grammar import LEAVES
 
