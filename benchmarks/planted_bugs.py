@@ -13,6 +13,7 @@ import torch
 
 from attacks.bugs.benchmark import BugRow, BugsDocument, ControlRow, document, run_bug
 from attacks.bugs.controls import CONTROLS, Control, run_control
+from attacks.bugs.paths import PATHS, run_path
 from attacks.bugs.table import BUGS
 from dpaudit import atomic
 
@@ -51,18 +52,25 @@ def main() -> None:
         return
     rows = {row.name: row for row in old.bugs}
     controls = {row.name: row for row in old.controls}
+    paths = {row.name: row for row in old.token_paths}
 
     def write() -> None:
         ordered = [rows[bug.name] for bug in BUGS if bug.name in rows]
         held = [controls[control.name] for control in CONTROLS if control.name in controls]
         atomic.make_folder(options.out.parent)
-        atomic.write_document(options.out, document(ordered, held))
+        watched = [paths[plant.name] for plant in PATHS if plant.name in paths]
+        atomic.write_document(options.out, document(ordered, held, watched))
 
     for bug in BUGS:
         if bug.name not in rows:
             rows[bug.name] = run_bug(bug)
             write()
             print(bug.name, rows[bug.name].contract[:2], rows[bug.name].seconds, flush=True)
+    for plant in PATHS:
+        if plant.name not in paths:
+            paths[plant.name] = run_path(plant)
+            write()
+            print(plant.name, paths[plant.name].as_planted, paths[plant.name].seconds, flush=True)
     for control in CONTROLS:
         wanted = options.slow_seeds if control.slow else options.seeds
         while (done := _done(controls, control)) < wanted:
@@ -83,6 +91,17 @@ def table(result: BugsDocument) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     lines += [_markdown(row) for row in result.bugs]
+    lines += [
+        "",
+        "| token path | what | source | fusion audit: first leaking stage, or check that fails | training | s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for path in result.token_paths:
+        found = f"{path.stage}: {path.moved}" if path.stage else ", ".join(path.failed) or "passes"
+        found += "" if path.as_planted else " (**not as planted**)"
+        lines.append(
+            f"| `{path.name}` | {path.what} | {path.source} | {found} | {path.training} | {path.seconds:.0f} |"
+        )
     lines += [
         "",
         "| correct trainer | seeds | contract alarms | verdicts | game alarms | s |",

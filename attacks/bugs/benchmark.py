@@ -8,6 +8,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from attacks.bugs.game import ALPHA, release_game
+from attacks.bugs.paths import PathRow
 from attacks.bugs.table import Bug
 from attacks.contract import run_checks
 from attacks.contract.influence import ISOLATION, OUTSIDE, Bench
@@ -53,6 +54,9 @@ class BugsDocument(Document):
     caught_by_contract: int
     game_alpha: float = ALPHA
     controls: tuple[ControlRow, ...] = ()
+    token_paths: tuple[PathRow, ...] = Field(
+        default=(), description="The fusion audit on planted token paths, and on the correct one with each reducer."
+    )
 
 
 def run_bug(row: Bug, *, seed: int = 0, game: bool = True) -> BugRow:
@@ -86,11 +90,14 @@ def run_bugs(rows: Sequence[Bug], *, seed: int = 0, game: bool = True) -> Iterat
         yield run_bug(row, seed=seed, game=game)
 
 
-def document(rows: Sequence[BugRow], controls: Sequence[ControlRow] = ()) -> BugsDocument:
+def document(
+    rows: Sequence[BugRow], controls: Sequence[ControlRow] = (), token_paths: Sequence[PathRow] = ()
+) -> BugsDocument:
     """The whole table."""
     return BugsDocument(
         bugs=tuple(rows),
         caught=sum(row.caught for row in rows),
         caught_by_contract=sum(bool(row.contract) for row in rows),
         controls=tuple(controls),
+        token_paths=tuple(token_paths),
     )

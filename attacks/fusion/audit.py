@@ -98,7 +98,7 @@ def audit_fusion(
         tuning=next((row for row in rows if row.path == verdicts.TUNING_ROW), None),
     )
     table = verdicts.cases(found)
-    carries = _carried(run, config, dataset, device, log)
+    carries = carried_by(run, config, dataset, device, log)
     return FusionAudit(
         training=verdicts.training_status(table),
         release=verdicts.release_status(table),
@@ -113,10 +113,13 @@ def audit_fusion(
     )
 
 
-def _carried(
+def carried_by(
     run: RunFolder, config: RunConfig, dataset: Dataset, device: str, log: Callable[[str], None]
 ) -> Carried | None:
-    """Exposure of the run's fused-region canaries; None where it has none, or too few for figures."""
+    """Exposure of the run's fused-region canaries; None where it has none, or too few for figures.
+
+    Raises InvalidGame when its coins are not those of its ledger, configuration and key.
+    """
     if not config.canaries.count or KIND not in config.canaries.kinds:
         return None
     from attacks.canaries import check_coins

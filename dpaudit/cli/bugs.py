@@ -1,5 +1,6 @@
 """`dpaudit bugs`: which audits catch which planted bug."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -8,44 +9,61 @@ from dpaudit.cli import console
 
 if TYPE_CHECKING:
     from attacks.bugs.benchmark import BugRow, BugsDocument
+    from attacks.bugs.paths import PathRow
 
 
 def command(
     names: Annotated[list[str] | None, typer.Argument(metavar="[BUG]...", help="Only these; default: all.")] = None,
     game: Annotated[bool, typer.Option("--game", help="Also play the white-box game (slower).")] = False,
     slow: Annotated[bool, typer.Option("--slow", help="Also those on the vision-language trainer.")] = False,
+    fusion: Annotated[bool, typer.Option("--fusion", help="Also the fusion audit on planted token paths.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of every audit.")] = 0,
     as_json: Annotated[bool, console.JSON_OPTION] = False,
 ) -> None:
     """Run the audits on trainers with one deliberate, documented bug each, and on nothing else.
 
-    Exit code 1 when a bug slips through that is not declared out of reach. docs/planted-bugs.md has the table with the
-    correct trainers beside it.
+    Exit code 1 when a bug slips through that is not declared out of reach, or when a token path is put into the wrong
+    row of the truth table. docs/planted-bugs.md has the tables, with the correct trainers beside them.
     """
     from attacks.bugs.benchmark import document, run_bugs
+    from attacks.bugs.paths import PATHS, run_path
     from attacks.bugs.table import BUGS
     from dpaudit.errors import rejected
 
     known = {row.name: row for row in BUGS}
+    paths = {row.name: row for row in PATHS}
     for name in names or []:
-        if name not in known:
-            raise rejected("BUG", name, sorted(known))
-    chosen = [known[name] for name in names] if names else [row for row in BUGS if slow or not row.slow]
+        if name not in known and name not in paths:
+            raise rejected("BUG", name, sorted({*known, *paths}))
+    chosen = [row for row in BUGS if row.name in names] if names else [row for row in BUGS if slow or not row.slow]
+    tokens = [row for row in PATHS if row.name in names] if names else [row for row in PATHS if fusion]
     rows = []
     for place, row in enumerate(run_bugs(chosen, seed=seed, game=game), 1):
         rows.append(row)
         console.log(f"{place}/{len(chosen)} {row.name} ({row.seconds:.1f} s)")
-    result = document(rows)
+    watched = []
+    for place, plant in enumerate(tokens, 1):
+        watched.append(run_path(plant, seed=seed))
+        console.log(f"{place}/{len(tokens)} {plant.name} ({watched[-1].seconds:.1f} s)")
+    result = document(rows, token_paths=watched)
     if as_json:
         console.emit(result)
     else:
         for line in describe(result):
             console.say(line)
-    console.finish(console.REFUTED if any(not row.caught and row.why_not is None for row in rows) else console.DONE)
+    missed = any(not row.caught and row.why_not is None for row in rows) or not all(row.as_planted for row in watched)
+    console.finish(console.REFUTED if missed else console.DONE)
 
 
 def describe(result: "BugsDocument") -> list[str]:
-    """The table as lines for people."""
+    """The tables as lines for people."""
+    lines = _bug_lines(result) if result.bugs else []
+    if result.token_paths:
+        lines += [""] * bool(lines) + _path_lines(result.token_paths)
+    return lines
+
+
+def _bug_lines(result: "BugsDocument") -> list[str]:
     width = max(len(row.name) for row in result.bugs)
     lines = [f"{'bug'.ljust(width)}  id        game    contract: checks that failed"]
     lines += [_line(row, width) for row in result.bugs]
@@ -53,6 +71,17 @@ def describe(result: "BugsDocument") -> list[str]:
     lines += ["", f"{result.caught} of {len(result.bugs)} caught, {result.caught_by_contract} by the step contract."]
     lines += [f"not caught: {row.name}: {row.why_not or 'it should have been'}" for row in missed]
     return lines
+
+
+def _path_lines(rows: Sequence["PathRow"]) -> list[str]:
+    width = max(len(row.name) for row in rows)
+    lines = [f"{'token path'.ljust(width)}  training                   fusion audit"]
+    for row in rows:
+        found = f"{row.stage}: {row.moved}" if row.stage else ", ".join(row.failed) or "passes"
+        lines.append(f"{row.name.ljust(width)}  {row.training:<25}  {found}")
+    wrong = [row.name for row in rows if not row.as_planted]
+    told = f"{len(rows) - len(wrong)} of {len(rows)} put into their row of the truth table"
+    return [*lines, "", told + (f"; wrong: {', '.join(wrong)}." if wrong else ".")]
 
 
 def _line(row: "BugRow", width: int) -> str:
