@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from attacks.bugs.benchmark import BugRow, BugsDocument, ControlRow, document, run_bug
+from attacks.bugs.benchmark import BugRow, BugsDocument, ControlRow, add_canaries, document, run_bug
 from attacks.bugs.controls import CONTROLS, Control, run_control
 from attacks.bugs.paths import PATHS, run_path
 from attacks.bugs.table import BUGS
@@ -53,6 +53,8 @@ def main() -> None:
     rows = {row.name: row for row in old.bugs}
     controls = {row.name: row for row in old.controls}
     paths = {row.name: row for row in old.token_paths}
+    # A game that does not apply leaves no p-value; asking again whether it does takes no time.
+    played = {row.name for row in old.bugs if row.canaries_p is not None}
 
     def write() -> None:
         ordered = [rows[bug.name] for bug in BUGS if bug.name in rows]
@@ -71,6 +73,11 @@ def main() -> None:
             paths[plant.name] = run_path(plant)
             write()
             print(plant.name, paths[plant.name].as_planted, paths[plant.name].seconds, flush=True)
+    for bug in BUGS:
+        if bug.name not in played:
+            rows[bug.name] = add_canaries(rows[bug.name], bug)
+            write()
+            print(bug.name, "canaries", rows[bug.name].canaries_p, flush=True)
     for control in CONTROLS:
         wanted = options.slow_seeds if control.slow else options.seeds
         while (done := _done(controls, control)) < wanted:
@@ -87,8 +94,8 @@ def _done(controls: dict[str, ControlRow], control: Control) -> int:
 def table(result: BugsDocument) -> str:
     """The Markdown of docs/planted-bugs.md."""
     lines = [
-        "| bug | id | what | source | step contract: checks that fail | exact replay | game | s |",
-        "|---|---|---|---|---|---|---|---|",
+        "| bug | id | what | source | step contract: checks that fail | exact replay | game | canaries | s |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [_markdown(row) for row in result.bugs]
     lines += [
@@ -117,11 +124,12 @@ def table(result: BugsDocument) -> str:
 def _markdown(row: BugRow) -> str:
     failed = ", ".join(row.contract[:3]) + (f" and {len(row.contract) - 3} more" if len(row.contract) > 3 else "")
     game = "not played" if row.game_p is None else ("caught" if row.game else "-")
+    canaries = "not played" if row.canaries_p is None else ("caught" if row.canaries else "-")
     replay = "caught" if row.isolation else "-"
     source = row.source.replace("|", "/")
     return (
         f"| `{row.name}` | {row.catalogue} | {row.what} | {source} | {failed or '**none**'} | {replay} | {game} "
-        f"| {row.seconds:.1f} |"
+        f"| {canaries} | {row.seconds:.1f} |"
     )
 
 

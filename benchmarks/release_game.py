@@ -293,8 +293,8 @@ def measure(wanted: Sequence[str], out: Path, arms: Sequence[str]) -> None:
     base = resolve({"method": "dual-priv"}, ["model.device=cpu"])
     tree.setdefault("base", accuracy(VisionLanguageModel.load(base.model.path, device="cpu"), load_digits_vqa().test))
     rows = tree.setdefault("runs", [])
-    for arm in arms:
-        for seed in SEEDS:
+    for seed in SEEDS:
+        for arm in arms:
             if any((row["arm"], row["seed"]) == (arm, seed) for row in rows):
                 continue
             with tempfile.TemporaryDirectory() as folder:

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from attacks.bugs.black_box import CanaryResult, canary_game
 from attacks.bugs.game import ALPHA, release_game
 from attacks.bugs.paths import PathRow
 from attacks.bugs.table import Bug
@@ -30,6 +31,10 @@ class BugRow(Part):
     isolation: bool = Field(description="Exact replay alone: another record, or one outside the batch, reaches a unit.")
     game_p: float | None = Field(description="p-value of the white-box release game; null = not played.")
     game: bool = Field(description="Whether the game refutes the claimed noise at its level.")
+    canaries_p: float | None = Field(
+        default=None, description="p-value of the black-box canary game (whole trainings); null = not played."
+    )
+    canaries: bool = Field(default=False, description="Whether that game refutes the claim at the same level.")
     why_not: str | None = Field(default=None, description="Why no audit can see it, where that is so.")
     seconds: float
 
@@ -59,6 +64,24 @@ class BugsDocument(Document):
     )
 
 
+def add_canaries(done: BugRow, row: Bug, *, seed: int = 0) -> BugRow:
+    """The row with the black-box canary game played."""
+    began = time.monotonic()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        played = CanaryResult(False) if row.slow else canary_game(row.factory, seed=seed)
+    caught = done.caught or played.caught
+    return done.model_copy(
+        update={
+            "canaries_p": played.p_value if played.played else None,
+            "canaries": played.caught,
+            "caught": caught,
+            "why_not": None if caught else row.out_of_reach,
+            "seconds": round(done.seconds + time.monotonic() - began, 2),
+        }
+    )
+
+
 def run_bug(row: Bug, *, seed: int = 0, game: bool = True) -> BugRow:
     """The contract, and the release game if asked for."""
     began = time.monotonic()
@@ -84,10 +107,11 @@ def run_bug(row: Bug, *, seed: int = 0, game: bool = True) -> BugRow:
     )
 
 
-def run_bugs(rows: Sequence[Bug], *, seed: int = 0, game: bool = True) -> Iterator[BugRow]:
+def run_bugs(rows: Sequence[Bug], *, seed: int = 0, game: bool = True, canaries: bool = False) -> Iterator[BugRow]:
     """One after the other, so that a caller can show progress."""
     for row in rows:
-        yield run_bug(row, seed=seed, game=game)
+        done = run_bug(row, seed=seed, game=game)
+        yield add_canaries(done, row, seed=seed) if canaries else done
 
 
 def document(

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 def command(
     names: Annotated[list[str] | None, typer.Argument(metavar="[BUG]...", help="Only these; default: all.")] = None,
     game: Annotated[bool, typer.Option("--game", help="Also play the white-box game (slower).")] = False,
+    canaries: Annotated[
+        bool, typer.Option("--canaries", help="Also black-box canaries: 200 whole trainings a bug (slower).")
+    ] = False,
     slow: Annotated[bool, typer.Option("--slow", help="Also those on the vision-language trainer.")] = False,
     fusion: Annotated[bool, typer.Option("--fusion", help="Also the fusion audit on planted token paths.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of every audit.")] = 0,
@@ -38,7 +41,7 @@ def command(
     chosen = [row for row in BUGS if row.name in names] if names else [row for row in BUGS if slow or not row.slow]
     tokens = [row for row in PATHS if row.name in names] if names else [row for row in PATHS if fusion]
     rows = []
-    for place, row in enumerate(run_bugs(chosen, seed=seed, game=game), 1):
+    for place, row in enumerate(run_bugs(chosen, seed=seed, game=game, canaries=canaries), 1):
         rows.append(row)
         console.log(f"{place}/{len(chosen)} {row.name} ({row.seconds:.1f} s)")
     watched = []
@@ -65,7 +68,7 @@ def describe(result: "BugsDocument") -> list[str]:
 
 def _bug_lines(result: "BugsDocument") -> list[str]:
     width = max(len(row.name) for row in result.bugs)
-    lines = [f"{'bug'.ljust(width)}  id        game    contract: checks that failed"]
+    lines = [f"{'bug'.ljust(width)}  id        game    canaries  contract: checks that failed"]
     lines += [_line(row, width) for row in result.bugs]
     missed = [row for row in result.bugs if not row.caught]
     lines += ["", f"{result.caught} of {len(result.bugs)} caught, {result.caught_by_contract} by the step contract."]
@@ -86,5 +89,6 @@ def _path_lines(rows: Sequence["PathRow"]) -> list[str]:
 
 def _line(row: "BugRow", width: int) -> str:
     game = "-" if row.game_p is None else ("caught" if row.game else "no")
+    canaries = "-" if row.canaries_p is None else ("caught" if row.canaries else "no")
     failed = ", ".join(row.contract[:3]) + (f" and {len(row.contract) - 3} more" if len(row.contract) > 3 else "")
-    return f"{row.name.ljust(width)}  {row.catalogue:<8}  {game:<6}  {failed or 'none'}"
+    return f"{row.name.ljust(width)}  {row.catalogue:<8}  {game:<6}  {canaries:<8}  {failed or 'none'}"
