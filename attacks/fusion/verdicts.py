@@ -190,10 +190,20 @@ def release_status(table: Sequence[TruthCase]) -> LedgerStatus:
     return ACCOUNTED if ACCOUNTED in mine and UNACCOUNTED not in mine else UNACCOUNTED
 
 
+def _if_released(case: TruthCase) -> str:
+    """What a row cites about a release, where a test looked at it."""
+    if case.case == LEAVES and not case.applies:
+        return ""
+    told = f"{UNACCOUNTED}, {case.case}" if case.applies else f"not the case: {case.case}"
+    return f". If tokens left: {told} ({case.decided_by}: {case.evidence})"
+
+
 def ledger(rows: Sequence[LedgerRow], table: Sequence[TruthCase]) -> tuple[LedgerRow, ...]:
     """The run's ledger with every row of the token path as its test decided it, citing test and figures.
 
-    A row that a run has no place for (a leak in a run without a reducer) is added.
+    What only a release rests on (noiseless tokens, fusion noise shared or replayable) is cited in the row of the thing
+    that would leave; it does not change that row's status, which is about the weights. A row that a run has no place
+    for (a leak in a run without a reducer) is added.
     """
     by_name = {case.case: case for case in table}
     shared, own = by_name[SHARED], by_name[OWN]
@@ -203,6 +213,7 @@ def ledger(rows: Sequence[LedgerRow], table: Sequence[TruthCase]) -> tuple[Ledge
     decided[NOISE_ROW] = (collides, UNACCOUNTED if collides.applies else PER_EXAMPLE)
     decided[MASK_ROW] = (masked, UNACCOUNTED if masked.applies else "post-processing")
     decided[RELEASE_ROW] = (published, published.release or UNACCOUNTED)
+    beside = {TOKEN_ROW: by_name[LEAVES], NOISE_ROW: by_name[NOISE_SHARED]}
     out = []
     for row in rows:
         if row.path not in decided:
@@ -210,6 +221,8 @@ def ledger(rows: Sequence[LedgerRow], table: Sequence[TruthCase]) -> tuple[Ledge
             continue
         case, status = decided[row.path]
         evidence = f"{row.evidence.split(DECIDED)[0]}{DECIDED}{case.decided_by}: {case.evidence}"
+        if row.path in beside:
+            evidence += _if_released(beside[row.path])
         out.append(row.model_copy(update={"status": status, "evidence": evidence}))
     missing = (
         (shared, TOKEN_ROW, "isolation of records", "One record reaches what the model computes about another."),

@@ -90,6 +90,11 @@ def test_dual_priv_as_published(sound: tuple[Isolation, tuple[Check, ...]]) -> N
     assert token.status == "per-example preprocessing"
     assert "by construction. Decided by isolation" in token.evidence and "comparisons" in token.evidence
     assert "correlation" in rows[verdicts.NOISE_ROW].evidence
+    # What a release would rest on is cited where it would leave, and changes no status.
+    assert token.evidence.endswith(f"If tokens left: UNACCOUNTED, {verdicts.LEAVES} (release game, mask leakage, "
+                                   "reconstruction: 6 of 9 carry no noise)")  # fmt: skip
+    assert f"not the case: {verdicts.NOISE_SHARED} (" in rows[verdicts.NOISE_ROW].evidence
+    assert "fusion noise not seeded by content: pass" in rows[verdicts.NOISE_ROW].evidence
     assert rows[verdicts.MASK_ROW].status == "post-processing"
     # A second audit cites its own figures instead of piling them up.
     again = verdicts.ledger(verdicts.ledger(ROWS, table), table)
