@@ -1,0 +1,37 @@
+"""What the documentation states and a file can decide: sharp edges against the committed planted-bug benchmark."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EDGES = (ROOT / "docs" / "sharp-edges.md").read_text(encoding="utf-8")
+BUGS: dict[str, dict[str, Any]] = {
+    bug["name"]: bug
+    for bug in json.loads((ROOT / "benchmarks" / "results" / "planted_bugs.json").read_text(encoding="utf-8"))["bugs"]
+}
+ITEMS = re.findall(r"^\*\*(\d+)\. (.*?)(?=^\*\*\d|^## )", EDGES, re.DOTALL | re.MULTILINE)
+
+
+def test_there_are_twenty() -> None:
+    assert [int(number) for number, _ in ITEMS] == list(range(1, 21))
+
+
+@pytest.mark.parametrize(("number", "text"), ITEMS, ids=[number for number, _ in ITEMS])
+def test_each_is_found_by_the_check_that_it_names(number: str, text: str) -> None:
+    """Every check named failed on one of the planted bugs named, and every such bug failed one of the checks."""
+    flat = " ".join(text.split())
+    named = [BUGS[name] for name in re.findall(r"`([a-z0-9-]+)`", flat)]
+    assert named
+    checks = [check.strip() for found in re.findall(r"[Cc]ontract \(([^)]*)\)", flat) for check in found.split(",")]
+    for check in checks:
+        assert any(check in bug["contract"] for bug in named), f"{check}: failed on none of them"
+    if not checks:  # what no test of a step sees
+        assert number == "20" and not any(bug["caught"] for bug in named if bug["name"] != "data-set-statistics")
+    for bug in named:
+        assert not checks or set(checks) & set(bug["contract"]), f"{bug['name']}: failed {bug['contract']}"
+    if "white box" in flat:
+        assert any(bug["game"] for bug in named), "the white box refuted none of them"
