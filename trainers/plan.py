@@ -153,10 +153,13 @@ def make_plan(config: RunConfig, dataset: Dataset, canaries: int) -> Plan:
     return Plan(*public, sigma, privacy.max_grad_norm, claim, not_releasable, training.sampling, multiplier)
 
 
+SEEDED = "the noise key came from --seed, so anyone can recompute the noise: not for release"
+
+
 def _not_releasable(config: RunConfig) -> tuple[str, ...]:
     reasons = []
     if config.seed is not None:
-        reasons.append("--seed replaced the secret noise key, so anyone can recompute the noise: not for release")
+        reasons.append(SEEDED)
     if config.planted.noise_scale != 1.0:
         reasons.append(f"planted.noise-scale = {config.planted.noise_scale:g}: the noise is not the one claimed")
     return tuple(reasons)
@@ -214,11 +217,12 @@ def _gradient_row(config: RunConfig, plan: Plan) -> LedgerRow:
     what = "The gradient of each unit is clipped"
     if config.method == "dp-zo":
         what = "No gradient is taken: each unit's change of loss along public random directions is clipped"
+    precision = SECURE_PRECISION if config.privacy.noise == "secure" else FINITE_PRECISION
     return LedgerRow(
         path="gradients",
         status="accounted",
         explanation=f"{what}, summed over a random batch and noised; the sum is divided by the public expected batch "
-        f"size. {SECURE_PRECISION if config.privacy.noise == 'secure' else FINITE_PRECISION}",
+        f"size. {precision}" + ("" if config.seed is None else f" {SEEDED[0].upper()}{SEEDED[1:]}."),
         evidence=f"C = {plan.max_grad_norm:g}, sigma = {plan.noise_multiplier:.4g}, {plan.sampler.describe()}, "
         f"T = {plan.steps}; {claim.accountant}, {claim.relation}: eps <= {float(claim.epsilon):.4g} at {claim.delta:g}",
     )

@@ -82,7 +82,7 @@ def ledger_rows(claim: Claim) -> tuple[LedgerRow, ...]:
             path=ROW,
             status="accounted" if enough else "UNACCOUNTED",
             explanation="Clipped gradients with noise, by what the trainer says of itself; the audits test whether it "
-            "does so."
+            "does so. The proof is for real-valued noise: finite precision and timing are not covered."
             if enough
             else "The claimed mechanism costs more than the eps that is claimed for it.",
             evidence=figures,

@@ -139,6 +139,8 @@ def test_a_run_of_every_method_from_start_to_reload(tiny: Path, tmp_path: Path, 
         assert float(ledger.spent.epsilon or 0) <= 8
     paths = {row.path: row.status for row in ledger.rows}
     assert paths["gradients"] == ("UNACCOUNTED" if method == "non-private" else "accounted")
+    marked = "not for release" in next(row.explanation for row in ledger.rows if row.path == "gradients")
+    assert marked == (method != "non-private")  # the settings have a seed
     assert ("gradient-update pruning" in paths) == (method == "dual-priv")
     again = load_model(run, "cpu")
     pixels = [unit.pictures[0].pixels for unit in small().test]
