@@ -563,10 +563,30 @@ class Gap(Part):
     base: float | None = Field(default=None, description="The base model's difference between the same two groups.")
 
 
+class TaskAbout(Part):
+    """Where the numbers of one task come from: all that is needed to measure them again."""
+
+    headline: str = Field(description="The metric that stands for the task.")
+    data: str = Field(description="The run's held-out questions, a local copy, or a set on the hub.")
+    scored_by: str = Field(description="Whose metric code it is: lmms-eval's task, or dpaudit's.")
+    prompt: str = Field(description="What the model is sent: its own template with the task's words around {question}.")
+    max_new_tokens: int
+    batch_size: int
+    precision: str
+    device: str
+    lmms_eval_version: str
+    questions: int
+    pictures: int = Field(description="Different pictures.")
+    limit: int | None = Field(default=None, description="Only so many were asked.")
+
+
 class BenchmarkDocument(Document):
     """`release/benchmark.json`, and what `dpaudit benchmark --json` prints.
 
-    Metric names: `exact_match` over everything, `exact_match/KIND` per question kind.
+    Metric names: METRIC over everything; METRIC/KIND for a question kind, METRIC/answer kind: KIND and METRIC/unit
+    group: GROUP for other subgroups. METRIC is `exact_match` for a run's own questions, else what the task calls it.
+    Prompt, batch size, precision, device and version beside `tasks` are those of the latest call; `about` has each
+    task's own.
     """
 
     kind: ClassVar[str] = "benchmark"
@@ -578,6 +598,7 @@ class BenchmarkDocument(Document):
         "for the embedded data, the commonest of the held-out questions themselves for any other set.",
     )
     gaps: tuple[Gap, ...] = Field(default=(), description="Between subgroups, the widest of each grouping.")
+    about: dict[str, TaskAbout] = Field(default_factory=dict, description="Per task.")
     lmms_eval_version: str
     prompt: str
     batch_size: int

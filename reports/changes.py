@@ -113,9 +113,8 @@ def _run(old: ReportRun, new: ReportRun) -> list[Change]:
         before, after = getattr(old, field), getattr(new, field)
         if before != after:
             found.append(_change(name, what, number(before), number(after), _ordered(before, after)))
-    found += _accuracy(
-        name, old.accuracy, new.accuracy, same=(old.task, old.sample_sha256) == (new.task, new.sample_sha256)
-    )
+    same = (old.task, old.sample_sha256) == (new.task, new.sample_sha256)
+    found += _accuracy(name, new.measure, old.accuracy, new.accuracy, same=same)
     for place in dict.fromkeys([*old.ledger, *new.ledger]):
         was, now = old.ledger.get(place), new.ledger.get(place)
         if was != now:
@@ -132,17 +131,17 @@ def _failures(name: str, old: Sequence[str], new: Sequence[str]) -> list[Change]
     return found
 
 
-def _accuracy(name: str, old: Metric | None, new: Metric | None, *, same: bool) -> list[Change]:
+def _accuracy(name: str, what: str, old: Metric | None, new: Metric | None, *, same: bool) -> list[Change]:
     if old is None or new is None:
         if old is new:
             return []
         before, after = (describe_interval(metric) if metric is not None else "not measured" for metric in (old, new))
-        return [_change(name, "exact match", before, after, "changed")]
+        return [_change(name, what, before, after, "changed")]
     if not same:
-        return [_change(name, "exact match", describe_interval(old), "other questions: not compared", "changed")]
+        return [_change(name, what, describe_interval(old), "other questions: not compared", "changed")]
     if (old.value, old.low, old.high) == (new.value, new.low, new.high):
         return []
-    return [_change(name, "exact match", describe_interval(old), describe_interval(new), _apart(old, new))]
+    return [_change(name, what, describe_interval(old), describe_interval(new), _apart(old, new))]
 
 
 def _apart(old: Metric | Averaged, new: Metric | Averaged) -> Direction:

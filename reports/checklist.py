@@ -163,9 +163,11 @@ def _pretraining(run: RunReport) -> tuple[Status, str]:
 def _utility(run: RunReport) -> tuple[Status, str]:
     if run.benchmark is None:
         return MISSING
+    from reports.utility import headline
+
     parts = []
     for task, metrics in run.benchmark.tasks.items():
-        metric = metrics.get("exact_match") or next(iter(metrics.values()), None)
+        metric = metrics.get(headline(task, run.benchmark))
         if metric is not None:
             span = (
                 f" ({100 * metric.low:.1f} to {100 * metric.high:.1f})"

@@ -1,6 +1,7 @@
 """All drawings of a page, made before its style sheet is hashed."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,7 @@ class Frontier:
     """One frontier: the drawing, its points, and the legend as (mark, name, letters)."""
 
     title: str
+    measure: str
     svg: Markup
     points: tuple[figures.FrontierPoint, ...]
     names: dict[str, str]
@@ -97,9 +99,10 @@ def _runs_frontier(
     if not points:
         return None
     names = {run.key: run.name for run in runs}
-    drawing = figures.frontier(points, table.base, key=f"frontier-{index}", styles=styles)
+    measure = re.sub(r"[^\w ]", "", table.headline.replace("_", " "))[:40]  # a label must not become a formula
+    drawing = figures.frontier(points, table.base, measure=measure, key=f"frontier-{index}", styles=styles)
     legend = tuple((figures.legend_mark(place), names[p.key], p.key) for place, p in enumerate(points))
-    return Frontier(f"Task {table.task}", drawing, points, names, legend, table.base, False)
+    return Frontier(f"Task {table.task}", measure, drawing, points, names, legend, table.base, False)
 
 
 def _sweep_frontier(sweep: SweepReport, index: int, styles: StyleSheet) -> Frontier | None:
@@ -126,7 +129,7 @@ def _sweep_frontier(sweep: SweepReport, index: int, styles: StyleSheet) -> Front
         for place, name in enumerate(series)
     )
     names = {line.key: line.row.configuration for line in sweep.lines}
-    return Frontier(f"Sweep {sweep.name}", drawing, tuple(points), names, legend, base, True)
+    return Frontier(f"Sweep {sweep.name}", "exact match", drawing, tuple(points), names, legend, base, True)
 
 
 def _metric(averaged: Averaged) -> Metric:

@@ -29,8 +29,9 @@ class ReportRun(Part):
     epsilon_lower: Number | None
     ceiling: Number | None
     confidence: float | None
-    accuracy: Metric | None = Field(description="exact_match on the first task.")
+    accuracy: Metric | None = Field(description="On the first task, the measure that stands for it.")
     task: str | None = None
+    measure: str = Field(default="exact match", description="What `accuracy` counts.")
     sample_sha256: str | None = None
     ledger: dict[str, LedgerStatus] = Field(default_factory=dict, description="Place -> status.")
     failed: tuple[str, ...] = Field(default=(), description="Checks of game, token path and contract that failed.")
@@ -100,6 +101,7 @@ def summarise(runs: Sequence[RunReport]) -> tuple[ReportRun, ...]:
                 confidence=run.headline_confidence,
                 accuracy=measured.metric if measured is not None else None,
                 task=table.task if measured is not None and table is not None else None,
+                measure=table.headline.replace("_", " ") if table is not None else "exact match",
                 sample_sha256=_sample(run, table) if measured is not None else None,
                 ledger={row.path: row.status for row in run.ledger},
                 failed=failed_checks(run),

@@ -169,8 +169,15 @@ def _log_axes(axes: Axes, floor: float) -> None:
     axes.set_ylim(floor, 1.06)
 
 
-def frontier(points: Sequence[FrontierPoint], base: Metric | None, *, key: str, styles: StyleSheet) -> Markup:
-    """Accuracy against eps: a filled mark at the claim, an open triangle at the audited lower bound.
+def frontier(
+    points: Sequence[FrontierPoint],
+    base: Metric | None,
+    *,
+    measure: str = "exact match",
+    key: str,
+    styles: StyleSheet,
+) -> Markup:
+    """Accuracy (called `measure`) against eps: filled marks at the claims, open triangles at audited lower bounds.
 
     The eps axis is log2(1 + eps), so that a bound of 0 has its place; no claim stands at the right, beyond a gap.
     """
@@ -198,14 +205,14 @@ def frontier(points: Sequence[FrontierPoint], base: Metric | None, *, key: str, 
         axes.yaxis.set_major_locator(MaxNLocator(6))
         axes.margins(y=0.14)
         axes.set_xlabel("eps (smaller = more private)")
-        axes.set_ylabel("exact match, %")
+        axes.set_ylabel(f"{measure}, %")
         return inline_svg(
             figure,
             key=key,
             title="Privacy-utility frontier",
             description=(
-                f"Exact match with 95 % intervals against eps for {plural(len(points), 'configuration')}. Filled marks "
-                "stand at the claimed eps, open triangles at audited lower bounds; no claim stands at the right."
+                f"{measure.capitalize()} with 95 % intervals against eps for {plural(len(points), 'configuration')}. "
+                "Filled marks stand at the claimed eps, open triangles at audited lower bounds; no claim at the right."
                 + (f" The dotted line is the base model, {percent(base.value)}." if base is not None else "")
             ),
             styles=styles,

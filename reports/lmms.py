@@ -4,16 +4,18 @@ Importing this module imports lmms-eval, which reseeds global generators and pat
 benchmark's worker process and lmms-eval's own command line do that.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
+from PIL import Image
 
 from dpaudit.errors import UsageError, rejected
 from dpaudit.runs import RunFolder
+from trainers.data.rows import content_sha256
 from trainers.records import Pixels
 from trainers.vlm import VisionLanguageModel
 
@@ -45,6 +47,7 @@ class DpauditModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
             folder = RunFolder.open(Path(run)) if run is not None else None
             model = load_model(folder, device or "auto")
         self.model = model
+        self.pictures: dict[tuple[str, int], str] = {}  # (task, question) -> hash of the picture that was shown
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answers in the order of the requests."""
@@ -57,13 +60,10 @@ class DpauditModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
         pixels, questions, settings = [], [], []
         for request in requests:
             context, generation, doc_to_visual, doc_id, task, split = request.args
-            visuals = doc_to_visual(self.task_dict[task][split][doc_id])
-            if not isinstance(visuals, list | tuple) or len(visuals) != 1:
-                found = len(visuals) if isinstance(visuals, list | tuple) else 0
-                raise rejected(f"task {task}, question {doc_id}", f"{found} pictures", "exactly one picture a question")
-            pixels.append(_pixels(visuals[0]))
+            pixels.append(_picture(task, doc_id, doc_to_visual(self.task_dict[task][split][doc_id])))
+            self.pictures[task, doc_id] = content_sha256(pixels[-1])
             questions.append(str(context))
-            settings.append((int(generation.get("max_new_tokens") or NEW_TOKENS), _stops(generation.get("until"))))
+            settings.append((self.new_tokens(generation), _stops(generation.get("until"))))
         answers = [""] * len(questions)
         for length in sorted({tokens for tokens, _ in settings}):
             chosen = [index for index, (tokens, _) in enumerate(settings) if tokens == length]
@@ -76,6 +76,11 @@ class DpauditModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
             for index, text in zip(chosen, texts, strict=True):
                 answers[index] = _until(text, settings[index][1])
         return answers
+
+    @staticmethod
+    def new_tokens(generation: Mapping[str, Any]) -> int:
+        """How long an answer may be: what the task says, or 12 tokens."""
+        return int(generation.get("max_new_tokens") or NEW_TOKENS)
 
     def clean(self) -> None:
         """Nothing to free: the worker moves on to the next model or ends (the base class spends seconds on this)."""
@@ -101,8 +106,14 @@ def _batch_size(value: int | str | None) -> int:
     return size
 
 
-def _pixels(image: Any) -> Pixels:
-    return np.asarray(image.convert("RGB"), dtype=np.uint8)
+def _picture(task: str, question: int, visuals: Any) -> Pixels:
+    """The one picture of a question. Several pictures, none, or a video: one clear line, and nothing is measured."""
+    count = len(visuals) if isinstance(visuals, list | tuple) else 0
+    if count != 1 or not isinstance(visuals[0], Image.Image):
+        found = "a video or sound" if count == 1 else f"{count} pictures"
+        wanted = "exactly one picture a question (dpaudit's models see one picture at a time)"
+        raise rejected(f"task {task}, question {question}", found, wanted)
+    return np.asarray(visuals[0].convert("RGB"), dtype=np.uint8)
 
 
 def _stops(until: object) -> tuple[str, ...]:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dpaudit.documents import BenchmarkDocument, Gap, Metric
+from reports import groups
+from reports.catalogue import HELD_OUT, LOCAL_SETS, base
 from reports.figures import FrontierPoint
 from reports.inputs import RunReport
 
@@ -24,10 +26,13 @@ class TaskColumn:
 class TaskTable:
     """One task: columns that were measured on the same questions (equal sample hash), and rows of metric names.
 
-    `others` are runs whose numbers come from other questions: shown, never compared.
+    `others` are runs whose numbers come from other questions: shown, never compared. `headline`: the metric that stands
+    for the task.
     """
 
     task: str
+    headline: str
+    held_out: bool  # the runs' own questions
     rows: tuple[tuple[str, str], ...]  # (metric name, what a reader sees)
     columns: tuple[TaskColumn, ...]
     others: tuple[TaskColumn, ...]
@@ -37,7 +42,7 @@ class TaskTable:
 
 @dataclass(frozen=True)
 class Utility:
-    """A run's accuracy beside its yardsticks, in the units of exact match (0 to 1).
+    """A run's accuracy beside its yardsticks, in the units of the task's headline metric (0 to 1).
 
     `kept` is (run - base) / (non-private - base), where non-private fine-tuning clearly adds something at all; it has
     no interval, because release documents hold no pairs.
@@ -65,23 +70,101 @@ def _table(task: str, runs: Sequence[RunReport]) -> TaskTable:
         column = TaskColumn(run.key, run.name, document.tasks[task])
         (same if document.sample_sha256.get(task) == reference else others).append(column)
     comparable = [document for _, document in measured if document.sample_sha256.get(task) == reference]
-    base = next((d.base[task] for d in comparable if d.base is not None and task in d.base), None)
+    untrained = next((d.base[task] for d in comparable if d.base is not None and task in d.base), None)
     majority = next((d.majority[task] for d in comparable if task in d.majority), None)
     yardsticks = []
+    main = headline(task, comparable[0] if comparable else measured[0][1])
     if majority is not None:
-        yardsticks.append(TaskColumn("", "commonest answer", {OVERALL: majority}))
-    if base is not None:
-        yardsticks.append(TaskColumn("", "base model", base))
+        yardsticks.append(TaskColumn("", "commonest answer", {main: majority}))
+    if untrained is not None:
+        yardsticks.append(TaskColumn("", "base model", untrained))
     metrics = dict.fromkeys(name for column in (*same, *others) for name in column.metrics)
-    rows = sorted(metrics, key=lambda name: (name != OVERALL, name))
+    rows = sorted(metrics, key=lambda name: (name != main, "/" in name, ": " in name, name))  # kinds, then other groups
     return TaskTable(
         task=task,
-        rows=tuple((name, "all questions" if name == OVERALL else name.removeprefix(f"{OVERALL}/")) for name in rows),
+        headline=main,
+        held_out=task == HELD_OUT,
+        rows=tuple((name, label(main, name)) for name in rows),
         columns=(*yardsticks, *same),
         others=tuple(others),
-        base=base.get(OVERALL) if base is not None else None,
+        base=untrained.get(main) if untrained is not None else None,
         sample_sha256=reference,
     )
+
+
+def headline(task: str, document: BenchmarkDocument) -> str:
+    """The metric that stands for a task: what the document says, else exact match, else the first."""
+    if task in document.about:
+        return document.about[task].headline
+    metrics = document.tasks[task]
+    return OVERALL if OVERALL in metrics else next(iter(metrics), OVERALL)
+
+
+def label(headline: str, name: str) -> str:
+    """A metric's name as a reader sees it: the headline is `all questions`, its subgroups go by their own name."""
+    if name == headline:
+        return "all questions"
+    if name.startswith(f"{headline}/"):
+        return name.removeprefix(f"{headline}/")
+    if name == "pope_yes_ratio":
+        return "true answers that are yes"  # what lmms-eval's code counts, whatever the name
+    return name.replace("_", " ")
+
+
+def meaning(table: TaskTable) -> str:
+    """What a task's headline counts, in words."""
+    if table.held_out:
+        return "Exact match (text equal after lower-casing and joining white space)"
+    if base(table.task) in LOCAL_SETS:
+        rule = "equal words; case, punctuation and articles do not count"
+        return f"Exact match ({rule})" if table.headline == OVERALL else "Share answered yes or no rightly"
+    return f"{table.headline.replace('_', ' ').capitalize()} as lmms-eval's task counts it"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How the numbers of one run and task came about."""
+
+    run: RunReport
+    task: str
+    data: str
+    scored_by: str
+    prompt: str
+    max_new_tokens: int | None
+    batch_size: int
+    precision: str
+    device: str
+    version: str
+    limit: int | None
+    sha256: str
+
+
+def measured(runs: Sequence[RunReport]) -> tuple[Measured, ...]:
+    """One row for each run and task; documents of earlier versions state the call's settings alone."""
+    rows = []
+    for run in runs:
+        document = run.benchmark
+        for task in document.tasks if document is not None else ():
+            assert document is not None
+            about = document.about.get(task)
+            source = about if about is not None else document
+            rows.append(
+                Measured(
+                    run=run,
+                    task=task,
+                    data=about.data if about is not None else "not stated",
+                    scored_by=about.scored_by if about is not None else "not stated",
+                    prompt=source.prompt,
+                    max_new_tokens=about.max_new_tokens if about is not None else None,
+                    batch_size=source.batch_size,
+                    precision=source.precision,
+                    device=source.device,
+                    version=source.lmms_eval_version,
+                    limit=about.limit if about is not None else None,
+                    sha256=document.sample_sha256.get(task, ""),
+                )
+            )
+    return tuple(rows)
 
 
 def _reference_hash(task: str, documents: Sequence[BenchmarkDocument]) -> str | None:
@@ -94,7 +177,7 @@ def utility(run: RunReport, runs: Sequence[RunReport], table: TaskTable | None) 
     """Accuracy of one run against base and non-private, on the same questions only."""
     if table is None:
         return None
-    own = next((c.metrics.get(OVERALL) for c in (*table.columns, *table.others) if c.key == run.key), None)
+    own = next((c.metrics.get(table.headline) for c in (*table.columns, *table.others) if c.key == run.key), None)
     if own is None:
         return None
     if all(column.key != run.key for column in table.columns):
@@ -116,7 +199,7 @@ def _clearly_above(upper: Metric, lower: Metric) -> bool:
 
 def _non_private(runs: Sequence[RunReport], table: TaskTable) -> Metric | None:
     keys = [run.key for run in runs if run.method == "non-private"]
-    return next((c.metrics.get(OVERALL) for c in table.columns if c.key in keys), None)
+    return next((c.metrics.get(table.headline) for c in table.columns if c.key in keys), None)
 
 
 def gaps(document: BenchmarkDocument | None) -> tuple[Gap, ...]:
@@ -125,7 +208,7 @@ def gaps(document: BenchmarkDocument | None) -> tuple[Gap, ...]:
         return ()
     found = list(document.gaps)
     for task, metrics in document.tasks.items() if not found else ():
-        kinds = {name.removeprefix(f"{OVERALL}/"): m for name, m in metrics.items() if name.startswith(f"{OVERALL}/")}
+        kinds = groups.of(OVERALL, groups.QUESTION, metrics)
         if len(kinds) < 2:
             continue
         best = max(kinds, key=lambda name: kinds[name].value)
@@ -137,7 +220,7 @@ def gaps(document: BenchmarkDocument | None) -> tuple[Gap, ...]:
             Gap(
                 task=task,
                 metric=OVERALL,
-                grouping="question kind",
+                grouping=groups.QUESTION,
                 best=best,
                 worst=worst,
                 value=kinds[best].value - kinds[worst].value,
@@ -152,7 +235,7 @@ def gaps(document: BenchmarkDocument | None) -> tuple[Gap, ...]:
 def same_gap(gap: Gap, other: BenchmarkDocument | None) -> float | None:
     """Another model's difference between the same two groups; None where it was not measured on the same questions."""
     metrics = other.tasks.get(gap.task, {}) if other is not None else {}
-    best, worst = (metrics.get(f"{gap.metric}/{name}") for name in (gap.best, gap.worst))
+    best, worst = (metrics.get(groups.key(gap.metric, gap.grouping, name)) for name in (gap.best, gap.worst))
     return best.value - worst.value if best is not None and worst is not None else None
 
 
@@ -161,7 +244,7 @@ def frontier_points(runs: Sequence[RunReport], table: TaskTable) -> tuple[Fronti
     found = []
     for run in runs:
         column = next((c for c in table.columns if c.key == run.key), None)
-        metric = column.metrics.get(OVERALL) if column is not None else None
+        metric = column.metrics.get(table.headline) if column is not None else None
         if metric is None:
             continue
         test = run.headline

@@ -10,47 +10,39 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dpaudit.errors import DpauditError, EnvironmentFailure
+from dpaudit.errors import DpauditError, EnvironmentFailure, UsageError, rejected
+from reports import catalogue, evaluate
+from reports.catalogue import TaskSpec
 
-TASK = "dpaudit_vqa"
-TASKS = Path(__file__).parent / "tasks"
+TASK = catalogue.HELD_OUT
 
 
 def work(spec: dict[str, Any]) -> None:
-    """Evaluate every model of the spec on the exported questions.
+    """Evaluate every model of the spec on every task.
 
-    spec: {"parquet": path, "batch_size": int, "device": str, "models": [{"name", "run": path or null, "base": path or
-    null, "out": path}]}. Each `out` receives {"correct": [...], "answers": [...], "prompt", "precision", "device",
-    "lmms_eval_version", "seconds"}, in the order of the questions.
+    spec: {"tasks": [fields of TaskSpec], "batch_size": int, "device": str, "models": [{"name", "run": path or null,
+    "base": path or null, "out": path}]}. Each `out` receives {"prompt", "precision", "device", "lmms_eval_version",
+    "seconds", "tasks": {NAME: {"metrics", "gaps", "headline", "answers", "correct", "sha256", "prompt",
+    "max_new_tokens", "pictures"}}}, per-question lists in the order of the questions.
     """
     import torch
-    from lmms_eval import evaluator
-    from lmms_eval.tasks import TaskManager
 
     from reports.lmms import DpauditModel
 
-    manager = TaskManager("WARNING", include_path=str(TASKS), include_defaults=False)
+    manager, tasks = _tasks([TaskSpec(**task) for task in spec["tasks"]])
     for entry in spec["models"]:
         began = time.perf_counter()
         model = _load(entry, spec["device"])
+        wrapped = DpauditModel(model=model, batch_size=spec["batch_size"])
         with torch.inference_mode():
-            results = evaluator.simple_evaluate(
-                model=DpauditModel(model=model, batch_size=spec["batch_size"]),
-                # A new one each time: lmms-eval takes the override apart while it reads it.
-                tasks=[{"task": TASK, "dataset_kwargs": {"data_files": {"test": spec["parquet"]}}}],
-                task_manager=manager,
-                batch_size=spec["batch_size"],
-                bootstrap_iters=0,
-                log_samples=True,
-                process_docs_parallel=1,
-                datetime_str="",
-            )
+            measured = {task.name: _measure(task, made, manager, wrapped) for task, made in tasks}
         outcome = {
-            **_per_question(results),
+            "tasks": measured,
             "prompt": model.prompter.template,
             "precision": str(next(model.core.parameters()).dtype).removeprefix("torch."),
             "device": str(model.device),
@@ -72,24 +64,126 @@ def _load(entry: dict[str, Any], device: str) -> Any:
     return VisionLanguageModel.load(entry["base"], device=device, precision=entry["precision"])
 
 
-def _per_question(results: dict[str, Any] | None) -> dict[str, Any]:
-    """Correctness and answer of each question, in order, checked against lmms-eval's own aggregate."""
-    if results is None or TASK not in results.get("samples", {}):
-        raise EnvironmentFailure(f"lmms-eval returned no samples of task {TASK}")
-    samples = sorted(results["samples"][TASK], key=lambda sample: int(sample["doc_id"]))
-    if [int(sample["doc_id"]) for sample in samples] != list(range(len(samples))):
-        raise EnvironmentFailure(f"lmms-eval left out questions of task {TASK}")
-    correct = [float(sample["exact_match"]) for sample in samples]
-    mean = float(results["results"][TASK]["exact_match,none"])
-    if abs(mean - sum(correct) / len(correct)) > 1e-9:
-        raise EnvironmentFailure(f"lmms-eval's mean {mean} is not the mean of its samples")
-    return {"correct": correct, "answers": [_text(sample["filtered_resps"]) for sample in samples]}
+# -- tasks -----------------------------------------------------------------------------------------------------------
 
 
-def _text(responses: Any) -> str:
-    while isinstance(responses, list | tuple):
-        responses = responses[0] if responses else ""
-    return str(responses)
+def _tasks(specs: list[TaskSpec]) -> tuple[Any, list[tuple[TaskSpec, Any]]]:
+    """lmms-eval's index and task objects, made once for all models: making one reads its data."""
+    from lmms_eval.api.task import ConfigurableTask
+    from lmms_eval.tasks import TaskManager
+    from tenacity import stop_after_attempt
+
+    for method in (ConfigurableTask.download, ConfigurableTask.process_results):
+        method.retry.stop = stop_after_attempt(1)  # five tries hide an error for eight seconds and then its cause
+    folders = sorted({spec.folder for spec in specs if spec.folder is not None})
+    every = any(spec.folder is None for spec in specs)
+    manager = TaskManager("ERROR", include_path=folders, include_defaults=every, model_name="dpaudit")
+    return manager, [(spec, _task(spec, manager)) for spec in specs]
+
+
+def _task(spec: TaskSpec, manager: Any) -> Any:
+    from lmms_eval.api.task import ConfigurableTask
+    from lmms_eval.utils import load_yaml_config
+    from tenacity import RetryError
+
+    known = manager.task_index.get(spec.task, {})
+    if known.get("type") != "task":
+        kind = f"a {known['type'].replace('_', ' ')}: name its members" if known else repr(spec.task)
+        raise rejected("--tasks", kind if known else spec.task, catalogue.accepted())
+    config = load_yaml_config(yaml_path=known["yaml_path"], mode="full")
+    config |= _override(spec, config)
+    if config.get("output_type", "generate_until") != "generate_until":
+        raise rejected(f"task {spec.name}, output_type", config["output_type"], "generate_until")
+    # Submissions are files for a challenge's server, not numbers.
+    config["metric_list"] = [m for m in config.get("metric_list", []) if "submission" not in str(m["metric"])]
+    if not config["metric_list"]:
+        raise UsageError(f"task {spec.name}: has no metric that is computed here (its answers go to a server)")
+    try:
+        return ConfigurableTask(config={**config, "task": spec.name}, model_name="dpaudit")
+    except RetryError as error:
+        cause = error.last_attempt.exception()
+        why = f"{type(cause).__name__}: {' '.join(str(cause).split())[:160]}"
+    if spec.data.startswith("hub"):
+        raise EnvironmentFailure(
+            f"task {spec.name}: its data can't be fetched from the {spec.data} ({why}); "
+            f"without a network, give a local copy with --data {spec.name}=PATH"
+        )
+    raise UsageError(f"--data {spec.name}: lmms-eval can't read this copy ({why})")
+
+
+def _override(spec: TaskSpec, config: Mapping[str, Any]) -> dict[str, Any]:
+    override = dict(spec.override)
+    kwargs = dict(override.get("dataset_kwargs", config.get("dataset_kwargs") or {}))
+    files = kwargs.get("data_files", {})
+    if "*" in files:  # a task outside the catalogue: its own split's name
+        kwargs["data_files"] = {config.get("test_split") or config.get("validation_split"): files["*"]}
+    if kwargs.get("token") and not _signed_in():
+        del kwargs["token"]  # the sets are public; asking for a token that nobody has is an error
+    if spec.image_column_of is not None:
+        kwargs["features"] = _with_picture(spec.image_column_of)
+    return {**override, "dataset_kwargs": kwargs}
+
+
+def _signed_in() -> bool:
+    from huggingface_hub import get_token
+
+    return get_token() is not None
+
+
+def _with_picture(file: str) -> Any:
+    import datasets
+    import pyarrow.parquet as pq
+
+    features = datasets.Features.from_arrow_schema(pq.read_schema(file))
+    features["image"] = datasets.Image()
+    return features
+
+
+# -- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def _measure(spec: TaskSpec, task: Any, manager: Any, model: Any) -> dict[str, Any]:
+    from lmms_eval import evaluator
+    from lmms_eval.api.registry import get_aggregation
+    from loguru import logger
+
+    model.pictures.clear()
+    raw = evaluator.simple_evaluate(
+        model=model,
+        tasks=[task],
+        task_manager=manager,
+        batch_size=model.batch_size,
+        limit=spec.limit,
+        bootstrap_iters=0,
+        log_samples=True,
+        process_docs_parallel=1,
+        datetime_str="",
+    )
+    logger.disable("lmms_eval")  # SLAKE's code logs a table each time it is called; it is called 1,000 times
+    mean = get_aggregation("mean")
+    aggregates = {name: evaluate.Aggregate(function, function is mean) for name, function in task.aggregation().items()}
+    pictures = {doc: digest for (name, doc), digest in model.pictures.items() if name == spec.name}
+    results = evaluate.read(spec.name, raw, list(aggregates), pictures)
+    metrics, gaps, headline = evaluate.measure(results, aggregates, (raw or {})["results"][spec.name])
+    logger.enable("lmms_eval")
+    first = results.values[headline]
+    return {
+        "metrics": {name: metric.model_dump() for name, metric in metrics.items()},
+        "gaps": [gap.model_dump() for gap in gaps],
+        "headline": headline,
+        "answers": results.answers,
+        "correct": [float(value) for value in first] if aggregates[headline].mean else [],
+        "sha256": results.sha256,
+        "prompt": _prompt(task, model),
+        "max_new_tokens": model.new_tokens(task.config.generation_kwargs or {}),
+        "pictures": len(set(pictures.values())),
+    }
+
+
+def _prompt(task: Any, model: Any) -> str:
+    words = task.lmms_eval_specific_kwargs or {}
+    question = f"{words.get('pre_prompt', '')}{{question}}{words.get('post_prompt', '')}"
+    return str(model.model.prompter.template.replace("{question}", question))
 
 
 def _end_with_parent() -> None:

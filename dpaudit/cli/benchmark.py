@@ -8,7 +8,9 @@ import typer
 from dpaudit.cli import console
 
 if TYPE_CHECKING:
-    from dpaudit.documents import BenchmarkDocument
+    from dpaudit.documents import BenchmarkDocument, Metric
+
+SHOWN = 24  # rows of a task on a terminal; the document holds all
 
 
 def command(
@@ -16,26 +18,49 @@ def command(
         list[Path],
         typer.Argument(metavar="RUN...", help="Finished run folders; runs on the same data share one start."),
     ],
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="NAME[,NAME...]", help="What to measure on; default: the run's own held-out questions."),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="A local copy of a task's data (Parquet file or folder); repeatable."),
+    ] = None,
+    online: Annotated[bool, typer.Option("--online", help="Data without a local copy may come from the hub.")] = False,
+    group: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="Also by group of units: a column of the run's local test file."),
+    ] = None,
     base: Annotated[bool, typer.Option(help="Also measure the base model.")] = True,
-    limit: Annotated[int | None, typer.Option(help="Only the first N held-out units (quick look).")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only the first N held-out units, or questions of another task (quick look).")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Questions answered at a time; answers don't depend on it.")] = 128,
     device: Annotated[str, typer.Option(help="auto, cpu, mps, cuda or cuda:N.")] = "auto",
     as_json: Annotated[bool, console.JSON_OPTION] = False,
 ) -> None:
-    """Measure how well runs answer the held-out questions of their own data set.
+    """Measure how well runs answer questions about pictures they were not trained on.
 
-    Exact match (equal text after Unicode normalisation, case folding and joining of white space), overall and per
-    question kind, with 95 % intervals by bootstrap over privacy units. lmms-eval does the evaluation, in a process of
-    its own, offline. Writes release/benchmark.json into each run.
+    Default: the held-out questions of the run's own data, by exact match. --tasks: textvqa_val, vqav2_val, gqa, pope,
+    slake, scienceqa_img, ok_vqa_val2014, vizwiz_vqa_val or another task of lmms-eval, scored by its own code; or a
+    local set by the rules of dpaudit_open_closed, dpaudit_pathvqa, dpaudit_vqa_rad or dpaudit_yes_no. Overall and by
+    subgroup, with 95 % intervals by bootstrap over privacy units or pictures. lmms-eval runs in a process of its own,
+    offline unless --online. Writes release/benchmark.json into each run; tasks measured before stay in it.
     """
     from dpaudit.errors import rejected
     from dpaudit.runs import RunFolder
     from reports.benchmark import benchmark_many
+    from reports.catalogue import parse_data
 
     if as_json and len(runs) > 1:
         raise rejected("--json", f"{len(runs)} runs", "one RUN, since exactly one document is printed")
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     documents = benchmark_many(
         [RunFolder.open(run) for run in runs],
+        tasks=names,
+        data=parse_data(data or []),
+        online=online,
+        group=group,
         base=base,
         limit=limit,
         batch_size=batch_size,
@@ -50,16 +75,32 @@ def command(
 
 
 def _show(run: Path, document: "BenchmarkDocument") -> None:
-    from reports.text import percent
+    from reports.text import clean, percent
+    from reports.utility import label
 
     for task, metrics in document.tasks.items():
-        console.say(f"{run}: {task}, lmms-eval {document.lmms_eval_version}, exact match with 95 % intervals")
-        for name, metric in metrics.items():
-            label = "all questions" if name == "exact_match" else name.removeprefix("exact_match/")
-            reference = (document.base or {}).get(task, {}).get(name)
-            beside = f"   base {percent(reference.value)}" if reference is not None else ""
-            span = f"({percent(metric.low)} to {percent(metric.high)})" if metric.low is not None else "(no interval)"
-            console.say(f"  {label:<24}{percent(metric.value):>8} {span:<22} n = {metric.n:,}{beside}")
+        about = document.about.get(task)
+        version = about.lmms_eval_version if about is not None else document.lmms_eval_version
+        headline = about.headline if about is not None else "exact_match"
+        console.say(f"{run}: {task}, lmms-eval {version}, {headline} with 95 % intervals")
+        for name, metric in list(metrics.items())[:SHOWN]:
+            _row(label(headline, name), metric, (document.base or {}).get(task, {}).get(name))
+        if len(metrics) > SHOWN:
+            console.say(f"  and {len(metrics) - SHOWN} more in benchmark.json")
         if task in document.majority:
-            console.say(f"  {'commonest answer':<24}{percent(document.majority[task].value):>8}")
+            console.say(f"  {'commonest answer':<26}{percent(document.majority[task].value):>8}")
+        for gap in document.gaps:
+            if gap.task == task and gap.low is not None and gap.high is not None:
+                span = f"{percent(gap.value)} ({percent(gap.low)} to {percent(gap.high)})"
+                beside = f"; base {percent(gap.base)}" if gap.base is not None else ""
+                best, worst = clean(gap.best, 40), clean(gap.worst, 40)
+                console.say(f"  widest gap by {gap.grouping}: {span}, {best} over {worst}{beside}")
     console.say(f"  written to {run / 'release' / 'benchmark.json'}")
+
+
+def _row(name: str, metric: "Metric", base: "Metric | None") -> None:
+    from reports.text import clean, percent
+
+    beside = f"   base {percent(base.value)}" if base is not None else ""
+    span = f"({percent(metric.low)} to {percent(metric.high)})" if metric.low is not None else "(no interval)"
+    console.say(f"  {clean(name, 40):<26}{percent(metric.value):>8} {span:<22} n = {metric.n:,}{beside}")

@@ -62,7 +62,8 @@ def _runs(runs: Sequence[RunReport]) -> list[str]:
         bound = "–" if test is None else f"{number(test.epsilon_lower)} (ceiling {number(test.ceiling)})"
         accuracy = describe_interval(measured.metric) if measured is not None else "–"
         rows.append((escape(run.name), claim, bound, run.verdict or "not audited", accuracy))
-    return _table(("run", "claimed eps", "audited eps ≥", "verdict", "exact match"), rows)
+    measure = escape(tables[0].headline.replace("_", " ")) if tables else "exact match"
+    return _table(("run", "claimed eps", "audited eps ≥", "verdict", measure), rows)
 
 
 def _sweep(sweep: SweepReport) -> list[str]:

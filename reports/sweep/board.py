@@ -14,6 +14,7 @@ from dpaudit.documents import AuditDocument, BenchmarkDocument, ClaimDocument, L
 from dpaudit.errors import EnvironmentFailure, UsageError
 from dpaudit.ledger import tuning_row
 from dpaudit.runs import RunFolder
+from reports import groups
 from reports.benchmark import ANSWERS
 from reports.inputs import headline
 from reports.sweep import table
@@ -211,7 +212,7 @@ def _difference(
 
 def _base_row(point: Point, benchmarks: Mapping[str, BenchmarkDocument]) -> SweepRow:
     found = next((d.base[TASK] for d in benchmarks.values() if d.base is not None and TASK in d.base), {})
-    kinds = {name.removeprefix(f"{OVERALL}/"): _untrained(metric) for name, metric in found.items() if name != OVERALL}
+    kinds = {kind: _untrained(metric) for kind, metric in groups.of(OVERALL, groups.QUESTION, found).items()}
     return SweepRow(
         configuration=point.name,
         series=point.series,

@@ -5,7 +5,15 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from dpaudit.documents import AuditDocument, BenchmarkDocument, EnvironmentDocument, LedgerDocument, LedgerRow
+from dpaudit.documents import (
+    AuditDocument,
+    BenchmarkDocument,
+    EnvironmentDocument,
+    Gap,
+    LedgerDocument,
+    LedgerRow,
+    TaskAbout,
+)
 from tests.reports import fixtures
 
 HOSTILE = (
@@ -62,8 +70,29 @@ def write_hostile_run(parent: Path, name: str) -> Path:
     document = fixtures.benchmark(0.8)
     metrics = document.tasks["dpaudit_vqa"]
     kinds = {f"exact_match/{text}": metrics["exact_match/digit"] for text in HOSTILE}
+    tasks = {HOSTILE[0]: {**metrics, **kinds}}
+    # Tasks whose names, measures, prompts and origins come from somebody else's file.
+    tasks |= {
+        f"{text[:300]} task": {text: metrics["exact_match"], f"{text}/x": metrics["exact_match"]} for text in HOSTILE
+    }
+    numbers = {"max_new_tokens": 12, "batch_size": 1, "questions": 1, "pictures": 1, "limit": None}
+    words = ("data", "scored_by", "prompt", "precision", "device", "lmms_eval_version")
+    about = {
+        f"{text[:300]} task": TaskAbout.model_validate({"headline": text, **dict.fromkeys(words, text), **numbers})
+        for text in HOSTILE
+    }
+    gaps = [
+        Gap(task=text, metric=text, grouping=text, best=text, worst=text, value=0.5, low=None, high=None)
+        for text in HOSTILE
+    ]
     raw = document.model_copy(
-        update={"tasks": {HOSTILE[0]: {**metrics, **kinds}}, "prompt": HOSTILE[1], "sample_sha256": {HOSTILE[0]: "ab"}}
+        update={
+            "tasks": tasks,
+            "prompt": HOSTILE[1],
+            "sample_sha256": {HOSTILE[0]: "ab"},
+            "about": about,
+            "gaps": tuple(gaps),
+        }
     )
     (release / "benchmark.json").write_text(BenchmarkDocument.model_validate(raw.model_dump()).to_json())
     assert isinstance(AuditDocument.read(release / "audit.json"), AuditDocument)

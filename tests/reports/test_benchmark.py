@@ -19,7 +19,9 @@ from dpaudit.config import resolve
 from dpaudit.documents import BenchmarkDocument
 from dpaudit.errors import EnvironmentFailure, UsageError
 from dpaudit.runs import RunFolder
-from reports.benchmark import benchmark_many, export, worker_environment
+from reports.benchmark import benchmark_many
+from reports.heldout import export
+from reports.process import worker_environment
 from reports.worker import TASK
 from tests.tiny import save_tiny_llava
 from trainers.records import Dataset, Picture, Question, Unit

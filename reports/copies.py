@@ -1,0 +1,242 @@
+"""Local copies of VQA sets: found, checked, and brought into the one form that lmms-eval's tasks read."""
+
+import json
+import re
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet as pq
+
+from dpaudit.errors import UsageError, rejected
+from reports.heldout import write_questions
+from reports.metrics import yes_no
+from trainers.data import rows
+
+OPTIONAL = ("answer_type", "kind", "question_type", "group", "unit")
+# Words by which files of a set say which split they hold ("validation-00000-of-00003.parquet").
+SPLIT_WORDS = ("train", "training", "validation", "valid", "val", "val2014", "dev", "test", "testdev", "lite")
+ARCHIVE_BYTES = 1 << 27  # one picture out of an archive
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Parquet files, or a folder of `datasets.save_to_disk`. undeclared: `image` is not declared to be a picture."""
+
+    files: tuple[Path, ...] = ()
+    disk: Path | None = None
+    undeclared: bool = False
+
+
+def find(task: str, path: Path, split: str | None, columns: Sequence[str], workplace: Path) -> Copy:
+    """A copy of the set of `task` at `path`: a Parquet file, a folder of them, or a `save_to_disk` folder.
+
+    GQA may lie as on the hub (questions and pictures in folders of their own), SLAKE as test.json with imgs.zip or
+    imgs/; both are joined into a file below `workplace`. Raises UsageError with one line.
+    """
+    field = f"--data {task}"
+    if path.is_dir() and (path / "dataset_dict.json").is_file():
+        return Copy(disk=path.resolve())
+    if path.is_dir() and (path / "state.json").is_file():
+        raise rejected(field, path.name, "a DatasetDict with the task's split (this folder holds a single Dataset)")
+    if task == "gqa" and path.is_dir() and (joined := _gqa(field, path, workplace)):
+        files: Sequence[Path] = [joined]
+    elif task.startswith("slake") and path.is_dir() and (path / "test.json").is_file():
+        files = [_slake(field, path, workplace)]
+    else:
+        files = parquet_files(field, path, split)
+    metadata = [_schema(field, file) for file in files]
+    for file, schema in zip(files, metadata, strict=True):
+        missing = [name for name in columns if name not in schema.names]
+        if missing:
+            raise rejected(field, f"{file.name} without {', '.join(missing)}", f"the columns {', '.join(columns)}")
+        if task.startswith("vqav2") and not _told_apart(schema):
+            wanted = (
+                "answers as a list of {answer, answer_id, ...}: lmms-eval takes two equal entries for one annotator"
+            )
+            raise rejected(field, f"{file.name}, answers of type {schema.field('answers').type}", wanted)
+    if not sum(pq.ParquetFile(file).metadata.num_rows for file in files):
+        raise rejected(field, path.name, "at least one row")
+    declared = all(_declares_picture(schema) for schema in metadata)
+    return Copy(tuple(file.resolve() for file in files), undeclared=not declared)
+
+
+def parquet_files(field: str, path: Path, split: str | None) -> list[Path]:
+    """The Parquet files of one split: all of a folder's, unless their names say that they hold different splits."""
+    if path.is_file():
+        if path.suffix.lower() != ".parquet":
+            raise rejected(field, path.name, "a .parquet file, a folder of them, or a save_to_disk folder")
+        return [path]
+    files = sorted(file for file in path.rglob("*.parquet") if file.is_file())
+    if not files:
+        raise rejected(field, path.name, "a folder with .parquet files")
+    named = {file: _split_of(file) for file in files}
+    if split is None or not any(named.values()):
+        return files
+    chosen = [file for file, word in named.items() if word == split]
+    if not chosen:
+        words = ", ".join(sorted({word for word in named.values() if word}))
+        raise rejected(field, f"files of {words}", f"files of the split {split}")
+    return chosen
+
+
+def _split_of(file: Path) -> str | None:
+    first = re.split(r"[-_.]", file.name.lower(), maxsplit=1)[0]
+    return first if first in SPLIT_WORDS else None
+
+
+def _schema(field: str, file: Path) -> pyarrow.Schema:
+    try:
+        return pq.read_schema(file)
+    except (pyarrow.ArrowException, OSError, ValueError):
+        raise UsageError(f"{field}: {file.name}: not a readable Parquet file") from None
+
+
+def _declares_picture(schema: pyarrow.Schema) -> bool:
+    try:
+        said = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        return bool(said["info"]["features"]["image"]["_type"] == "Image")
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _told_apart(schema: pyarrow.Schema) -> bool:
+    """VQA v2's code leaves out "the other annotators" by comparing whole entries, so each needs an id of its own."""
+    entries = schema.field("answers").type
+    if not (pyarrow.types.is_list(entries) or pyarrow.types.is_large_list(entries)):
+        return False
+    entry = entries.value_type
+    return pyarrow.types.is_struct(entry) and bool(entry.get_field_index("answer_id") >= 0)
+
+
+def values(copy: Copy, column: str) -> set[str]:
+    """The different values of a column of text."""
+    tables = (pq.read_table(file, columns=[column]) for file in copy.files)
+    return {str(value).strip().lower() for table in tables for value in table.column(column).to_pylist()}
+
+
+# -- sets that lie in pieces -----------------------------------------------------------------------------------------
+
+
+def _gqa(field: str, path: Path, workplace: Path) -> Path | None:
+    """Questions with their pictures, from the hub's two folders; None when the copy is one table already."""
+    folders = [
+        sorted(path.rglob(f"{part}/*.parquet")) for part in ("testdev_balanced_instructions", "testdev_balanced_images")
+    ]
+    if not all(folders):
+        return None
+    pictures = {
+        row["id"]: row["image"]
+        for file in folders[1]
+        for row in pq.read_table(file, columns=["id", "image"]).to_pylist()
+    }
+    columns: dict[str, list[Any]] = {name: [] for name in ("id", "question", "answer", "image")}
+    for file in folders[0]:
+        for number, row in enumerate(pq.read_table(file, columns=["id", "imageId", "question", "answer"]).to_pylist()):
+            if row["imageId"] not in pictures:
+                raise UsageError(f"{field}: {file.name}, row {number + 1}, imageId: no such picture in the copy")
+            for name in ("id", "question", "answer"):
+                columns[name].append(row[name])
+            columns["image"].append(pictures[row["imageId"]])
+    workplace.mkdir(parents=True, exist_ok=True)
+    write_questions(workplace / "gqa.parquet", columns)
+    return workplace / "gqa.parquet"
+
+
+def _slake(field: str, path: Path, workplace: Path) -> Path:
+    """Rows of test.json with their pictures out of imgs/ or imgs.zip."""
+    try:
+        listed = json.loads((path / "test.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        raise UsageError(f"{field}: test.json: not a readable JSON list") from None
+    if not isinstance(listed, list) or not all(isinstance(row, dict) for row in listed):
+        raise UsageError(f"{field}: test.json: not a list of objects")
+    names = ("qid", "img_name", "question", "answer", "answer_type", "q_lang", "modality", "content_type")
+    columns: dict[str, list[Any]] = {name: [] for name in (*names, "image")}
+    picture = _archive(field, path)
+    for number, row in enumerate(listed, 1):
+        missing = [name for name in ("img_name", "question", "answer", "answer_type", "q_lang") if name not in row]
+        if missing:
+            raise UsageError(f"{field}: test.json, row {number}: no {', '.join(missing)}")
+        for name in names:
+            columns[name].append(None if row.get(name) is None else str(row[name]))
+        columns["image"].append({"bytes": picture(number, str(row["img_name"])), "path": None})
+    workplace.mkdir(parents=True, exist_ok=True)
+    write_questions(workplace / "slake.parquet", columns)
+    return workplace / "slake.parquet"
+
+
+def _archive(field: str, path: Path) -> Callable[[int, str], bytes]:
+    folder, archive = path / "imgs", path / "imgs.zip"
+
+    def from_folder(number: int, name: str) -> bytes:
+        file = rows.inside(folder, name)
+        if file is None or not file.is_file():
+            raise UsageError(f"{field}: test.json, row {number}, img_name: no such file in imgs/")
+        return file.read_bytes()
+
+    if folder.is_dir():
+        return from_folder
+    try:
+        pictures = zipfile.ZipFile(archive)
+        members = {str(PurePosixPath(info.filename)): info for info in pictures.infolist()}
+    except (OSError, zipfile.BadZipFile):
+        raise UsageError(f"{field}: needs imgs/ or a readable imgs.zip beside test.json") from None
+
+    def from_archive(number: int, name: str) -> bytes:
+        info = members.get(name) or members.get(f"imgs/{name}")
+        if info is None or info.file_size > ARCHIVE_BYTES:
+            raise UsageError(f"{field}: test.json, row {number}, img_name: no such picture in imgs.zip")
+        return pictures.read(info)
+
+    return from_archive
+
+
+# -- local sets of any kind ------------------------------------------------------------------------------------------
+
+
+def export_set(task: str, path: Path, target: Path, *, closed: bool) -> int:
+    """Write the rows of a local set for dpaudit's own tasks; the number of rows.
+
+    Rows: image, question, answer; optional answer_type, kind (or question_type), group, unit. A .parquet or .jsonl
+    file, or a folder of Parquet files (those of a test split, if names say so). Every value is checked, and an error
+    names file, row and field without the value.
+    """
+    field = f"--data {task}"
+    files = [path] if path.is_file() else parquet_files(field, path, _test_split(path))
+    columns: dict[str, list[Any]] = {
+        name: [] for name in ("question_id", "question", "answer", "answer_type", "kind", "group", "unit", "image")
+    }
+    for file in files:
+        source = rows.open_source(file.parent, file.name, field)
+        for number, row in rows.read_rows(source, ["image", "question", "answer"], OPTIONAL):
+            _append(columns, source, number, row, closed)
+    if not columns["question"]:
+        raise rejected(field, path.name, "at least one row")
+    used = {name: values for name, values in columns.items() if any(value is not None for value in values)}
+    write_questions(target, used)
+    return len(columns["question"])
+
+
+def _test_split(path: Path) -> str | None:
+    words = {_split_of(file) for file in path.rglob("*.parquet")}
+    return "test" if "test" in words else None
+
+
+def _append(columns: dict[str, list[Any]], source: rows.Source, number: int, row: rows.Row, closed: bool) -> None:
+    answer = rows.text(source, number, row, "answer")
+    if closed and yes_no(answer) is None:
+        raise source.fault(number, "answer", "must be yes or no")
+    data = rows.picture_bytes(source, number, row)
+    rows.decode(source, number, data)  # a damaged picture is told here, with its row
+    kind = row.get("kind") if row.get("kind") is not None else row.get("question_type")
+    columns["question_id"].append(len(columns["question_id"]))
+    columns["question"].append(rows.text(source, number, row, "question"))
+    columns["answer"].append(answer)
+    columns["kind"].append(rows.text(source, number, {"kind": kind}, "kind") if kind is not None else None)
+    for name in ("answer_type", "group", "unit"):
+        columns[name].append(str(rows.key(source, number, row, name)) if row.get(name) is not None else None)
+    columns["image"].append({"bytes": data, "path": None})
