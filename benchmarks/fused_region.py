@@ -6,7 +6,7 @@
 Every candidate shows one public picture with a colour code and asks for the code's word. The code lies on patches of
 low attention (reaches the language model through fused tokens) or, in the twins, on dominant patches. Fair coins decide
 which are trained on. Exposure is the rank of the true word among 64, in bits (6 = learned by heart); the gain is that
-of inserted canaries minus that of those left out. Arms, each on 300 units of the embedded digits with 200 candidates:
+of inserted canaries minus that of those left out. Arms, each on 100 units of the embedded digits with 200 candidates:
 
 visionzip        low-attention patches are merged into 8 fused tokens, as published; non-private
 cls-topk         they are dropped: what is left is what the encoder mixes into the kept tokens; non-private
@@ -42,7 +42,7 @@ from trainers.progress import Live
 from trainers.run import load_model, read_config
 
 RESULTS = Path(__file__).parent / "results" / "fused_region.json"
-COMMON = ("model.device=cpu", "data.limit=300", "canaries.count=200", f"canaries.kinds=[{KIND}]")
+COMMON = ("model.device=cpu", "data.limit=100", "canaries.count=200", f"canaries.kinds=[{KIND}]")
 ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "visionzip": ("non-private", ("reducer.name=visionzip",)),
     "cls-topk": ("non-private", ("reducer.name=cls-topk",)),
