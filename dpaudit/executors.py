@@ -26,6 +26,7 @@ from dpaudit.errors import EnvironmentFailure, rejected
 JsonObject = dict[str, Any]
 JobFunction = Callable[[JsonObject], JsonObject]
 
+ARGUMENTS = "DPAUDIT_ARGUMENTS"  # what the user typed: a job writes it into its run, and not its own command line
 PROCESSES = 2
 POLL = 0.05  # seconds
 GRACE = 5.0  # seconds between asking a job to stop and ending it
@@ -182,8 +183,9 @@ class LocalExecutor:
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """The environment of a job: its number of threads, and this very copy of dpaudit."""
+    """The environment of a job: its number of threads, the user's command line, and this very copy of dpaudit."""
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    environment.setdefault(ARGUMENTS, json.dumps(sys.argv[1:]))  # set already where a job of Ray starts its process
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"):
         environment[name] = str(threads)
     root = Path(__file__).resolve().parents[1]

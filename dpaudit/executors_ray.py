@@ -23,7 +23,7 @@ from typing import Any
 
 from dpaudit import atomic
 from dpaudit.errors import EnvironmentFailure, rejected
-from dpaudit.executors import LocalExecutor, Outcome
+from dpaudit.executors import ARGUMENTS, LocalExecutor, Outcome
 
 RETRIES = 3  # times that a job is run again after its worker or node died
 LOCK_WAIT = 180  # seconds that such a job waits for the lock of the process that it replaces
@@ -149,7 +149,7 @@ def _last_line(error: BaseException) -> str:
 def _settings() -> dict[str, str]:
     """The driver's settings that jobs need, and where it stands."""
     chosen = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}
-    return {**chosen, "DPAUDIT_FOLDER": os.getcwd()}
+    return {ARGUMENTS: json.dumps(sys.argv[1:]), **chosen, "DPAUDIT_FOLDER": os.getcwd()}
 
 
 def _job(function: str, payload: str, threads: int, settings: dict[str, str], log: str | None) -> str:

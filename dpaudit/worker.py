@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dpaudit import atomic
 from dpaudit.errors import DpauditError
-from dpaudit.executors import load_function
+from dpaudit.executors import ARGUMENTS, load_function
 
 
 def _end_with_parent() -> None:
@@ -35,7 +35,9 @@ def work(folder: Path) -> None:
 def main() -> None:
     """Run the job named on the command line; what it returns is on disk before the process ends."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    work(Path(sys.argv[1]))
+    folder = Path(sys.argv[1])
+    sys.argv[1:] = json.loads(os.environ.pop(ARGUMENTS, "[]"))
+    work(folder)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # tearing down torch takes a second, and nothing is left to do

@@ -18,6 +18,10 @@ def double(payload: dict[str, Any]) -> dict[str, Any]:
     return {"value": 2 * payload["value"], "pid": os.getpid(), "threads": os.environ["OMP_NUM_THREADS"]}
 
 
+def arguments(payload: dict[str, Any]) -> dict[str, Any]:
+    return {"arguments": sys.argv[1:]}
+
+
 def mixed(payload: dict[str, Any]) -> dict[str, Any]:
     print("said by", payload["kind"])
     match payload["kind"]:

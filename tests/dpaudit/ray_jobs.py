@@ -1,6 +1,7 @@
 """Jobs for the tests of dpaudit.executors_ray."""
 
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,4 +19,5 @@ def square(payload: dict[str, Any]) -> dict[str, Any]:
         deadline = time.monotonic() + payload["seconds"]
         while time.monotonic() < deadline:
             time.sleep(0.05)
-    return {"square": payload["index"] ** 2, "here": Path.cwd() == Path(payload["cwd"])}
+    here = Path.cwd() == Path(payload["cwd"])
+    return {"square": payload["index"] ** 2, "here": here, "arguments": sys.argv[1:]}

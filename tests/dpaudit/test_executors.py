@@ -49,6 +49,13 @@ def test_every_payload_has_one_outcome_in_a_process_of_its_own() -> None:
     assert list(executor.run(f"{JOBS}:double", [])) == []
 
 
+def test_a_job_has_the_command_line_that_the_user_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stands in the run's environment.json; `dpaudit 0`, the name of a job's folder, would reproduce nothing."""
+    monkeypatch.setattr(sys, "argv", ["dpaudit", "sweep", "--out", "a b"])
+    [outcome] = LocalExecutor().run(f"{JOBS}:arguments", [{}])
+    assert outcome.result == {"arguments": ["sweep", "--out", "a b"]}
+
+
 def test_never_more_jobs_at_once_than_asked_for() -> None:
     begun: list[int] = []
     outcomes = LocalExecutor(processes=2).run(f"{JOBS}:double", [{"value": v} for v in range(6)], started=begun.append)
