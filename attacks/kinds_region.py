@@ -21,9 +21,9 @@ from dpaudit.errors import UsageError
 from trainers.records import Pixels
 
 LOW, DOMINANT = "a code in patches of low attention", "a code in dominant patches"
-PATCHES = 8  # of the code, where the picture has room
+PATCHES = 4  # of a code, where the picture has room: more of them seldom stay in their region when they are painted
 TRIES = 60
-STRONGEST, WEAKEST = 110.0, 40.0  # levels of colour that a code adds or takes; weaker with every try
+STRONGEST, WEAKEST = 110.0, 4.0  # levels of colour that a code adds or takes; weaker with every try
 
 
 def grid(count: int) -> int:
