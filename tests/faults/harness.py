@@ -221,7 +221,7 @@ def run(
     at: int = -1,
     skip: str | None = None,
     prepare: Callable[[], None] | None = None,
-    timeout: int = 300,
+    timeout: int = 1800,
 ) -> Ended:
     """Run `dpaudit ARGUMENTS` in a fork and do `kind` at its site number `at` (from 0).
 
