@@ -32,7 +32,7 @@ from tests.tiny import save_tiny_llava
 
 RESULTS = Path(__file__).parent / "results" / "cluster.json"
 DPAUDIT = [sys.executable, "-m", "dpaudit"]
-PATIENCE = 1800  # seconds for one sweep
+PATIENCE = 14_400  # seconds for one sweep, on a machine that has much else to do
 TIMES = ("seconds", "started", "ended", "command")  # what differs by nature; the command names the executor
 RUNS = ("--trainer", "tests.attacks.external_toy:factory", "--runs", "20", "--steps", "2", "--seed", "1")
 REFERENCES = ("--mia", "--references", "4", "--processes", "4")  # a share for each: no stack of several models
