@@ -92,13 +92,15 @@ def _done(controls: dict[str, ControlRow], control: Control) -> int:
 
 
 def table(result: BugsDocument) -> str:
-    """The Markdown of docs/planted-bugs.md."""
-    lines = [
-        "| bug | id | what | source | step contract: checks that fail | exact replay | game | canaries | s |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [_markdown(row) for row in result.bugs]
+    """The Markdown of docs/planted-bugs.md; the column of canaries only where they were played."""
+    canaries = any(row.canaries_p is not None for row in result.bugs)
+    head = ["bug", "id", "what", "source", "step contract: checks that fail", "exact replay", "game"]
+    head += ["canaries"] * canaries + ["s"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines += [_markdown(row, canaries=canaries) for row in result.bugs]
     lines += [
+        "",
+        "## Token paths",
         "",
         "| token path | what | source | fusion audit: first leaking stage, or check that fails | training | s |",
         "|---|---|---|---|---|---|",
@@ -111,6 +113,8 @@ def table(result: BugsDocument) -> str:
         )
     lines += [
         "",
+        "## Correct trainers",
+        "",
         "| correct trainer | seeds | contract alarms | verdicts | game alarms | s |",
         "|---|---|---|---|---|---|",
     ]
@@ -121,16 +125,14 @@ def table(result: BugsDocument) -> str:
     return "\n".join(lines)
 
 
-def _markdown(row: BugRow) -> str:
+def _markdown(row: BugRow, *, canaries: bool) -> str:
     failed = ", ".join(row.contract[:3]) + (f" and {len(row.contract) - 3} more" if len(row.contract) > 3 else "")
     game = "not played" if row.game_p is None else ("caught" if row.game else "-")
-    canaries = "not played" if row.canaries_p is None else ("caught" if row.canaries else "-")
-    replay = "caught" if row.isolation else "-"
-    source = row.source.replace("|", "/")
-    return (
-        f"| `{row.name}` | {row.catalogue} | {row.what} | {source} | {failed or '**none**'} | {replay} | {game} "
-        f"| {canaries} | {row.seconds:.1f} |"
-    )
+    cells = [f"`{row.name}`", row.catalogue, row.what, row.source.replace("|", "/"), failed or "**none**"]
+    cells += ["caught" if row.isolation else "-", game]
+    if canaries:
+        cells.append("not played" if row.canaries_p is None else ("caught" if row.canaries else "-"))
+    return "| " + " | ".join([*cells, f"{row.seconds:.1f}"]) + " |"
 
 
 if __name__ == "__main__":
