@@ -298,11 +298,13 @@ COMMANDS: Mapping[str, tuple[str, ...]] = {
     "bound": ("--tp", "--fn", "--fp", "--tn", "--canaries", "--guesses", "--correct", "--errors", "--sample-rate",
               "--steps", "--delta", "--confidence"),
     "plan": ("--claim-sigma", "--claim-rate", "--claim-steps", "--alternative", "--canaries", "--delta", "--alpha"),
-    "audit": ("--count", "--fail-above", "--confidence", "--alpha", "--device"),
+    "audit": ("--count", "--fail-above", "--confidence", "--alpha", "--device", "--references", "--runs", "--processes",
+              "--executor", "--address", "--gpus-per-trial"),
     "benchmark": ("--limit", "--batch-size", "--device", "--data", "--tasks"),
     "report": ("-o", "--title"),
     "check": ("--seed", "--time-limit"),
-    "sweep": ("--preset", "--processes", "--threads", "--seeds", "--audit", "--out"),
+    "sweep": ("--preset", "--processes", "--threads", "--seeds", "--audit", "--out", "--executor", "--address",
+              "--gpus-per-trial"),
     "train": ("--resume", "--out", "--config"),
 }  # fmt: skip
 WORDS: Mapping[str, tuple[str, ...]] = {
