@@ -132,8 +132,9 @@ def diagram(config: RunConfig | None, claim: Claim | None, ledger: Sequence[Ledg
     private = sum(box.private for box in path)
     if private < len(path):
         bottom = tops[private] - GAP / 2
+        left = BOX_X - (8 if around else 38)  # clear of the words beside the arrow around
         parts.append(
-            f'<path class="boundary" d="M{BOX_X - 38} {bottom:g}H{middle - 12}M{middle + 112} {bottom:g}H{WIDTH - 4}"/>'
+            f'<path class="boundary" d="M{left} {bottom:g}H{middle - 12}M{middle + 112} {bottom:g}H{WIDTH - 4}"/>'
         )
     for index, box in enumerate(path):
         parts.append(_box(box, tops[index], tops[index + 1] if index + 1 < len(path) else None))

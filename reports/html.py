@@ -78,7 +78,7 @@ DETAILS = (
     Detail(scores_embedded=False, pictures=12, table_points=20, games=2),
     Detail(scores_embedded=False, pictures=3, table_points=10, games=1, cells=6),
     Detail(scores_embedded=False, pictures=0, table_points=5, games=1, cells=3),
-    Detail(scores_embedded=False, documents_embedded=False, pictures=0, table_points=5, games=1, cells=1),
+    Detail(scores_embedded=False, documents_embedded=False, pictures=0, table_points=3, games=1, cells=1),
 )
 
 
@@ -153,6 +153,7 @@ def _render(
             verdict_rows=_verdict_rows(page.runs, tables[0] if tables else None),
             verdict_meaning=prose.VERDICT_MEANING,
             claim_groups=_claim_groups(described),
+            ledger_groups=_ledger_groups(described),
             checklist=[(group, list(lines)) for group, lines in groupby(checklist(described), lambda line: line.group)],
             ceiling_note=prose.ceiling_note,
             power=prose.power,
@@ -245,6 +246,16 @@ def _claim_groups(runs: Sequence[RunReport]) -> list[dict[str, Any]]:
         else:
             same["runs"].append(run)
     return groups
+
+
+def _ledger_groups(runs: Sequence[RunReport]) -> list[list[RunReport]]:
+    """Runs by ledger: configurations of a sweep that go the same path share a drawing, other runs have their own."""
+    groups: dict[tuple[object, ...], list[RunReport]] = {}
+    for run in runs:
+        path = tuple((row.path, row.status) for row in run.ledger)
+        own = run.key if run.cell_of is None else None
+        groups.setdefault((own, run.cell_of, run.method, path), []).append(run)
+    return list(groups.values())
 
 
 def _gap_rows(runs: Sequence[RunReport]) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dpaudit.documents import BenchmarkDocument, Gap, Metric
 from reports import groups
@@ -123,9 +123,9 @@ def meaning(table: TaskTable) -> str:
 
 @dataclass(frozen=True)
 class Measured:
-    """How the numbers of one run and task came about."""
+    """How the numbers of a task came about, for the runs that share it all."""
 
-    run: RunReport
+    runs: tuple[RunReport, ...]
     task: str
     data: str
     scored_by: str
@@ -140,30 +140,33 @@ class Measured:
 
 
 def measured(runs: Sequence[RunReport]) -> tuple[Measured, ...]:
-    """One row for each run and task; documents of earlier versions state the call's settings alone."""
-    rows = []
+    """Rows by what differs; documents of earlier versions state the call's settings alone."""
+    rows: list[Measured] = []
     for run in runs:
         document = run.benchmark
         for task in document.tasks if document is not None else ():
             assert document is not None
             about = document.about.get(task)
             source = about if about is not None else document
-            rows.append(
-                Measured(
-                    run=run,
-                    task=task,
-                    data=about.data if about is not None else "not stated",
-                    scored_by=about.scored_by if about is not None else "not stated",
-                    prompt=source.prompt,
-                    max_new_tokens=about.max_new_tokens if about is not None else None,
-                    batch_size=source.batch_size,
-                    precision=source.precision,
-                    device=source.device,
-                    version=source.lmms_eval_version,
-                    limit=about.limit if about is not None else None,
-                    sha256=document.sample_sha256.get(task, ""),
-                )
+            row = Measured(
+                runs=(),
+                task=task,
+                data=about.data if about is not None else "not stated",
+                scored_by=about.scored_by if about is not None else "not stated",
+                prompt=source.prompt,
+                max_new_tokens=about.max_new_tokens if about is not None else None,
+                batch_size=source.batch_size,
+                precision=source.precision,
+                device=source.device,
+                version=source.lmms_eval_version,
+                limit=about.limit if about is not None else None,
+                sha256=document.sample_sha256.get(task, ""),
             )
+            same = next((at for at, other in enumerate(rows) if replace(other, runs=()) == row), None)
+            if same is None:
+                rows.append(replace(row, runs=(run,)))
+            else:
+                rows[same] = replace(rows[same], runs=(*rows[same].runs, run))
     return tuple(rows)
 
 
