@@ -85,7 +85,9 @@ def call(method: str, function: Callable[..., Any], *arguments: Any, limit: floa
     except _Expired:
         raise MethodFailure(method, f"did not return within {limit:g} s (--time-limit)") from None
     except UsageError as error:  # ours, with a line of its own (a claim that can't be true)
-        raise MethodFailure(method, str(error)) from error
+        field, _, problem = str(error).partition(": ")
+        ours = (field, problem) if field.startswith(f"{method}.") else (method, str(error))
+        raise MethodFailure(*ours) from error
     # The code is not ours: anything may come out of it, and the reader needs the method's name and not our stack.
     except (Exception, SystemExit) as error:
         raise MethodFailure(method, f"raised {describe(error)}") from error

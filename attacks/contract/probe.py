@@ -273,10 +273,11 @@ class Probe:
 
 
 def _short(value: object) -> str:
-    if isinstance(value, list | tuple) and len(value) > 6:
-        return f"[{', '.join(_short(item) for item in value[:3])}, ... {len(value)} in all]"
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 40 else f"{text[:20]}... ({type(value).__name__})"
+    """Indices and numbers as they are; of all else the type alone: it may be a record, and a line may be logged."""
+    if isinstance(value, list | tuple):
+        shown = [_short(item) for item in value[: 3 if len(value) > 6 else 6]]
+        return f"[{', '.join(shown)}{f', ... {len(value)} in all' if len(value) > 6 else ''}]"
+    return repr(value) if value is None or type(value) in (bool, int, float) else f"a {type(value).__name__}"
 
 
 def _flat(method: str, name: object, tensor: object) -> Vector:

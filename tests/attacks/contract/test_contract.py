@@ -282,6 +282,11 @@ class OddEpsilon(Compact):
         return float("nan")
 
 
+class Blind(Compact):
+    def gradient(self, record: Record) -> dict[str, torch.Tensor]:
+        raise ValueError("no gradient")
+
+
 class TwoRecords(Compact):
     def __init__(self, records: Sequence[Record] | None = None, *, seed: int, noise_seed: int | None = None) -> None:
         super().__init__(compact.own_records()[:2], seed=seed, noise_seed=noise_seed)
@@ -297,7 +302,8 @@ class TwoRecords(Compact):
         (WrongName, r"released\(\): names 'w9'"),
         (NotATensor, r"released\(\): 'w1' is ndarray"),
         (NoClaim, "claim: got tuple; accepted: dpaudit.claims.StepClaim"),
-        (NegativeC, r"claim.max_grad_norm: got -1.0; accepted: a finite number above 0"),
+        (Blind, r"^gradient\(a Record\): raised ValueError: no gradient"),  # and nothing of the record
+        (NegativeC, r"^claim.max_grad_norm: got -1.0; accepted: a finite number above 0"),
         (OddSampler, r"sample\(\): returned an index outside 0 to 39"),
         (OddEpsilon, r"epsilon\(1e-05\): returned nan"),
         (TwoRecords, "records: holds 2 units; accepted: at least 3"),
