@@ -42,7 +42,7 @@ class Page:
     def __init__(self, url: str) -> None:
         host, _, path = url.removeprefix("ws://").partition("/")
         name, _, port = host.partition(":")
-        self._socket = socket.create_connection((name, int(port)), timeout=60)
+        self._socket = socket.create_connection((name, int(port)), timeout=300)  # a busy machine is no finding
         key = base64.b64encode(os.urandom(16)).decode()
         self._socket.sendall(
             f"GET /{path} HTTP/1.1\r\nHost: {host}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
