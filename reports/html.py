@@ -163,7 +163,6 @@ def _render(
             detail=detail,
             tables=tables,
             measured=utility.measured(described),
-            meaning=utility.meaning,
             gap_rows=_gap_rows(page.runs),
             question_count=_question_count,
             galleries=_galleries(page.runs, detail.pictures),
@@ -203,6 +202,7 @@ def environment() -> jinja2.Environment:
         file_size=text.file_size,
         points=text.points,
         signed=text.signed,
+        meaning=utility.meaning,
         shell=shlex.quote,
     )
     return env
