@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.faults import harness
+from tests.faults import harness, in_process
 from tests.faults.scenarios import DUAL_PRIV, SETTINGS
 from tests.tiny import save_tiny_llava
 
@@ -113,6 +113,31 @@ def test_no_mark_leaves_a_run(root: Path) -> None:
     shown = root / "examples.html"  # asked for by flag: then the page says so in its ledger
     harness.run(["report", str(run), "-o", str(shown), "--show-examples"], [root], root)
     assert "UNACCOUNTED" in shown.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [("--mia", "--references", "2"), ("--white-box", "--count", "30"), ("--contract", "--fusion")],
+    ids=lambda flags: flags[0],
+)
+def test_no_mark_leaves_an_audit(root: Path, flags: tuple[str, ...]) -> None:
+    """Every further kind of audit: what it prints, for people and as JSON, what it releases, and its page."""
+    run, report = root / f"audited{flags[0]}", root / "audited.html"
+    command = train(root, "canaries.count=12", "--out", str(run))
+    assert harness.run(command, [root], root).code == 0
+    audits = [["audit", str(run), *flags, "--json"]]
+    if "--contract" not in flags:  # half a minute
+        audits.append(["audit", str(run), *flags])
+    for typed in (*audits, ["report", str(run), "-o", str(report)]):
+        ended = harness.run(typed, [root], root, prepare=in_process.patch)
+        assert ended.code in (0, 1, 3), (typed, ended.err)
+        assert marks(ended.out.encode()) == [] and marks(ended.err.encode()) == [], (typed, ended.out, ended.err)
+    logs = [path for path in run.rglob("*") if path.suffix in (".jsonl", ".log") and path.is_file()]
+    released = [path for path in run.rglob("release/**/*") if path.is_file()]  # of its twins too
+    assert logs and len(released) >= 9
+    for path in (report, *logs, *released):
+        assert marks(path.read_bytes()) == [], path
 
 
 BROKEN: dict[str, Any] = {
