@@ -6,6 +6,7 @@ one reports is chosen on a development half (attacks.membership.selection); the 
 breakdown by kind come from the other half.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -160,7 +161,9 @@ def view_of(run: RunFolder, records: StudyRecords, study: Study, device: str, se
     if len(study.index):
         outside = Access(target.model, records.population_units(), adapted=True)
         references = References(study.losses, study.inside, study.population, records.population_kinds, outside.loss)
-    return View(units, records.kinds, target, base, references, seed)
+    others = [records.units[index] for index in records.fixed()]
+    most = records.plan.max_grad_norm if records.plan.claim is not None else math.inf
+    return View(units, records.kinds, target, base, references, seed, others=others, max_grad_norm=most)
 
 
 def _joined(view: View, values: Floats, coins: Coins) -> Floats:

@@ -43,9 +43,9 @@ class Attack(ABC):
 
 def attacks() -> Mapping[str, Attack]:
     """Every attack by its name, the default first."""
-    from attacks.membership import by_logits, by_references, by_text, by_weights
+    from attacks.membership import by_gram, by_logits, by_references, by_text, by_weights
 
-    modules = (by_logits, by_weights, by_text, by_references)
+    modules = (by_logits, by_gram, by_weights, by_text, by_references)
     return {attack.name: attack for module in modules for attack in module.ATTACKS}
 
 

@@ -4,6 +4,7 @@ An attack never sees a coin of the target: a `View` holds none. Reference models
 drawn independently.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from attacks.membership.gradients import UnitGradients, unit_gradients
+from attacks.membership.gram import Gram, base_gram
 from attacks.membership.signals import Signals, signals
 from trainers.inputs import UnitInputs
 from trainers.records import Unit
@@ -75,7 +77,11 @@ class References:
 
 @dataclass
 class View:
-    """Records (m), their kinds, both models, reference losses where there are any, and a seed for what is random."""
+    """Records (m), their kinds, both models, reference losses where there are any, and a seed for what is random.
+
+    others: units that took part for certain, as far as the attacker knows them. max_grad_norm: C of the training,
+    infinite without clipping.
+    """
 
     units: Sequence[Unit]
     kinds: Kinds
@@ -83,10 +89,17 @@ class View:
     base: Access
     references: References | None = None
     seed: int = 0
+    others: Sequence[Unit] = ()
+    max_grad_norm: float = math.inf
     _per_kind: dict[str, npt.NDArray[np.intp]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._per_kind = {str(kind): np.flatnonzero(self.kinds == kind) for kind in np.unique(self.kinds)}
+
+    @cached_property
+    def gram(self) -> Gram:
+        """How the records pull on each other, computed once."""
+        return base_gram(self.target.model, self.units, self.others, max_grad_norm=self.max_grad_norm)
 
     def rng(self, purpose: str) -> np.random.Generator:
         """A generator for one use, the same at every call."""
