@@ -19,6 +19,7 @@ import pyarrow.parquet
 
 from attacks.kinds import FIRST, Draft, Gradients, Kind, Materials, Selection
 from attacks.kinds_drawn import DRAWN
+from attacks.kinds_optimised import Optimised
 from attacks.kinds_region import FusedRegion
 from dpaudit import atomic
 from dpaudit.config import CanaryKind
@@ -26,7 +27,7 @@ from dpaudit.errors import InvalidGame, rejected
 from dpaudit.randomness import Key
 from trainers.records import Dataset, Unit
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (*FIRST, *DRAWN, FusedRegion())}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (*FIRST, *DRAWN, FusedRegion(), Optimised())}
 ALL = "all"
 COLUMNS = ["id", "kind", "member", "content"]
 _PLAN = b"dpaudit.plan"
@@ -55,12 +56,13 @@ class Plan:
 
     @classmethod
     def default(cls, sizes: dict[str, int], tie_seed: int) -> "Plan":
-        """GUESSED of each kind on each side, rounded up; all kinds together guess what each of them guesses.
+        """GUESSED of each kind on each side, rounded up but never more than there are; all kinds together guess what
+        each of them guesses.
 
         sizes: candidates per kind.
         """
         counts = {
-            kind: (math.ceil(size * GUESSED.get(kind, 0.2)),) * 2 if size > 1 else (size, 0)
+            kind: (min(math.ceil(size * GUESSED.get(kind, 0.2)), size // 2),) * 2 if size > 1 else (size, 0)
             for kind, size in sizes.items()
         }
         together = (sum(top for top, _ in counts.values()), sum(bottom for _, bottom in counts.values()))

@@ -31,7 +31,7 @@ Method = Literal["non-private", "dp-sgd", "dual-priv", "dp-zo"]
 ReducerName = Literal["none", "random", "cls-topk", "visionzip", "tome", "divprune"]
 CanaryKind = Literal[
     "mislabelled", "noise", "new-token", "natural", "blank", "out-of-distribution", "rendered-code", "cross-modal",
-    "rare-answer", "high-perplexity", "orthogonal", "fused-region",
+    "rare-answer", "high-perplexity", "orthogonal", "fused-region", "optimised",
 ]  # fmt: skip
 
 

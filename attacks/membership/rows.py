@@ -110,10 +110,10 @@ class RowModel:
         """(R,) loss of each row under its own adapter, as `VisionLanguageModel.losses` defines it.
 
         adapters: "layers.N.MODULE.lora_A.weight" (R, r, in) and "...lora_B.weight" (R, out, r); modules without an
-        adapter stay frozen. Gradients flow to the adapters alone.
+        adapter stay frozen. Gradients flow to the adapters, and to `rows.tokens` where these want one.
         """
         packed = rows.packed
-        with torch.no_grad():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and rows.tokens.requires_grad):
             x, cos, sin, mask, head = self._start(rows)
             wanted = packed.targets != IGNORE
             most = int(wanted.sum(dim=1).max()) if packed.rows else 0

@@ -171,6 +171,14 @@ def test_guesses_are_fixed_with_the_coins(tmp_path: Path) -> None:
     assert check_coins(tmp_path / "coins.parquet", sha256).plan == plan
 
 
+@pytest.mark.parametrize("size", range(12))
+def test_no_kind_guesses_more_than_it_has(size: int) -> None:
+    """Three new-token candidates once got two guesses on each side, and the audit a line about 'bottom'."""
+    guesses = Plan.default(dict.fromkeys(KINDS, size), 1).guesses
+    assert all(top + bottom <= size for kind, (top, bottom) in guesses.items() if kind != ALL)
+    assert all(min(top, bottom) >= (size > 1) for top, bottom in guesses.values())
+
+
 def test_coins_come_back_as_they_were(tmp_path: Path) -> None:
     path = tmp_path / "coins.parquet"
     game = draw(30)
