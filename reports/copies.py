@@ -2,15 +2,15 @@
 
 import json
 import re
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet as pq
 
+from dpaudit import untrusted
 from dpaudit.errors import UsageError, rejected
 from reports.heldout import write_questions
 from reports.metrics import yes_no
@@ -19,7 +19,8 @@ from trainers.data import rows
 OPTIONAL = ("answer_type", "kind", "question_type", "group", "unit")
 # Words by which files of a set say which split they hold ("validation-00000-of-00003.parquet").
 SPLIT_WORDS = ("train", "training", "validation", "valid", "val", "val2014", "dev", "test", "testdev", "lite")
-ARCHIVE_BYTES = 1 << 27  # one picture out of an archive
+
+PICTURE_BYTES = 1 << 27  # of one picture's file
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ class Copy:
 def find(task: str, path: Path, split: str | None, columns: Sequence[str], workplace: Path) -> Copy:
     """A copy of the set of `task` at `path`: a Parquet file, a folder of them, or a `save_to_disk` folder.
 
-    GQA may lie as on the hub (questions and pictures in folders of their own), SLAKE as test.json with imgs.zip or
-    imgs/; both are joined into a file below `workplace`. Raises UsageError with one line.
+    GQA may lie as on the hub (questions and pictures in folders of their own), SLAKE as test.json with imgs/
+    (its imgs.zip unpacked: no archive is opened here); both are joined into a file below `workplace`. Raises
+    UsageError with one line.
     """
     field = f"--data {task}"
     if path.is_dir() and (path / "dataset_dict.json").is_file():
@@ -147,16 +149,16 @@ def _gqa(field: str, path: Path, workplace: Path) -> Path | None:
 
 
 def _slake(field: str, path: Path, workplace: Path) -> Path:
-    """Rows of test.json with their pictures out of imgs/ or imgs.zip."""
+    """Rows of test.json with their pictures out of imgs/."""
     try:
-        listed = json.loads((path / "test.json").read_text(encoding="utf-8"))
+        listed = json.loads(untrusted.read_bytes(path / "test.json", untrusted.MOST_DOCUMENT))
     except (OSError, ValueError, RecursionError):
         raise UsageError(f"{field}: test.json: not a readable JSON list") from None
     if not isinstance(listed, list) or not all(isinstance(row, dict) for row in listed):
         raise UsageError(f"{field}: test.json: not a list of objects")
     names = ("qid", "img_name", "question", "answer", "answer_type", "q_lang", "modality", "content_type")
     columns: dict[str, list[Any]] = {name: [] for name in (*names, "image")}
-    picture = _archive(field, path)
+    picture = _pictures(field, path)
     for number, row in enumerate(listed, 1):
         missing = [name for name in ("img_name", "question", "answer", "answer_type", "q_lang") if name not in row]
         if missing:
@@ -169,30 +171,18 @@ def _slake(field: str, path: Path, workplace: Path) -> Path:
     return workplace / "slake.parquet"
 
 
-def _archive(field: str, path: Path) -> Callable[[int, str], bytes]:
-    folder, archive = path / "imgs", path / "imgs.zip"
+def _pictures(field: str, path: Path) -> Callable[[int, str], bytes]:
+    folder = path / "imgs"
+    if not folder.is_dir():
+        raise UsageError(f"{field}: no imgs/ beside test.json; unpack imgs.zip there")
 
-    def from_folder(number: int, name: str) -> bytes:
+    def read(number: int, name: str) -> bytes:
         file = rows.inside(folder, name)
         if file is None or not file.is_file():
             raise UsageError(f"{field}: test.json, row {number}, img_name: no such file in imgs/")
-        return file.read_bytes()
+        return untrusted.read_bytes(file, PICTURE_BYTES)
 
-    if folder.is_dir():
-        return from_folder
-    try:
-        pictures = zipfile.ZipFile(archive)
-        members = {str(PurePosixPath(info.filename)): info for info in pictures.infolist()}
-    except (OSError, zipfile.BadZipFile):
-        raise UsageError(f"{field}: needs imgs/ or a readable imgs.zip beside test.json") from None
-
-    def from_archive(number: int, name: str) -> bytes:
-        info = members.get(name) or members.get(f"imgs/{name}")
-        if info is None or info.file_size > ARCHIVE_BYTES:
-            raise UsageError(f"{field}: test.json, row {number}, img_name: no such picture in imgs.zip")
-        return pictures.read(info)
-
-    return from_archive
+    return read
 
 
 # -- local sets of any kind ------------------------------------------------------------------------------------------
