@@ -55,6 +55,9 @@ KIND = "gradient"
 Directions = Literal["orthogonal", "dirac", "random"]
 TITLE = "white box: gradient canaries"
 STATISTIC = "log-likelihood ratio of the claimed mechanism, over all noisy gradients"
+LOUD_TITLE = "white box: canaries that arrive at 100 C"
+LOUD = "gradient, loud"  # key of a plan: the canaries far above C
+DECIDING = 2  # tests of the claim that one game makes: of all canaries, and of the loud ones
 FINAL = "-final"  # at the end of the coin file's kind: the final update only
 FINAL_STATISTIC = "projection of the final update on the canary's direction"
 DEFAULT_COUNT = 1000
@@ -99,7 +102,11 @@ class GradientGame:
         """A quarter of the candidates guessed on each side."""
         side = max(1, self.count // 4)
         seed = int(self.key.generator(purpose="gradient ties").integers(2**31))
-        return Plan({ALL: (side, side), self.kind: (side, side)}, seed)
+        return Plan({ALL: (side, side), self.kind: (side, side), LOUD: self._loud_side()}, seed)
+
+    def _loud_side(self) -> tuple[int, int]:
+        mine = int(loud(self.count).sum())
+        return (max(1, mine // 4),) * 2 if mine > 1 else (mine, 0)
 
     def ids(self) -> list[str]:
         """Names of the candidates, in order."""
@@ -212,7 +219,10 @@ def train_twin(
 
 
 def audit_twin(twin: RunFolder, *, confidence: float, alpha: float) -> CanaryAudit:
-    """The claim test and the bounds on a finished white-box twin's scores."""
+    """The claim test and the bounds on a finished white-box twin's scores.
+
+    Two tests decide, of all canaries and of those that arrive at 100 C, each at half of `alpha`.
+    """
     claim = ClaimDocument.read(twin.claim).claim
     try:
         coins = check_coins(twin.coins, LedgerDocument.read(twin.ledger).coins_sha256)
@@ -233,9 +243,13 @@ def audit_twin(twin: RunFolder, *, confidence: float, alpha: float) -> CanaryAud
     separate = "random" not in kind and not kind.endswith(FINAL)
     statistic = FINAL_STATISTIC if kind.endswith(FINAL) else STATISTIC
     words: dict[str, Any] = {"separate": separate, "statistic": f"{statistic} ({kind})"}
+    mine = loud_of(coins.frame)
+    tests = tests_of(scores, members, claim, coins.plan, confidence=confidence, alpha=alpha / DECIDING, **words)
+    top, bottom = loud_guesses(coins.plan, int(mine.sum()))
+    louder = (scores[mine], members[mine], claim, coins.plan.tie_seed, (top, bottom))
     return CanaryAudit(
         validity=Validity(sound=True, checks=(check,)),
-        tests=tests_of(scores, members, claim, coins.plan, confidence=confidence, alpha=alpha, **words),
+        tests=(*tests, *loud_tests(*louder, alpha=alpha / DECIDING, **words)),
         scores=(summarise(TITLE, scores, members),) if 0 < members.sum() < members.size else (),
         coins_sha256=coins.sha256,
     )
@@ -288,6 +302,59 @@ def tests_of(
         alternative=1.0 - plan.sigma_reduction,
     )
     return (free, *against)
+
+
+def loud(count: int) -> npt.NDArray[np.bool_]:
+    """(count,) which canaries arrive far above C. Clipped as they must be they look like the others."""
+    return np.array([SCALES[index % len(SCALES)] > 1 for index in range(count)])
+
+
+def loud_of(frame: pd.DataFrame) -> npt.NDArray[np.bool_]:
+    """(m,) the loud ones of a coin file, whose ids end in the candidate's number."""
+    places = frame["id"].str.rsplit("-", n=1).str[-1].astype(int).to_numpy()
+    chosen: npt.NDArray[np.bool_] = loud(int(places.max()) + 1)[places]
+    return chosen
+
+
+def loud_guesses(plan: Plan, count: int) -> tuple[int, int]:
+    """(top, bottom) for the loud canaries alone: the plan's own, or a quarter of them on each side."""
+    return plan.guesses.get(LOUD, (max(1, count // 4), max(1, count // 4)) if count > 1 else (count, 0))
+
+
+def loud_tests(
+    scores: npt.NDArray[np.float64],
+    members: npt.NDArray[np.bool_],
+    claim: Claim,
+    tie_seed: int,
+    guesses: tuple[int, int],
+    *,
+    alpha: float,
+    separate: bool = True,
+    statistic: str = STATISTIC,
+) -> tuple[Test, ...]:
+    """The claim's test on the canaries that arrive at 100 C alone.
+
+    Faulty clipping (of the batch's mean, say) may hide the canaries of norm C behind the loud ones; ranks of all
+    together then hardly show how certain the loud ones are. This is the second test that decides, so `alpha` is its
+    share of the level. Nothing without canaries.
+    """
+    if not scores.size:
+        return ()
+    found = claim_test(
+        scores,
+        members,
+        claim=claim,
+        top=guesses[0],
+        bottom=guesses[1],
+        rng=np.random.default_rng([tie_seed, 1]),
+        name=LOUD_TITLE,
+        statistic=statistic,
+        alpha=alpha,
+        confidence=1 - alpha,
+        separate=separate,
+        alternative=0.7,
+    )
+    return tuple(test for test in found if test.decides)
 
 
 def _scores(twin: RunFolder, coins: Coins) -> pd.DataFrame:

@@ -6,7 +6,8 @@ One short DP-SGD run of the reference model a seed (32 units of the embedded dig
 batch 256 of 1,032, 30 steps, claimed eps = 8 at 1e-5), audited by the white-box game. Trainers: correct; 0.7 x the
 claimed noise; and one that clips the mean of the batch instead of each unit and adds noise for C / B (the first bug of
 "Debugging differential privacy", Tramer et al. 2022). Per seed: the bound within DP-SGD with this q and T
-(order statistics, 95 %), the bound that assumes nothing, and the p-value of the claim. Seeds appear in
+(order statistics, 95 %), the bound that assumes nothing, and the p-value of the claim: twice the smaller of that of all
+canaries and that of the half that arrives at 100 C (Bonferroni, as the verdict takes them). Seeds appear in
 benchmarks/results/attack_white_box.json as they are done; those that are there are not run again.
 """
 
@@ -88,14 +89,16 @@ def row(fault: str, seed: int) -> dict[str, float]:
         config = resolve({"method": "dp-sgd"}, [*SETTINGS, f"seed={seed}", *extra])
         twin = train_twin(config, Path(folder) / "twin", count=COUNT)
         part = audit_twin(twin, confidence=0.95, alpha=0.05)
-    claim = next(test for test in part.tests if test.decides and test.p_value is not None)
+    every, loud = (test for test in part.tests if test.decides and test.p_value is not None)
     family = next(test for test in part.tests if test.bound == "order-statistic" and test.p_value is None)
     free = next(test for test in part.tests if test.bound == "steinke")
     return {
         "seed": seed,
-        "correct": int(claim.correct or 0),
-        "guesses": int(claim.guesses or 0),
-        "p_value": float(claim.p_value or 0.0),
+        "correct": int(every.correct or 0),
+        "guesses": int(every.guesses or 0),
+        "p_value_of_all": float(every.p_value or 0.0),
+        "p_value_of_loud": float(loud.p_value or 0.0),
+        "p_value": min(1.0, 2 * min(float(every.p_value or 0.0), float(loud.p_value or 0.0))),
         "epsilon_within_dp_sgd": min(1e3, float(family.epsilon_lower or 0.0)),
         "epsilon_free": float(free.epsilon_lower or 0.0),
         "auc": part.scores[0].auc,

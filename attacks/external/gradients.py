@@ -21,8 +21,8 @@ from attacks.canaries import ALL, Plan
 from attacks.external.one_run import SIGMA_REDUCTION
 from attacks.external.setting import Setting
 from attacks.external.subject import Subject
-from attacks.white_box import PARAMETERS_PER_CANARY, SCALES, GradientGame, tests_of
-from dpaudit.analysis.claim import claim_test
+from attacks.white_box import DECIDING as DECIDING
+from attacks.white_box import LOUD, PARAMETERS_PER_CANARY, GradientGame, loud, loud_tests, tests_of
 from dpaudit.analysis.plan import plan
 from dpaudit.documents import Claim, Test
 from dpaudit.errors import rejected
@@ -30,11 +30,9 @@ from dpaudit.randomness import Key
 from trainers.progress import Reporter
 
 KIND = white_box.KIND
-LOUD = "gradient, loud"  # key of the plan
 DEFAULT_COUNT = 1000
 LEAST_COUNT = 20
 MOST_NUMBERS = 250_000_000  # of all directions together: one gigabyte
-DECIDING = 2  # tests of the claim that one game makes
 
 Floats = npt.NDArray[np.float64]
 
@@ -91,11 +89,6 @@ def guesses(count: int, claim: Claim, *, alpha: float) -> dict[str, tuple[int, i
     return found
 
 
-def loud(count: int) -> npt.NDArray[np.bool_]:
-    """(count,) which canaries arrive far above C. Clipped as they must be they look like the others."""
-    return np.array([SCALES[index % len(SCALES)] > 1 for index in range(count)])
-
-
 @dataclass
 class _Known:
     """What the records of a batch contribute, as far as the auditor can know it."""
@@ -150,27 +143,12 @@ def play(setting: Setting, game: GradientGame, reporter: Reporter) -> float | No
 def tests(
     scores: Floats, members: npt.NDArray[np.bool_], plans: Plan, claim: Claim, *, confidence: float, alpha: float
 ) -> tuple[Test, ...]:
-    """The assumption-free bound, the exact claim test (attacks.white_box.tests_of), and the same of the loud canaries.
+    """The assumption-free bound and the exact claim tests (attacks.white_box): of all canaries, and of the loud ones.
 
-    Faulty clipping may hide the canaries of norm C behind the loud ones; ranks of all together then hardly show how
-    certain the loud ones are. Two tests decide, so `alpha` is the level of each.
+    Two tests decide, so `alpha` is the level of each.
     """
     own = Plan({ALL: plans.guesses[KIND]}, plans.tie_seed, plans.sigma_reduction)
     found = tests_of(scores, members, claim, own, confidence=confidence, alpha=alpha)
     mine = loud(len(scores))
-    top, bottom = plans.guesses[LOUD]
-    alone = claim_test(
-        scores[mine],
-        members[mine],
-        claim=claim,
-        top=top,
-        bottom=bottom,
-        rng=np.random.default_rng([plans.tie_seed, 1]),
-        name=f"{white_box.TITLE} of norm {max(SCALES):g} C",
-        statistic=white_box.STATISTIC,
-        alpha=alpha,
-        confidence=confidence,
-        separate=True,
-        alternative=1 - plans.sigma_reduction,
-    )
-    return (*found, *(test for test in alone if test.decides))
+    alone = loud_tests(scores[mine], members[mine], claim, plans.tie_seed, plans.guesses[LOUD], alpha=alpha)
+    return (*found, *alone)

@@ -7,15 +7,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.stats import kstest
 
+from attacks import white_box
 from attacks.audit import audit
+from attacks.canaries import ALL, Plan
 from attacks.options import Options
 from attacks.training import start_run
-from attacks.white_box import PARAMETERS_PER_CANARY, Directions, GradientGame, audit_twin, train_twin
+from attacks.white_box import (
+    PARAMETERS_PER_CANARY,
+    Directions,
+    GradientGame,
+    audit_twin,
+    loud,
+    loud_of,
+    loud_tests,
+    train_twin,
+)
+from dpaudit import accounting
 from dpaudit.config import RunConfig, resolve
+from dpaudit.documents import Claim
 from dpaudit.errors import UsageError
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
@@ -102,7 +116,9 @@ def test_only_separate_canaries_that_every_step_shows_are_decided_by_order_stati
         )  # type: ignore[arg-type]
         part = audit_twin(twin, confidence=0.95, alpha=1e-6)
         deciding = [test for test in part.tests if test.decides and test.p_value is not None]
-        assert len(deciding) == 1 and deciding[0].p_value is not None and deciding[0].p_value > 1e-6
+        assert [test.n for test in deciding] == [200, 100]  # all, and those that arrive at 100 C
+        assert all(test.p_value is not None and test.p_value > 1e-6 for test in deciding)
+        assert deciding[0].bound == deciding[1].bound
         decided[directions, final] = deciding[0].bound
         assert part.scores[0].auc > 0.5 + 6 * 0.29 / 100**0.5 * 0.82
         assert all("final update" in test.statistic for test in part.tests) == final
@@ -120,13 +136,37 @@ def test_a_correct_run_is_not_refuted_and_half_the_noise_is(tiny: Path, tmp_path
         )
         part = audit_twin(twin, confidence=0.95, alpha=1e-6)
         deciding = [test for test in part.tests if test.decides and test.p_value is not None]
-        assert len(deciding) == 1 and deciding[0].bound == "order-statistic" and deciding[0].n == COUNT
+        assert [(test.bound, test.n) for test in deciding] == [
+            ("order-statistic", COUNT),
+            ("order-statistic", COUNT // 2),
+        ]
         values[name] = deciding[0].p_value
         members[name] = part
     assert values["correct"] is not None and values["correct"] > 1e-6
     assert values["half"] is not None and values["half"] < 1e-6
     bound = {test.bound: test for test in members["half"].tests if test.assumes == "none"}["steinke"]
     assert 0 < float(bound.epsilon_lower or 0) <= float(bound.ceiling or 0)
+
+
+def test_loud_canaries_are_judged_by_themselves() -> None:
+    """Where clipping lets 100 C through and drowns the rest, ranks of all together find nothing and the loud half does:
+    a true claim gives p <= 1e-6 at most once in a million games."""
+    rng = np.random.default_rng(3)
+    members = rng.random(600) < 0.5
+    mine = loud(600)
+    scores = np.where(mine, 100.0 * members, 0.0) + rng.normal(size=600)
+    epsilon = accounting.epsilon(accounting.DpSgd(1.0, 0.2, 10, "add-remove"), 1e-5)
+    claim = Claim(
+        epsilon=epsilon, delta=1e-5, relation="add-remove", unit="image", sampling="poisson", noise_multiplier=1.0,
+        sample_rate=0.2, steps=10, max_grad_norm=1.0,
+    )  # fmt: skip
+    together = white_box.tests_of(scores, members, claim, Plan({ALL: (150, 150)}, 1), confidence=0.95, alpha=0.05)
+    alone = loud_tests(scores[mine], members[mine], claim, 1, (75, 75), alpha=0.05)
+    worst = [test.p_value for test in (*together, *alone) if test.decides and test.p_value is not None]
+    assert len(worst) == 2 and worst[0] > 1e-6 and worst[1] < 1e-15
+    frame = pd.DataFrame({"id": [f"gradient-{index:05d}" for index in range(600)]}).sample(frac=1, random_state=0)
+    assert np.array_equal(loud_of(frame), mine[frame.index.to_numpy()])  # whatever the order of the rows
+    assert loud_tests(np.empty(0), np.empty(0, bool), claim, 1, (0, 0), alpha=0.05) == ()
 
 
 def test_residuals_of_candidates_left_out_are_pure_noise(tiny: Path, tmp_path: Path, monkeypatch) -> None:
