@@ -362,4 +362,9 @@ def _scores(twin: RunFolder, coins: Coins) -> pd.DataFrame:
 
     if not twin.scores.is_file():
         raise InvalidGame(f"{twin.scores}: missing; delete {twin.path} and audit again")
-    return join_coins(pd.read_parquet(twin.scores)[["id", "score"]], coins.frame)
+    found = pd.read_parquet(twin.scores)
+    joined = join_coins(found[["id", "score"]], coins.frame)
+    theirs = found.set_index("id")["member"].reindex(coins.frame["id"]).to_numpy(dtype=bool)
+    if not np.array_equal(theirs, coins.frame["member"].to_numpy(dtype=bool)):
+        raise InvalidGame(f"{twin.scores}: scores of another run; they were written beside other coins than these")
+    return joined

@@ -142,6 +142,12 @@ def test_a_correct_run_is_not_refuted_and_half_the_noise_is(tiny: Path, tmp_path
         ]
         values[name] = deciding[0].p_value
         members[name] = part
+    other = train_twin(config(tiny, "seed=4", "training.steps=1"), tmp_path / "other", count=COUNT)
+    (tmp_path / "correct" / "private" / "scores.parquet").write_bytes(
+        other.scores.read_bytes()
+    )  # the same ids, other coins
+    mixed = audit_twin(RunFolder.open(tmp_path / "correct"), confidence=0.95, alpha=1e-6)
+    assert not mixed.validity.sound and not mixed.tests and "scores of another run" in mixed.validity.checks[0].measured
     assert values["correct"] is not None and values["correct"] > 1e-6
     assert values["half"] is not None and values["half"] < 1e-6
     bound = {test.bound: test for test in members["half"].tests if test.assumes == "none"}["steinke"]
