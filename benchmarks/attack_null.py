@@ -45,7 +45,7 @@ from trainers.plan import make_plan
 from trainers.run import load_model
 
 RESULTS = Path(__file__).parent / "results" / "attack_null.json"
-SETTINGS = ["model.device=cpu", "data.limit=32", "training.batch-size=64", "training.steps=12", "privacy.epsilon=8"]
+SETTINGS = ["model.device=cpu", "data.limit=32", "training.batch-size=24", "training.steps=30", "privacy.epsilon=8"]
 KINDS = ("mislabelled", "noise", "new-token", "rendered-code", "high-perplexity")
 COUNT, REFERENCES, POPULATION = 200, 4, 60
 LEVEL = 0.05
