@@ -1,0 +1,267 @@
+"""The sections of a configuration: typed, strict, with what each field accepts.
+
+Field names use dashes on the outside (`data.train-images`) and underscores inside.
+"""
+
+import hashlib
+import json
+from pathlib import PurePosixPath
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+Method = Literal["non-private", "dp-sgd", "dual-priv", "dp-zo"]
+ReducerName = Literal["none", "random", "cls-topk", "visionzip", "tome", "divprune"]
+CanaryKind = Literal[
+    "mislabelled", "noise", "new-token", "natural", "blank", "out-of-distribution", "rendered-code", "cross-modal",
+    "rare-answer", "high-perplexity", "orthogonal", "fused-region", "optimised",
+]  # fmt: skip
+
+
+def _finite(value: float) -> float:
+    if value != value or value in (float("inf"), float("-inf")):
+        raise ValueError("must be finite")
+    return value
+
+
+Finite = Annotated[float, AfterValidator(_finite)]
+
+
+def dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def public_path(text: str | None) -> str | None:
+    """A path that leads elsewhere (/…, ~…, ../…) cut to its last part; others and hub ids (`org/model`) as they are."""
+    return PurePosixPath(text).name if text is not None and text.startswith(("/", "~", "..")) else text
+
+
+class Section(BaseModel):
+    """A part of the configuration; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, alias_generator=dashed)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: object, info: ValidationInfo) -> object:
+        """`privacy.epsilon=true` is a slip, not eps = 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("must not be true or false")
+        return value
+
+
+class DataConfig(Section):
+    """Which data: `name` is 'digits' (embedded) or a set on the hub; `path`, `train` and `test` name local files."""
+
+    name: str | None = Field(default=None, description="'digits' or a hub name; default digits without a path")
+    path: str | None = Field(default=None, description="folder of a local data set")
+    train: str | None = None
+    test: str | None = None
+    train_images: str | None = None
+    test_images: str | None = None
+    unit: str | None = Field(default=None, description="column that names the privacy unit; default: the picture")
+    reserve: int = Field(default=0, ge=0, description="local sets: units held back from training for natural canaries")
+    limit: int | None = Field(default=None, ge=2, description="use only the first N train units (and N test units)")
+    public_size: int | None = Field(
+        default=None, ge=1, description="declared public size of the training set; default: its true size, made public"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "DataConfig":
+        if self.path is not None and self.name is not None:
+            raise ValueError("give either data.name or data.path, not both")
+        if self.path is not None and (self.train is None or self.test is None):
+            raise ValueError("data.path needs data.train and data.test (file names inside it)")
+        return self
+
+
+# What PEFT offers beyond plain LoRA, with the way out, and what PEFT calls by another name.
+_NO_ADAPTER_SETTING = {
+    "dora": "its norm of a whole matrix has no per-unit gradient; use a higher rank",
+    "dropout": "a resumed run could not draw its masks again; use training.weight-decay or a lower rank",
+    "rank-pattern": "one rank for all modules; choose them by targets",
+    "alpha-pattern": "one alpha for all modules; choose them by targets",
+    "modules-to-save": "whole modules, tied embeddings among them, can't be clipped per unit; use targets",
+    "bias": "trained biases are not clipped per unit; leave it out",
+    "rslora": "give alpha times the root of rank instead",
+    "init-weights": "A is drawn from the run's key and B is 0; other starts may look at data",
+    "tower": "the vision tower stays frozen, its tokens are computed once and its rows would be tiles; use projector",
+}
+_SAME_SETTING = {
+    "use-dora": "dora",
+    "lora-dropout": "dropout",
+    "use-rslora": "rslora",
+    "lora-bias": "bias",
+    "init-lora-weights": "init-weights",
+    "vision-tower": "tower",
+}
+_OUR_NAME = {"r": "rank", "lora-alpha": "alpha", "target-modules": "targets"}
+
+
+class LoraConfig(Section):
+    """Low-rank adapters on the language model, through peft."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_lora_only(cls, given: object) -> object:
+        for name in map(dashed, map(str, given if isinstance(given, dict) else ())):
+            if name in _OUR_NAME:
+                raise ValueError(f"{name} is called {_OUR_NAME[name]} here")
+            why = _NO_ADAPTER_SETTING.get(_SAME_SETTING.get(name, name))
+            if why is not None:
+                raise ValueError(f"{name} is not supported: {why}")
+        return given
+
+    rank: int = Field(default=8, ge=1)
+    alpha: Finite = Field(default=16.0, gt=0)
+    targets: tuple[str, ...] = Field(
+        default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), min_length=1
+    )
+    projector: bool = Field(default=False, description="also adapt the multimodal projector")
+
+
+class ModelConfig(Section):
+    """The model to fine-tune."""
+
+    path: str | None = Field(default=None, description="folder or hub id; default: the reference model of the package")
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of the frozen model; adapters, clipping and noise are float32 in any case"
+    )
+    lora: LoraConfig = LoraConfig()
+
+
+class ReducerConfig(Section):
+    """Visual token pruning and fusion. `keep` = K dominant patches, `fuse` = k fused tokens."""
+
+    name: ReducerName = "none"
+    keep: int = Field(default=16, ge=1)
+    fuse: int = Field(default=8, ge=0)
+    layer: int = Field(default=-2, description="encoder layer whose attention and features are used (LLaVA: -2)")
+    noise: Literal["none", "sum", "mean"] | Finite = Field(
+        default="none", description="fusion noise std: 'sum' = sigma*C, 'mean' = sigma*C/B, or a number"
+    )
+
+
+class FusionConfig(Section):
+    """Visual tokens that may leave the trust boundary; see trainers.fusion and docs/fusion-path.md."""
+
+    release: Literal["none", "clip-noise"] = "none"
+    radius: Finite | None = Field(default=None, gt=0, description="R: all tokens of a unit are clipped to this norm")
+    multiplier: Finite | None = Field(default=None, gt=0, description="z: noise std of the tokens over R")
+
+
+class PrivacyConfig(Section):
+    """The claim that the run makes. Either `epsilon` or `noise-multiplier`; a non-private run uses neither."""
+
+    epsilon: Finite | None = Field(default=8.0, gt=0, description="for no claim at all: method=non-private")
+    delta: Finite = Field(default=1e-5, gt=0, lt=1)
+    noise_multiplier: Finite | None = Field(default=None, gt=0)
+    max_grad_norm: Finite = Field(default=1.0, gt=0)
+    relation: Literal["add-remove", "zero-out", "replace"] = "add-remove"
+    noise: Literal["plain", "secure"] = Field(
+        default="plain", description="secure: half the sum of four normals, against attacks on floating-point noise"
+    )
+
+
+class PruningConfig(Section):
+    """Gradient-update pruning on the noisy gradient (post-processing). `keep` = fraction of blocks updated."""
+
+    keep: Finite = Field(default=1.0, gt=0, le=1)
+    by: Literal["magnitude", "magnitude-normalised", "random", "previous"] = "magnitude"
+    granularity: Literal["matrix", "layer"] = Field(
+        default="matrix", description="a block is one LoRA matrix, or all of a decoder layer"
+    )
+    decay: Finite = Field(default=0.9, ge=0, lt=1, description="by 'previous': weight of the past in a block's rank")
+    explore: Finite = Field(
+        default=0.1, ge=0, le=1, description="by 'previous': share of the kept blocks that is drawn at random"
+    )
+
+
+class ZerothOrderConfig(Section):
+    """Method dp-zo: loss differences along public random directions; see trainers.zeroth_order."""
+
+    noise: Literal["gaussian", "laplace"] = "gaussian"
+    directions: int = Field(default=1, ge=1, description="public directions a step, two forward passes each")
+    perturbation: Finite = Field(default=1e-3, gt=0, description="how far along a direction the loss is taken")
+
+
+class TrainingConfig(Section):
+    """The optimisation. `batch-size` is the expected batch; steps = epochs * candidates / batch-size."""
+
+    epochs: Finite = Field(default=30.0, gt=0)
+    steps: int | None = Field(default=None, ge=1, description="overrides epochs")
+    batch_size: int = Field(default=256, ge=1)
+    sampling: Literal["poisson", "fixed", "shuffle"] = Field(
+        default="poisson", description="fixed: a uniform subset of batch-size; shuffle: epochs; see docs/accounting.md"
+    )
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: Finite = Field(default=1e-3, gt=0)
+    weight_decay: Finite = Field(default=0.0, ge=0)
+    warmup: Finite = Field(default=0.05, ge=0, lt=1, description="fraction of the steps")
+    gradient_path: Literal["auto", "micro-batch", "hooks"] = "auto"
+    rows_at_once: int = Field(default=64, ge=1, description="pictures per physical batch of the fast path")
+    gradient_checkpointing: Literal["none", "auto", "reentrant", "non-reentrant"] = Field(
+        default="none", description="recompute the decoder's layers in the backward pass; auto: the kind that fits"
+    )
+    feature_cache: Literal["auto", "always", "never"] = Field(
+        default="auto", description="keep what the tower said on disk, in the run's private part; auto: a large tower"
+    )
+    parallel: Literal["data", "fsdp"] = Field(
+        default="data", description="with several ranks: every rank holds the whole base model, or a share (fsdp)"
+    )
+    checkpoint_every: int = Field(default=20, ge=1, description="steps")
+
+
+class CanaryConfig(Section):
+    """Canaries: `count` candidates, each inserted when its fair coin says so."""
+
+    count: int = Field(default=0, ge=0)
+    kinds: tuple[CanaryKind, ...] = ("mislabelled", "noise", "new-token")
+
+
+class PlantedConfig(Section):
+    """Deliberate faults, to test an audit. A run that uses one says so in its ledger and can't be released."""
+
+    noise_scale: Finite = Field(default=1.0, ge=0, description="the noise really added, relative to the claim")
+
+
+class RunConfig(Section):
+    """Everything that defines a run."""
+
+    method: Method = "dp-sgd"
+    seed: int | None = Field(default=None, ge=0, lt=2**63, description="replaces the secret key: not for release")
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    reducer: ReducerConfig = ReducerConfig()
+    fusion: FusionConfig = FusionConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    pruning: PruningConfig = PruningConfig()
+    zeroth_order: ZerothOrderConfig = ZerothOrderConfig()
+    training: TrainingConfig = TrainingConfig()
+    canaries: CanaryConfig = CanaryConfig()
+    planted: PlantedConfig = PlantedConfig()
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as YAML, every default spelled out."""
+        return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
+
+    def public(self) -> "RunConfig":
+        """The same without the folders of a machine: paths name users and projects, so only their last part stays."""
+        data = self.data.model_copy(update={"path": public_path(self.data.path)})
+        model = self.model.model_copy(update={"path": public_path(self.model.path)})
+        return self.model_copy(update={"data": data, "model": model})
+
+    def sha256(self) -> str:
+        """Hash of the resolved configuration."""
+        text = json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,84 @@
+"""Rules that span sections, checked before anything is computed."""
+
+from collections.abc import Sequence
+
+from dpaudit.config.sections import RunConfig, Section, ZerothOrderConfig, dashed
+from dpaudit.errors import rejected
+
+
+def check_together(config: RunConfig) -> None:
+    """Rules that span sections."""
+    privacy = config.privacy
+    if config.method == "non-private":
+        if config.planted.noise_scale != 1.0:
+            raise rejected("planted.noise-scale", config.planted.noise_scale, "1.0 for method non-private")
+    elif (privacy.epsilon is None) == (privacy.noise_multiplier is None):
+        raise rejected(
+            "privacy.epsilon", privacy.epsilon, "either privacy.epsilon or privacy.noise-multiplier, exactly one"
+        )
+    _check_zeroth_order(config)
+    _check_fusion(config)
+    _check_unused(
+        "pruning", config.pruning, ("decay", "explore"), config.pruning.by == "previous", "pruning.by=previous"
+    )
+    if config.training.sampling == "fixed" and config.method == "dp-zo" and config.zeroth_order.noise == "laplace":
+        raise rejected("training.sampling", "fixed", "poisson or shuffle for Laplace noise")
+    if config.canaries.count and not config.canaries.kinds:
+        raise rejected("canaries.kinds", config.canaries.kinds, "at least one kind")
+    reducer = config.reducer
+    if reducer.noise != "none" and reducer.name not in ("visionzip",):
+        raise rejected("reducer.noise", reducer.noise, f"'none' for reducer {reducer.name} (it fuses no tokens)")
+    if reducer.name == "visionzip" and reducer.fuse < 1:
+        raise rejected("reducer.fuse", reducer.fuse, "at least 1 for reducer visionzip")
+    if isinstance(reducer.noise, float) and reducer.noise < 0:
+        raise rejected("reducer.noise", reducer.noise, "'none', 'sum', 'mean' or a number >= 0")
+    if config.method == "non-private" and reducer.noise in ("sum", "mean"):
+        raise rejected("reducer.noise", reducer.noise, "'none' or a number for method non-private (it has no sigma)")
+
+
+def _check_fusion(config: RunConfig) -> None:
+    """A release of tokens needs its own clip norm and noise, a claim to be part of, and a relation that it can keep."""
+    chosen = config.fusion
+    _check_unused(
+        "fusion", chosen, ("radius", "multiplier"), chosen.release == "clip-noise", "fusion.release=clip-noise"
+    )
+    if chosen.release == "none":
+        return
+    if config.method == "non-private":
+        raise rejected("fusion.release", chosen.release, "none for method non-private (it makes no claim)")
+    if chosen.radius is None:
+        hint = "a number > 0, chosen on public pictures (python -m trainers.fusion prints their norms)"
+        raise rejected("fusion.radius", None, hint)
+    if chosen.multiplier is None:
+        raise rejected("fusion.multiplier", None, "a number > 0: the noise on the tokens over fusion.radius")
+    if config.privacy.relation == "add-remove":
+        accepted = "zero-out or replace with fusion.release=clip-noise: a published row shows presence"
+        raise rejected("privacy.relation", "add-remove", accepted)
+
+
+def _check_zeroth_order(config: RunConfig) -> None:
+    """dp-zo has K noisy numbers a step, and no noisy gradient of any block."""
+    chosen = config.zeroth_order
+    zeroth = config.method == "dp-zo"
+    _check_unused("zeroth-order", chosen, tuple(ZerothOrderConfig.model_fields), zeroth, "method dp-zo")
+    if not zeroth:
+        return
+    if config.pruning.keep < 1:
+        raise rejected("pruning.keep", config.pruning.keep, "1 for method dp-zo (no block has noise of its own)")
+    if config.training.gradient_path != "auto":
+        raise rejected("training.gradient-path", config.training.gradient_path, "auto for method dp-zo (no gradients)")
+    if config.training.gradient_checkpointing != "none":
+        given = config.training.gradient_checkpointing
+        raise rejected("training.gradient-checkpointing", given, "none for method dp-zo (no backward pass)")
+    if chosen.noise == "laplace" and config.privacy.noise == "secure":
+        raise rejected("privacy.noise", "secure", "plain for Laplace noise")
+    if chosen.noise == "laplace" and config.privacy.relation == "replace":
+        raise rejected("privacy.relation", "replace", "add-remove or zero-out for Laplace noise")
+
+
+def _check_unused(section: str, given: Section, fields: Sequence[str], used: bool, where: str) -> None:
+    """A setting that would change nothing is a slip: fields of `given` keep their defaults unless they are used."""
+    plain = type(given)()
+    for name in fields:
+        if not used and getattr(given, name) != getattr(plain, name):
+            raise rejected(f"{section}.{dashed(name)}", getattr(given, name), f"only with {where}")
