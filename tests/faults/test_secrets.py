@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from tests.faults import harness, in_process
@@ -138,6 +139,29 @@ def test_no_mark_leaves_an_audit(root: Path, flags: tuple[str, ...]) -> None:
     assert logs and len(released) >= 9
     for path in (report, *logs, *released):
         assert marks(path.read_bytes()) == [], path
+
+
+@pytest.mark.slow
+def test_no_mark_leaves_a_sweep(root: Path) -> None:
+    """Its jobs are processes with their own logs. A sweep repeats its grid, so that names a folder without marks."""
+    home, sweep, report = root / "home", root / "sweep", root / "sweep.html"
+    shutil.copytree(root / f"{MARK}home", home)
+    settings = [item for item in train(root, "privacy.epsilon=null")[1:] if not item.startswith("seed")]
+    pairs = [item.replace(f"{MARK}home", "home").split("=", 1) for item in settings]
+    grid = {"name": "small", "settings": {name: yaml.safe_load(value) for name, value in pairs}}
+    (root / "grid.yaml").write_text(yaml.safe_dump(grid))
+    command = ["sweep", str(root / "grid.yaml"), "--out", str(sweep), "--audit", "fusion"]
+    told = []
+    for typed in (command, [*command, "--resume", "--json"], ["report", str(sweep), "-o", str(report)]):
+        ended = harness.run(typed, [root], root)
+        assert ended.code == 0, ended.err
+        told += [ended.out.encode(), ended.err.encode()]
+    logs = [path for path in sweep.rglob("*") if path.suffix in (".jsonl", ".log") and path.is_file()]
+    released = [path for path in sweep.rglob("release/**/*") if path.is_file()]
+    assert len(logs) >= 2 and len(released) >= 8
+    for path in (report, sweep / "sweep.json", *logs, *released):
+        assert marks(path.read_bytes()) == [], path
+    assert [content for content in told if marks(content)] == []
 
 
 BROKEN: dict[str, Any] = {
