@@ -75,7 +75,8 @@ def table(document: SweepDocument) -> str:
     if document.majority is not None:
         lines.append(f"\nAlways giving the commonest answer: {100 * document.majority.value:.1f} %.")
     seconds = [cell.seconds for cell in document.cells if cell.seconds is not None]
-    lines.append(f"{len(document.cells)} cells, {len(document.seeds)} seeds; {sum(seconds):.0f} s of training jobs.")
+    timed = "" if len(seconds) == len(document.cells) else f" in {len(seconds)} of them"  # others came from elsewhere
+    lines.append(f"{len(document.cells)} cells, {len(document.seeds)} seeds; {sum(seconds):.0f} s of training jobs{timed}.")
     return "\n".join(lines)
 
 
