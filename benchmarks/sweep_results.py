@@ -74,9 +74,9 @@ def table(document: SweepDocument) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     if document.majority is not None:
         lines.append(f"\nAlways giving the commonest answer: {100 * document.majority.value:.1f} %.")
-    seconds = [cell.seconds for cell in document.cells if cell.seconds is not None]
-    timed = "" if len(seconds) == len(document.cells) else f" in {len(seconds)} of them"  # others came from elsewhere
-    lines.append(f"{len(document.cells)} cells, {len(document.seeds)} seeds; {sum(seconds):.0f} s of training jobs{timed}.")
+    cells, known = len(document.cells), [cell.seconds for cell in document.cells if cell.seconds is not None]
+    timed = "" if len(known) == cells else f" in {len(known)} of them"  # the others were trained elsewhere
+    lines.append(f"{cells} cells, {len(document.seeds)} seeds; {sum(known):.0f} s of training jobs{timed}.")
     return "\n".join(lines)
 
 
