@@ -5,6 +5,7 @@ Documents that belong to one command live with it; only the command line may imp
 
 from pathlib import Path
 
+import dpaudit
 from attacks.bugs.benchmark import BugsDocument
 from dpaudit import documents
 from dpaudit.analysis.plan import PlanDocument
@@ -20,7 +21,7 @@ ALL: tuple[type[documents.Document], ...] = (
     DisclosureDocument,
     BugsDocument,
 )
-FOLDER = Path(documents.__file__).parent / "schemas"
+FOLDER = Path(dpaudit.__file__).parent / "schemas"
 
 if __name__ == "__main__":
     documents.write_schemas(FOLDER, ALL)

@@ -1,0 +1,145 @@
+"""The JSON documents that dpaudit writes and reads: one typed model per file under `release/`, one JSON Schema each.
+
+People's scripts depend on these shapes, so a change raises `SCHEMA_VERSION`. Numbers that are not finite are the
+strings `"inf"` and `"-inf"` (JSON has none); a missing number is `null`, never NaN. Unknown fields are an error when a
+document is read: a document from another version should say so instead of being half understood.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from dpaudit.documents.audit import (
+    AttackRow,
+    AuditDocument,
+    ContractAudit,
+    Extraction,
+    Regeneration,
+    RunInfo,
+    Thumbnail,
+)
+from dpaudit.documents.base import (
+    MOST_BYTES,
+    SCHEMA_VERSION,
+    Document,
+    Number,
+    Part,
+)
+from dpaudit.documents.claim import (
+    Claim,
+    ClaimDocument,
+    CrossCheck,
+    EpsilonAt,
+    LedgerDocument,
+    LedgerRow,
+    LedgerStatus,
+    Relation,
+    Spent,
+)
+from dpaudit.documents.environment import (
+    DoctorDocument,
+    EnvironmentDocument,
+)
+from dpaudit.documents.games import (
+    Assumes,
+    BoundDocument,
+    Check,
+    CheckDocument,
+    RocPoint,
+    ScoresDocument,
+    ScoreSummary,
+    Test,
+    Validity,
+    Verdict,
+)
+from dpaudit.documents.token_path import (
+    Carried,
+    FusionAudit,
+    Leak,
+    LeakStage,
+    MaskLeak,
+    Reconstruction,
+    Region,
+    ReleaseAudit,
+    ReleasePair,
+    Sensitivity,
+    TruthCase,
+)
+from dpaudit.documents.utility import (
+    BenchmarkDocument,
+    Gap,
+    Metric,
+    TaskAbout,
+)
+
+__all__ = [
+    "DOCUMENTS",
+    "MOST_BYTES",
+    "SCHEMA_VERSION",
+    "Assumes",
+    "AttackRow",
+    "AuditDocument",
+    "BenchmarkDocument",
+    "BoundDocument",
+    "Carried",
+    "Check",
+    "CheckDocument",
+    "Claim",
+    "ClaimDocument",
+    "ContractAudit",
+    "CrossCheck",
+    "DoctorDocument",
+    "Document",
+    "EnvironmentDocument",
+    "EpsilonAt",
+    "Extraction",
+    "FusionAudit",
+    "Gap",
+    "Leak",
+    "LeakStage",
+    "LedgerDocument",
+    "LedgerRow",
+    "LedgerStatus",
+    "MaskLeak",
+    "Metric",
+    "Number",
+    "Part",
+    "Reconstruction",
+    "Regeneration",
+    "Region",
+    "Relation",
+    "ReleaseAudit",
+    "ReleasePair",
+    "RocPoint",
+    "RunInfo",
+    "ScoreSummary",
+    "ScoresDocument",
+    "Sensitivity",
+    "Spent",
+    "TaskAbout",
+    "Test",
+    "Thumbnail",
+    "TruthCase",
+    "Validity",
+    "Verdict",
+    "write_schemas",
+]
+
+DOCUMENTS: tuple[type[Document], ...] = (
+    ClaimDocument,
+    LedgerDocument,
+    AuditDocument,
+    ScoresDocument,
+    BoundDocument,
+    BenchmarkDocument,
+    EnvironmentDocument,
+    CheckDocument,
+    DoctorDocument,
+)
+
+
+def write_schemas(folder: Path, kinds: Sequence[type[Document]] = DOCUMENTS) -> None:
+    """Write one `KIND.json` per document; a test keeps the committed files in step with the code."""
+    for document in kinds:
+        text = json.dumps(document.json_schema(), indent=2, ensure_ascii=False) + "\n"
+        (folder / f"{document.kind}.json").write_text(text, encoding="utf-8")

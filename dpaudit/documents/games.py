@@ -1,0 +1,114 @@
+"""What a game or a check found: tests and bounds, summaries of scores, and whether the game is sound at all."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from dpaudit.documents.base import Document, Number, Part
+from dpaudit.documents.claim import Claim
+
+Assumes = Literal["none", "gaussian", "laplace", "dp-sgd(q,T)", "claimed-mechanism", "prior"]
+Verdict = Literal["invalid", "refuted", "unsupported", "inconclusive", "not refuted", "no claim"]
+
+
+class Test(Part):
+    """One statistical test: a bound with all that it depends on."""
+
+    __test__: ClassVar[bool] = False  # not a test case for pytest
+
+    name: str = Field(description="Which game and records, e.g. 'canaries: all kinds' or 'canaries: new-token'.")
+    statistic: str = Field(description="The score, e.g. 'loss of the base model minus loss'.")
+    bound: str = Field(description="The method, e.g. 'steinke', 'order-statistic', 'clopper-pearson'.")
+    assumes: Assumes
+    selection: str = Field(description="How guesses or thresholds were fixed, e.g. 'fixed: 60 top, 60 bottom'.")
+    confidence: float = Field(description="Of this test alone.")
+    delta: float
+    n: int = Field(description="Records with a coin (m).")
+    guesses: int | None = Field(description="r, fixed beforehand.")
+    correct: int | None = Field(default=None, description="v, correct guesses.")
+    epsilon_lower: Number | None
+    ceiling: Number | None = Field(description="Largest eps that this game could have shown.")
+    p_value: float | None = Field(default=None, description="Of the claim, where the test makes that statement.")
+    statement: str | None = Field(default=None, description="What the p-value says, in words.")
+    power: float | None = Field(default=None, description="Against the stored alternative; null = not known.")
+    estimate: bool = Field(default=False, description="True: no finite-sample validity, never decides a verdict.")
+    decides: bool = Field(default=True, description="False: informative only, outside the error budget.")
+
+
+class RocPoint(Part):
+    """A point of the empirical ROC with simultaneous limits where they exist."""
+
+    fpr: float
+    tpr: float
+    tpr_low: float | None = None
+    tpr_high: float | None = None
+
+
+class ScoreSummary(Part):
+    """What a reader may see of one game's scores: histograms, ROC and AUC, never single scores."""
+
+    name: str
+    n_in: int
+    n_out: int
+    edges: tuple[float, ...] = Field(description="Histogram bin edges, length bins + 1.")
+    counts_in: tuple[int, ...]
+    counts_out: tuple[int, ...]
+    roc: tuple[RocPoint, ...]
+    auc: float = Field(description="Mann-Whitney, ties count one half.")
+    auc_low: float | None = None
+    auc_high: float | None = None
+    tpr_at_fpr: dict[str, RocPoint | None] = Field(
+        default_factory=dict, description="Keys '0.1', '0.01', '0.001'; null = not resolvable with this many records."
+    )
+
+
+class Check(Part):
+    """One deterministic or contract check."""
+
+    name: str
+    status: Literal["pass", "fail", "not applicable"]
+    measured: str
+    allowed: str
+    explanation: str
+
+
+class Validity(Part):
+    """Whether the game is sound at all."""
+
+    sound: bool
+    checks: tuple[Check, ...]
+
+
+class ScoresDocument(Document):
+    """What `dpaudit scores --json` prints."""
+
+    kind: ClassVar[str] = "scores"
+    verdict: Verdict
+    reasons: tuple[str, ...]
+    claim: Claim | None = None
+    alpha: float
+    family_confidence: float
+    tests: tuple[Test, ...]
+    validity: Validity
+    scores: tuple[ScoreSummary, ...] = ()
+
+
+class BoundDocument(Document):
+    """What `dpaudit bound --json` prints."""
+
+    kind: ClassVar[str] = "bound"
+    method: str
+    epsilon_lower: Number
+    ceiling: Number
+    confidence: float
+    delta: float
+    assumes: Assumes
+    estimate: bool = False
+
+
+class CheckDocument(Document):
+    """What `dpaudit check --json` prints."""
+
+    kind: ClassVar[str] = "check"
+    verdict: Literal["pass", "fail", "inconclusive"]
+    checks: tuple[Check, ...]
