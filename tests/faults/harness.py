@@ -220,7 +220,7 @@ def run(
     kind: Kind = "none",
     at: int = -1,
     skip: str | None = None,
-    prepare: Callable[[], None] | None = None,
+    prepare: Callable[[], object] | None = None,
     timeout: int = 1800,
 ) -> Ended:
     """Run `dpaudit ARGUMENTS` in a fork and do `kind` at its site number `at` (from 0).
@@ -254,7 +254,7 @@ def _child(
     kind: Kind,
     at: int,
     skip: str | None,
-    prepare: Callable[[], None] | None,
+    prepare: Callable[[], object] | None,
     timeout: int,
 ) -> NoReturn:
     code = 99

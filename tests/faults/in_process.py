@@ -16,12 +16,14 @@ from dpaudit.executors import LocalExecutor, Outcome, load_function
 from dpaudit.runs import RunFolder
 
 
-def patch(measured: Path | None = None) -> None:
-    """Call in the fork that runs the command. measured: a finished sweep from which measurements are taken.
+def patch(measured: Path | None = None) -> Callable[[], None]:
+    """Call in the process that runs the command. measured: a finished sweep from which measurements are taken.
 
-    Reference models are trained one by one: how many a stack takes is decided by a clock.
+    Reference models are trained one by one: how many a stack takes is decided by a clock. Returns what undoes it.
     """
     from attacks.membership import references
+
+    before = LocalExecutor.run, references.best_stack
 
     def run(
         self: LocalExecutor,
@@ -44,6 +46,11 @@ def patch(measured: Path | None = None) -> None:
 
     LocalExecutor.run = run  # type: ignore[method-assign]
     references.best_stack = lambda *_, **__: 1  # type: ignore[assignment]
+
+    def undo() -> None:
+        LocalExecutor.run, references.best_stack = before  # type: ignore[method-assign]
+
+    return undo
 
 
 def take(measured: Path | None, payload: Mapping[str, Any]) -> dict[str, Any]:
