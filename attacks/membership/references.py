@@ -118,8 +118,7 @@ def train_references(
     """
     place = folder_of(run)
     atomic.make_folder(place, mode=0o700)
-    for left in [place / STOP, *place.glob("progress-*.json")]:
-        left.unlink(missing_ok=True)
+    _clear(place)
     missing = [index for index in range(count) if _read(trial_path(run, index)) is None]
     if not missing:
         return load_study(run, count)
@@ -135,7 +134,14 @@ def train_references(
         failed = [outcome.error for outcome in runner.run(WORKER, payloads) if outcome.error is not None]
     if failed:
         raise DpauditError(f"reference models: {failed[0]}")
+    _clear(place)
     return load_study(run, count)
+
+
+def _clear(place: Path) -> None:
+    """Remove what the workers and the watch tell each other."""
+    for left in [place / STOP, *place.glob("progress-*.json")]:
+        left.unlink(missing_ok=True)
 
 
 class _Watch:
