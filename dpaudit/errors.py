@@ -28,6 +28,12 @@ class EnvironmentFailure(DpauditError):
     exit_code = 4
 
 
+def of_code(code: int, line: str) -> DpauditError:
+    """The error that ends a command with that exit code; what has none of its own is a UsageError."""
+    kinds: tuple[type[DpauditError], ...] = (InvalidGame, EnvironmentFailure)
+    return next((kind for kind in kinds if kind.exit_code == code), UsageError)(line)
+
+
 def rejected(field: str, value: object, accepted: str | Iterable[str]) -> UsageError:
     """The standard message for a bad value: names the field, the value and what is accepted.
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dpaudit import atomic
-from dpaudit.errors import EnvironmentFailure, rejected
+from dpaudit.errors import DpauditError, EnvironmentFailure, of_code, rejected
 
 JsonObject = dict[str, Any]
 JobFunction = Callable[[JsonObject], JsonObject]
@@ -37,7 +37,7 @@ class Outcome:
     """How one job ended: `result` is what the function returned, or `error` says in one line why there is none.
 
     index: the place of its payload. seconds: wall time of the job, its start-up included. log: the file with all that
-    it printed, where it was kept.
+    it printed, where it was kept. code: of an error, the exit code of a command that can't go on without the job.
     """
 
     index: int
@@ -45,6 +45,11 @@ class Outcome:
     error: str | None
     seconds: float
     log: Path | None = None
+    code: int = DpauditError.exit_code
+
+    def failure(self, what: str) -> DpauditError:
+        """The error of a command that can't go on without this job."""
+        return of_code(self.code, f"{what}: {self.error}")
 
 
 class Executor(Protocol):
@@ -202,9 +207,10 @@ def _outcome(job: _Job, *, keep_log: bool) -> Outcome:
     log = job.log if keep_log else None
     try:
         answer = json.loads((job.folder / "result.json").read_text(encoding="utf-8"))
-        return Outcome(job.index, answer["result"], answer["error"], seconds, log)
+        return Outcome(job.index, answer["result"], answer["error"], seconds, log, answer["code"])
     except (OSError, json.JSONDecodeError, KeyError):  # it was ended before it could say anything
-        return Outcome(job.index, None, _why(job), seconds, log)
+        kind = EnvironmentFailure if job.process.returncode < 0 else DpauditError  # a signal: no memory, or somebody
+        return Outcome(job.index, None, _why(job), seconds, log, kind.exit_code)
 
 
 def _why(job: _Job) -> str:

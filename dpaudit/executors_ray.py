@@ -132,8 +132,10 @@ class RayExecutor:
         except ray.exceptions.RayError as error:
             name = type(error).__name__
             why = f"its worker or node died {self.retries + 1} times" if name in _GONE else _last_line(error)
-            return Outcome(index, None, f"{why} ({name})", seconds, Path(log) if log else None)
-        return Outcome(index, answer["result"], answer["error"], answer["seconds"], Path(log) if log else None)
+            code = EnvironmentFailure.exit_code
+            return Outcome(index, None, f"{why} ({name})", seconds, Path(log) if log else None, code)
+        place = Path(log) if log else None
+        return Outcome(index, answer["result"], answer["error"], answer["seconds"], place, answer["code"])
 
 
 def _up_to(count: int, items: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
@@ -165,7 +167,8 @@ def _job(function: str, payload: str, threads: int, settings: dict[str, str], lo
         if log is not None and outcome.log is not None:
             with contextlib.suppress(OSError, EnvironmentFailure):
                 atomic.write_bytes(Path(log), outcome.log.read_bytes())
-    return json.dumps({"result": outcome.result, "error": outcome.error, "seconds": outcome.seconds})
+    names = ("result", "error", "seconds", "code")
+    return json.dumps({name: getattr(outcome, name) for name in names})
 
 
 @contextlib.contextmanager

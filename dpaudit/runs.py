@@ -187,6 +187,7 @@ class RunFolder:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, str(os.getpid()).encode(), 0)
             atomic.remove_leftovers(self.path)
+            self._settle()
             yield
         finally:
             os.close(descriptor)
@@ -221,6 +222,12 @@ class RunFolder:
         atomic.write_bytes(path, content)
         atomic.write_text(self.release / checksums.SUMS, checksums.write(sums))
         (self.release / checksums.NEXT).unlink(missing_ok=True)
+
+    def _settle(self) -> None:
+        """Finish a list of checksums whose writer was killed between announcing a hash and listing it."""
+        if (self.release / checksums.NEXT).exists():
+            self._list(checksums.SUMS, {})
+            (self.release / checksums.NEXT).unlink(missing_ok=True)
 
     def _list(self, name: str, new: dict[str, str]) -> dict[str, str]:
         sums = checksums.read(self.release / checksums.SUMS)

@@ -23,13 +23,13 @@ def work(folder: Path) -> None:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)  # last: a user's `trainers/` must not become ours
-    result, error = None, None
+    result, error, code = None, None, 0
     try:
         result = load_function(job["function"])(job["payload"])
     except DpauditError as failure:
-        error = " ".join(str(failure).split())
+        error, code = " ".join(str(failure).split()), failure.exit_code
         sys.stderr.write(f"dpaudit: {error}\n")
-    atomic.write_text(folder / "result.json", json.dumps({"result": result, "error": error}))
+    atomic.write_text(folder / "result.json", json.dumps({"result": result, "error": error, "code": code}))
 
 
 def main() -> None:

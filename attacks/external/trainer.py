@@ -30,7 +30,7 @@ from attacks.white_box import TITLE as WHITE_BOX
 from dpaudit.bounds.roc import summarise
 from dpaudit.claims import decide
 from dpaudit.documents import AuditDocument, Check, Claim, ContractAudit, RunInfo, Test, Validity
-from dpaudit.errors import InvalidGame, UsageError
+from dpaudit.errors import InvalidGame
 from dpaudit.executors import Executor
 from trainers.progress import Reporter
 
@@ -227,7 +227,7 @@ def _on(executor: Executor, setting: Setting, folder: AuditFolder, members: Any)
         payloads = [{**shared, "run": index, "member": bool(members[index])} for index in indices]
         for outcome in executor.run("attacks.external.runs:job", payloads):
             if outcome.error is not None or outcome.result is None:
-                raise UsageError(f"run {payloads[outcome.index]['run']}: {outcome.error}")
+                raise outcome.failure(f"run {payloads[outcome.index]['run']}")
             yield outcome.result
 
     return run_all

@@ -131,9 +131,9 @@ def train_references(
         {"run": str(run.path.resolve()), "trials": share, "worker": worker} for worker, share in enumerate(shares)
     ]
     with watch:
-        failed = [outcome.error for outcome in runner.run(WORKER, payloads) if outcome.error is not None]
+        failed = [outcome for outcome in runner.run(WORKER, payloads) if outcome.error is not None]
     if failed:
-        raise DpauditError(f"reference models: {failed[0]}")
+        raise failed[0].failure("reference models")
     _clear(place)
     return load_study(run, count)
 

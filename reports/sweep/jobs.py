@@ -44,9 +44,14 @@ def train(payload: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def declare(run: RunFolder, row: LedgerRow) -> None:
-    """Write the ledger row of the sweep into a cell's ledger; a larger sweep replaces the row of a smaller one."""
+def declare(run: RunFolder, row: LedgerRow | None) -> None:
+    """Write the ledger row of the sweep into a cell's ledger; a larger sweep replaces the row of a smaller one.
+
+    Taking the lock also finishes what a killed process left undone in the folder.
+    """
     with run.lock():
+        if row is None:
+            return
         ledger = Ledger.load(run.ledger)
         old = next((own for own in ledger.rows if own.path == row.path), None)
         if old is None:

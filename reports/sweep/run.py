@@ -43,7 +43,7 @@ def run_sweep(board: Board, *, executor: MakeExecutor, lanes: int, watch: Watche
             board.write()
         row = tuning(board.plan)
         for entry in board.entries:  # cells of an earlier, smaller sweep learn that there are more now
-            if entry.state == "finished" and row is not None:
+            if entry.state == "finished":
                 jobs.declare(entry.run, row)
         return board.write()
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dpaudit.errors import UsageError
+from dpaudit.errors import EnvironmentFailure, UsageError
 from dpaudit.executors import Outcome, load_function
 
 
@@ -29,6 +29,8 @@ def mixed(payload: dict[str, Any]) -> dict[str, Any]:
             raise UsageError("field: got 1; accepted: 2")
         case "bug":
             raise ZeroDivisionError("division by nothing")
+        case "disk":
+            raise EnvironmentFailure("FILE: can't be written: the disk is full")
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         case "exit":

@@ -64,7 +64,7 @@ def test_never_more_jobs_at_once_than_asked_for() -> None:
 
 
 def test_a_failure_is_the_outcome_of_that_job_alone(tmp_path: Path) -> None:
-    kinds = ["usage", "bug", "kill", "exit", "unwritable", "fine"]
+    kinds = ["usage", "bug", "kill", "exit", "unwritable", "fine", "disk"]
     executor = LocalExecutor(processes=2, logs=tmp_path / "logs")
     outcomes = {o.index: o for o in executor.run(f"{JOBS}:mixed", [{"kind": kind} for kind in kinds])}
     errors = [outcomes[index].error for index in range(len(kinds))]
@@ -75,8 +75,11 @@ def test_a_failure_is_the_outcome_of_that_job_alone(tmp_path: Path) -> None:
     assert errors[4] is not None and "JSON" in errors[4]
     assert errors[5] is None and outcomes[5].result == {"kind": "fine"}
     assert all(outcomes[index].result is None for index in range(5))
+    codes = [outcomes[index].failure("job").exit_code for index in (0, 1, 2, 3, 4, 6)]
+    assert codes == [2, 2, 4, 2, 2, 4]  # of a command that can't go on without the job
+    assert str(outcomes[6].failure("job")) == "job: FILE: can't be written: the disk is full"
     logs = [outcome.log.read_text() for _, outcome in sorted(outcomes.items()) if outcome.log]
-    assert len(logs) == 6 and "said by usage" in logs[0] and "Traceback" in logs[1]
+    assert len(logs) == 7 and "said by usage" in logs[0] and "Traceback" in logs[1]
 
 
 def test_functions_that_do_not_exist_are_named() -> None:

@@ -40,7 +40,7 @@ def patch(measured: Path | None = None) -> Callable[[], None]:
                 measure = measured is not None and function.endswith(":measure")
                 result = take(measured, copied) if measure else load_function(function)(copied)
             except DpauditError as failure:
-                yield Outcome(index, None, " ".join(str(failure).split()), 0.0)
+                yield Outcome(index, None, " ".join(str(failure).split()), 0.0, code=failure.exit_code)
                 continue
             yield Outcome(index, result, None, 0.0)
 
