@@ -5,6 +5,7 @@ It has the two parts of a run folder: `release/` (claim.json, ledger.json with t
 same key and coins; a finished one is never continued or overwritten.
 """
 
+import contextlib
 import hashlib
 import json
 import sys
@@ -19,7 +20,7 @@ from attacks.contract.loading import OWN
 from attacks.external.subject import code_sha256
 from dpaudit import atomic
 from dpaudit.documents import AuditDocument, Claim, ClaimDocument, LedgerDocument, LedgerRow
-from dpaudit.errors import UsageError
+from dpaudit.errors import EnvironmentFailure, UsageError
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
 
@@ -45,6 +46,9 @@ class AuditFolder:
             folder = cls(out)
             problem = folder._problem(settings)
             if problem is not None:
+                if folder.run.audit.exists():
+                    with contextlib.suppress(EnvironmentFailure), folder.run.lock():
+                        pass  # finishes what a process that was killed at its last write left undone
                 raise UsageError(f"--out {out}: {problem}")
             return folder._create(settings)
         for number in range(1, MOST_FOLDERS):

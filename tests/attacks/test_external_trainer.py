@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +141,11 @@ def test_an_interrupted_multi_run_audit_ends_like_an_uninterrupted_one(tmp_path:
     resumed = audit(tmp_path / "cut", runs=24, steps=2)
     assert trained == list(range(10, 24))
     assert resumed == whole
+    release = tmp_path / "cut" / "release"
+    shutil.copy(release / "SHA256SUMS", release / ".SHA256SUMS.next")  # killed at its very last write
     with pytest.raises(UsageError, match="holds a finished audit"):
         audit(tmp_path / "cut", runs=24, steps=2)
+    assert not (release / ".SHA256SUMS.next").exists()
 
 
 def test_an_executor_gives_the_same_document_and_sees_no_key(tmp_path: Path) -> None:
