@@ -153,7 +153,7 @@ def _white_box_twin(
         log(f"{place}: interrupted; its scores cover some steps only, so it starts over")
         shutil.rmtree(place)
     count = options.count or DEFAULT_COUNT
-    log(f"training {place} with {count} gradient canaries: the audit {PROCEDURE[len('the ') :]}")
+    log(f"training a twin with {count} gradient canaries in {place}: this audits {PROCEDURE}")
     return train_twin(
         config,
         place,
@@ -178,7 +178,7 @@ def _with_canaries(
             twin = resume_run(place, reporter=reporter)
         return twin, PROCEDURE
     wanted = twin_config(config, options.count or TWIN_COUNT)
-    log(f"training {place} with {wanted.canaries.count} canary candidates: the audit {PROCEDURE[len('the ') :]}")
+    log(f"training a twin with {wanted.canaries.count} canary candidates in {place}: this audits {PROCEDURE}")
     return start_run(wanted, place, reporter=reporter), PROCEDURE
 
 

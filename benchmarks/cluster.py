@@ -117,13 +117,15 @@ def audits(root: Path, cluster: Cluster, ray_flags: tuple[str, ...]) -> dict[str
             if words[-1] != "--out":
                 shutil.copytree(first, place)
             command = [*DPAUDIT, "audit", *words, str(place), *flags, "--json"]
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             if flags:
                 began = time.monotonic()
-                while not list(place.glob(log)) and time.monotonic() - began < PATIENCE:
+                while not list(place.glob(log)) and process.poll() is None and time.monotonic() - began < PATIENCE:
                     time.sleep(0.05)
                 cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
-            out, _ = process.communicate(timeout=PATIENCE)
+            out, err = process.communicate(timeout=PATIENCE)
+            if not out:
+                raise SystemExit(f"{name}: exit code {process.returncode}: {err[-2000:]}")
             documents.append((process.returncode, without_times(json.loads(out))))
             if flags:
                 cluster.add_node(num_cpus=1)

@@ -193,16 +193,18 @@ def _had_power(claim: Claim, test: Test) -> bool:
 def _why_inconclusive(claim: Claim, tests: Sequence[Test]) -> tuple[str, ...]:
     if not tests:
         return ("No test that may decide was run.",)
-    reasons = []
+    found: dict[str, list[str]] = {}
     for test in tests:
         if not _can_refute(claim, test):
             ceiling = "unknown" if test.ceiling is None else f"{test.ceiling:.2f}"
-            reasons.append(
-                f"{test.name}: the largest eps that this game could have shown (ceiling {ceiling}) does not exceed "
+            reason = (
+                f"the largest eps that this game could have shown (ceiling {ceiling}) does not exceed "
                 f"the claimed {claim.epsilon:.2f}: more canaries, or a claim test, are needed."
             )
         elif test.power is None:
-            reasons.append(f"{test.name}: its power against the alternative is not known.")
+            reason = "its power against the alternative is not known."
         else:
-            reasons.append(f"{test.name}: power {test.power:.0%} against the alternative, {POWER_NEEDED:.0%} needed.")
+            reason = f"power {test.power:.0%} against the alternative, {POWER_NEEDED:.0%} needed."
+        found.setdefault(reason, []).append(test.name)
+    reasons = (f"{', '.join(dict.fromkeys(names))}: {reason}" for reason, names in found.items())
     return ("Nothing was refuted, but this audit could have missed the wrong claim it had to find.", *reasons)

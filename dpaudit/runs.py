@@ -192,6 +192,20 @@ class RunFolder:
         finally:
             os.close(descriptor)
 
+    def _in_use(self) -> bool:
+        """Whether another process holds the lock at this moment."""
+        try:
+            descriptor = os.open(self.private / "lock", os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
     def _take(self, descriptor: int, path: Path) -> None:
         waiting = os.environ.get(WAIT_FOR_LOCK, "")
         deadline = time.monotonic() + (float(waiting) if waiting.isdecimal() else 0.0)
@@ -270,7 +284,8 @@ class RunFolder:
         """Check that the run is whole, hash by hash; UsageError that names the file and what to do."""
         marker = self.model / MODEL_COMPLETE
         if not marker.is_file():
-            raise UsageError(f"run {self.path}: its training has not finished; dpaudit train --resume {self.path}")
+            after = "wait for it" if self._in_use() else f"dpaudit train --resume {self.path}"
+            raise UsageError(f"run {self.path}: its training has not finished; {after}")
         remedy = f"restore it from a copy, or delete {self.model} and run dpaudit train --resume {self.path}"
         try:
             hashes = json.loads(marker.read_text(encoding="utf-8"))["sha256"]

@@ -79,10 +79,10 @@ def benchmark_many(
         raise EnvironmentFailure("lmms-eval is not installed; mend it with: pip install --no-deps lmms-eval==0.7.3")
     from trainers.vlm import pick_device
 
-    kind = pick_device(device).type  # a missing device is told at once, not after lmms-eval's slow start
-    processes = min(processes, os.cpu_count() or 1) if kind == "cpu" else 1
     for run in runs:
         run.require_finished()
+    kind = pick_device(device).type  # a missing device is told at once, not after lmms-eval's slow start
+    processes = min(processes, os.cpu_count() or 1) if kind == "cpu" else 1
     asked = Asked(base, limit, names, data or {}, group)
     settings = Settings(batch_size, device, processes, online)
     configs = [run.read_config() for run in runs]

@@ -66,7 +66,9 @@ class Detail:
     @property
     def left_out(self) -> tuple[str, ...]:
         if not self.documents_embedded:
-            return ("everything but the summary of each run, to keep the page small",)
+            small = ["everything but the summary of each run", "cases of the token path that don't apply"]
+            small += ["figures of scores"] if not self.games else []
+            return (", ".join(small) + ", to keep the page small",)
         notes = ["the pictures of canaries"]
         return (
             (*notes, "histograms and ROC points, to keep the page small") if not self.scores_embedded else tuple(notes)
@@ -79,6 +81,7 @@ DETAILS = (
     Detail(scores_embedded=False, pictures=3, table_points=10, games=1, cells=6),
     Detail(scores_embedded=False, pictures=0, table_points=5, games=1, cells=3),
     Detail(scores_embedded=False, documents_embedded=False, pictures=0, table_points=3, games=1, cells=1),
+    Detail(scores_embedded=False, documents_embedded=False, pictures=0, table_points=3, games=0, cells=1),
 )
 
 

@@ -314,7 +314,7 @@ def _contradictions(run: RunReport) -> tuple[str, ...]:
             notices.append("The ledger has spent more eps than the claim states.")
         if spent.steps_started < spent.steps_planned:
             notices.append(
-                f"Training stopped after {spent.steps_started} of {spent.steps_planned} steps; the claim is for all."
+                f"Training has made {spent.steps_started} of {spent.steps_planned} steps; the claim is for all."
             )
     return tuple(notices)
 

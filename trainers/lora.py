@@ -5,6 +5,7 @@ beyond that is refused with the reason, instead of being trained with clipping t
 """
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ def attach(hf: Any, family: Family, config: LoraConfig, generator: np.random.Gen
     if missing:
         raise rejected("model.lora.targets", missing[0], f"{sorted(known)} (linear layers inside the language model)")
     adapter = PeftLora(r=config.rank, lora_alpha=config.alpha, target_modules=pattern, lora_dropout=0.0)
-    wrapped = get_peft_model(hf, adapter, autocast_adapter_dtype=True)
+    with warnings.catch_warnings():  # peft asks transformers for a name that it calls deprecated
+        warnings.simplefilter("ignore", FutureWarning)
+        wrapped = get_peft_model(hf, adapter, autocast_adapter_dtype=True)
     with torch.no_grad():
         for name, parameter in sorted(wrapped.named_parameters()):
             if parameter.requires_grad and "lora_A" in name:

@@ -63,7 +63,9 @@ def _words(report: StepReport) -> str:
 class Live:
     """A progress bar on a terminal; a line about every tenth of the way where stderr is no terminal."""
 
-    def __init__(self, name: str = "") -> None:
+    def __init__(self, name: str = "", what: str = "step") -> None:
+        """name: of the run, in front of each line. what: the things that are counted."""
+        self.what = what
         self.name = f"{name}: " if name else ""
         self._console = Console(stderr=True, highlight=False)
         self._bar: Progress | None = None
@@ -82,7 +84,7 @@ class Live:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
-                TextColumn("step {task.completed}/{task.total}"),
+                TextColumn(f"{self.what} {{task.completed}}/{{task.total}}"),
                 TextColumn("{task.fields[words]}"),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
@@ -103,7 +105,7 @@ class Live:
         self._shown = tenth
         done = report.step - self._first[0]
         left = f"  {(now - self._first[1]) / done * (report.steps - report.step):.0f} s left" if done else ""
-        self.phase(f"step {report.step}/{report.steps}  {_words(report)}{left}")
+        self.phase(f"{self.what} {report.step}/{report.steps}  {_words(report)}{left}")
 
     def close(self) -> None:
         if self._bar is not None:

@@ -270,7 +270,7 @@ def _document(
         verdict=verdict,
         reasons=reasons,
         claim=claim,
-        alternative=alternative(claim),
+        alternative=alternative(claim) if options.sigma is not None else None,
         alpha=options.alpha,
         family_confidence=options.confidence,
         tests=tests,

@@ -117,7 +117,8 @@ def member_twin(
     if place.exists():
         shutil.rmtree(place)  # stopped before its first step: nothing was trained on these coins
     plain = twin_config(config, data.load(config.data))
-    log(f"training {place} on the units whose coin fell heads: the audit of the training procedure, not these weights")
+    what = "this audits the training procedure, not these weights"
+    log(f"training a twin on the units whose coin fell heads in {place}: {what}")
     with open_run(plain, place) as (run, key, dataset, model):
         game = MemberGame.draw(dataset, key)
         digest = save_coins(run.coins, game.frame(), game.plan)

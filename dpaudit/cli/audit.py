@@ -173,7 +173,8 @@ def command(
     with many.connection if many else nullcontext():
         shares, runner = (many.lanes, many.make(None)) if many else (None, None)
         document = audit(run, options, reporter=Live("twin"), log=console.log, processes=shares, executor=runner)
-    _finish(document, as_json=as_json, strict=strict, fail_above=fail_above)
+    sharper = None if white_box else f"dpaudit audit {shlex.quote(str(run))} --white-box"
+    _finish(document, as_json=as_json, strict=strict, fail_above=fail_above, sharper=sharper)
 
 
 def _many(
@@ -192,8 +193,10 @@ def _many(
     return choose(executor, processes, 1, address, gpus)
 
 
-def _finish(document: "AuditDocument", *, as_json: bool, strict: bool, fail_above: float | None) -> NoReturn:
-    """Print the document and end with the exit code of its verdict and the gate."""
+def _finish(
+    document: "AuditDocument", *, as_json: bool, strict: bool, fail_above: float | None, sharper: str | None = None
+) -> NoReturn:
+    """Print the document and end with the exit code of its verdict and the gate. sharper: a command that sees more."""
     from attacks.audit import headline
 
     if as_json:
@@ -201,6 +204,8 @@ def _finish(document: "AuditDocument", *, as_json: bool, strict: bool, fail_abov
     else:
         for line in describe(document):
             console.say(line)
+        if document.verdict == "inconclusive" and sharper is not None:
+            console.say(f"Next: {sharper} tests the noise itself, in a twin of the training.")
     code = console.verdict_exit_code(document.verdict, strict=strict)
     best = headline(document)
     if fail_above is not None and code != console.INCONCLUSIVE:
@@ -213,8 +218,10 @@ def _finish(document: "AuditDocument", *, as_json: bool, strict: bool, fail_abov
 
 
 def _typed(run: Path) -> str:
-    """The command line for the document, with the run's name for its path: a path tells who works where."""
-    words = [run.resolve().name if word == str(run) else word for word in sys.argv[1:]]
+    """The command line for the document, a path that leads elsewhere cut to its name: it tells who works where."""
+    from dpaudit.config import public_path
+
+    words = [public_path(str(run)) or run.name if word == str(run) else word for word in sys.argv[1:]]
     return shlex.join(["dpaudit", *words])
 
 
@@ -230,7 +237,8 @@ def describe(document: "AuditDocument") -> list[str]:
             f"claim     eps = {float(claim.epsilon):.4g} at delta = {claim.delta:g} "
             f"({claim.relation}; unit: {claim.unit})"
         )
-        lines.append(f"find      {document.alternative}")
+        if document.alternative is not None:
+            lines.append(f"find      {document.alternative}")
     lines += [f"verdict   {document.verdict}", *(f"          {reason}" for reason in document.reasons), ""]
     if document.tests:
         lines += [*_table(document.tests, document.alpha), ""]
@@ -256,7 +264,8 @@ def describe(document: "AuditDocument") -> list[str]:
         for row in document.regeneration
     ]
     for check in document.validity.checks:
-        lines.append(f"game      {check.status}: {check.name} ({check.measured})")
+        allowed = f"; allowed: {check.allowed}" if check.allowed else ""
+        lines.append(f"game      {check.status}: {check.name} ({check.measured}{allowed})")
     if document.fusion is not None:
         lines += _fusion(document.fusion)
     if document.contract is not None:
@@ -307,6 +316,8 @@ def _row(test: "Test", alpha: float) -> tuple[str, ...]:
     notes = []
     if test.p_value is not None:
         notes.append(f"p = {test.p_value:.3g} (level {alpha:g})")
+    if test.bound == "e-process" and test.statement is not None:
+        notes.append(test.statement.partition(" against")[0])
     if test.assumes != "none":
         notes.append(f"assumes {test.assumes}")
     lower, top = test.epsilon_lower, test.ceiling

@@ -92,7 +92,7 @@ def _show(run: Path, document: "BenchmarkDocument") -> None:
         for gap in document.gaps:
             if gap.task == task and gap.low is not None and gap.high is not None:
                 span = f"{percent(gap.value)} ({percent(gap.low)} to {percent(gap.high)})"
-                beside = f"; base {percent(gap.base)}" if gap.base is not None else ""
+                beside = f"; base model, same two groups: {percent(gap.base)}" if gap.base is not None else ""
                 best, worst = clean(gap.best, 40), clean(gap.worst, 40)
                 console.say(f"  widest gap by {gap.grouping}: {span}, {best} over {worst}{beside}")
     console.say(f"  written to {run / 'release' / 'benchmark.json'}")

@@ -1,6 +1,7 @@
 """`dpaudit demo`: train three ways, attack, benchmark and report, on the embedded handwriting."""
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -78,7 +79,7 @@ def _together(chains: Sequence[Sequence[list[str]]]) -> None:
             while waiting and len(running) < AT_ONCE:
                 chain = waiting.pop(0)
                 arguments = chain[0]
-                console.log(f"$ dpaudit {' '.join(arguments)}")
+                console.log(f"$ {shlex.join(['dpaudit', *arguments])}")
                 full = [sys.executable, "-m", "dpaudit", *arguments]
                 running.append((chain, subprocess.Popen(full, env=environment, stdout=subprocess.DEVNULL)))
             time.sleep(0.05)
@@ -89,7 +90,7 @@ def _together(chains: Sequence[Sequence[list[str]]]) -> None:
                     continue
                 running.remove(entry)
                 if code not in ACCEPTED.get(chain[0][0], (0,)):
-                    raise DpauditError(f"demo: 'dpaudit {' '.join(chain[0])}' ended with exit code {code}")
+                    raise DpauditError(f"demo: {shlex.join(['dpaudit', *chain[0]])} ended with exit code {code}")
                 if chain[1:]:  # the white-box audit is the longest job left: first in the queue, the others last
                     waiting.insert(0 if "--white-box" in chain[1] else len(waiting), chain[1:])
     finally:

@@ -71,7 +71,13 @@ def trainer(options: "TrainerOptions", out: Path | None, chosen: "Chosen | None"
         start_watchdog(lambda line: console.log(f"dpaudit: {line}"))
         with chosen.connection if chosen else contextlib.nullcontext():
             executor = chosen.make(None) if chosen else None
-            document, place = audit_trainer(options, out, reporter=Live, log=console.log, executor=executor)
+            document, place = audit_trainer(
+                options,
+                out,
+                reporter=lambda name: Live(name, "training" if name == "runs" else "step"),
+                log=console.log,
+                executor=executor,
+            )
     console.log(f"written to {place} (dpaudit report {place} makes a page of it)")
     return document
 

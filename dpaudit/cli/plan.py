@@ -17,9 +17,11 @@ THEORIES = {
 
 
 def command(
-    claim_sigma: Annotated[float, typer.Option(help="Claimed noise multiplier.")],
-    claim_rate: Annotated[float, typer.Option(help="Claimed Poisson sample rate (1 = everybody in every step).")],
-    claim_steps: Annotated[int, typer.Option(help="Claimed number of steps.")],
+    claim_sigma: Annotated[float | None, typer.Option(help="Claimed noise multiplier; needed.")] = None,
+    claim_rate: Annotated[
+        float | None, typer.Option(help="Claimed Poisson sample rate (1 = everybody in every step); needed.")
+    ] = None,
+    claim_steps: Annotated[int | None, typer.Option(help="Claimed number of steps; needed.")] = None,
     alternative: Annotated[
         str, typer.Option(help="What may be true instead: 30% (sigma smaller by so much), noise-missing, no-dp.")
     ] = "30%",
@@ -39,8 +41,11 @@ def command(
     """
     from dpaudit.analysis import plan
     from dpaudit.bounds import validate
+    from dpaudit.cli import external
     from dpaudit.cli.scores import make_claim
 
+    needed: dict[str, object] = {"--claim-sigma": claim_sigma, "--claim-rate": claim_rate, "--claim-steps": claim_steps}
+    external.required(needed, "e.g. dpaudit plan --claim-sigma 1.0 --claim-rate 0.05 --claim-steps 200")
     sizes = parse_sizes(canaries)
     level = validate.real("alpha", alpha, low=0.0, high=1.0, open_low=True, open_high=True)
     claim = make_claim(claim_sigma, claim_rate, claim_steps, delta)

@@ -76,6 +76,9 @@ def command(
         changes=changes,
         left_out=detail.left_out,
     )
+    for run in page.runs:
+        for notice in run.notices:
+            console.log(f"dpaudit: run {run.key} {run.name}: {notice}")
     if as_json:
         return console.emit(document)
     for line in describe(document):
