@@ -27,11 +27,11 @@ DUAL_PRIV = ("method=dual-priv", "reducer.keep=4", "reducer.fuse=3")
 WITH_CANARIES = (*DUAL_PRIV, "canaries.count=12")
 
 
-def write_data(folder: Path) -> Path:
-    """A local data set of 36 train units (12 of them held back) and 8 test units, as JSONL with pictures inside."""
+def write_data(folder: Path, units: int = 36) -> Path:
+    """A local data set of train units (12 of them held back) and 8 test units, as JSONL with pictures inside."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, units in (("train", random_units(36)), ("test", random_units(8, seed=9, prefix="t"))):
-        (folder / f"{name}.jsonl").write_text("".join(_rows(unit) for unit in units), encoding="utf-8")
+    for name, found in (("train", random_units(units)), ("test", random_units(8, seed=9, prefix="t"))):
+        (folder / f"{name}.jsonl").write_text("".join(_rows(unit) for unit in found), encoding="utf-8")
     return folder
 
 
