@@ -92,6 +92,8 @@ def damage_all(world: World, results: Tree, out: Path) -> None:
                 key for key in found.keys() | expected.keys() if key != name and found.get(key) != expected.get(key)
             ]
             _judge(row, name, answers, not others)
+    for row in rows.values():
+        row["says"] = row["says"] and row["says"].replace(str(world.root), "…")
     results["damage"] = rows
     atomic.write_text(out, json.dumps(results, indent=1) + "\n")
 
@@ -139,14 +141,14 @@ def small_disk(world: World, results: Tree, out: Path) -> None:
             again = [harness.run(command, [], world.root) for command in scenario.again(world, place)]
             good = any(ended.code == 0 for ended in again)
             rows.append(
-                {"KiB": kib, "code": first.code, "says": first.line[-160:], "goes on": good, "state": state(place)}
+                {"KiB": kib, "code": first.code, "says": first.line, "goes on": good, "state": state(place)}
             )
         finally:
             subprocess.run(["umount", str(place)], check=True)
     _, expected = uninterrupted(world, scenario)
     for row in rows:
         row["same"] = row.pop("state") == expected
-        row["says"] = row["says"].replace(str(world.root), "…") if row["code"] else ""
+        row["says"] = row["says"].replace(str(world.root), "…")[-160:] if row["code"] else ""
     results["small disk"] = rows
     atomic.write_text(out, json.dumps(results, indent=1) + "\n")
 

@@ -26,6 +26,7 @@ from dpaudit.runs import RunFolder
 
 DEFAULT = "audits"
 MOST_FOLDERS = 10_000
+INSTALLED = frozenset({"site-packages", "dist-packages"})
 
 
 class AuditFolder:
@@ -121,10 +122,15 @@ class AuditFolder:
 
 
 def loaded_code() -> str:
-    """Hash of the Python files below the working directory that are imported now, dpaudit's own left out."""
+    """Hash of the Python files below the working directory that are imported now.
+
+    dpaudit's own are left out, and installed packages (a virtual environment often lies inside the project): which of
+    those are imported depends on flags such as the executor, not on the code under audit.
+    """
     modules = list(sys.modules.items())
     files = [getattr(module, "__file__", None) for name, module in modules if name.split(".")[0] not in OWN]
-    return code_sha256(Path.cwd().resolve(), [Path(file).resolve() for file in files if file])
+    found = [Path(file).resolve() for file in files if file]
+    return code_sha256(Path.cwd().resolve(), [path for path in found if not INSTALLED & {*path.parts}])
 
 
 def settings_sha256(settings: dict[str, Any]) -> str:

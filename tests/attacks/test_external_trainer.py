@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 
 from attacks.contract.guard import MethodFailure
 from attacks.external import runs
+from attacks.external.folder import loaded_code
 from attacks.external.options import TrainerOptions
 from attacks.external.trainer import audit_trainer
 from dpaudit.documents import AuditDocument, LedgerDocument, Test
@@ -146,6 +149,24 @@ def test_an_interrupted_multi_run_audit_ends_like_an_uninterrupted_one(tmp_path:
     with pytest.raises(UsageError, match="holds a finished audit"):
         audit(tmp_path / "cut", runs=24, steps=2)
     assert not (release / ".SHA256SUMS.next").exists()
+
+
+def test_the_hash_of_the_code_is_that_of_ones_own_files(tmp_path: Path, monkeypatch) -> None:
+    """Not of the packages in a virtual environment inside the project: an executor imports others."""
+    monkeypatch.chdir(tmp_path)
+
+    def load(path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x = 1")
+        module = ModuleType(path.stem)
+        module.__file__ = str(path)
+        monkeypatch.setitem(sys.modules, path.stem, module)
+
+    before = loaded_code()
+    load(tmp_path / ".venv" / "lib" / "python3.11" / "site-packages" / "a_package_of_others.py")
+    assert loaded_code() == before
+    load(tmp_path / "a_module_of_mine.py")
+    assert loaded_code() != before
 
 
 def test_an_executor_gives_the_same_document_and_sees_no_key(tmp_path: Path) -> None:
