@@ -42,10 +42,15 @@ $(NPM)/.installed: | install
 	for file in *.tgz; do mkdir -p "$${file%.tgz}" && tar xzf "$$file" -C "$${file%.tgz}" --strip-components 1; done && \
 	touch .installed || echo "WARNING: npm can't be used: axe-core and the SARIF schema are SKIPPED in the tests"
 
-# Fault and fuzz tests fork the test process, which must not carry the state of other tests: a process of their own.
+# Fault and fuzz tests fork the test process, which must not carry threads or the state of other tests: a process each.
+# The rest is dealt out by module to as many processes as TESTERS says.
+TESTERS ?= 2
 test: install browser npm
-	@start=$$(date +%s); $(BIN)/python -m pytest tests/faults tests/fuzz && \
-	$(BIN)/python -m pytest --ignore tests/faults --ignore tests/fuzz; code=$$?; \
+	@start=$$(date +%s); log=$$(mktemp); \
+	$(BIN)/python -m pytest tests/fuzz >$$log 2>&1 & fuzz=$$!; \
+	$(BIN)/python -m pytest tests/faults; code=$$?; \
+	wait $$fuzz || code=$$?; cat $$log; rm $$log; \
+	test $$code != 0 || { $(BIN)/python -m pytest --ignore tests/faults --ignore tests/fuzz -n $(TESTERS) --dist loadscope; code=$$?; }; \
 	echo "make test took $$(( $$(date +%s) - start )) s"; exit $$code
 
 lint: install docs
