@@ -140,9 +140,7 @@ def small_disk(world: World, results: Tree, out: Path) -> None:
             subprocess.run(["mount", "-o", "remount,size=64m", str(place)], check=True)
             again = [harness.run(command, [], world.root) for command in scenario.again(world, place)]
             good = any(ended.code == 0 for ended in again)
-            rows.append(
-                {"KiB": kib, "code": first.code, "says": first.line, "goes on": good, "state": state(place)}
-            )
+            rows.append({"KiB": kib, "code": first.code, "says": first.line, "goes on": good, "state": state(place)})
         finally:
             subprocess.run(["umount", str(place)], check=True)
     _, expected = uninterrupted(world, scenario)
