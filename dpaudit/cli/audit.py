@@ -202,10 +202,8 @@ def _finish(
     if as_json:
         console.emit(document)
     else:
-        for line in describe(document):
+        for line in describe(document, sharper):
             console.say(line)
-        if document.verdict == "inconclusive" and sharper is not None:
-            console.say(f"Next: {sharper} tests the noise itself, in a twin of the training.")
     code = console.verdict_exit_code(document.verdict, strict=strict)
     best = headline(document)
     if fail_above is not None and code != console.INCONCLUSIVE:
@@ -225,8 +223,8 @@ def _typed(run: Path) -> str:
     return shlex.join(["dpaudit", *words])
 
 
-def describe(document: "AuditDocument") -> list[str]:
-    """The document as aligned text, for people."""
+def describe(document: "AuditDocument", sharper: str | None = None) -> list[str]:
+    """The document as aligned text, for people. sharper: a command that sees more, named where this saw too little."""
     assert document.run is not None
     claim = document.claim
     lines = [f"run       {document.run.name} ({document.run.method}); audits {document.run.audits}"]
@@ -239,7 +237,10 @@ def describe(document: "AuditDocument") -> list[str]:
         )
         if document.alternative is not None:
             lines.append(f"find      {document.alternative}")
-    lines += [f"verdict   {document.verdict}", *(f"          {reason}" for reason in document.reasons), ""]
+    lines += [f"verdict   {document.verdict}", *(f"          {reason}" for reason in document.reasons)]
+    if document.verdict == "inconclusive" and sharper is not None:
+        lines.append(f"next      {sharper} (tests the noise itself, in a twin of the training)")
+    lines.append("")
     if document.tests:
         lines += [*_table(document.tests, document.alpha), ""]
     for summary in document.scores:

@@ -209,6 +209,7 @@ def test_for_people_and_with_gates(run: Path, typed: Callable[..., Outcome]) -> 
     done = typed(run, "--canaries", "--strict")
     assert done.code == 3
     assert done.stdout.rstrip().endswith("An audit can refute a claim; it can never prove privacy.")
+    assert f"next      dpaudit audit {run} --white-box" in done.stdout
     assert "verdict   inconclusive" in done.stdout
     assert "ceiling" in done.stdout
     gate = typed(run, "--fusion", "--fail-above", "1")
