@@ -28,7 +28,10 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 Kind = Literal["none", "kill", "torn", "full"]
-RANDOM = re.compile(r"\.[0-9a-f]{12}\.dpaudit-tmp$|(?<=benchmark-)[a-z0-9_]{8}|(?<=dpaudit-jobs-)[a-z0-9_]{8}")
+RANDOM = re.compile(
+    r"\.[0-9a-f]{12}\.dpaudit-tmp$|(?<=benchmark-)[a-z0-9_]{8}|(?<=dpaudit-jobs-)[a-z0-9_]{8}"
+    r"|(?<=dpaudit-faults-)[a-z0-9_]{8}|(?<=/default-)[0-9a-f]{16}|(?<=_default-)[0-9a-f]{16}"  # Arrow's, of lmms-eval
+)
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 NEEDS_ROOM = ("open", "write", "fsync", "mkdir", "rename")
 WARM = (
