@@ -41,10 +41,8 @@ REFERENCES = ("--mia", "--references", "4", "--processes", "4")  # a share for e
 def grid(root: Path) -> Path:
     """Four cells: two budgets, two seeds."""
     settings = [item for item in SETTINGS if not item.startswith(("seed", "privacy.noise-multiplier"))]
-    model, data = (
-        save_tiny_llava(root / "model", reserved=8),
-        write_data(root / "data", 80),
-    )  # 68 to train on: an audit of real records needs 40
+    model = save_tiny_llava(root / "model", reserved=8)
+    data = write_data(root / "data", 80)  # 68 to train on: an audit of real records needs 40
     settings += [f"model.path={model}", f"data.path={data}", "data.train=train.jsonl", "data.test=test.jsonl"]
     tree = {
         "name": "cluster",
