@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from markupsafe import Markup
 from pydantic import Field
@@ -68,7 +68,7 @@ class Change(Part):
 class ReportDocument(Document):
     """What `dpaudit report --json` prints."""
 
-    kind: ClassVar[str] = "report"
+    kind: Literal["report"] = "report"
     path: str
     bytes: int
     sha256: str

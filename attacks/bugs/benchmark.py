@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import Literal
 
 from pydantic import Field
 
@@ -53,7 +53,7 @@ class ControlRow(Part):
 class BugsDocument(Document):
     """What `dpaudit bugs --json` prints."""
 
-    kind: ClassVar[str] = "bugs"
+    kind: Literal["bugs"] = "bugs"
     bugs: tuple[BugRow, ...]
     caught: int
     caught_by_contract: int

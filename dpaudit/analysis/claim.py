@@ -8,7 +8,7 @@ privacy-loss distribution of it, and computes how likely so few wrong guesses ar
 - `order-statistic` (Xiang et al. 2025): much sharper, and exact for canaries on separate directions of the noise (such
   as orthogonal injected gradients). It decides when the caller vouches for that (`separate=True`), never otherwise.
 
-One of them decides, chosen before looking, so the error budget is not split.
+One of them is made, chosen before looking, so the error budget is not split.
 """
 
 from dataclasses import dataclass
@@ -23,6 +23,8 @@ from dpaudit.bounds.guesses import as_members, as_scores, count_correct, rank_gu
 from dpaudit.bounds.profile import DiscreteProfile, Profile, epsilon_delta
 from dpaudit.documents import Claim, Test
 from dpaudit.errors import rejected
+from dpaudit.evidence import calibrate
+from dpaudit.verdict import wanted
 
 # The wrong claim that an audit must be able to find: a true sigma of so many times the claimed one (0 = clipped, but
 # the noise is missing), or no DP at all (nothing clipped, every member trains in every epoch).
@@ -35,11 +37,7 @@ ANY = (
 )
 SEPARATE = (
     "p-value of 'each canary passes independently through the claimed mechanism'; exact for canaries on separate "
-    "directions of the noise, as in this game"
-)
-MEETING = (
-    "p-value of 'each canary passes independently through the claimed mechanism'; these canaries may meet, which is "
-    "covered by simulation and not by a theorem, so it informs and does not decide"
+    "directions of the noise, as their owner vouches"
 )
 
 
@@ -186,120 +184,74 @@ def claim_test(
     name: str = "canaries",
     statistic: str = "score",
     alpha: float = 0.001,
+    share: float = 1.0,
     confidence: float = 0.95,
     separate: bool = False,
-    alternative: Alternative = ALTERNATIVE,
 ) -> list[Test]:
-    """Put scores to the claim: p-values with their statements, and bounds within the claimed q and T.
+    """Put scores to the claim: its p-value and e-value, and the bound within the claimed q and T.
 
     scores: (n,), higher = was in training; members: (n,) coins, fair and independent; `top` and `bottom` guesses fixed
     beforehand; `rng` breaks ties. `separate`: the caller vouches that canaries act on separate directions of the noise.
-    `alpha` is the level of the claim test, `confidence` that of the bounds. Exactly one test has `decides=True`.
-    Raises UsageError for arguments outside their domain, or a claim with nothing to test.
+    `alpha`: level of the claim; `share`: of the game's evidence; `confidence`: of the bound. No power is stated: what an
+    ideal attacker would find says nothing about these scores. Raises UsageError for arguments outside their domain, or a
+    claim with nothing to test.
     """
     game = play(scores, members, top=top, bottom=bottom, rng=rng)
-    return tests_of(
-        game,
-        claim=claim,
-        selection=f"fixed: {top} top, {bottom} bottom",
-        name=name,
-        statistic=statistic,
-        alpha=validate.real("alpha", alpha, low=0.0, high=1.0, open_low=True, open_high=True),
-        confidence=confidence,
-        separate=separate,
-        alternative=alternative,
-    )
-
-
-def tests_of(
-    game: Game,
-    *,
-    claim: Claim,
-    selection: str,
-    name: str,
-    statistic: str,
-    alpha: float,
-    confidence: float,
-    separate: bool,
-    alternative: Alternative,
-) -> list[Test]:
-    """`claim_test` from counts."""
+    level = validate.real("alpha", alpha, low=0.0, high=1.0, open_low=True, open_high=True)
     event, profile = claimed_event(claim), null_profile(claim)
-    check_alternative(alternative)
-    blank = Test(
+    # An (eps, delta) claim without a mechanism is tested by the f-DP theorem in every game.
+    ordered = separate and event is not None
+    p = game.read_by(separate=ordered).p_value(profile)
+    text = f"p-value of 'the training is ({claim.epsilon:g}, {claim.delta:g})-DP'; valid for every mechanism"
+    deciding = Test(
         name=name,
         statistic=statistic,
-        bound="f-dp",
-        assumes="claimed-mechanism",
-        selection=selection,
-        confidence=1 - alpha,
+        bound="order-statistic" if ordered else "f-dp",
+        assumes="none" if event is None else "claimed-mechanism",
+        selection=f"fixed: {top} top, {bottom} bottom",
+        confidence=1 - level,
         delta=claim.delta,
         n=game.canaries,
         guesses=game.guesses,
         correct=game.correct,
         epsilon_lower=None,
         ceiling=None,
-        p_value=game.read_by(separate=False).p_value(profile),
-        statement=ANY,
-        decides=not separate,
+        p_value=p,
+        statement=text if event is None else SEPARATE if ordered else ANY,
+        e_value=calibrate.e_value(p, wanted=wanted(share, level)),
+        share=share,
     )
-    if event is None:
-        text = f"p-value of 'the training is ({claim.epsilon:g}, {claim.delta:g})-DP'; valid for every mechanism"
-        return [blank.model_copy(update={"assumes": "none", "statement": text, "decides": True})]
-    power = None
-    if separate:
-        # What the ideal attack would find says nothing about a weaker one: only separate canaries are ideal.
-        power = ideal_power(
-            claim,
-            canaries=game.canaries,
-            guesses=game.guesses,
-            alpha=alpha,
-            separate=True,
-            alternative=alternative,
-        )
-    ordered = {
-        "bound": "order-statistic",
-        "p_value": game.read_by(separate=True).p_value(profile),
-        "statement": SEPARATE if separate else MEETING,
-        "decides": separate,
-        "power": power,
-    }
-    return [
-        blank,
-        blank.model_copy(update=ordered),
-        _family_bound(blank, event, game, confidence=confidence, ordered=False, meeting=False),
-        _family_bound(blank, event, game, confidence=confidence, ordered=True, meeting=not separate),
-    ]
+    return [deciding] if event is None else [deciding, _family_bound(deciding, event, game, confidence)]
 
 
-def _family_bound(blank: Test, event: DpSgd, game: Game, *, confidence: float, ordered: bool, meeting: bool) -> Test:
-    """Bound on eps within this q and T by either theory, with the largest unrefuted sigma in words."""
+def _family_bound(like: Test, event: DpSgd, game: Game, confidence: float) -> Test:
+    """Bound on eps within this q and T by the same theory, with the largest unrefuted sigma in words."""
+    ordered = like.bound == "order-statistic"
     reading = game.read_by(separate=ordered)
     sigma = dp_sgd.sigma_upper(event.sample_rate, event.steps, reading, confidence=confidence)
-    top = epsilon_lower(event, game.perfect().read_by(separate=ordered), delta=blank.delta, confidence=confidence)
-    return blank.model_copy(
+    top = epsilon_lower(event, game.perfect().read_by(separate=ordered), delta=like.delta, confidence=confidence)
+    return like.model_copy(
         update={
-            "bound": "order-statistic" if ordered else "f-dp",
             "assumes": "dp-sgd(q,T)",
             "confidence": confidence,
-            "epsilon_lower": epsilon_lower(event, reading, delta=blank.delta, confidence=confidence),
+            "epsilon_lower": epsilon_lower(event, reading, delta=like.delta, confidence=confidence),
             "ceiling": top,
             "p_value": None,
-            "statement": sigma_sentence(sigma, event, confidence, meeting),
+            "e_value": None,
+            "statement": sigma_sentence(sigma, event, confidence),
             "decides": False,
         }
     )
 
 
-def sigma_sentence(sigma: float, event: DpSgd, confidence: float, meeting: bool) -> str:
-    """What the counts say about sigma, in words."""
+def sigma_sentence(sigma: float, event: DpSgd, confidence: float) -> str:
+    """What a game says about sigma, in words."""
     family = f"DP-SGD with q = {event.sample_rate:g} and T = {event.steps}"
-    limit = " (if canaries don't interfere)" if meeting else ""
     if sigma == np.inf:
-        return f"within {family}: no noise multiplier is refuted at {confidence:.3g}{limit}"
+        return f"within {family}: no noise multiplier is refuted at {confidence:.3g}"
     if sigma == 0.0:
-        return f"within {family}: even a run without noise is refuted at {confidence:.3g}{limit}"
+        return f"within {family}: even a run without noise is refuted at {confidence:.3g}"
     return (
-        f"within {family}: noise multipliers above {sigma:.4g} are refuted at {confidence:.3g} "
-        f"(claimed: {event.noise_multiplier:.4g}){limit}"
+        f"consistent at {confidence:.3g} with noise multipliers up to {sigma:.4g} within {family}; "
+        f"claimed: {event.noise_multiplier:.4g}"
     )

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import Literal
 
 import numpy as np
 
@@ -45,7 +45,7 @@ class PlanRow(Part):
 class PlanDocument(Document):
     """What `dpaudit plan --json` prints."""
 
-    kind: ClassVar[str] = "plan"
+    kind: Literal["plan"] = "plan"
     claim: Claim
     alternative: str
     alpha: float

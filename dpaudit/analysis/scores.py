@@ -4,24 +4,31 @@ Which bounds apply depends on how the scores came about, and a file can't show t
 open the one-run bounds, independent runs open Clopper-Pearson; without either statement nothing is bounded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import ndtr
+from scipy.stats import rankdata
 
+from dpaudit import verdict
 from dpaudit.analysis import blind
-from dpaudit.analysis.claim import ALTERNATIVE, Alternative, Game, play, tests_of
+from dpaudit.analysis import claim as claims
+from dpaudit.analysis.claim import ALTERNATIVE, Alternative, Game, claim_test, play
 from dpaudit.analysis.plan import bound_guesses, plan
 from dpaudit.analysis.tables import ScoreTable
 from dpaudit.bounds import bayes, mahloujifar, order_statistic, roc, selection, steinke
 from dpaudit.bounds.clopper_pearson import Counts
-from dpaudit.claims import decide
-from dpaudit.documents import Assumes, Check, Claim, ScoresDocument, Test, Validity
+from dpaudit.documents import Assumes, Check, Claim, Control, GameDocument, ScoresDocument, Test, Validity
+from dpaudit.errors import UsageError
+from dpaudit.evidence import calibrate
 
 Coins = Literal["independent", "half", "unknown"]
+CONTROL_GAMES = 400
+SIGN_LEVEL = 0.001  # one-sided, for "members score lower than chance allows"; a guard outside the error budget
 COIN_LEVEL = 1e-6  # two-sided, for "so many heads from fair coins": a broken coin misses it by far
 
 
@@ -45,8 +52,18 @@ class Options:
     name: str = "scores"
 
 
-def analyse(table: ScoreTable, options: Options, *, features: npt.NDArray[np.float64] | None = None) -> ScoresDocument:
-    """Everything that this file allows. Tests never choose guesses or thresholds by looking without paying for it."""
+def analyse(
+    table: ScoreTable,
+    options: Options,
+    *,
+    features: npt.NDArray[np.float64] | None = None,
+    control: ScoreTable | None = None,
+) -> ScoresDocument:
+    """Everything that this file allows. Tests never choose guesses or thresholds by looking without paying for it.
+
+    control: scores of the same kind from a game with a known leak. Without it no power is stated, because nothing shows
+    that these scores carry any signal.
+    """
     rng = np.random.default_rng(options.seed)
     checks = validity_checks(table, options, features, rng)
     validity = Validity(sound=all(check.status != "fail" for check in checks), checks=tuple(checks))
@@ -55,24 +72,83 @@ def analyse(table: ScoreTable, options: Options, *, features: npt.NDArray[np.flo
         tests += one_run_tests(table, options, rng)
     if validity.sound and options.independent_runs:
         tests += independent_run_tests(table, options)
-    verdict, reasons = decide(
+    controls: tuple[Control, ...] = ()
+    if control is not None and options.claim is not None:
+        tests, controls = with_power(tests, table, control, options)
+    game = GameDocument(
+        game="scores",
+        number=1,
+        previous_sha256=None,
+        about="weights",
         claim=options.claim,
+        coins_sha256=None,
         alpha=options.alpha,
-        family_confidence=options.confidence,
+        tests=tuple(tests),
+        kept=0.0,
         validity=validity,
-        tests=tests,
     )
+    reasons: tuple[str, ...]
+    found, reasons = verdict.decide(claim=options.claim, alpha=options.alpha, games=[game])
     return ScoresDocument(
-        verdict=verdict,
+        verdict=found,
         reasons=reasons,
         claim=options.claim,
         alpha=options.alpha,
         family_confidence=options.confidence,
-        tests=tuple(tests),
+        tests=verdict.marked(tests, options.alpha),
         validity=validity,
+        controls=controls,
         # An unsound game may print no number about the model.
         scores=(roc.summarise(options.name, table.scores, table.members),) if validity.sound else (),
     )
+
+
+def with_power(
+    tests: Sequence[Test], table: ScoreTable, control: ScoreTable, options: Options
+) -> tuple[list[Test], tuple[Control, ...]]:
+    """The tests with the power that the control shows: how often games of this size, drawn from its scores, refute.
+
+    Each drawn game has as many records as the real one, fair coins, and scores of the control's members and non-members
+    (with replacement); guesses and level are those of the real test. The share that refutes has an exact interval.
+    """
+    if options.claim is None or len({bool(member) for member in control.members}) < 2:
+        raise UsageError("--control: needs members and non-members, and a claim to test (--claim-sigma ... or --epsilon)")
+    inside, outside = control.scores[control.members], control.scores[~control.members]
+    profile = claims.null_profile(options.claim)
+    rng = np.random.default_rng([options.seed, 1])
+    found, controls = [], list[Control]()
+    for test in tests:
+        if not verdict.counts(test) or test.guesses is None:
+            found.append(test)
+            continue
+        top, bottom = test.guesses - test.guesses // 2, test.guesses // 2
+        critical = claims.critical_errors(
+            profile,
+            canaries=test.n,
+            guesses=test.guesses,
+            alpha=calibrate.level(wanted=verdict.wanted(test.share, options.alpha)),
+            separate=test.bound == "order-statistic",
+        )
+        refuted = 0
+        for _ in range(CONTROL_GAMES):
+            coins = rng.random(test.n) < 0.5
+            drawn = np.where(coins, rng.choice(inside, test.n), rng.choice(outside, test.n))
+            game = play(drawn, coins, top=top, bottom=bottom, rng=rng)
+            refuted += game.guesses - game.correct <= critical
+        low, high = roc.clopper_pearson_interval(refuted, CONTROL_GAMES, 0.99)
+        earned = f"a known leak in {control.scores.size} scores"
+        update = {"power": refuted / CONTROL_GAMES, "power_low": low, "control": earned}
+        found.append(test.model_copy(update=update))
+        controls.append(
+            Control(
+                name="known leak",
+                outcome="earned",
+                measured=f"{refuted} of {CONTROL_GAMES} games drawn from the control refute ({low:.0%} to {high:.0%})",
+                allowed=f"at least {verdict.POWER_NEEDED:.0%} to support 'not refuted'",
+                explanation="That the control's leak is the one this audit must find is its owner's statement.",
+            )
+        )
+    return found, tuple(controls)
 
 
 def validity_checks(
@@ -91,6 +167,8 @@ def validity_checks(
         explanation="Every record is counted once.",
     )
     checks = [ids, _coins(n, n_in, options), _ties(table, options), _sample_size(n - n_in)]
+    if 0 < n_in < n:
+        checks.append(sign_check(table.scores, table.members))
     checks.append(_blind(table, features, rng))
     if options.coins != "independent":
         why = {
@@ -149,6 +227,30 @@ def _ties(table: ScoreTable, options: Options) -> Check:
         measured=f"{tied} of {table.scores.size} scores repeat another ({tied / table.scores.size:.1%})",
         allowed="any",
         explanation=f"Ties are broken at random (seed {options.seed}), and thresholds never split them.",
+    )
+
+
+def sign_check(scores: npt.NDArray[np.float64], members: npt.NDArray[np.bool_]) -> Check:
+    """Whether members score lower than non-members beyond chance: then the sign is turned, and the game is invalid.
+
+    Mann-Whitney with the permutation variance, ties included; exact coins make labels exchangeable given the scores.
+    """
+    ranks = rankdata(scores)
+    n, n_in = scores.size, int(members.sum())
+    n_out = n - n_in
+    spread = float(np.sqrt(n_in * n_out / n * np.var(ranks, ddof=1))) if n > 1 else 0.0
+    above = float(ranks[members].sum()) - n_in * (n_in + 1) / 2
+    # Half a rank of continuity keeps small games from being called turned by one unlucky order.
+    p = 1.0 if spread == 0.0 else float(ndtr((above + 0.5 - n_in * n_out / 2) / spread))
+    turned = p < SIGN_LEVEL
+    return Check(
+        name="sign of the scores",
+        status="fail" if turned else "pass",
+        measured=f"AUC {above / (n_in * n_out):.3f} (p = {p:.2g} for so low a value)",
+        allowed=f"p >= {SIGN_LEVEL:g} one-sided",
+        explanation="Members score lower than non-members: is the sign turned? Higher must mean 'was in training'."
+        if turned
+        else "Members do not score lower than non-members.",
     )
 
 
@@ -237,30 +339,28 @@ def _one_run_bound(method: str, game: Game, delta: float, confidence: float) -> 
 def _claim_tests(
     table: ScoreTable, options: Options, claim: Claim, separate: bool, rng: np.random.Generator
 ) -> list[Test]:
-    """Each of the two theories with the number of guesses that suits it, both planned from claim and alternative."""
-    tests = []
-    for bound, ordered in (("f-dp", False), ("order-statistic", True)):
-        row = plan(
-            claim,
-            canaries=table.scores.size,
-            alpha=options.alpha,
-            alternative=options.alternative,
-            separate=ordered,
-        )
-        game = play(table.scores, table.members, top=row.top, bottom=row.bottom, rng=rng)
-        found = tests_of(
-            game,
-            claim=claim,
-            selection=f"fixed by plan: {row.top} top, {row.bottom} bottom (ties: seed {options.seed})",
-            name=f"{options.name}: claim",
-            statistic="score",
-            alpha=options.alpha,
-            confidence=options.confidence,
-            separate=separate,
-            alternative=options.alternative,
-        )
-        tests += [test for test in found if test.bound == bound]
-    return tests
+    """The theory that fits these canaries, with a number of guesses planned from claim and alternative."""
+    n = table.scores.size
+    if claims.claimed_event(claim) is None:
+        guesses = bound_guesses("steinke", canaries=n, delta=claim.delta, confidence=options.confidence)
+        top, bottom = guesses - guesses // 2, guesses // 2
+    else:
+        row = plan(claim, canaries=n, alpha=options.alpha, alternative=options.alternative, separate=separate)
+        top, bottom = row.top, row.bottom
+    found = claim_test(
+        table.scores,
+        table.members,
+        claim=claim,
+        top=top,
+        bottom=bottom,
+        rng=rng,
+        name=f"{options.name}: claim",
+        alpha=options.alpha,
+        confidence=options.confidence,
+        separate=separate,
+    )
+    selection = f"fixed by plan: {top} top, {bottom} bottom (ties: seed {options.seed})"
+    return [test.model_copy(update={"selection": selection}) for test in found]
 
 
 def independent_run_tests(table: ScoreTable, options: Options) -> list[Test]:
@@ -284,6 +384,9 @@ def independent_run_tests(table: ScoreTable, options: Options) -> list[Test]:
                 method, assumes, options, found.selection, table.scores.size, (found.epsilon_lower, top.epsilon_lower)
             )
         )
+    if options.claim is not None and options.coins != "independent":
+        lower = partial(selection.runs_lower, inside, outside, selection.epsilon_of, rule=band, delta=options.claim.delta)
+        tests[0] = _with_p_value(tests[0], lambda c: lower(confidence=c).epsilon_lower, options.claim, options.alpha)
     # Threshold from the pooled median: fixed by the scores without their coins.
     middle = float(np.median(table.scores))
     tp, fp = int((inside >= middle).sum()), int((outside >= middle).sum())
@@ -296,6 +399,23 @@ def independent_run_tests(table: ScoreTable, options: Options) -> list[Test]:
         _runs_test("bayes", "prior", options, f"threshold {middle:g}, the pooled median", table.scores.size, pair)
     )
     return tests
+
+
+def _with_p_value(test: Test, lower: Callable[[float], float], claim: Claim, alpha: float) -> Test:
+    """The bound's own p-value of the claim: the smallest error probability at which it would lie above the claimed eps.
+
+    Valid because a bound of confidence 1 - p exceeds the true eps with probability at most p, for every p.
+    """
+    low, high = 1e-12, 1.0  # refuting needs at least `high`, or is not reached at `low`
+    if lower(1 - 1e-12) > claim.epsilon:
+        high = 1e-12
+    else:
+        while high / low > 1.05:
+            middle = float(np.sqrt(low * high))
+            low, high = (low, middle) if middle < 1 and lower(1 - middle) > claim.epsilon else (middle, high)
+    text = f"p-value of 'the training is ({claim.epsilon:g}, {claim.delta:g})-DP', by inversion of the bound"
+    e = calibrate.e_value(high, wanted=verdict.wanted(1.0, alpha))
+    return test.model_copy(update={"p_value": high, "e_value": e, "statement": text})
 
 
 def _runs_test(

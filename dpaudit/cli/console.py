@@ -7,7 +7,7 @@ from typing import NoReturn
 import typer
 from rich.console import Console
 
-from dpaudit.documents import Document, Verdict
+from dpaudit.documents import AuditDocument, Document, ScoresDocument, Verdict
 
 DONE, REFUTED, USAGE, INCONCLUSIVE, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
@@ -40,6 +40,27 @@ def verdict_exit_code(verdict: Verdict, *, strict: bool = False) -> int:
     if verdict == "invalid" or (verdict == "inconclusive" and strict):
         return INCONCLUSIVE
     return DONE
+
+
+def exit_code(document: AuditDocument | ScoresDocument, *, strict: bool, fail_above: float | None) -> int:
+    """Exit code of a document: that of its verdict, and 1 where the best bound exceeds a gate's eps.
+
+    An inconclusive audit says so on stderr: with exit code 0 a gate would be green on a test that saw nothing.
+    """
+    from dpaudit import verdict
+
+    code = verdict_exit_code(document.verdict, strict=strict)
+    if document.verdict == "inconclusive" and not strict:
+        log("dpaudit: inconclusive: nothing was refuted and nothing was shown to be testable; --strict makes this exit code 3")
+    if fail_above is None or document.verdict == "invalid":
+        return code
+    best = verdict.headline(document)
+    if best is None:
+        log("dpaudit: --fail-above: no bound was computed, so the gate says nothing")
+    elif verdict.exceeds(document, fail_above):
+        log(f"dpaudit: --fail-above: eps is at least {float(best.epsilon_lower or 0):.3g}, the gate allows {fail_above:g}")
+        return REFUTED
+    return code
 
 
 def finish(code: int) -> NoReturn:

@@ -22,6 +22,14 @@ def command(
     claim_sigma: Annotated[float | None, typer.Option(help="Claimed noise multiplier.")] = None,
     claim_rate: Annotated[float | None, typer.Option(help="Claimed Poisson sample rate.")] = None,
     claim_steps: Annotated[int | None, typer.Option(help="Claimed number of steps.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="Claimed eps at --delta, where no mechanism is stated.")] = None,
+    control: Annotated[
+        Path | None,
+        typer.Option(help="Scores of the same kind from a game with a known leak (id, member, score): earns the power."),
+    ] = None,
+    fail_above: Annotated[
+        float | None, typer.Option(metavar="EPS", help="Exit 1 when the best lower bound on eps exceeds EPS.")
+    ] = None,
     independent_runs: Annotated[
         bool, typer.Option("--independent-runs", help="Every row is a training of its own.")
     ] = False,
@@ -54,28 +62,38 @@ def command(
         coins=coins,  # type: ignore[arg-type]
         independent_runs=independent_runs,
         separate=separate,
-        claim=make_claim(claim_sigma, claim_rate, claim_steps, delta),
+        claim=make_claim(claim_sigma, claim_rate, claim_steps, delta, epsilon),
         seed=seed,
         name=file.stem,
     )
     table = read_scores(file)
     values = None if features is None else read_features(features, table.ids)
-    document = analyse(table, options, features=values)
+    leak = None if control is None else read_scores(control)
+    document = analyse(table, options, features=values, control=leak)
     if as_json:
         console.emit(document)
     else:
         show(document, advantage(table) if document.validity.sound else None)
-    console.finish(console.verdict_exit_code(document.verdict, strict=strict))
+    console.finish(console.exit_code(document, strict=strict, fail_above=fail_above))
 
 
-def make_claim(sigma: float | None, rate: float | None, steps: int | None, delta: float) -> "Claim | None":
-    """The claimed mechanism from its three flags, with the accountant's eps; None if none is given."""
-    if sigma is None and rate is None and steps is None:
+def make_claim(
+    sigma: float | None, rate: float | None, steps: int | None, delta: float, epsilon: float | None
+) -> "Claim | None":
+    """The claimed mechanism from its three flags, with the accountant's eps, or a bare eps; None if none is given."""
+    if sigma is None and rate is None and steps is None and epsilon is None:
         return None
     from dpaudit import accounting
+    from dpaudit.bounds import validate
     from dpaudit.bounds.pld import check_dp_sgd
     from dpaudit.documents import Claim
     from dpaudit.errors import UsageError
+
+    if epsilon is not None:
+        if sigma is not None or rate is not None or steps is not None:
+            raise UsageError("--epsilon: given beside --claim-sigma, whose eps dpaudit computes; give one of the two")
+        eps = validate.real("--epsilon", epsilon, low=0.0, high=500.0, open_low=True)
+        return Claim(epsilon=eps, delta=delta, relation="add-remove", unit="record")
 
     for flag, value in (("--claim-sigma", sigma), ("--claim-rate", rate), ("--claim-steps", steps)):
         if value is None:
@@ -102,10 +120,10 @@ def show(document: "ScoresDocument", advantage: float | None) -> None:
         console.say(f"  {reason}")
     if document.claim is not None:
         claim = document.claim
-        console.say(
-            f"Claim: eps = {claim.epsilon:.3f} at delta = {claim.delta:g} (sigma {claim.noise_multiplier:g}, "
-            f"q {claim.sample_rate:g}, T {claim.steps}, {claim.relation})"
-        )
+        by = "no mechanism stated"
+        if claim.noise_multiplier is not None:
+            by = f"sigma {claim.noise_multiplier:g}, q {claim.sample_rate:g}, T {claim.steps}"
+        console.say(f"Claim: eps = {claim.epsilon:.3f} at delta = {claim.delta:g} ({by}, {claim.relation})")
     console.say("Validity")
     for check in document.validity.checks:
         console.say(f"  [{check.status}] {check.name}: {check.measured}. {check.explanation}")
@@ -138,7 +156,8 @@ def show_test(test: "Test") -> None:
         bound = f"eps >= {test.epsilon_lower:.4f} with confidence {test.confidence:g}"
         console.say(f"    {bound} (ceiling {test.ceiling:.4f}{at_top})")
     if test.p_value is not None:
-        power = "" if test.power is None else f"; power {test.power:.0%} against the alternative"
-        console.say(f"    p = {test.p_value:.3g}{power}")
+        power = "not known" if test.power is None else f"{test.power:.0%} (earned by {test.control})"
+        e = "" if test.e_value is None else f"; e = {test.e_value:.3g}"
+        console.say(f"    p = {test.p_value:.3g}{e}; power {power}")
     if test.statement:
         console.say(f"    {test.statement}")

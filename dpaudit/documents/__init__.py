@@ -10,10 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dpaudit.documents.audit import (
+    ABOUT,
+    About,
     AttackRow,
     AuditDocument,
     ContractAudit,
     Extraction,
+    GameDocument,
+    GameEntry,
     Regeneration,
     RunInfo,
     Thumbnail,
@@ -45,6 +49,7 @@ from dpaudit.documents.games import (
     BoundDocument,
     Check,
     CheckDocument,
+    Control,
     RocPoint,
     ScoresDocument,
     ScoreSummary,
@@ -73,10 +78,12 @@ from dpaudit.documents.utility import (
 )
 
 __all__ = [
+    "ABOUT",
     "DOCUMENTS",
     "MOST_BYTES",
     "SCHEMA_VERSION",
     "Assumes",
+    "About",
     "AttackRow",
     "AuditDocument",
     "BenchmarkDocument",
@@ -87,6 +94,7 @@ __all__ = [
     "Claim",
     "ClaimDocument",
     "ContractAudit",
+    "Control",
     "CrossCheck",
     "DoctorDocument",
     "Document",
@@ -94,6 +102,8 @@ __all__ = [
     "EpsilonAt",
     "Extraction",
     "FusionAudit",
+    "GameDocument",
+    "GameEntry",
     "Gap",
     "Leak",
     "LeakStage",
@@ -129,6 +139,7 @@ DOCUMENTS: tuple[type[Document], ...] = (
     ClaimDocument,
     LedgerDocument,
     AuditDocument,
+    GameDocument,
     ScoresDocument,
     BoundDocument,
     BenchmarkDocument,
@@ -142,4 +153,4 @@ def write_schemas(folder: Path, kinds: Sequence[type[Document]] = DOCUMENTS) -> 
     """Write one `KIND.json` per document; a test keeps the committed files in step with the code."""
     for document in kinds:
         text = json.dumps(document.json_schema(), indent=2, ensure_ascii=False) + "\n"
-        (folder / f"{document.kind}.json").write_text(text, encoding="utf-8")
+        (folder / f"{document.named()}.json").write_text(text, encoding="utf-8")

@@ -1,12 +1,13 @@
 """The audit of a run: everything that was played against it, and the verdict."""
 
-from typing import ClassVar, Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from dpaudit.documents.base import Document, Part
+from dpaudit import checksums
+from dpaudit.documents.base import Document, Number, Part
 from dpaudit.documents.claim import Claim, LedgerRow
-from dpaudit.documents.games import Check, ScoreSummary, Test, Validity, Verdict
+from dpaudit.documents.games import Check, Control, ScoreSummary, Test, Validity, Verdict
 from dpaudit.documents.token_path import FusionAudit
 
 
@@ -17,15 +18,28 @@ class ContractAudit(Part):
     checks: tuple[Check, ...]
 
 
+About = Literal["weights", "procedure"]
+ABOUT: dict[str, str] = {"weights": "these weights", "procedure": "the training procedure, not these weights"}
+
+
 class RunInfo(Part):
     """Which run was audited."""
 
     name: str
     method: str
     config_sha256: str
-    audits: str = Field(default="these weights", description="Or: 'the training procedure, not these weights'.")
+    about: About = Field(default="weights", description="What the evidence speaks of, where all games agree.")
     coins_sha256: str | None = None
     command: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _version_1(cls, tree: Any) -> Any:
+        """Version 1 said it in prose, under another name."""
+        if isinstance(tree, dict) and "audits" in tree and "about" not in tree:
+            rest = {name: value for name, value in tree.items() if name != "audits"}
+            return {**rest, "about": "weights" if tree["audits"] == ABOUT["weights"] else "procedure"}
+        return tree
 
 
 class AttackRow(Part):
@@ -84,18 +98,92 @@ class Thumbnail(Part):
     answer: str
 
 
-class AuditDocument(Document):
-    """`release/audit.json`, and what `dpaudit audit --json` prints."""
+class GameDocument(Document):
+    """`release/games/NAME.json`: one game, as it was played. Written once, never edited.
 
-    kind: ClassVar[str] = "audit"
+    Games with the same `coins_sha256` share their coins: their evidence is added with the shares that were fixed with the
+    coins. Games with other coins multiply. `previous_sha256` chains the documents, so that one that is taken out or changed
+    is noticed.
+    """
+
+    kind: Literal["game"] = "game"
+    game: Literal[
+        "canaries",
+        "membership",
+        "white-box",
+        "many runs",
+        "owner's coins",
+        "scores",
+        "earlier audit",
+        "token path",
+        "step contract",
+    ]
+    number: int = Field(description="Position in the order of play, from 1.")
+    previous_sha256: str | None = Field(description="SHA-256 of the game document before this one.")
+    about: About
+    claim: Claim | None = Field(description="Claim of what was attacked: a twin has its own sigma, q and T.")
+    alternative: str | None = Field(default=None, description="The wrong claim that this game looked for.")
+    coins_sha256: str | None
+    alpha: float = Field(description="Level that the evidence was calibrated for.")
+    tests: tuple[Test, ...] = ()
+    kept: float = Field(default=0.1, description="Share of the coins' evidence that is not staked on any test.")
+    validity: Validity = Validity(sound=True, checks=())
+    controls: tuple[Control, ...] = ()
+    supplied: bool = Field(default=False, description="True: a twin that lay there, not trained by this audit.")
+    scores: tuple[ScoreSummary, ...] = ()
+    gallery: tuple[Thumbnail, ...] = ()
+    attacks: tuple[AttackRow, ...] = ()
+    exposure: tuple[Extraction, ...] = ()
+    regeneration: tuple[Regeneration, ...] = ()
+    fusion: FusionAudit | None = Field(default=None, description="Token path only: what its tests found.")
+    contract: ContractAudit | None = Field(default=None, description="Step contract only: what its checks found.")
+    command: str | None = None
+
+    def sha256(self) -> str:
+        """Of the document as it is written."""
+        return checksums.digest(self.to_json().encode())
+
+    @property
+    def name(self) -> str:
+        """File name without ending: '02-white-box'."""
+        return f"{self.number:02d}-{self.game.replace(' ', '-').replace(chr(39), '')}"
+
+
+class GameEntry(Part):
+    """A game of an audit: where it stands, what it speaks of, and how the evidence stood after it."""
+
+    name: str
+    game: str
+    sha256: str | None = Field(description="Of its document; null: the game has no document of its own.")
+    about: About
+    claim: Claim | None
+    alternative: str | None = None
+    coins_sha256: str | None = None
+    sound: bool
+    supplied: bool = False
+    log_evidence: Number = Field(description="Of this game: log of the shares of its tests times their e-values.")
+    log_product: Number = Field(description="Log of the product over all games up to this one.")
+    power: float | None = Field(default=None, description="Largest earned power of its tests.")
+
+
+class AuditDocument(Document):
+    """`release/audit.json`, and what `dpaudit audit --json` prints: a function of the games, the token path, the contract and
+    the ledger, made by dpaudit.verdict."""
+
+    kind: Literal["audit"] = "audit"
     verdict: Verdict
     reasons: tuple[str, ...] = Field(description="Why this verdict, in plain sentences.")
     claim: Claim | None
     alternative: str | None = Field(description="The wrong claim that the audit had to be able to find.")
     alpha: float = Field(description="Level of the claim test.")
     family_confidence: float = Field(description="All tests of this document together.")
+    games: tuple[GameEntry, ...] = Field(default=(), description="In the order of play.")
+    log_evidence: Number | None = Field(
+        default=None, description="Largest log product of evidence so far; the claim is refuted from log(1/alpha) on."
+    )
     tests: tuple[Test, ...]
     validity: Validity
+    controls: tuple[Control, ...] = ()
     ledger: tuple[LedgerRow, ...] = ()
     fusion: FusionAudit | None = None
     contract: ContractAudit | None = None

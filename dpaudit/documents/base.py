@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -19,7 +19,8 @@ from dpaudit import checksums
 from dpaudit.errors import UsageError
 from dpaudit.untrusted import MOST_DOCUMENT, read_bytes
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE = (1, 2)  # version 1 has no e-values and no kind; what is missing takes its default
 MOST_BYTES = MOST_DOCUMENT
 
 
@@ -62,15 +63,20 @@ class Part(BaseModel):
 class Document(Part):
     """A whole JSON document."""
 
-    kind: ClassVar[str]
+    kind: str
     schema_version: int = SCHEMA_VERSION
 
     @field_validator("schema_version")
     @classmethod
     def _this_version(cls, value: int) -> int:
-        if value != SCHEMA_VERSION:
-            raise ValueError(f"is {value}; this dpaudit reads {SCHEMA_VERSION}")
+        if value not in READABLE:
+            raise ValueError(f"is {value}; this dpaudit reads {' and '.join(map(str, READABLE))}")
         return value
+
+    @classmethod
+    def named(cls) -> str:
+        """The kind of this document."""
+        return str(cls.model_fields["kind"].default)
 
     def to_json(self) -> str:
         """Stable text: two spaces, a newline at the end, fields in declared order."""
@@ -87,13 +93,13 @@ class Document(Part):
             checksums.verify(path, content)
             text = content.decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{path}: can't be read as a {cls.kind} document ({error})") from error
+            raise UsageError(f"{path}: can't be read as a {cls.named()} document ({error})") from error
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "document"
-            raise UsageError(f"{path}: not a {cls.kind} document: {where}: {first['msg']}") from error
+            raise UsageError(f"{path}: not a {cls.named()} document: {where}: {first['msg']}") from error
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:

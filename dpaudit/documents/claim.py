@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field
 
@@ -58,7 +58,7 @@ class Claim(Part):
 class ClaimDocument(Document):
     """`release/claim.json`: the claim of a run, or `claim: null` for a run that makes none."""
 
-    kind: ClassVar[str] = "claim"
+    kind: Literal["claim"] = "claim"
     claim: Claim | None
     releasable: bool = Field(default=True, description="False: the noise key came from --seed.")
     reasons: tuple[str, ...] = Field(default=(), description="Why there is no claim, or why it is not releasable.")
@@ -86,7 +86,7 @@ class Spent(Part):
 class LedgerDocument(Document):
     """`release/ledger.json`."""
 
-    kind: ClassVar[str] = "ledger"
+    kind: Literal["ledger"] = "ledger"
     coins_sha256: str | None = Field(description="Hash of private/coins.parquet, taken before the first step.")
     rows: tuple[LedgerRow, ...]
     spent: Spent | None

@@ -1,6 +1,6 @@
 """The machine and its packages."""
 
-from typing import ClassVar
+from typing import Literal
 
 from dpaudit.documents.base import Document
 from dpaudit.documents.games import Check
@@ -9,7 +9,7 @@ from dpaudit.documents.games import Check
 class EnvironmentDocument(Document):
     """`release/environment.json`."""
 
-    kind: ClassVar[str] = "environment"
+    kind: Literal["environment"] = "environment"
     dpaudit: str
     python: str
     platform: str
@@ -21,6 +21,6 @@ class EnvironmentDocument(Document):
 class DoctorDocument(Document):
     """What `dpaudit doctor --json` prints."""
 
-    kind: ClassVar[str] = "doctor"
+    kind: Literal["doctor"] = "doctor"
     healthy: bool
     checks: tuple[Check, ...]

@@ -30,7 +30,21 @@ class Test(Part):
     ceiling: Number | None = Field(description="Largest eps that this game could have shown.")
     p_value: float | None = Field(default=None, description="Of the claim, where the test makes that statement.")
     statement: str | None = Field(default=None, description="What the p-value says, in words.")
-    power: float | None = Field(default=None, description="Against the stored alternative; null = not known.")
+    power: float | None = Field(
+        default=None,
+        description="Probability that the game as it was played refutes the stored alternative; null: not earned by a control.",
+    )
+    power_low: float | None = Field(default=None, description="Lower limit of its simulation, 99 %.")
+    e_value: Number | None = Field(
+        default=None,
+        description="Evidence against the claim: mean at most 1 while the claim holds. null: no such test.",
+    )
+    share: float = Field(default=1.0, description="Of the game's evidence, fixed with the coins.")
+    level: float | None = Field(
+        default=None, description="At which this test refutes by itself: alpha times its share."
+    )
+    refutes: bool | None = Field(default=None, description="Whether it refutes by itself; set by the judge alone.")
+    control: str | None = Field(default=None, description="What earned the power, or why there is none.")
     estimate: bool = Field(default=False, description="True: no finite-sample validity, never decides a verdict.")
     decides: bool = Field(default=True, description="False: informative only, outside the error budget.")
 
@@ -72,6 +86,19 @@ class Check(Part):
     explanation: str
 
 
+class Control(Part):
+    """What shows that a game could have seen something.
+
+    earned: the channel carries what the power assumes. not earned: no power is stated. failed: the game is invalid.
+    """
+
+    name: Literal["liveness", "amplitude", "noise level", "known leak", "p-value"]
+    outcome: Literal["earned", "not earned", "failed"]
+    measured: str
+    allowed: str
+    explanation: str
+
+
 class Validity(Part):
     """Whether the game is sound at all."""
 
@@ -82,7 +109,7 @@ class Validity(Part):
 class ScoresDocument(Document):
     """What `dpaudit scores --json` prints."""
 
-    kind: ClassVar[str] = "scores"
+    kind: Literal["scores"] = "scores"
     verdict: Verdict
     reasons: tuple[str, ...]
     claim: Claim | None = None
@@ -90,13 +117,14 @@ class ScoresDocument(Document):
     family_confidence: float
     tests: tuple[Test, ...]
     validity: Validity
+    controls: tuple[Control, ...] = ()
     scores: tuple[ScoreSummary, ...] = ()
 
 
 class BoundDocument(Document):
     """What `dpaudit bound --json` prints."""
 
-    kind: ClassVar[str] = "bound"
+    kind: Literal["bound"] = "bound"
     method: str
     epsilon_lower: Number
     ceiling: Number
@@ -109,6 +137,6 @@ class BoundDocument(Document):
 class CheckDocument(Document):
     """What `dpaudit check --json` prints."""
 
-    kind: ClassVar[str] = "check"
+    kind: Literal["check"] = "check"
     verdict: Literal["pass", "fail", "inconclusive"]
     checks: tuple[Check, ...]

@@ -1,6 +1,6 @@
 """Accuracy on visual questions, with all that it takes to measure it again."""
 
-from typing import ClassVar
+from typing import Literal
 
 from pydantic import Field
 
@@ -62,7 +62,7 @@ class BenchmarkDocument(Document):
     task's own.
     """
 
-    kind: ClassVar[str] = "benchmark"
+    kind: Literal["benchmark"] = "benchmark"
     tasks: dict[str, dict[str, Metric]]
     base: dict[str, dict[str, Metric]] | None = Field(default=None, description="The base model, same tasks.")
     majority: dict[str, Metric] = Field(

@@ -6,7 +6,7 @@ knows (who releases what to whom, and why these parameters) is null and listed i
 nothing is guessed.
 """
 
-from typing import ClassVar
+from typing import Literal
 
 from pydantic import Field
 
@@ -95,7 +95,7 @@ class Deployment(Part):
 class DisclosureDocument(Document):
     """What `dpaudit report --disclosure FILE` writes."""
 
-    kind: ClassVar[str] = "disclosure"
+    kind: Literal["disclosure"] = "disclosure"
     written_by: str
     deployments: tuple[Deployment, ...]
 

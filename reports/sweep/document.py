@@ -1,6 +1,6 @@
 """`sweep.json`: the grid, what became of each cell, and one line per configuration."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -64,7 +64,7 @@ class SweepRow(Part):
 class SweepDocument(Document):
     """`OUT/sweep.json`, and what `dpaudit sweep --json` prints."""
 
-    kind: ClassVar[str] = "sweep"
+    kind: Literal["sweep"] = "sweep"
     name: str
     finished: bool = Field(description="Every cell is finished; false while it runs or when one has failed.")
     grid: dict[str, Any] = Field(description="The grid as it was given; `dpaudit sweep --resume` reads it.")

@@ -1,0 +1,55 @@
+"""The coins' evidence inverted over sigma: an upper limit of the noise, hence a lower bound of eps.
+
+For each sigma0 the statistic is the likelihood ratio of a mixture of smaller sigma against sigma0, given what was seen; its law
+is that of independent coins with probabilities expit(L) at sigma0 and is drawn by Monte Carlo (Barnard's test, so the p-value is
+valid whatever the number of draws). The limit is the largest sigma0 that is not refuted. It lies below the true sigma only if
+the true sigma itself is refuted, which happens with probability at most `level`: the bound is exact within "DP-SGD with this q
+and T, unknown sigma".
+"""
+
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import expit, logsumexp
+
+from dpaudit.evidence.channel import Channel, log_ratio
+
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
+DRAWS = 2000
+SCALES = (0.97, 0.9, 0.7, 0.4)  # smaller sigmas that each sigma0 is held against
+HIGHEST, LOWEST = 2.5, 0.02  # times the claimed sigma: where the limit is looked for
+_COARSE, _PRECISION = 1.6, 4e-3
+
+
+def sigma_upper(seen: Floats, coins: Bools, channel: Channel, *, level: float, rng: np.random.Generator) -> float:
+    """Upper confidence limit of sigma with error probability `level`. seen: (m, T) in units of C; coins: (m,).
+
+    inf where even HIGHEST times the claim is not refuted, 0 where LOWEST times the claim is. The same uniform numbers serve
+    every sigma0, so that the p-value hardly jumps.
+    """
+    p_value = partial(_p_value, seen, coins, channel.rate, rng.random((DRAWS, coins.size), dtype=np.float32))
+    refuted = HIGHEST * channel.sigma
+    if p_value(refuted) > level:
+        return np.inf
+    while refuted > LOWEST * channel.sigma:
+        kept = refuted / _COARSE
+        if p_value(kept) > level:
+            while refuted / kept > 1 + _PRECISION:
+                middle = float(np.sqrt(refuted * kept))
+                kept, refuted = (middle, refuted) if p_value(middle) > level else (kept, middle)
+            return refuted
+        refuted = kept
+    return 0.0
+
+
+def _p_value(seen: Floats, coins: Bools, rate: float, uniform: npt.NDArray[np.float32], sigma: float) -> float:
+    ratios = log_ratio(seen, sigma=sigma, rate=rate)
+    wrong = np.stack([log_ratio(seen, sigma=scale * sigma, rate=rate) for scale in SCALES], axis=1)
+    drawn = np.concatenate([coins[None], uniform < expit(ratios)]).astype(np.float64)
+    # log probabilities of the coins under each sigma: coins @ L - sum softplus(L); the constant of the claim cancels.
+    gains = drawn @ (wrong - ratios[:, None]) - np.logaddexp(0.0, wrong).sum(axis=0)
+    statistic = logsumexp(gains, axis=1)
+    return float(np.count_nonzero(statistic >= statistic[0] - 1e-9) / statistic.size)
