@@ -1,49 +1,106 @@
-"""`audit`: a run in, an AuditDocument out. What was run is what the document holds; nothing is carried over.
+"""`audit`: play what was asked and has not been played, record it, and assemble the document. Nothing here judges.
 
-An audit without canaries of its own trains a twin with them first: the same configuration, fresh key, canaries added.
-It then speaks of the training procedure and not of the weights that were released.
+A game is written to release/games/ as soon as it was played, so a later audit, or a kill between two writes, loses
+nothing; release/audit.json is then made from all games that were ever played (dpaudit.verdict). An audit without
+canaries of its own trains a twin with them first: it then speaks of the training procedure and not of the weights that
+were released.
 """
 
-import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
-from attacks.canary_audit import CanaryAudit, audit_canaries
-from attacks.membership.audit import Settings, audit_membership
+from attacks.games import twins
+from attacks.games.canaries import play_canaries
+from attacks.games.gradients import DEFAULT_COUNT, Directions
+from attacks.games.members import Settings, play_membership
+from attacks.games.played import Played
 from attacks.membership.members import member_twin
-from attacks.options import MEMBER_TWIN, TWIN, Options, prepare
+from attacks.options import MEMBER_TWIN, TWIN, WHITE_BOX_TWIN, Options, prepare
 from attacks.training import resume_run, start_run
-from attacks.white_box import DEFAULT_COUNT, Directions, audit_twin, train_twin
-from attacks.white_box import TITLE as WHITE_BOX
-from dpaudit import accounting
-from dpaudit.bounds import pld
-from dpaudit.claims import decide
-from dpaudit.config import RunConfig, resolve
+from dpaudit import record, verdict
+from dpaudit.config import RunConfig
 from dpaudit.documents import (
+    ABOUT,
+    About,
     AuditDocument,
-    Claim,
     ClaimDocument,
     ContractAudit,
     FusionAudit,
+    GameDocument,
     LedgerDocument,
     LedgerRow,
     RunInfo,
-    Validity,
 )
 from dpaudit.executors import Executor
 from dpaudit.runs import RunFolder
 from trainers import data
 from trainers.plan import make_plan
 from trainers.progress import Reporter
-from trainers.run import config_sha256, read_config
+from trainers.run import config_sha256
 
 TWIN_COUNT = 300
 CONTRACT_UNITS = 24
-SIGMA_REDUCTION = 0.3
-THESE_WEIGHTS = "these weights"
-PROCEDURE = "the training procedure, not these weights"
+
+
+@dataclass
+class _Session:
+    """One call of `audit`: the run, what was asked, and the games so far."""
+
+    run: RunFolder
+    config: RunConfig
+    options: Options
+    reporter: Reporter | None
+    log: Callable[[str], None]
+    processes: int | None
+    executor: Executor | None
+    games: list[GameDocument] = field(default_factory=list)
+
+    @property
+    def confidence(self) -> float:
+        """Of all bounds of the next game together."""
+        played = sum(game.game not in ("token path", "step contract") for game in self.games)
+        return verdict.confidence_of(played + 1, self.options.confidence)
+
+    def had(self, name: str) -> bool:
+        """Whether a game was played already and is not asked for again; says so."""
+        number = next((game.name for game in self.games if game.game == name), None)
+        if number is None or self.options.again:
+            return False
+        self.log(f"{name}: played already (release/games/{number}.json); --again plays it with fresh coins")
+        return True
+
+    def keep(self, game: str, played: Played, *, about: About, **more: Any) -> None:
+        """Write a game down. The caller holds the run's lock."""
+        number, previous = record.following(self.games)
+        shared: dict[str, Any] = {
+            "number": number,
+            "previous": previous,
+            "alpha": self.options.alpha,
+            "command": self.options.command,
+        }
+        self.add(played.document(game, about=about, **shared, **more))
+
+    def add(self, document: GameDocument) -> None:
+        """Write a game's document down."""
+        record.add(self.run, document)
+        self.games.append(document)
+
+    def bare(self, game: Any, **content: Any) -> GameDocument:
+        """The document of a check without coins."""
+        number, previous = record.following(self.games)
+        return GameDocument(
+            game=game,
+            number=number,
+            previous_sha256=previous,
+            about="weights",
+            claim=ClaimDocument.read(self.run.claim).claim,
+            coins_sha256=None,
+            alpha=self.options.alpha,
+            command=self.options.command,
+            **content,
+        )
 
 
 def audit(
@@ -64,147 +121,147 @@ def audit(
     chosen = options.named(config)
     if not options.audits and not config.canaries.count:
         log(f"{path}: trained without canaries; --canaries trains {TWIN} with them and audits that")
-    target, about = run, THESE_WEIGHTS
-    if "canaries" in chosen:
-        target, about = _with_canaries(run, config, options, reporter, log)
-    white = _white_box_twin(run, config, options, reporter, log) if "white-box" in chosen else None
-    members = _membership_target(run, config, options, reporter, log) if "mia" in chosen else None
-    games = ("canaries" in chosen) + (white is not None) + (members is not None)
-    confidence = 1.0 - (1.0 - options.confidence) / max(1, games)  # the games share one error budget
+    session = _Session(run, config, options, reporter, log, processes, executor, list(record.read(run)))
+    plays = {
+        "canaries": _canaries,
+        "mia": _membership,
+        "white-box": _white_box,
+        "fusion": _fusion,
+        "contract": _contract,
+    }
+    for name, play in plays.items():
+        if name in chosen:
+            play(session)
     with run.lock():
-        parts = []
-        if "canaries" in chosen:
-            log("scoring canaries against the base model")
-            parts.append(
-                audit_canaries(
-                    target,
-                    claim=ClaimDocument.read(target.claim).claim,
-                    delta=config.privacy.delta,
-                    confidence=confidence,
-                    alpha=options.alpha,
-                    device=options.device,
-                )
-            )
-        if members is not None:
-            settings = Settings(
-                claim=ClaimDocument.read(members.claim).claim,
-                delta=config.privacy.delta,
-                confidence=confidence,
-                alpha=options.alpha,
-                references=options.references,
-                processes=processes,
-                executor=executor,
-                device=options.device,
-                log=log,
-            )
-            parts.append(audit_membership(members, settings))
-            if "canaries" not in chosen and members is not run:
-                target, about = members, PROCEDURE
-        if white is not None:
-            log("testing the claim on the white-box scores")
-            parts.append(audit_twin(white, confidence=confidence, alpha=options.alpha))
-            if "canaries" not in chosen and members is None:
-                target, about = white, PROCEDURE
-        fusion = _fusion(run, log) if "fusion" in chosen else None
-        contract = _contract(config, log) if "contract" in chosen else None
-        document = assemble(run, target, about, merge(parts), fusion, contract, options)
+        document = assemble(run, session.games, options)
         run.write(document)
     return document
 
 
-def merge(parts: Sequence[CanaryAudit]) -> CanaryAudit | None:
-    """Several games as one part of a document: sound only if all are. None for no game."""
-    if not parts:
-        return None
-    return CanaryAudit(
-        validity=Validity(
-            sound=all(part.validity.sound for part in parts),
-            checks=tuple(check for part in parts for check in part.validity.checks),
+def assemble(run: RunFolder, games: list[GameDocument], options: Options) -> AuditDocument:
+    """The document of all games of a run, with the run's own ledger."""
+    fusion = next((game.fusion for game in reversed(games) if game.fusion is not None), None)
+    ledger = LedgerDocument.read(run.ledger)
+    return verdict.document(
+        run=RunInfo(
+            name=run.path.resolve().name,
+            method=run.read_config().method,
+            config_sha256=config_sha256(run),
+            coins_sha256=ledger.coins_sha256,
+            command=options.command,
         ),
-        tests=tuple(test for part in parts for test in part.tests),
-        scores=tuple(summary for part in parts for summary in part.scores),
-        gallery=tuple(item for part in parts for item in part.gallery),
-        coins_sha256=parts[0].coins_sha256,
-        attacks=tuple(row for part in parts for row in part.attacks),
-        exposure=tuple(row for part in parts for row in part.exposure),
-        regeneration=tuple(row for part in parts for row in part.regeneration),
+        claim=ClaimDocument.read(run.claim).claim,
+        alpha=options.alpha,
+        confidence=options.confidence,
+        games=games,
+        ledger=_ledger(ledger.rows, fusion),
     )
 
 
-def _membership_target(
-    run: RunFolder, config: RunConfig, options: Options, reporter: Reporter | None, log: Callable[[str], None]
-) -> RunFolder:
-    """What the membership game is played on: the run itself where coins decided about its canaries, else a twin in
-    which coins decided about the training units."""
-    if config.canaries.count:
-        return run
-    return member_twin(config, run.path / MEMBER_TWIN, reporter=reporter, log=log)
+def _canaries(session: _Session) -> None:
+    if session.had("canaries"):
+        return
+    run, about, supplied = _with_canaries(session)
+    claim = ClaimDocument.read(run.claim).claim
+    with session.run.lock():
+        session.log("scoring canaries against the base model")
+        played = play_canaries(
+            run,
+            claim=claim,
+            delta=session.config.privacy.delta,
+            confidence=session.confidence,
+            alpha=session.options.alpha,
+            device=session.options.device,
+        )
+        session.keep("canaries", played, about=about, claim=claim, supplied=supplied)
 
 
-def _white_box_twin(
-    run: RunFolder, config: RunConfig, options: Options, reporter: Reporter | None, log: Callable[[str], None]
-) -> RunFolder:
-    """The run's white-box twin, trained now unless a finished one is there already."""
-    place = run.path / options.white_box_twin
-    twin = RunFolder(place)
-    if twin.config.is_file() and twin.finished and twin.scores.is_file():
-        return twin
-    if place.exists():
-        log(f"{place}: interrupted; its scores cover some steps only, so it starts over")
-        shutil.rmtree(place)
-    count = options.count or DEFAULT_COUNT
-    log(f"training a twin with {count} gradient canaries in {place}: this audits {PROCEDURE}")
-    return train_twin(
-        config,
-        place,
-        count=count,
-        directions=cast(Directions, options.directions),
-        final=options.final_only,
-        reporter=reporter,
-    )
-
-
-def _with_canaries(
-    run: RunFolder, config: RunConfig, options: Options, reporter: Reporter | None, log: Callable[[str], None]
-) -> tuple[RunFolder, str]:
-    """The run itself when it was trained with canaries, else its twin, trained now unless it is there already."""
-    if config.canaries.count:
-        return run, THESE_WEIGHTS
-    place = run.path / TWIN
-    if RunFolder(place).config.is_file():
+def _with_canaries(session: _Session) -> tuple[RunFolder, About, bool]:
+    """What the canary game is played on, what that speaks of, and whether it lay there before this audit: the run
+    itself, the twin of an audit that was interrupted, or a twin trained now."""
+    config, options = session.config, session.options
+    again = any(game.game == "canaries" for game in session.games)
+    if config.canaries.count and not again:
+        return session.run, "weights", False
+    place = twins.latest(session.run, TWIN)
+    if place is not None and not again and RunFolder(place).config.is_file():
         twin = RunFolder.open(place)
         if not twin.finished:
-            log(f"going on with {place}")
-            twin = resume_run(place, reporter=reporter)
-        return twin, PROCEDURE
-    wanted = twin_config(config, options.count or TWIN_COUNT)
-    log(f"training a twin with {wanted.canaries.count} canary candidates in {place}: this audits {PROCEDURE}")
-    return start_run(wanted, place, reporter=reporter), PROCEDURE
+            session.log(f"going on with {place}")
+            twin = resume_run(place, reporter=session.reporter)
+        return twin, "procedure", True
+    place = twins.free(session.run, TWIN)
+    wanted = twins.canary_twin(config, options.count or config.canaries.count or TWIN_COUNT)
+    session.log(
+        f"training a twin with {wanted.canaries.count} canary candidates in {place}: audits {ABOUT['procedure']}"
+    )
+    return start_run(wanted, place, reporter=session.reporter), "procedure", False
 
 
-def twin_config(config: RunConfig, count: int) -> RunConfig:
-    """The configuration of a twin. A local set without a reserve has no record to mislabel: the kind is left out."""
-    tree = config.model_dump(mode="json", by_alias=True)
-    kinds = [
-        kind
-        for kind in config.canaries.kinds
-        if kind != "mislabelled"
-        or config.data.reserve
-        or (config.data.path is None and config.data.name in (None, "digits"))
-    ]
-    tree["canaries"] = {"count": count, "kinds": kinds}
-    return resolve(tree)
+def _membership(session: _Session) -> None:
+    if session.had("membership"):
+        return
+    run, config, options = session.run, session.config, session.options
+    about: About = "weights"
+    supplied = False
+    # With fresh coins, or where coins decided about no record of the run, the training units of a twin are tossed.
+    if not config.canaries.count or any(game.game == "membership" for game in session.games):
+        again = any(game.game == "membership" for game in session.games)
+        place = run.path / MEMBER_TWIN if not again else twins.free(run, MEMBER_TWIN)
+        supplied, about = place.exists(), "procedure"
+        run = member_twin(config, place, reporter=session.reporter, log=session.log)
+    claim = ClaimDocument.read(run.claim).claim
+    with session.run.lock():
+        settings = Settings(
+            claim=claim,
+            delta=config.privacy.delta,
+            confidence=session.confidence,
+            alpha=options.alpha,
+            references=options.references,
+            processes=session.processes,
+            executor=session.executor,
+            device=options.device,
+            log=session.log,
+        )
+        session.keep("membership", play_membership(run, settings), about=about, claim=claim, supplied=supplied)
 
 
-def _fusion(run: RunFolder, log: Callable[[str], None]) -> FusionAudit:
+def _white_box(session: _Session) -> None:
+    if session.had("white-box"):
+        return
+    options = session.options
+    count = options.count or DEFAULT_COUNT
+    place = twins.free(session.run, WHITE_BOX_TWIN)
+    session.log(f"training a twin with {count} gradient canaries in {place}: audits {ABOUT['procedure']}")
+    played, claim = twins.play_white_box(
+        session.config,
+        place,
+        count=count,
+        confidence=session.confidence,
+        alpha=options.alpha,
+        directions=cast(Directions, options.directions),
+        final=options.final_only,
+        reporter=session.reporter,
+    )
+    with session.run.lock():
+        session.keep("white-box", played, about="procedure", claim=claim)
+
+
+def _fusion(session: _Session) -> None:
     from attacks.fusion.audit import audit_fusion, record
 
-    result: FusionAudit = audit_fusion(run, log=log)
-    record(run, result)
-    return result
+    with session.run.lock():
+        result = audit_fusion(session.run, log=session.log)
+        record(session.run, result)
+        session.add(session.bare("token path", fusion=result))
 
 
-def _contract(config: RunConfig, log: Callable[[str], None]) -> ContractAudit:
+def _contract(session: _Session) -> None:
+    with session.run.lock():
+        session.add(session.bare("step contract", contract=contract(session.config, session.log)))
+
+
+def contract(config: RunConfig, log: Callable[[str], None]) -> ContractAudit:
     """The step contract on this run's trainer: its code, model, reducer, clipping, noise and pruning, on a few units.
 
     The sampler is tested with a small batch of few units, since the contract needs many draws; sigma is the run's own.
@@ -225,68 +282,13 @@ def _contract(config: RunConfig, log: Callable[[str], None]) -> ContractAudit:
     return ContractAudit(verdict=found.verdict, checks=found.checks)
 
 
-def assemble(
-    run: RunFolder,
-    target: RunFolder,
-    about: str,
-    canaries: CanaryAudit | None,
-    fusion: FusionAudit | None,
-    contract: ContractAudit | None,
-    options: Options,
-) -> AuditDocument:
-    """The document: `run` is what was asked about, `target` what was attacked (the run or its twin)."""
-    claim = ClaimDocument.read(target.claim).claim
-    ledger = _ledger(LedgerDocument.read(target.ledger).rows, fusion)
-    part = canaries or CanaryAudit(Validity(sound=True, checks=()))
-    verdict, reasons = decide(
-        claim=claim,
-        alpha=options.alpha,
-        family_confidence=options.confidence,
-        validity=part.validity,
-        tests=part.tests,
-        ledger=ledger,
-        checks=contract.checks if contract else (),
-    )
-    config = read_config(run)
-    if about == PROCEDURE:
-        reasons = (*reasons, "Audited a twin of the run: this speaks of " + PROCEDURE + ".")
-    elif any(test.name == WHITE_BOX for test in part.tests):
-        reasons = (*reasons, "The white-box test was played on a twin: it speaks of " + PROCEDURE + ".")
-    return AuditDocument(
-        verdict=verdict,
-        reasons=reasons,
-        claim=claim,
-        alternative=alternative(claim) if claim else None,
-        alpha=options.alpha,
-        family_confidence=options.confidence,
-        tests=part.tests,
-        validity=part.validity,
-        ledger=ledger,
-        fusion=fusion,
-        contract=contract,
-        scores=part.scores,
-        gallery=part.gallery,
-        attacks=part.attacks,
-        exposure=part.exposure,
-        regeneration=part.regeneration,
-        run=RunInfo(
-            name=run.path.resolve().name,
-            method=config.method,
-            config_sha256=config_sha256(run),
-            audits=about,
-            coins_sha256=part.coins_sha256,
-            command=options.command,
-        ),
-    )
-
-
-def _ledger(rows: Sequence[LedgerRow], fusion: FusionAudit | None) -> tuple[LedgerRow, ...]:
+def _ledger(rows: tuple[LedgerRow, ...], fusion: FusionAudit | None) -> tuple[LedgerRow, ...]:
     """The run's ledger, with the token path as its tests decided it instead of as construction promises."""
     if fusion is None:
-        return tuple(rows)
+        return rows
     from attacks.fusion.verdicts import ledger
 
-    decided = ledger(rows, fusion.cases) if fusion.cases else tuple(rows)
+    decided = ledger(rows, fusion.cases) if fusion.cases else rows
     if fusion.training != "UNACCOUNTED" or any(row.status == "UNACCOUNTED" for row in decided):
         return decided
     # Whatever a part of the audit found, the verdict must see it.
@@ -294,28 +296,3 @@ def _ledger(rows: Sequence[LedgerRow], fusion: FusionAudit | None) -> tuple[Ledg
     evidence = "; ".join(f"{check.name}: {check.measured}" for check in fusion.checks if check.status == "fail")
     row = LedgerRow(path="isolation of records", status="UNACCOUNTED", explanation=explanation, evidence=evidence)
     return (*decided, row)
-
-
-def alternative(claim: Claim, reduction: float = SIGMA_REDUCTION) -> str:
-    """The wrong claim that the audit must be able to find, in words and figures."""
-    text = f"the true sigma is {reduction:.0%} smaller than claimed"
-    if claim.noise_multiplier is None or claim.sample_rate is None or claim.steps is None:
-        return text
-    sigma = float(claim.noise_multiplier) * (1 - reduction)
-    if claim.relation == "replace" or claim.noise != "gaussian" or claim.sampling in ("fixed", "shuffle"):
-        scheme = claim.sampling if claim.sampling in ("fixed", "shuffle") else "poisson"
-        event = accounting.DpSgd(sigma, claim.sample_rate, claim.steps, claim.relation, claim.noise, scheme)
-        epsilon = accounting.epsilon(event, claim.delta)
-    else:
-        epsilon = pld.dp_sgd_epsilon(sigma, claim.sample_rate, claim.steps, claim.delta)
-    return f"{text} ({sigma:.3g} instead of {float(claim.noise_multiplier):.3g}: eps {epsilon:.3g} at {claim.delta:g})"
-
-
-def headline(document: AuditDocument) -> float | None:
-    """The largest lower bound on eps that assumes nothing, or only the claimed mechanism; None without a bound."""
-    found = [
-        float(test.epsilon_lower)
-        for test in document.tests
-        if test.epsilon_lower is not None and not test.estimate and test.assumes in ("none", "claimed-mechanism")
-    ]
-    return max(found, default=None)

@@ -24,13 +24,14 @@ DIRECTIONS = ("orthogonal", "dirac", "random")
 class Options:
     """What to audit and how strictly. audits: names out of AVAILABLE, empty = all that the run allows. references:
     reference models of the membership game. directions, final_only: of the gradient canaries, and whether the auditor
-    sees the final update only."""
+    sees the final update only. again: games that were played already are played once more, with fresh coins."""
 
     audits: tuple[str, ...] = ()
     count: int | None = None
     references: int = 0
     directions: str = "orthogonal"
     final_only: bool = False
+    again: bool = False
     confidence: float = 0.95
     alpha: float = 0.001
     device: str = "auto"
@@ -53,12 +54,6 @@ class Options:
         validate.real("--confidence", self.confidence, low=0.0, high=1.0, open_low=True, open_high=True)
         validate.real("--alpha", self.alpha, low=0.0, high=1.0, open_low=True, open_high=True)
 
-    @property
-    def white_box_twin(self) -> str:
-        """The folder of the white-box twin: one for each way to play."""
-        named = WHITE_BOX_TWIN if self.directions == DIRECTIONS[0] else f"{WHITE_BOX_TWIN}-{self.directions}"
-        return named + ("-final" if self.final_only else "")
-
     def named(self, config: RunConfig) -> tuple[str, ...]:
         """The audits to run on a run with this configuration: those that need no further training or minutes."""
         if self.audits:
@@ -78,7 +73,7 @@ def prepare(run: RunFolder, options: Options) -> RunConfig:
     if config.method == "dp-zo":
         _zeroth_order(config, options)
     if "white-box" in options.audits and config.training.sampling != "poisson":
-        from attacks.white_box import refusal
+        from attacks.games.twins import refusal
 
         raise UsageError(refusal(config.training.sampling))
     if options.count is None:
@@ -88,6 +83,8 @@ def prepare(run: RunFolder, options: Options) -> RunConfig:
     if "canaries" not in options.named(config):
         return config
     have, where = config.canaries.count, "this run was trained"
+    if options.again:
+        return config
     twin = RunFolder(run.path / TWIN)
     if not have and twin.config.is_file():
         have = configuration.resolve(configuration.read_yaml(twin.config)).canaries.count

@@ -66,8 +66,10 @@ def verify(path: Path, content: bytes) -> None:
 
 
 def _accepted(path: Path) -> set[str]:
-    lists = (read(path.parent / name) for name in (NEXT, SUMS))  # in this order: the first becomes the second
-    return {found[path.name] for found in lists if path.name in found}
+    places = ((path.parent, path.name), (path.parent.parent, f"{path.parent.name}/{path.name}"))  # games lie one lower
+    # NEXT before SUMS: the first becomes the second.
+    lists = ((read(folder / name), key) for folder, key in places for name in (NEXT, SUMS))
+    return {found[key] for found, key in lists if key in found}
 
 
 def seal(tree: Mapping[str, Any]) -> str:

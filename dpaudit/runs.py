@@ -65,6 +65,11 @@ class RunFolder:
         return self.release / "audit.json"
 
     @property
+    def games(self) -> Path:
+        """`release/games/`: one document a game that was played (dpaudit.record)."""
+        return self.release / "games"
+
+    @property
     def benchmark(self) -> Path:
         return self.release / "benchmark.json"
 
@@ -223,7 +228,7 @@ class RunFolder:
 
     def write(self, document: Document) -> None:
         """Write `release/KIND.json` (claim, environment, audit or benchmark) and its checksum."""
-        self._write_sealed(self.release / f"{document.kind}.json", document.to_json().encode())
+        self.write_sealed(self.release / f"{document.kind}.json", document.to_json().encode())
 
     def seal(self, path: Path) -> str:
         """Put the checksum of a file directly under `release/` into the list; returns it."""
@@ -231,8 +236,9 @@ class RunFolder:
         self._list(checksums.SUMS, {path.name: found})
         return found
 
-    def _write_sealed(self, path: Path, content: bytes) -> None:
-        sums = self._list(checksums.NEXT, {path.name: checksums.digest(content)})
+    def write_sealed(self, path: Path, content: bytes) -> None:
+        """Write a file below `release/` and its checksum."""
+        sums = self._list(checksums.NEXT, {path.relative_to(self.release).as_posix(): checksums.digest(content)})
         atomic.write_bytes(path, content)
         atomic.write_text(self.release / checksums.SUMS, checksums.write(sums))
         (self.release / checksums.NEXT).unlink(missing_ok=True)

@@ -1,15 +1,16 @@
 """The judge: games, token path, contract and ledger in, verdict and reasons out. Nothing else compares with a level.
 
-Evidence. The tests of games that share coins have shares that were fixed with the coins, whether or not a game is played, so
-their weighted sum (with what was not staked) is an e-value of that set of coins; a game that is not played counts 0. Sets
-of coins that were tossed independently multiply: the product over sets, in the order in which they were begun, is at most a
-nonnegative supermartingale that starts at 1 (a sum only grows when a further game on old coins is played, and is at most the
-sum over all its games). By Ville's inequality it ever reaches 1 / alpha with probability at most alpha while the claim
-holds, so whoever audits again and again and stops when they like refutes a correct claim with probability at most alpha.
+Evidence. The tests of games that share coins have shares that were fixed with the coins, whether or not a game is
+played, so their weighted sum (with what was not staked) is an e-value of that set of coins; a game that is not played
+counts 0. Sets of coins that were tossed independently multiply: the product over sets, in the order in which they were
+begun, is at most a nonnegative supermartingale that starts at 1 (a sum only grows when a further game on old coins is
+played, and is at most the sum over all its games). By Ville's inequality it ever reaches 1 / alpha with probability at
+most alpha while the claim holds, so whoever audits again and again and stops when they like refutes a correct claim
+with probability at most alpha.
 
-Bounds. The bounds of game number k have together the confidence 1 - (1 - confidence) / 2^k (`confidence_of`), so all bounds
-of all audits hold at once with the document's confidence, however many games are played. Bounds inform; they never refute by
-themselves, because their confidence is far below 1 - alpha.
+Bounds. The bounds of game number k have together the confidence 1 - (1 - confidence) / 2^k (`confidence_of`), so all
+bounds of all audits hold at once with the document's confidence, however many games are played. Bounds inform; they
+never refute by themselves, because their confidence is far below 1 - alpha.
 
 An audit can refute a claim; it can never prove privacy. "Not refuted" needs a test whose power was earned by a control.
 """
@@ -34,6 +35,7 @@ from dpaudit.documents import (
 )
 
 POWER_NEEDED = 0.8
+NO_CONTROL = "no control shows that its scores carry a signal"
 CERTAIN = 0.999  # a p-value this near to 1 contradicts a high power: the channel is not what the power assumes
 HEADLINE = ("none", "claimed-mechanism")  # what a headline bound may assume
 
@@ -52,13 +54,19 @@ class Evidence:
 
 
 def confidence_of(number: int, confidence: float) -> float:
-    """Confidence of all bounds of game `number` (from 1) together, when `confidence` is that of all games ever played."""
+    """Confidence of all bounds of game `number` (from 1) together, when `confidence` is that of all games ever
+    played."""
     return 1.0 - (1.0 - confidence) / 2.0**number
 
 
 def wanted(share: float, alpha: float) -> float:
     """The e-value with which a test of this share refutes by itself."""
     return 1.0 / (alpha * share)
+
+
+def reached(p_value: float, alpha: float) -> bool:
+    """Whether an anytime-valid p-value has reached the level, so that more trials could change nothing."""
+    return p_value <= alpha
 
 
 def counts(test: Test) -> bool:
@@ -78,7 +86,7 @@ def marked(tests: Sequence[Test], alpha: float) -> tuple[Test, ...]:
             update |= {
                 "power": None,
                 "power_low": None,
-                "control": f"withdrawn: p = {test.p_value:.4f} contradicts the power; the channel is not the claimed one",
+                "control": f"withdrawn: p = {test.p_value:.4f} contradicts it; the channel is not the claimed one",
             }
         found.append(test.model_copy(update=update))
     return tuple(found)
@@ -92,7 +100,7 @@ def evidence(games: Sequence[GameDocument]) -> Evidence:
         total = sum(test.share * float(test.e_value or 0.0) for test in staked)
         own.append(_log(game.kept + total) if staked else 0.0)
         if staked:
-            coins = game.coins_sha256 or game.name
+            coins = f"{game.coins_sha256 or game.name}: {game.coins}"
             sums[coins] = sums.get(coins, game.kept) + total
         products.append(sum(_log(value) for value in sums.values()))
     return Evidence(tuple(own), tuple(products))
@@ -156,7 +164,7 @@ def _refutation(found: Evidence, games: Sequence[GameDocument], alpha: float) ->
     if len(games) == 1:
         played = "in the game"
     reasons = [
-        f"Evidence against the claim reached {_power_of_ten(found.best)}, and {1 / alpha:g} refutes (level {alpha:g}; {played})."
+        f"Evidence against the claim reached {_power_of_ten(found.best)}; {1 / alpha:g} refutes it ({played})."
     ]
     for game in games:
         for test in marked(game.tests, alpha):
@@ -187,7 +195,7 @@ def _why_inconclusive(games: Sequence[GameDocument], tests: Sequence[Test]) -> t
     for test in tests:
         if test.power is None:
             reasons.append(
-                f"{test.name}: no power is stated ({test.control or 'no control shows that these scores carry a signal'})."
+                f"{test.name}: no power is stated ({test.control or NO_CONTROL})."
             )
         else:
             reasons.append(f"{test.name}: power {test.power:.0%}, at least {POWER_NEEDED:.0%} needed.")
@@ -206,15 +214,16 @@ def document(
     confidence: float,
     games: Sequence[GameDocument],
     ledger: Sequence[LedgerRow] = (),
-    notes: Sequence[str] = (),
+    checks: Sequence[Check] = (),
 ) -> AuditDocument:
-    """The audit of all games in the order of play: a pure function of its arguments."""
+    """The audit of all games in the order of play: a pure function of its arguments. checks: further ones of
+    validity."""
     contracts = [game.contract for game in games if game.contract is not None]
     fusions = [game.fusion for game in games if game.fusion is not None]
-    checks = [check for contract in contracts for check in contract.checks]
-    verdict, reasons = decide(claim=claim, alpha=alpha, games=games, ledger=ledger, checks=checks)
+    judged = [check for contract in contracts for check in contract.checks]
+    verdict, reasons = decide(claim=claim, alpha=alpha, games=games, ledger=ledger, checks=judged)
     found = evidence(games)
-    played = [game for game in games if game.fusion is None and game.contract is None]
+    played = [game for game in games if game.game not in ("token path", "step contract")]
     abouts = {game.about for game in played} or {"weights"}
     sayings = (
         []
@@ -230,7 +239,7 @@ def document(
     latest = next((game.alternative for game in reversed(games) if game.alternative), None)
     return AuditDocument(
         verdict=verdict,
-        reasons=(*reasons, *sayings, *notes),
+        reasons=(*reasons, *sayings),
         claim=claim,
         alternative=latest,
         alpha=alpha,
@@ -256,7 +265,7 @@ def document(
         tests=tuple(test for game in games for test in marked(game.tests, alpha)),
         validity=Validity(
             sound=all(game.validity.sound for game in games),
-            checks=tuple(dict.fromkeys(check for game in games for check in game.validity.checks)),
+            checks=(*checks, *dict.fromkeys(check for game in games for check in game.validity.checks)),
         ),
         controls=tuple(control for game in games for control in game.controls),
         ledger=tuple(ledger),
@@ -280,8 +289,8 @@ def _latest(games: Sequence[GameDocument], field: str) -> tuple:  # type: ignore
 def headline(document: AuditDocument | ScoresDocument) -> Test | None:
     """The best bound that assumes nothing, or only the claimed mechanism; None without one.
 
-    The best of several is valid because all bounds hold at once (`confidence_of`); where version 1 documents did not share one
-    error budget, the first stands instead.
+    The best of several is valid because all bounds hold at once (`confidence_of`); where version 1 documents did not
+    share one error budget, the first stands instead.
     """
     bounds = [
         test

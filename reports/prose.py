@@ -7,7 +7,7 @@ a particular run.
 import math
 from collections.abc import Sequence
 
-from dpaudit.documents import Claim, Test
+from dpaudit.documents import ABOUT, Claim, Test
 from reports.inputs import RunReport
 from reports.subjects import SweepReport
 from reports.text import clean, number, percent, plural
@@ -213,8 +213,8 @@ def limits(runs: Sequence[RunReport]) -> list[str]:
                 f"{run.key} is a file of scores from elsewhere: that its coins were fair, independent and drawn before "
                 "training is its owner's word."
             )
-        if run.audit is not None and run.audit.run is not None and run.audit.run.audits != "these weights":
-            items.append(f"Run {run.key}: the audit is about {clean(run.audit.run.audits, 200)}.")
+        if run.audit is not None and run.audit.run is not None and run.audit.run.about != "weights":
+            items.append(f"Run {run.key}: the audit is about {ABOUT[run.audit.run.about]}.")
     unmeasured = [run.key for run in runs if run.benchmark is None and run.source == "run"]
     if unmeasured:
         items.append(f"No accuracy was measured for run {', '.join(unmeasured)}.")

@@ -63,6 +63,13 @@ class Injection(Protocol):
         """(k, parameters) float32, the gradient of each inserted canary over all trained parameters in name order."""
         ...
 
+    def observe(
+        self, step: int, noisy: Gradient, known: Gradient, taken: npt.NDArray[np.int64], without: Callable[[], Gradient]
+    ) -> None:
+        """What `step` released, the clipped sum of its records, the inserted canaries it took, and what the same step
+        with the same noise would have released without them."""
+        ...
+
 
 def noise_like(key: Key, like: Mapping[str, torch.Tensor], *, step: int, std: float, secure: bool = False) -> Gradient:
     """Gaussian noise of std `std` for every tensor that is released: PRF(key, step, its name).
@@ -236,8 +243,9 @@ def train(
 
     `after_step(step, noisy, known)` sees every released noisy gradient, before pruning, and the clipped sum of the
     batch's records (without gradient canaries). With several ranks (`group`) rank 0 alone touches `run`, takes
-    gradient canaries and calls `after_step`. Raises UsageError before the first step when a setting does not fit;
-    DpauditError when the weights did not move or a frozen one did; EnvironmentFailure when another rank is lost.
+    gradient canaries and calls `after_step` and `injection.observe`. Raises UsageError before the first step when a
+    setting does not fit; DpauditError when the weights did not move or a frozen one did; EnvironmentFailure when
+    another rank is lost.
     """
     inserted = inserted or Inserted()
     reporter = (reporter if group.first else None) or Silent()
@@ -267,7 +275,7 @@ def train(
     state = (trainer.parameters, trainer.optimizer, identity)
     done = checkpoints.restore(run.checkpoints, *state, pruning=trainer.pruning, group=group) if resume else 0
     for step in range(done + 1, plan.steps + 1):
-        _one_step(trainer, ledger, run, step, len(units), reporter, after_step)
+        _one_step(trainer, ledger, run, step, len(units), reporter, after_step, injection)
         if group.first and step % config.training.checkpoint_every == 0 and step < plan.steps:
             checkpoints.save(run.checkpoints, step, *state, pruning=trainer.pruning)
     reporter.close()
@@ -286,6 +294,7 @@ def _one_step(
     units: int,
     reporter: Reporter,
     after_step: AfterStep | None,
+    injection: Injection | None,
 ) -> None:
     began = time.perf_counter()
     plan, group = trainer.plan, trainer.group
@@ -296,12 +305,15 @@ def _one_step(
     epsilon = plan.epsilon_after(step) if group.first else None
 
     def release() -> Gradient:
-        total = trainer.with_injected(known, batch[batch >= units] - units)
+        taken = batch[batch >= units] - units
+        total = trainer.with_injected(known, taken)
         if plan.claim is not None and ledger is not None and step > ledger.steps_started:
             ledger.start_step(step, epsilon)  # on disk before the noisy gradient exists
         noisy = trainer.noisy_mean(step, total)
         if after_step is not None:
             after_step(step, noisy, known.gradient)
+        if injection is not None:
+            injection.observe(step, noisy, known.gradient, taken, lambda: trainer.noisy_mean(step, known))
         return noisy
 
     kept = trainer.update(step, group.publish(release, known.gradient))

@@ -13,9 +13,9 @@ import numpy.typing as npt
 import pandas as pd
 
 from attacks.external.contents import features, fingerprint, visible
-from attacks.external.one_run import finite
 from attacks.external.setting import Setting, seed_of
 from attacks.external.subject import Subject
+from attacks.games.reading import finite
 from attacks.scores import calibrate
 from dpaudit.analysis import blind
 from dpaudit.documents import Check

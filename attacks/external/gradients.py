@@ -1,40 +1,34 @@
 """The white-box game on a foreign trainer: canary gradients through `inject`, every noisy gradient seen.
 
-Game, score and tests are those of attacks.white_box. A training takes its ordinary batches; beside them each inserted
-canary joins a step when a Poisson coin of the claimed rate takes it, through the trainer's own clipping and noise.
-Where the trainer offers `gradient`, the auditor subtracts what the batch's known records contribute (their clipped
-gradients): the adversary of differential privacy knows them. Without it they stay in the residual and blur the scores,
-which can only make a refutation harder: given the transcript each coin's posterior is what the subtraction shows, so
-any other score guesses worse.
+Game, evidence and controls are those of attacks.games.gradients. A training takes its ordinary batches; beside them
+each inserted canary joins a step when a Poisson coin of the claimed rate takes it, through the trainer's own clipping
+and noise. Where the trainer offers `gradient`, the auditor subtracts what the batch's known records contribute (their
+clipped gradients): the adversary of differential privacy knows them. Without it they stay in the residual, the coins'
+posterior is not known, and the game reads counts and the noise level alone, without a power.
+
+Before the training, pairs of trainers with equal seeds and frozen noise show that an injected gradient arrives: in a
+first step without records, in a first step with a batch, and in a later step with two canaries at once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from attacks import white_box
-from attacks.canaries import ALL, Plan
-from attacks.external.one_run import SIGMA_REDUCTION
 from attacks.external.setting import Setting
 from attacks.external.subject import Subject
-from attacks.white_box import DECIDING as DECIDING
-from attacks.white_box import LOUD, PARAMETERS_PER_CANARY, GradientGame, loud, loud_tests, tests_of
-from dpaudit.analysis.plan import plan
-from dpaudit.documents import Claim, Test
+from attacks.games.controls import Liveness
+from attacks.games.gradients import DEFAULT_COUNT as DEFAULT_COUNT
+from attacks.games.gradients import KIND as KIND
+from attacks.games.gradients import PARAMETERS_PER_CANARY, GradientGame
 from dpaudit.errors import rejected
 from dpaudit.randomness import Key
 from trainers.progress import Reporter
 
-KIND = white_box.KIND
-DEFAULT_COUNT = 1000
 LEAST_COUNT = 20
 MOST_NUMBERS = 250_000_000  # of all directions together: one gigabyte
-
-Floats = npt.NDArray[np.float64]
 
 
 def room(parameters: int) -> int:
@@ -77,16 +71,9 @@ def game_of(setting: Setting, key: Key, count: int) -> GradientGame:
     """Directions and coins: functions of the key."""
     step = setting.step_claim
     rate = 1.0 if step.sampling == "full" else step.sample_rate
-    return GradientGame(count, key, step.max_grad_norm, step.noise_multiplier, rate, step.expected_batch_size)
-
-
-def guesses(count: int, claim: Claim, *, alpha: float) -> dict[str, tuple[int, int]]:
-    """Planned from the number of canaries and the claim: the most power against a true sigma that is 30 % smaller."""
-    found = {}
-    for name, size in ((KIND, count), (LOUD, int(loud(count).sum()))):
-        row = plan(claim, canaries=size, alpha=alpha, alternative=1 - SIGMA_REDUCTION, separate=True)
-        found[name] = (row.top, row.bottom)
-    return found
+    known = setting.first.offers("gradient")
+    numbers = (step.max_grad_norm, step.noise_multiplier, rate, step.expected_batch_size)
+    return GradientGame(count, key, *numbers, known=known)
 
 
 @dataclass
@@ -114,41 +101,77 @@ class _Known:
         return total
 
 
+class _Rows:
+    """Gradients over all parameters in name order, handed to `inject` block by block."""
+
+    def __init__(self, game: GradientGame, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.names = sorted(shapes)
+        self.shapes = shapes
+        self.sizes = [int(np.prod(shapes[name])) for name in self.names]
+        self.rows = game.rows(sum(self.sizes))
+
+    def inject(self, subject: Subject, row: Tensor) -> None:
+        parts = zip(self.names, torch.split(row, self.sizes), strict=True)
+        subject.inject({name: part.reshape(self.shapes[name]).clone() for name, part in parts})
+
+    def seen(self, subject: Subject, missing: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the last step released; a block without noise shows nothing of its canaries, so `missing` stands for
+        it."""
+        noisy = subject.released()
+        return {name: missing[name] if (value := noisy.get(name)) is None else value for name in self.names}
+
+
+def live(setting: Setting, game: GradientGame, rows: _Rows) -> Iterator[Liveness]:
+    """Under frozen noise: how far injected gradients of 100 C and of C move the release. Nothing where two steps with
+    equal seeds differ (the trainer does not freeze its noise), or no canary is inserted."""
+    inserted = game.inserted
+    if not len(inserted):
+        return
+    loud = [place for place, number in enumerate(inserted) if game.loud[number]][:1] or [0]
+    quiet = [place for place, number in enumerate(inserted) if not game.loud[number]][:1]
+    batch = list(range(min(len(setting.records), max(1, round(setting.step_claim.expected_batch_size)))))
+    plays: list[tuple[str, list[list[int]], list[int]]] = [
+        ("a first step without records", [[]], loud),
+        ("a first step with a batch", [batch], loud),
+        ("a later step, several canaries at once", [batch[:2], [], batch], sorted({*loud, *quiet})),
+    ]
+    for where, batches, taken in plays:
+        shown = []
+        for injected in (True, False, False):
+            subject = setting.frozen(f"liveness: {where}")
+            for number, indices in enumerate(batches, start=1):
+                if injected and number == len(batches):
+                    for place in taken:
+                        rows.inject(subject, rows.rows[place])
+                subject.step(indices)
+            nothing = {name: torch.zeros(rows.shapes[name]) for name in rows.names}
+            shown.append(rows.seen(subject, nothing))
+        noise = game.project({name: shown[1][name] - shown[2][name] for name in shown[1]})
+        if not np.isfinite(noise).all() or np.abs(noise).max() > 1e-3:
+            return
+        moved = game.project({name: shown[0][name] - shown[1][name] for name in shown[0]})
+        yield Liveness.of(moved, inserted[np.array(taken)], where)
+
+
 def play(setting: Setting, game: GradientGame, reporter: Reporter) -> float | None:
-    """Train once; `game.scores` hold the log-likelihood ratios afterwards. Returns the eps that the trainer states."""
+    """Check that injected gradients arrive, then train once; `game` has seen every step afterwards.
+
+    Returns the eps that the trainer states.
+    """
     subject = setting.trainer("white box")
     shapes = subject.parameters()
-    names = sorted(shapes)
-    sizes = [int(np.prod(shapes[name])) for name in names]
-    rows = game.rows(sum(sizes))
+    rows = _Rows(game, shapes)
+    reporter.phase("checking that injected gradients arrive")
+    game.liveness.extend(live(setting, game, rows))
     known = _Known(subject, game.max_grad_norm, shapes)
-    reporter.phase(f"training with {len(rows)} of {game.count} canary gradients")
+    reporter.phase(f"training with {len(rows.rows)} of {game.count} canary gradients")
     for step, indices in setting.batches(subject, "white box", reporter):
         contribution = known.contribution(indices)
-        taken = game.key.uniform(len(rows), step=step, name="gradient canaries", purpose="poisson") < game.sample_rate
-        for row in rows[torch.from_numpy(taken)]:
-            parts = torch.split(row, sizes)
-            subject.inject({name: part.reshape(shapes[name]) for name, part in zip(names, parts, strict=True)})
+        draws = game.key.uniform(len(rows.rows), step=step, name="gradient canaries", purpose="poisson")
+        taken = np.flatnonzero(draws < game.sample_rate)
+        for place in taken:
+            rows.inject(subject, rows.rows[place])
         subject.step(indices)
-        noisy = subject.released()
-        # A block without noise shows nothing of its canaries: zeros, like its share of the known sum.
-        seen = {
-            name: contribution[name] / game.expected_batch_size if noisy.get(name) is None else noisy[name]
-            for name in names
-        }
-        game.observe(step, seen, contribution)  # type: ignore[arg-type]
+        missing = {name: value / game.expected_batch_size for name, value in contribution.items()}
+        game.observe(step, rows.seen(subject, missing), contribution, taken)
     return setting.stated_epsilon(subject)
-
-
-def tests(
-    scores: Floats, members: npt.NDArray[np.bool_], plans: Plan, claim: Claim, *, confidence: float, alpha: float
-) -> tuple[Test, ...]:
-    """The assumption-free bound and the exact claim tests (attacks.white_box): of all canaries, and of the loud ones.
-
-    Two tests decide, so `alpha` is the level of each.
-    """
-    own = Plan({ALL: plans.guesses[KIND]}, plans.tie_seed, plans.sigma_reduction)
-    found = tests_of(scores, members, claim, own, confidence=confidence, alpha=alpha)
-    mine = loud(len(scores))
-    alone = loud_tests(scores[mine], members[mine], claim, plans.tie_seed, plans.guesses[LOUD], alpha=alpha)
-    return (*found, *alone)

@@ -17,27 +17,28 @@ import pandas as pd
 from safetensors import SafetensorError, safe_open
 from scipy.special import ndtr
 
-from attacks.audit import alternative
 from attacks.blind import LEAST, blind_baseline
 from attacks.canaries import Plan
-from attacks.external import one_run
 from attacks.external.claims import ledger_rows
 from attacks.external.folder import AuditFolder, settings_sha256
 from attacks.external.options import ModelOptions
 from attacks.external.records import join, read_coins, read_units, shared_pictures
+from attacks.games import reading
+from attacks.games.gradients import wrong_claim
+from attacks.games.played import Played
 from attacks.scores import STATISTIC, calibrate, losses
-from dpaudit import atomic
-from dpaudit.analysis.scores import COIN_LEVEL
+from dpaudit import atomic, record, verdict
+from dpaudit.analysis.scores import COIN_LEVEL, sign_check
 from dpaudit.bounds.pld import check_dp_sgd
 from dpaudit.bounds.roc import summarise
-from dpaudit.claims import decide
-from dpaudit.documents import AuditDocument, Check, Claim, RunInfo, ScoreSummary, Test, Validity
+from dpaudit.documents import AuditDocument, Check, Claim, GameDocument, RunInfo, ScoreSummary, Test, Validity
 from dpaudit.errors import UsageError
 from trainers.data.local import PICTURE_UNIT
 from trainers.records import Unit
 from trainers.vlm import VisionLanguageModel
 
 KIND = "record"
+SHARE = 0.9  # of the evidence of the coins; a tenth is not staked
 TITLE = "records with the owner's coins"
 METHOD = "model trained elsewhere"
 ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -68,18 +69,19 @@ def audit_model(
     for first, second in shared_pictures(units)[:3]:
         log(f"warning: ids {first!r} and {second!r} show the same picture")
     count = len(files.coins)
-    planned = one_run.guesses(KIND, count, claim, confidence=options.confidence, alpha=options.alpha)
-    plan = Plan(planned, options.seed, one_run.SIGMA_REDUCTION)
+    planned = reading.planned(KIND, count, claim, confidence=options.confidence, alpha=options.alpha)
+    plan = Plan(planned, options.seed, reading.SIGMA_REDUCTION)
     validity = _validity(files, options.seed)
     settings = _settings(options, files)
     folder = None if out is None else AuditFolder.take(out, "model", settings)
     if folder is not None:
         atomic.write_text(folder.run.private / "plan.json", plan.to_json() + "\n", mode=0o600)
     scores = _scores(options, list(units.values()), log) if validity.sound else None
-    document = _document(options, claim, files, plan, validity, scores, settings)
+    document, game = _document(options, claim, files, plan, validity, scores, settings)
     if folder is not None:
         if scores is not None:
             folder.save_scores(KIND, files.coins.assign(score=scores))
+        record.add(folder.run, game)
         folder.finish(document, claim, ())
     return document
 
@@ -248,35 +250,45 @@ def _document(
     validity: Validity,
     scores: Floats | None,
     settings: dict[str, Any],
-) -> AuditDocument:
+) -> tuple[AuditDocument, GameDocument]:
     members = files.coins["member"].to_numpy(dtype=bool)
-    levels = {"confidence": options.confidence, "alpha": options.alpha}
     tests: tuple[Test, ...] = ()
     summaries: tuple[ScoreSummary, ...] = ()
     if scores is not None:
+        turned = sign_check(scores, members)
+        validity = Validity(sound=validity.sound and turned.status != "fail", checks=(*validity.checks, turned))
+    if scores is not None and validity.sound:
         frame = files.coins.assign(kind=KIND, score=scores)
-        tests = one_run.tests(frame, plan, claim, title=TITLE, statistic=STATISTIC, **levels)
+        words = {"title": TITLE, "statistic": STATISTIC}
+        confidence = verdict.confidence_of(1, options.confidence)
+        guesses = Plan({"all": plan.guesses[KIND], **plan.guesses}, plan.tie_seed)
+        tests = (
+            *reading.bound_tests(frame, guesses, confidence=confidence, delta=claim.delta, **words),
+            *reading.claim_tests(
+                frame,
+                guesses,
+                claim=claim,
+                confidence=confidence,
+                alpha=options.alpha,
+                share=SHARE,
+                key=reading.claim_key(KIND),
+                **words,
+            ),
+        )
+        tests = tuple(test.model_copy(update={"name": TITLE}) for test in tests)
         summaries = (summarise(TITLE, scores, members),)
-    ledger = ledger_rows(claim)
-    verdict, reasons = decide(
+    found = wrong_claim(claim, reading.SIGMA_REDUCTION) if options.sigma is not None else None
+    played = Played(validity, tests, scores=summaries, coins_sha256=files.coins_sha256, alternative=found)
+    game = played.document(
+        "owner's coins",
+        number=1,
+        previous=None,
+        about="weights",
         claim=claim,
         alpha=options.alpha,
-        family_confidence=options.confidence,
-        validity=validity,
-        tests=tests,
-        ledger=ledger,
+        command=options.command,
     )
-    return AuditDocument(
-        verdict=verdict,
-        reasons=reasons,
-        claim=claim,
-        alternative=alternative(claim) if options.sigma is not None else None,
-        alpha=options.alpha,
-        family_confidence=options.confidence,
-        tests=tests,
-        validity=validity,
-        ledger=ledger,
-        scores=summaries,
+    document = verdict.document(
         run=RunInfo(
             name=options.model.resolve().name,
             method=METHOD,
@@ -284,4 +296,10 @@ def _document(
             coins_sha256=files.coins_sha256,
             command=options.command,
         ),
+        claim=claim,
+        alpha=options.alpha,
+        confidence=options.confidence,
+        games=[game],
+        ledger=ledger_rows(claim),
     )
+    return document, game

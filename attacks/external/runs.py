@@ -20,9 +20,9 @@ from attacks.canaries import Plan
 from attacks.contract.loading import load_factory
 from attacks.external.contents import fingerprint
 from attacks.external.evidence import gather
-from attacks.external.one_run import SIGMA_REDUCTION, finite
 from attacks.external.options import TrainerOptions
 from attacks.external.setting import Setting, seed_of
+from attacks.games.reading import SIGMA_REDUCTION, finite
 from attacks.scores import calibrate
 from dpaudit import atomic
 from dpaudit.analysis.claim import claim_test, claimed_event
@@ -38,7 +38,7 @@ from trainers.progress import Reporter, Silent, StepReport
 
 KIND = "run"
 TITLE = "runs: one canary in or out of each"
-DECIDING = 1  # tests of the claim
+SHARES = {"counts": 0.6, "bets": 0.3}  # of the evidence of the runs' coins; a tenth is not staked
 STATISTIC = "score(record) after training, minus its regression on the score before"
 
 Floats = npt.NDArray[np.float64]
@@ -150,7 +150,7 @@ def tests(
     table = ScoreTable(ids, members, scores)
     found = independent_run_tests(table, ScoreOptions(delta=claim.delta, confidence=confidence, name=TITLE))
     top, bottom = plans.guesses[KIND]
-    against = claim_test(
+    found += claim_test(
         scores,
         members,
         claim=claim,
@@ -158,12 +158,10 @@ def tests(
         bottom=bottom,
         rng=np.random.default_rng([plans.tie_seed, 3]),
         alpha=alpha,
+        share=SHARES["counts"],
         confidence=confidence,
         separate=True,
-        alternative=1 - plans.sigma_reduction,
     )
-    # The power of an ideal attacker says nothing about that of a score.
-    found += [test.model_copy(update={"power": None}) for test in against]
     named = [test.model_copy(update={"name": TITLE, "statistic": STATISTIC}) for test in found]
     return (*named, _evidence(scores, members, named[0], claim))
 
@@ -180,9 +178,10 @@ def _evidence(scores: Floats, members: npt.NDArray[np.bool_], like: Test, claim:
             "epsilon_lower": None,
             "ceiling": None,
             "p_value": found.p_value,
-            "statement": f"e-value {found.e_value:.4g} against the claim; e-values of repeated audits multiply, and "
-            "the claim is refuted at level alpha once the product reaches 1/alpha",
+            "statement": "each run is a bet of the runs before it; the e-values of repeated audits multiply",
+            "e_value": found.e_value,
+            "share": SHARES["bets"],
             "estimate": False,
-            "decides": False,
+            "decides": True,
         }
     )

@@ -53,6 +53,11 @@ class Setting:
             raise MethodFailure("claim", "differs with the records; C, sigma, q, T and the batch size are public")
         return subject
 
+    def frozen(self, purpose: str) -> Subject:
+        """A fresh trainer with frozen noise: two of the same purpose make the same steps."""
+        seeds = {"seed": seed_of(self.key, purpose), "noise_seed": seed_of(self.key, f"frozen noise: {purpose}")}
+        return Subject.build(self.factory, self.records, limit=self.options.time_limit, **seeds)
+
     @property
     def drives(self) -> str | None:
         """None when a training can be driven; otherwise why not."""

@@ -14,28 +14,30 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from attacks.audit import alternative, merge
-from attacks.canaries import COLUMNS, Coins, Plan
-from attacks.canary_audit import CanaryAudit, unsound
+from attacks.canaries import ALL, COLUMNS, Coins, Plan
 from attacks.contract import check as step_contract
 from attacks.contract.loading import load_factory
 from attacks.contract.probe import MOST_NUMBERS
-from attacks.external import canaries, gradients, one_run, runs
+from attacks.external import canaries, gradients, runs
 from attacks.external.claims import ledger_rows, make_claim, mechanism_epsilon
 from attacks.external.folder import AuditFolder, loaded_code, settings_sha256
 from attacks.external.options import TrainerOptions
 from attacks.external.setting import Setting
+from attacks.games import reading
+from attacks.games.gradients import read_game
+from attacks.games.played import Played, unsound
 from attacks.scores import join_coins
-from attacks.white_box import TITLE as WHITE_BOX
+from dpaudit import record, verdict
+from dpaudit.analysis.claim import describe_alternative
+from dpaudit.analysis.scores import sign_check
 from dpaudit.bounds.roc import summarise
-from dpaudit.claims import decide
-from dpaudit.documents import AuditDocument, Check, Claim, ContractAudit, RunInfo, Test, Validity
+from dpaudit.documents import AuditDocument, Check, Claim, ContractAudit, GameDocument, RunInfo, Test, Validity
 from dpaudit.errors import InvalidGame
 from dpaudit.executors import Executor
 from trainers.progress import Reporter
 
 METHOD = "trainer under test"
-PROCEDURE = "the training procedure, not these weights"
+CANARY_SHARE = 0.9  # of the evidence of the canaries' coins; a tenth is not staked
 SEEDED = "Coins and noise came from --seed: the audit can be repeated exactly, and anyone can recompute its coins."
 
 ReporterFor = Callable[[str], Reporter]
@@ -49,12 +51,6 @@ class _Games:
     gradients: int
     runs: int
     skipped: list[Check]
-
-    @property
-    def deciding(self) -> int:
-        """Tests of the claim in all, which share its level."""
-        found = one_run.DECIDING * bool(self.candidates) + gradients.DECIDING * bool(self.gradients)
-        return max(1, found + runs.DECIDING * bool(self.runs))
 
 
 def audit_trainer(
@@ -80,11 +76,9 @@ def audit_trainer(
         provisional = _claim(setting)
         coins = _draw(setting, games, provisional, folder)
         log(f"coins, candidates and planned guesses are in {folder.run.coins}")
-        stated, parts = _play(setting, games, coins, folder, reporter, log, executor)
-        contract = _contract(setting, log) if _wants_contract(setting, games) else None
-        claim = make_claim(setting.step_claim, steps=setting.steps, delta=setting.delta, stated=stated)
-        audited = [_judge(setting, name, frame, coins, claim, games, len(parts)) for name, frame in parts.items()]
-        document = _assemble(setting, claim, audited, games, contract, coins, settings)
+        session = _Session(setting, games, coins, folder, reporter, log, executor, list(record.read(folder.run)))
+        claim = session.play(provisional)
+        document = _assemble(setting, claim, session.documents, games, coins, settings)
         folder.finish(document, claim, (SEEDED,) if setting.key.seeded else ())
     return document, folder.path
 
@@ -157,20 +151,20 @@ def _wants_contract(setting: Setting, games: _Games) -> bool:
 def _draw(setting: Setting, games: _Games, claim: Claim, folder: AuditFolder) -> Coins:
     """One coin file for all games, with the guesses of every test, before the first step."""
     options, key = setting.options, setting.key
-    alpha = options.alpha / games.deciding
-    levels = {"confidence": options.confidence, "alpha": alpha}
+    levels = {"confidence": options.confidence, "alpha": options.alpha}
     frames, planned = [], dict[str, tuple[int, int]]()
     if games.candidates:
         frames.append(canaries.coins(key, games.candidates))
-        planned |= one_run.guesses(canaries.KIND, len(games.candidates), claim, **levels)
+        planned |= reading.planned(canaries.KIND, len(games.candidates), claim, **levels)
     if games.gradients:
-        frames.append(gradients.game_of(setting, key, games.gradients).frame())
-        planned |= gradients.guesses(games.gradients, claim, alpha=alpha)
+        game = gradients.game_of(setting, key, games.gradients)
+        frames.append(game.frame())
+        planned[gradients.KIND] = game.plan.guesses[gradients.KIND]
     if games.runs:
         frames.append(runs.coins(key, games.runs, runs.target_of(setting)))
         planned |= runs.guesses(games.runs, claim, **levels)
     frame = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=COLUMNS)
-    plan = Plan(planned, int(key.generator(purpose="ties").integers(2**31)), one_run.SIGMA_REDUCTION)
+    plan = Plan(planned, int(key.generator(purpose="ties").integers(2**31)), reading.SIGMA_REDUCTION)
     coins = folder.coins(frame.astype({"member": bool})[COLUMNS], plan, ())
     if not coins.frame.equals(frame.astype({"member": bool})[COLUMNS]):
         raise InvalidGame(
@@ -179,44 +173,132 @@ def _draw(setting: Setting, games: _Games, claim: Claim, folder: AuditFolder) ->
     return coins
 
 
-def _play(
-    setting: Setting,
-    games: _Games,
-    coins: Coins,
-    folder: AuditFolder,
-    reporter: ReporterFor,
-    log: Callable[[str], None],
-    executor: Executor | None,
-) -> tuple[float | None, dict[str, pd.DataFrame]]:
-    """Play what is not played yet: (eps that the trainer states, scores by kind)."""
-    stated, parts = setting.options.epsilon, dict[str, pd.DataFrame]()
+@dataclasses.dataclass
+class _Session:
+    """The games of one audit, each written down as soon as it was played: an interrupted audit plays the rest."""
 
-    def keep(kind: str, scores: Any, epsilon: float | None) -> None:
-        mine = coins.frame[coins.frame["kind"] == kind]
+    setting: Setting
+    games: _Games
+    coins: Coins
+    folder: AuditFolder
+    reporter: ReporterFor
+    log: Callable[[str], None]
+    executor: Executor | None
+    documents: list[GameDocument]
+
+    def play(self, claim: Claim) -> Claim:
+        """Play what is not played yet; returns the claim with the eps that the trainer states after its steps."""
+        plays: list[tuple[str, bool, Callable[[float], tuple[Played, Claim]]]] = [
+            ("canaries", bool(self.games.candidates), self._canaries),
+            ("white-box", bool(self.games.gradients), self._gradients),
+            ("many runs", bool(self.games.runs), self._runs),
+        ]
+        for number, (name, wanted, play) in enumerate(plays, start=1):
+            done = next((game.claim for game in self.documents if game.game == name), None)
+            if done is not None:
+                claim = done
+            elif wanted:
+                played, claim = play(verdict.confidence_of(number, self.setting.options.confidence))
+                self._keep(played.document(name, claim=claim, **self._shared()))
+        if _wants_contract(self.setting, self.games) and all(game.contract is None for game in self.documents):
+            found = _contract(self.setting, self.log)
+            self._keep(
+                GameDocument(game="step contract", coins_sha256=None, claim=claim, contract=found, **self._bare())
+            )
+        return claim
+
+    def _keep(self, document: GameDocument) -> None:
+        record.add(self.folder.run, document)
+        self.documents.append(document)
+
+    def _bare(self) -> dict[str, Any]:
+        number, previous = record.following(self.documents)
+        options = self.setting.options
+        shared = {"about": "procedure", "alpha": options.alpha, "command": options.command}
+        return {"number": number, "previous_sha256": previous, **shared}
+
+    def _shared(self) -> dict[str, Any]:
+        tree = self._bare()
+        return {**tree, "previous": tree.pop("previous_sha256")}
+
+    def _mine(self, kind: str) -> pd.DataFrame:
+        return self.coins.frame[self.coins.frame["kind"] == kind]
+
+    def _frame(self, kind: str, scores: Any) -> pd.DataFrame:
+        mine = self._mine(kind)
         frame = join_coins(pd.DataFrame({"id": mine["id"].to_numpy(), "score": scores}), mine)
-        folder.save_scores(kind, frame.assign(stated=np.nan if epsilon is None else epsilon))
+        self.folder.save_scores(kind, frame)
+        return frame
 
-    def members(kind: str) -> Any:
-        return coins.frame.loc[coins.frame["kind"] == kind, "member"].to_numpy(dtype=bool)
+    def _claim(self, stated: float | None) -> Claim:
+        setting = self.setting
+        stated = stated if setting.options.epsilon is None else setting.options.epsilon
+        return make_claim(setting.step_claim, steps=setting.steps, delta=setting.delta, stated=stated)
 
-    if games.candidates and folder.scores(canaries.KIND) is None:
-        keep(canaries.KIND, *canaries.play(setting, games.candidates, members(canaries.KIND), reporter("canaries")))
-    if games.gradients and folder.scores(gradients.KIND) is None:
-        game = gradients.game_of(setting, setting.key, games.gradients)
-        epsilon = gradients.play(setting, game, reporter("white box"))
-        keep(gradients.KIND, game.scores, epsilon)
-    if games.runs and folder.scores(runs.KIND) is None:
-        log(f"{games.runs} trainings of {setting.steps} steps; interrupt at any time, --out {folder.path} goes on")
-        heads = members(runs.KIND)
-        many = _on(executor, setting, folder, heads) if executor is not None else None
-        keep(runs.KIND, *runs.play(setting, heads, folder.runs_log, reporter("runs"), many))
-    for kind in (canaries.KIND, gradients.KIND, runs.KIND):
-        frame = folder.scores(kind)
-        if frame is not None:
-            parts[kind] = frame
-            found = frame["stated"].dropna()
-            stated = stated if stated is not None or found.empty else float(found.iloc[0])
-    return stated, parts
+    def _canaries(self, confidence: float) -> tuple[Played, Claim]:
+        setting, candidates = self.setting, self.games.candidates
+        members = self._mine(canaries.KIND)["member"].to_numpy(dtype=bool)
+        scores, stated = canaries.play(setting, candidates, members, self.reporter("canaries"))
+        frame, claim = self._frame(canaries.KIND, scores), self._claim(stated)
+        checks = canaries.checks(candidates, members, setting.records, self.coins.plan.tie_seed)
+        words = {"title": canaries.TITLE, "statistic": canaries.STATISTIC}
+        guesses = self.coins.plan.guesses
+        plan = Plan({ALL: guesses[canaries.KIND], **guesses}, self.coins.plan.tie_seed)
+        return self._read(frame, checks, canaries.TITLE, claim, lambda: (
+            *(
+                test.model_copy(update={"name": canaries.TITLE})
+                for test in reading.bound_tests(frame, plan, confidence=confidence, delta=claim.delta, **words)
+            ),
+            *reading.claim_tests(
+                frame, plan, claim=claim, confidence=confidence, alpha=setting.options.alpha,
+                share=CANARY_SHARE, key=reading.claim_key(canaries.KIND), **words
+            ),
+        )), claim  # fmt: skip
+
+    def _gradients(self, confidence: float) -> tuple[Played, Claim]:
+        setting = self.setting
+        game = gradients.game_of(setting, setting.key, self.games.gradients)
+        stated = gradients.play(setting, game, self.reporter("white box"))
+        self._frame(gradients.KIND, game.scores())
+        claim = self._claim(stated)
+        if not 0 < game.members.sum() < game.count:
+            return unsound("gradient coins", f"all {game.count} coins fell on one side; audit again"), claim
+        levels: dict[str, Any] = {"confidence": confidence, "alpha": setting.options.alpha}
+        return read_game(game, claim, coins_sha256=self.coins.sha256, **levels), claim
+
+    def _runs(self, confidence: float) -> tuple[Played, Claim]:
+        setting, folder = self.setting, self.folder
+        count, alpha = self.games.runs, setting.options.alpha
+        self.log(f"{count} trainings of {setting.steps} steps; interrupt at any time, --out {folder.path} goes on")
+        heads = self._mine(runs.KIND)["member"].to_numpy(dtype=bool)
+        many = _on(self.executor, setting, folder, heads) if self.executor is not None else None
+        scores, stated = runs.play(setting, heads, folder.runs_log, self.reporter("runs"), many)
+        frame, claim = self._frame(runs.KIND, scores), self._claim(stated)
+        found = frame["score"].to_numpy()
+        levels = {"confidence": confidence, "alpha": alpha}
+        read = self._read(
+            frame, [], runs.TITLE, claim, lambda: runs.tests(found, heads, self.coins.plan, claim, **levels)
+        )
+        return read, claim
+
+    def _read(
+        self, frame: pd.DataFrame, checks: list[Check], title: str, claim: Claim, tests: Callable[[], tuple[Test, ...]]
+    ) -> Played:
+        """Scores as evidence: validity first, and no number of an unsound game."""
+        scores, members = frame["score"].to_numpy(), frame["member"].to_numpy(dtype=bool)
+        kind = str(frame["kind"].iloc[0])
+        if not 0 < members.sum() < members.size:
+            return unsound(f"{kind} coins", f"all {members.size} coins fell on one side; audit again")
+        checks = [*checks, sign_check(scores, members)]
+        sound = all(check.status != "fail" for check in checks)
+        return Played(
+            validity=Validity(sound=sound, checks=tuple(checks)),
+            tests=tests() if sound else (),
+            scores=(summarise(title, scores, members),) if sound else (),
+            coins_sha256=self.coins.sha256,
+            coins=kind,
+            alternative=describe_alternative(1 - reading.SIGMA_REDUCTION),
+        )
 
 
 def _on(executor: Executor, setting: Setting, folder: AuditFolder, members: Any) -> Callable[[Any], Any]:
@@ -233,37 +315,6 @@ def _on(executor: Executor, setting: Setting, folder: AuditFolder, members: Any)
     return run_all
 
 
-def _judge(
-    setting: Setting, kind: str, frame: pd.DataFrame, coins: Coins, claim: Claim, games: _Games, parts: int
-) -> CanaryAudit:
-    """One game's part of the document; the games share the error budget of the bounds."""
-    confidence = 1.0 - (1.0 - setting.options.confidence) / parts
-    alpha = setting.options.alpha / games.deciding
-    scores, members = frame["score"].to_numpy(), frame["member"].to_numpy(dtype=bool)
-    if not 0 < members.sum() < members.size:
-        return unsound(f"{kind} coins", f"all {members.size} coins fell on one side; audit again")
-    tests: tuple[Test, ...]
-    checks: list[Check] = []
-    if kind == canaries.KIND:
-        checks += canaries.checks(games.candidates, members, setting.records, coins.plan.tie_seed)
-        title = canaries.TITLE
-        named = {"title": title, "statistic": canaries.STATISTIC}
-        tests = one_run.tests(frame, coins.plan, claim, **named, confidence=confidence, alpha=alpha)
-    elif kind == gradients.KIND:
-        tests = gradients.tests(scores, members, coins.plan, claim, confidence=confidence, alpha=alpha)
-        title = WHITE_BOX
-    else:
-        tests = runs.tests(scores, members, coins.plan, claim, confidence=confidence, alpha=alpha)
-        title = runs.TITLE
-    sound = all(check.status != "fail" for check in checks)
-    return CanaryAudit(
-        validity=Validity(sound=sound, checks=tuple(checks)),
-        tests=tests if sound else (),
-        scores=(summarise(title, scores, members),) if sound else (),
-        coins_sha256=coins.sha256,
-    )
-
-
 def _contract(setting: Setting, log: Callable[[str], None]) -> ContractAudit:
     log("step contract")
     found = step_contract(setting.factory, time_limit=setting.options.time_limit)
@@ -273,14 +324,12 @@ def _contract(setting: Setting, log: Callable[[str], None]) -> ContractAudit:
 def _assemble(
     setting: Setting,
     claim: Claim,
-    parts: list[CanaryAudit],
+    documents: list[GameDocument],
     games: _Games,
-    contract: ContractAudit | None,
     coins: Coins,
     settings: dict[str, Any],
 ) -> AuditDocument:
     options = setting.options
-    part = merge(parts) or CanaryAudit(Validity(sound=True, checks=()))
     drawn = Check(
         name="coins",
         status="pass",
@@ -288,36 +337,20 @@ def _assemble(
         allowed="the hash in the ledger",
         explanation="Fair coins, candidates and planned guesses were written and hashed before the first step.",
     )
-    checks = ((drawn,) if parts else ()) + part.validity.checks + tuple(games.skipped)
-    validity = Validity(sound=part.validity.sound, checks=checks)
-    ledger = ledger_rows(claim)
-    verdict, reasons = decide(
-        claim=claim,
-        alpha=options.alpha,
-        family_confidence=options.confidence,
-        validity=validity,
-        tests=part.tests,
-        ledger=ledger,
-        checks=contract.checks if contract else (),
-    )
-    return AuditDocument(
-        verdict=verdict,
-        reasons=(*reasons, f"Audited by trainings of its own: this speaks of {PROCEDURE}."),
-        claim=claim,
-        alternative=alternative(claim),
-        alpha=options.alpha,
-        family_confidence=options.confidence,
-        tests=part.tests,
-        validity=validity,
-        ledger=ledger,
-        contract=contract,
-        scores=part.scores,
+    tossed = any(game.coins_sha256 is not None for game in documents)
+    return verdict.document(
         run=RunInfo(
             name=options.target,
             method=METHOD,
             config_sha256=settings_sha256(settings),
-            audits=PROCEDURE,
-            coins_sha256=coins.sha256 if parts else None,
+            about="procedure",
+            coins_sha256=coins.sha256 if tossed else None,
             command=options.command,
         ),
+        claim=claim,
+        alpha=options.alpha,
+        confidence=options.confidence,
+        games=documents,
+        ledger=ledger_rows(claim),
+        checks=((drawn,) if tossed else ()) + tuple(games.skipped),
     )

@@ -17,11 +17,14 @@ from attacks.membership import formulas
 from attacks.membership.members import member_plan
 from attacks.membership.references import Study, before
 from attacks.membership.selection import on_common_scale
+from dpaudit import verdict
 from dpaudit.analysis.claim import Game, null_profile, play
 from dpaudit.bounds.sequential import calibrate, merge_by_multiplying
 from dpaudit.documents import Claim, Test
+from dpaudit.evidence.calibrate import e_value
 
 TITLE = "membership: reference trainings"
+SHARE = 0.1  # of the evidence of the membership game
 STATEMENT = (
     "anytime-valid p-value of 'every coin of every reference training satisfies the claimed trade-off curve', one over "
     "the largest product of e-values so far"
@@ -68,7 +71,7 @@ class Trials:
         """Whether the trials so far refute the claim. Only an unbroken sequence from trial 0 on counts: which trials
         finish first may depend on their data."""
         whole = int((study.index == np.arange(len(study.index))).cumprod().sum()) if len(study.index) else 0
-        return self.claim is not None and self.p_value(_first(study, whole)) <= self.alpha
+        return self.claim is not None and verdict.reached(self.p_value(_first(study, whole)), self.alpha)
 
     def tests(self, study: Study) -> tuple[Test, ...]:
         """The e-process as a test of the claim; none without a claim or trials."""
@@ -91,6 +94,8 @@ class Trials:
                 epsilon_lower=None,
                 ceiling=None,
                 p_value=self.p_value(done),
+                e_value=e_value(self.p_value(done), wanted=verdict.wanted(SHARE, self.alpha)),
+                share=SHARE,
                 statement=STATEMENT,
             ),
         )

@@ -192,9 +192,9 @@ def claim_test(
 
     scores: (n,), higher = was in training; members: (n,) coins, fair and independent; `top` and `bottom` guesses fixed
     beforehand; `rng` breaks ties. `separate`: the caller vouches that canaries act on separate directions of the noise.
-    `alpha`: level of the claim; `share`: of the game's evidence; `confidence`: of the bound. No power is stated: what an
-    ideal attacker would find says nothing about these scores. Raises UsageError for arguments outside their domain, or a
-    claim with nothing to test.
+    `alpha`: level of the claim; `share`: of the game's evidence; `confidence`: of the bound. No power is stated: what
+    an ideal attacker would find says nothing about these scores. Raises UsageError for arguments outside their domain,
+    or a claim with nothing to test.
     """
     game = play(scores, members, top=top, bottom=bottom, rng=rng)
     level = validate.real("alpha", alpha, low=0.0, high=1.0, open_low=True, open_high=True)

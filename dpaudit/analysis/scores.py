@@ -112,7 +112,9 @@ def with_power(
     (with replacement); guesses and level are those of the real test. The share that refutes has an exact interval.
     """
     if options.claim is None or len({bool(member) for member in control.members}) < 2:
-        raise UsageError("--control: needs members and non-members, and a claim to test (--claim-sigma ... or --epsilon)")
+        raise UsageError(
+            "--control: needs members and non-members, and a claim to test (--claim-sigma ... or --epsilon)"
+        )
     inside, outside = control.scores[control.members], control.scores[~control.members]
     profile = claims.null_profile(options.claim)
     rng = np.random.default_rng([options.seed, 1])
@@ -385,7 +387,9 @@ def independent_run_tests(table: ScoreTable, options: Options) -> list[Test]:
             )
         )
     if options.claim is not None and options.coins != "independent":
-        lower = partial(selection.runs_lower, inside, outside, selection.epsilon_of, rule=band, delta=options.claim.delta)
+        lower = partial(
+            selection.runs_lower, inside, outside, selection.epsilon_of, rule=band, delta=options.claim.delta
+        )
         tests[0] = _with_p_value(tests[0], lambda c: lower(confidence=c).epsilon_lower, options.claim, options.alpha)
     # Threshold from the pooled median: fixed by the scores without their coins.
     middle = float(np.median(table.scores))

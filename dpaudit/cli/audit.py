@@ -31,6 +31,9 @@ def command(
     final_only: Annotated[
         bool, typer.Option("--final-only", help="--white-box: the auditor sees the final update only.")
     ] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Play once more, with fresh coins, what was played already.")
+    ] = False,
     references: Annotated[int, typer.Option(metavar="K", help="--mia: reference models to train.")] = 0,
     trainer: Annotated[
         str | None, typer.Option(metavar="MODULE:FACTORY", help="Audit a trainer that dpaudit did not write.")
@@ -108,6 +111,7 @@ def command(
         played = {
             "--directions": None if directions == "orthogonal" else directions,
             "--final-only": final_only or None,
+            "--again": again or None,
         }
         external.refuse(played, "belongs to RUN --white-box")
     if trainer is not None:
@@ -160,6 +164,7 @@ def command(
         references=references,
         directions=directions,
         final_only=final_only,
+        again=again,
         confidence=confidence,
         alpha=alpha,
         device=device,
@@ -197,22 +202,12 @@ def _finish(
     document: "AuditDocument", *, as_json: bool, strict: bool, fail_above: float | None, sharper: str | None = None
 ) -> NoReturn:
     """Print the document and end with the exit code of its verdict and the gate. sharper: a command that sees more."""
-    from attacks.audit import headline
-
     if as_json:
         console.emit(document)
     else:
         for line in describe(document, sharper):
             console.say(line)
-    code = console.verdict_exit_code(document.verdict, strict=strict)
-    best = headline(document)
-    if fail_above is not None and code != console.INCONCLUSIVE:
-        if best is None:
-            console.log("dpaudit: --fail-above: no bound was computed, so the gate says nothing")
-        elif best > fail_above:
-            console.log(f"dpaudit: --fail-above: eps is at least {best:.3g}, the gate allows {fail_above:g}")
-            code = console.REFUTED
-    console.finish(code)
+    console.finish(console.exit_code(document, strict=strict, fail_above=fail_above))
 
 
 def _typed(run: Path) -> str:
@@ -225,9 +220,11 @@ def _typed(run: Path) -> str:
 
 def describe(document: "AuditDocument", sharper: str | None = None) -> list[str]:
     """The document as aligned text, for people. sharper: a command that sees more, named where this saw too little."""
+    from dpaudit.documents import ABOUT
+
     assert document.run is not None
     claim = document.claim
-    lines = [f"run       {document.run.name} ({document.run.method}); audits {document.run.audits}"]
+    lines = [f"run       {document.run.name} ({document.run.method}); audits {ABOUT[document.run.about]}"]
     if claim is None:
         lines.append("claim     none")
     else:
@@ -235,19 +232,17 @@ def describe(document: "AuditDocument", sharper: str | None = None) -> list[str]
             f"claim     eps = {float(claim.epsilon):.4g} at delta = {claim.delta:g} "
             f"({claim.relation}; unit: {claim.unit})"
         )
-        if document.alternative is not None:
-            lines.append(f"find      {document.alternative}")
+    lines += _games(document)
     lines += [f"verdict   {document.verdict}", *(f"          {reason}" for reason in document.reasons)]
     if document.verdict == "inconclusive" and sharper is not None:
         lines.append(f"next      {sharper} (tests the noise itself, in a twin of the training)")
     lines.append("")
     if document.tests:
-        lines += [*_table(document.tests, document.alpha), ""]
+        lines += [*_table(document.tests), ""]
     for summary in document.scores:
         low, high = summary.auc_low or 0.0, summary.auc_high or 1.0
         lines.append(f"AUC       {summary.auc:.3f} ({low:.3f} to {high:.3f})  {summary.name}")
-        if summary.name.startswith("membership"):
-            lines.append(f"          {_rates(summary)}")
+        lines.append(f"          {_rates(summary)}")
     if document.attacks:
         lines.append("attacks   AUC on the half of the records that chose among them")
         lines += [
@@ -266,7 +261,8 @@ def describe(document: "AuditDocument", sharper: str | None = None) -> list[str]
     ]
     for check in document.validity.checks:
         allowed = f"; allowed: {check.allowed}" if check.allowed else ""
-        lines.append(f"game      {check.status}: {check.name} ({check.measured}{allowed})")
+        lines.append(f"validity  {check.status}: {check.name} ({check.measured}{allowed})")
+    lines += [f"control   {item.outcome}: {item.name} ({item.measured})" for item in document.controls]
     if document.fusion is not None:
         lines += _fusion(document.fusion)
     if document.contract is not None:
@@ -275,6 +271,22 @@ def describe(document: "AuditDocument", sharper: str | None = None) -> list[str]
         lines += [f"          fail: {check.name} ({check.measured})" for check in made if check.status == "fail"]
     lines += [f"ledger    {row.status}: {row.path}" for row in document.ledger]
     return [*lines, "", console.LIMIT_SENTENCE]
+
+
+def _games(document: "AuditDocument") -> list[str]:
+    """The games in the order of play with the evidence after each, where there is more to say than the tests do."""
+    from dpaudit.documents import ABOUT
+
+    lines = []
+    for entry in document.games:
+        if entry.game in ("token path", "step contract"):
+            continue
+        power = "no power earned" if entry.power is None else f"power {entry.power:.0%}"
+        evidence = f"log evidence {float(entry.log_evidence):.1f}, of all so far {float(entry.log_product):.1f}"
+        lines.append(f"game      {entry.name}: {ABOUT[entry.about]}; {evidence}; {power}")
+        if entry.alternative is not None:
+            lines.append(f"          looked for: {entry.alternative}")
+    return lines
 
 
 def _rates(summary: "ScoreSummary") -> str:
@@ -301,9 +313,9 @@ def _fusion(part: "FusionAudit") -> list[str]:
     return lines
 
 
-def _table(tests: "tuple[Test, ...]", alpha: float) -> list[str]:
+def _table(tests: "tuple[Test, ...]") -> list[str]:
     rows: list[tuple[str, ...]] = [("test", "method", "records", "guesses", "right", "eps >=", "ceiling", "conf.", "")]
-    rows += [_row(test, alpha) for test in tests]
+    rows += [_row(test) for test in tests]
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     text = []
     for row in rows:
@@ -313,12 +325,12 @@ def _table(tests: "tuple[Test, ...]", alpha: float) -> list[str]:
     return text
 
 
-def _row(test: "Test", alpha: float) -> tuple[str, ...]:
+def _row(test: "Test") -> tuple[str, ...]:
     notes = []
     if test.p_value is not None:
-        notes.append(f"p = {test.p_value:.3g} (level {alpha:g})")
-    if test.bound == "e-process" and test.statement is not None:
-        notes.append(test.statement.partition(" against")[0])
+        notes.append(f"p = {test.p_value:.3g}")
+    if test.e_value is not None:
+        notes.append(f"e = {float(test.e_value):.3g}, share {test.share:.2g}{', refutes' if test.refutes else ''}")
     if test.assumes != "none":
         notes.append(f"assumes {test.assumes}")
     lower, top = test.epsilon_lower, test.ceiling

@@ -51,14 +51,14 @@ def exit_code(document: AuditDocument | ScoresDocument, *, strict: bool, fail_ab
 
     code = verdict_exit_code(document.verdict, strict=strict)
     if document.verdict == "inconclusive" and not strict:
-        log("dpaudit: inconclusive: nothing was refuted and nothing was shown to be testable; --strict makes this exit code 3")
+        log("dpaudit: inconclusive: nothing was refuted, and nothing was shown to be testable (--strict: exit code 3)")
     if fail_above is None or document.verdict == "invalid":
         return code
     best = verdict.headline(document)
     if best is None:
         log("dpaudit: --fail-above: no bound was computed, so the gate says nothing")
     elif verdict.exceeds(document, fail_above):
-        log(f"dpaudit: --fail-above: eps is at least {float(best.epsilon_lower or 0):.3g}, the gate allows {fail_above:g}")
+        log(f"dpaudit: --fail-above: eps >= {float(best.epsilon_lower or 0):.3g}, the gate allows {fail_above:g}")
         return REFUTED
     return code
 

@@ -48,7 +48,7 @@ def command(
     external.required(needed, "e.g. dpaudit plan --claim-sigma 1.0 --claim-rate 0.05 --claim-steps 200")
     sizes = parse_sizes(canaries)
     level = validate.real("alpha", alpha, low=0.0, high=1.0, open_low=True, open_high=True)
-    claim = make_claim(claim_sigma, claim_rate, claim_steps, delta)
+    claim = make_claim(claim_sigma, claim_rate, claim_steps, delta, None)
     assert claim is not None
     document = plan.document(
         claim,

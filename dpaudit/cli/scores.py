@@ -25,7 +25,9 @@ def command(
     epsilon: Annotated[float | None, typer.Option(help="Claimed eps at --delta, where no mechanism is stated.")] = None,
     control: Annotated[
         Path | None,
-        typer.Option(help="Scores of the same kind from a game with a known leak (id, member, score): earns the power."),
+        typer.Option(
+            help="Scores of the same kind from a game with a known leak (id, member, score): earns the power."
+        ),
     ] = None,
     fail_above: Annotated[
         float | None, typer.Option(metavar="EPS", help="Exit 1 when the best lower bound on eps exceeds EPS.")

@@ -101,9 +101,9 @@ class Thumbnail(Part):
 class GameDocument(Document):
     """`release/games/NAME.json`: one game, as it was played. Written once, never edited.
 
-    Games with the same `coins_sha256` share their coins: their evidence is added with the shares that were fixed with the
-    coins. Games with other coins multiply. `previous_sha256` chains the documents, so that one that is taken out or changed
-    is noticed.
+    Games with the same `coins_sha256` share their coins: their evidence is added with the shares that were fixed with
+    the coins. Games with other coins multiply. `previous_sha256` chains the documents, so that one that is taken out or
+    changed is noticed.
     """
 
     kind: Literal["game"] = "game"
@@ -124,6 +124,9 @@ class GameDocument(Document):
     claim: Claim | None = Field(description="Claim of what was attacked: a twin has its own sigma, q and T.")
     alternative: str | None = Field(default=None, description="The wrong claim that this game looked for.")
     coins_sha256: str | None
+    coins: str = Field(
+        default="records", description="Which coins of that file; games on the same ones share evidence."
+    )
     alpha: float = Field(description="Level that the evidence was calibrated for.")
     tests: tuple[Test, ...] = ()
     kept: float = Field(default=0.1, description="Share of the coins' evidence that is not staked on any test.")
@@ -167,8 +170,8 @@ class GameEntry(Part):
 
 
 class AuditDocument(Document):
-    """`release/audit.json`, and what `dpaudit audit --json` prints: a function of the games, the token path, the contract and
-    the ledger, made by dpaudit.verdict."""
+    """`release/audit.json`, and what `dpaudit audit --json` prints: a function of the games, the token path, the
+    contract and the ledger, made by dpaudit.verdict."""
 
     kind: Literal["audit"] = "audit"
     verdict: Verdict

@@ -32,7 +32,7 @@ class Test(Part):
     statement: str | None = Field(default=None, description="What the p-value says, in words.")
     power: float | None = Field(
         default=None,
-        description="Probability that the game as it was played refutes the stored alternative; null: not earned by a control.",
+        description="Probability that the game as played refutes the alternative; null: not earned by a control.",
     )
     power_low: float | None = Field(default=None, description="Lower limit of its simulation, 99 %.")
     e_value: Number | None = Field(

@@ -1,8 +1,8 @@
 """From p-values to e-values, for tests that have no likelihood.
 
-A decreasing function f with integral 1 over [0, 1] turns a p-value into an e-value (Vovk and Wang 2021, Ann. Statist. 49,
-prop. 2.1). Half of the weight stands on one level, so that a single clear test refutes by itself; half on the mixture of
-all f(p) = k p^(k-1), so that many small ones add up.
+A decreasing function f with integral 1 over [0, 1] turns a p-value into an e-value (Vovk and Wang 2021, Ann. Statist.
+49, prop. 2.1). Half of the weight stands on one level, so that a single clear test refutes by itself; half on the
+mixture of all f(p) = k p^(k-1), so that many small ones add up.
 """
 
 import math

@@ -7,8 +7,8 @@ Candidate i has a unit direction of its own, orthogonal to all others. At step t
 after what the other records contributed has been subtracted. The claim says a <= 1 and names sigma, q and T. Given the
 transcript and the sampling of everybody else, the candidates' noise and coins are independent: white Gaussian noise has
 independent components along orthogonal directions, whatever orthonormal basis was drawn beforehand; the gradients of
-others, an optimiser with state and the adaptivity of training shift the release by amounts that are functions of earlier
-releases, which are subtracted, or process it afterwards. Hence the posterior of a fair coin is expit(L) with
+others, an optimiser with state and the adaptivity of training shift the release by amounts that are functions of
+earlier releases, which are subtracted, or process it afterwards. Hence the posterior of a fair coin is expit(L) with
 
     L[i] = sum_t log(1 - q + q exp((2 a z[i, t] - a^2) / (2 sigma^2))),
 
@@ -58,7 +58,8 @@ def log_ratio(seen: Floats, *, sigma: float, rate: float, amplitude: float = 1.0
 def simulate(
     channel: Channel, count: int, rng: np.random.Generator, *, scale: float = 1.0, amplitude: float = 1.0
 ) -> tuple[Floats, npt.NDArray[np.bool_]]:
-    """(count, T) of what an auditor sees when the true sigma is `scale` times the claimed one, and the (count,) coins."""
+    """(count, T) of what an auditor sees when the true sigma is `scale` times the claimed one, and the (count,)
+    coins."""
     members = rng.random(count) < 0.5
     sampled = (rng.random((count, channel.steps)) < channel.rate) & members[:, None]
     noise = rng.standard_normal((count, channel.steps))

@@ -1,7 +1,8 @@
 """Evidence from coins: how much better a wrong claim predicts them than the claim itself.
 
-Given everything that was seen, the claim says that the coins are independent Bernoulli(expit L) (dpaudit.evidence.channel).
-With w fixed beforehand over wrong claims (smaller sigma, down to almost none; larger amplitude: a clipping that fails),
+Given everything that was seen, the claim says that the coins are independent Bernoulli(expit L)
+(dpaudit.evidence.channel). With w fixed beforehand over wrong claims (smaller sigma, down to almost none; larger
+amplitude: a clipping that fails),
 
     E = sum_j w_j prod_i p_j(coin_i | seen) / max over sigma' >= sigma of prod_i p_sigma'(coin_i | seen).
 
@@ -9,13 +10,14 @@ Validity. Let the true noise be sigma' >= sigma on all directions (the claim, or
 denominator is at least prod_i p_sigma'(coin_i | seen), so conditionally on what was seen
 E[E | seen] <= sum_j w_j sum over coins of prod_i p_j(coin_i | seen) = 1: universal inference (Wasserman, Ramdas,
 Balakrishnan 2020, eq. 3) applied to the conditional law of the coins. At the claim itself nothing is lost against the
-simple ratio, because the maximum lies at sigma when the truth is smaller. Whole products are mixed, not factors: a mixture
-of factors would have to pay for each candidate anew. For q = 1 or T = 1 the simple ratio is valid by itself for every larger
-noise, step by step different too: p_alt / p_claim is a bet in the direction of the claim's own posterior, and the true
-posterior is nearer to 1/2. Noise that varies over the steps above sigma is covered by simulation (benchmarks/white_box_evidence.py).
+simple ratio, because the maximum lies at sigma when the truth is smaller. Whole products are mixed, not factors: a
+mixture of factors would have to pay for each candidate anew. For q = 1 or T = 1 the simple ratio is valid by itself for
+every larger noise, step by step different too: p_alt / p_claim is a bet in the direction of the claim's own posterior,
+and the true posterior is nearer to 1/2. Noise that varies over the steps above sigma is covered by simulation
+(benchmarks/white_box_evidence.py).
 
-The maximum runs over NULLS times sigma, a finite grid; between two grid points the log-likelihood is that of a point at most
-half a grid step away, and the benchmark measures what this is worth (less than 0.01 nats).
+The maximum runs over NULLS times sigma, a finite grid; between two grid points the log-likelihood is that of a point at
+most half a grid step away, and the benchmark measures what this is worth (less than 0.01 nats).
 """
 
 from dataclasses import dataclass
@@ -74,9 +76,9 @@ def _log_probability(coins: Bools, ratios: Floats) -> Floats:
 def p_value(posteriors: Posteriors, coins: Bools, rng: np.random.Generator, *, draws: int = DRAWS) -> float:
     """P[the e-value is as large as it is | seen] while the claim holds, by importance sampling.
 
-    Half of the draws come from the claim, half from the mixture of wrong claims, so that tiny p-values are seen as well as
-    large ones; the observed coins count as one more draw, which makes the result a valid p-value whatever the number of
-    draws (Harrison 2012, Biometrika 99, eq. 2.5).
+    Half of the draws come from the claim, half from the mixture of wrong claims, so that tiny p-values are seen as well
+    as large ones; the observed coins count as one more draw, which makes the result a valid p-value whatever the number
+    of draws (Harrison 2012, Biometrika 99, eq. 2.5).
     """
     m, wrong = posteriors.alternatives.shape
     sources = np.concatenate([np.zeros(draws // 2, dtype=int), 1 + rng.integers(wrong, size=draws - draws // 2)])

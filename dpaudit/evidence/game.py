@@ -11,9 +11,9 @@ from dpaudit.evidence.noise import NoiseLevel
 
 Bools = npt.NDArray[np.bool_]
 
-# Shares of the game's evidence. All candidates together see a small deficit of noise; the loud ones alone see faulty clipping
-# that hides the others; the spare directions see the noise itself. What is not staked keeps a game that finds nothing from
-# wiping out the evidence of earlier and later ones.
+# Shares of the game's evidence. All candidates together see a small deficit of noise; the loud ones alone see faulty
+# clipping that hides the others; the spare directions see the noise itself. What is not staked keeps a game that finds
+# nothing from wiping out the evidence of earlier and later ones.
 ALL, LOUD, NOISE = "all canaries", "loud canaries", "noise level"
 SHARES = {ALL: 0.45, LOUD: 0.2, NOISE: 0.25}
 KEPT = 0.1
@@ -21,8 +21,9 @@ KEPT = 0.1
 
 @dataclass(frozen=True)
 class Rule:
-    """loud: (m,) which candidates arrive far above C. spare: K directions without canaries. known: whether what the other
-    records contribute is subtracted; without it the coins' posterior is not known and only the noise level counts."""
+    """loud: (m,) which candidates arrive far above C. spare: K directions without canaries. known: whether what the
+    other records contribute is subtracted; without it the coins' posterior is not known and only the noise level
+    counts."""
 
     loud: Bools
     spare: int

@@ -1,10 +1,10 @@
 """The coins' evidence inverted over sigma: an upper limit of the noise, hence a lower bound of eps.
 
-For each sigma0 the statistic is the likelihood ratio of a mixture of smaller sigma against sigma0, given what was seen; its law
-is that of independent coins with probabilities expit(L) at sigma0 and is drawn by Monte Carlo (Barnard's test, so the p-value is
-valid whatever the number of draws). The limit is the largest sigma0 that is not refuted. It lies below the true sigma only if
-the true sigma itself is refuted, which happens with probability at most `level`: the bound is exact within "DP-SGD with this q
-and T, unknown sigma".
+For each sigma0 the statistic is the likelihood ratio of a mixture of smaller sigma against sigma0, given what was seen;
+its law is that of independent coins with probabilities expit(L) at sigma0 and is drawn by Monte Carlo (Barnard's test,
+so the p-value is valid whatever the number of draws). The limit is the largest sigma0 that is not refuted. It lies
+below the true sigma only if the true sigma itself is refuted, which happens with probability at most `level`: the bound
+is exact within "DP-SGD with this q and T, unknown sigma".
 """
 
 from functools import partial
@@ -27,8 +27,8 @@ _COARSE, _PRECISION = 1.6, 4e-3
 def sigma_upper(seen: Floats, coins: Bools, channel: Channel, *, level: float, rng: np.random.Generator) -> float:
     """Upper confidence limit of sigma with error probability `level`. seen: (m, T) in units of C; coins: (m,).
 
-    inf where even HIGHEST times the claim is not refuted, 0 where LOWEST times the claim is. The same uniform numbers serve
-    every sigma0, so that the p-value hardly jumps.
+    inf where even HIGHEST times the claim is not refuted, 0 where LOWEST times the claim is. The same uniform numbers
+    serve every sigma0, so that the p-value hardly jumps.
     """
     p_value = partial(_p_value, seen, coins, channel.rate, rng.random((DRAWS, coins.size), dtype=np.float32))
     refuted = HIGHEST * channel.sigma

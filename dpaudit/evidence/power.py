@@ -1,7 +1,8 @@
 """The power of a white-box game as it is played: its rule, its level, its claim.
 
-A pool of candidates is simulated under the wrong claim; games are drawn from the pool with replacement and judged by the very
-function that judges the real game. The noise level of the spare directions has a chi-square law and is drawn directly.
+A pool of candidates is simulated under the wrong claim; games are drawn from the pool with replacement and judged by
+the very function that judges the real game. The noise level of the spare directions has a chi-square law and is drawn
+directly.
 """
 
 from dataclasses import dataclass

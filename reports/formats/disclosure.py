@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from dpaudit import __version__
-from dpaudit.documents import Claim, Document, EpsilonAt, LedgerStatus, Number, Part, Verdict
+from dpaudit.documents import ABOUT, Claim, Document, EpsilonAt, LedgerStatus, Number, Part, Verdict
 from reports.inputs import RunReport
 from reports.subjects import Page
 
@@ -139,6 +139,6 @@ def _deployment(run: RunReport, claim: Claim) -> Deployment:
             epsilon_lower=test.epsilon_lower if test is not None else None,
             ceiling=test.ceiling if test is not None else None,
             confidence=run.headline_confidence,
-            audits=info.audits if info is not None else None,
+            audits=ABOUT[info.about] if info is not None else None,
         ),
     )

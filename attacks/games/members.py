@@ -16,7 +16,8 @@ import pandas as pd
 
 from attacks.blind import blind_baseline
 from attacks.canaries import Canary, Coins, check_coins
-from attacks.canary_audit import CanaryAudit, bound_tests, claim_tests, too_small, unsound
+from attacks.games.played import Played, unsound
+from attacks.games.reading import SHARE, SIGMA_REDUCTION, bound_tests, claim_tests, too_small
 from attacks.membership.extraction import exposures, regeneration
 from attacks.membership.hygiene import overlap_check
 from attacks.membership.members import MemberGame
@@ -24,11 +25,14 @@ from attacks.membership.records import StudyRecords, study_records
 from attacks.membership.references import Study, load_study, train_references
 from attacks.membership.selection import Choice, choose, report_plan
 from attacks.membership.table import Attack, attacks, default_attack, score_all
+from attacks.membership.trials import SHARE as TRIALS_SHARE
 from attacks.membership.trials import Trials
 from attacks.membership.view import Access, References, View
 from attacks.scores import join_coins
 from attacks.training import redraw_game
 from dpaudit import atomic
+from dpaudit.analysis.claim import describe_alternative
+from dpaudit.analysis.scores import sign_check
 from dpaudit.bounds.roc import auc_interval, summarise
 from dpaudit.documents import AttackRow, Check, Claim, Extraction, LedgerDocument, ScoreSummary, Test, Validity
 from dpaudit.errors import InvalidGame
@@ -57,7 +61,7 @@ class Settings:
     log: Callable[[str], None] = lambda _: None
 
 
-def audit_membership(run: RunFolder, settings: Settings) -> CanaryAudit:
+def play_membership(run: RunFolder, settings: Settings) -> Played:
     """Play the game on a finished run with canaries, or on a finished member twin.
 
     Writes private/membership.parquet with every attack's scores. A game that is unsound (edited coins, other data,
@@ -71,7 +75,7 @@ def audit_membership(run: RunFolder, settings: Settings) -> CanaryAudit:
         return unsound("coins and scores", str(error))
     validity = _validity(records, coins, settings.log)
     if not validity.sound:
-        return CanaryAudit(validity, coins_sha256=coins.sha256)
+        return Played(validity, coins_sha256=coins.sha256)
     trials = Trials(settings.claim, records.kinds, coins.plan.tie_seed, settings.alpha)
     if settings.references:
         train_references(
@@ -91,11 +95,12 @@ def audit_membership(run: RunFolder, settings: Settings) -> CanaryAudit:
         return unsound("coins and scores", str(error))
     _save(run, coins, scores)
     part = report(view, scores, coins, settings)
-    return CanaryAudit(
-        validity=Validity(sound=True, checks=(*validity.checks, *part.validity.checks)),
-        tests=(*part.tests, *trials.tests(study)),
+    return Played(
+        validity=Validity(sound=part.validity.sound, checks=(*validity.checks, *part.validity.checks)),
+        tests=(*part.tests, *trials.tests(study)) if part.validity.sound else (),
         scores=part.scores,
         coins_sha256=coins.sha256,
+        alternative=describe_alternative(1 - SIGMA_REDUCTION) if settings.claim is not None else None,
         attacks=part.attacks,
         exposure=_exposure(records, view, coins) if part.tests else (),
         regeneration=regeneration(view.target.model, view.base.model, view.units, _members(coins))
@@ -176,7 +181,7 @@ def _save(run: RunFolder, coins: Coins, scores: dict[str, Floats]) -> None:
     atomic.write_frame(run.private / "membership.parquet", frame, mode=0o600)
 
 
-def report(view: View, scores: dict[str, Floats], coins: Coins, settings: Settings) -> CanaryAudit:
+def report(view: View, scores: dict[str, Floats], coins: Coins, settings: Settings) -> Played:
     """Choose on the development half, report on the other."""
     members = coins.frame["member"].to_numpy(dtype=bool)
     seed = coins.plan.tie_seed
@@ -187,17 +192,25 @@ def report(view: View, scores: dict[str, Floats], coins: Coins, settings: Settin
     rows = _rows(scores, choice, members)
     small = too_small(frame, plan, confidence=settings.confidence, delta=settings.delta)
     if small is not None:
-        return CanaryAudit(Validity(sound=True, checks=(small,)), attacks=rows)
+        return Played(Validity(sound=True, checks=(small,)), attacks=rows)
     statistic = f"{choice.name}, chosen among {len(choice.auc)} attacks on the other half of the records"
     words = {"title": TITLE, "statistic": statistic}
+    turned = sign_check(frame["score"].to_numpy(dtype=np.float64), frame["member"].to_numpy(dtype=bool))
+    if turned.status == "fail":
+        return Played(Validity(sound=False, checks=(turned,)), attacks=rows)
     tests: tuple[Test, ...] = bound_tests(frame, plan, confidence=settings.confidence, delta=settings.delta, **words)
     if settings.claim is not None:
         tests += claim_tests(
-            frame, plan, claim=settings.claim, confidence=settings.confidence, alpha=settings.alpha, **words
+            frame,
+            plan,
+            claim=settings.claim,
+            confidence=settings.confidence,
+            alpha=settings.alpha,
+            share=SHARE - TRIALS_SHARE,
+            **words,
         )
-    return CanaryAudit(
-        Validity(sound=True, checks=()), tests=tests, scores=_summaries(frame, choice.name), attacks=rows
-    )
+    checks = (turned,)
+    return Played(Validity(sound=True, checks=checks), tests=tests, scores=_summaries(frame, choice.name), attacks=rows)
 
 
 def _summaries(frame: pd.DataFrame, name: str) -> tuple[ScoreSummary, ...]:

@@ -1,0 +1,141 @@
+"""Controls of the white-box game: what shows that it could have seen something.
+
+Liveness: under frozen noise an injected gradient moves the release by exactly its clipped size along its own direction,
+and nothing along the others. Arrival: over the whole game, in the steps that took a canary, what its direction shows is
+1 in units of C on average (a channel that dies later, or lets through a part, shows less). Noise level: the directions
+without canaries show the claimed noise; more means that something blurs the channel, so that the power does not hold.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dpaudit.documents import Check, Control
+from dpaudit.evidence.noise import NoiseLevel
+
+Floats = npt.NDArray[np.float64]
+
+LIVE_STEPS = 3  # steps of a training in which liveness is checked; each costs the noise of one more step
+TOLERANCE = 0.02  # of C: float32 sums of a large model
+DEAD = 0.5  # a canary that moves the release by less of C did not arrive
+Z = 4.5  # two-sided 7e-6: how far the mean arrival of a correct channel may lie from 1
+WIDEST = 0.25  # half-width of the arrival's interval that still says something
+
+
+@dataclass(frozen=True)
+class Liveness:
+    """One comparison under frozen noise: the least and the most that a taken canary moved the release along its
+    direction, the most that anything moved along another one (all in units of C), and where."""
+
+    least: float
+    most: float
+    elsewhere: float
+    where: str
+
+    @classmethod
+    def of(cls, moved: Floats, taken: npt.NDArray[np.intp], where: str) -> "Liveness":
+        """moved: (m + K,) along all directions; taken: the canaries that should have moved it."""
+        own = moved[taken]
+        rest = np.delete(moved, taken)
+        if not np.isfinite(moved).all():
+            return cls(0.0, math.inf, math.inf, where)
+        return cls(float(own.min()), float(own.max()), float(np.abs(rest).max()) if rest.size else 0.0, where)
+
+
+@dataclass
+class Arrived:
+    """Running mean of what the directions of taken canaries show."""
+
+    count: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+
+    def add(self, values: Floats) -> None:
+        """Of one step."""
+        self.count += values.size
+        self.total += float(values.sum())
+        self.squares += float(np.square(values).sum())
+
+    def interval(self, sigma: float) -> tuple[float, float]:
+        """Of the mean arrival, by the larger of the claimed and the measured spread."""
+        if self.count < 2:
+            return -math.inf, math.inf
+        mean = self.total / self.count
+        spread = math.sqrt(max(sigma**2, self.squares / self.count - mean**2) / self.count)
+        return mean - Z * spread, mean + Z * spread
+
+
+def judge_liveness(seen: Sequence[Liveness], arrived: Arrived, sigma: float) -> list[Control]:
+    """The controls "liveness" and "amplitude"."""
+    found = []
+    if seen:
+        worst = min(seen, key=lambda item: item.least)
+        most = max(item.most for item in seen)
+        elsewhere = max(item.elsewhere for item in seen)
+        outcome = "earned"
+        text = "An injected gradient moves the release by exactly its clipped size."
+        if worst.least < DEAD:
+            outcome, text = (
+                "failed",
+                "inject: the injected gradient does not arrive in the release, so this game sees nothing.",
+            )
+        elif most > 1 + TOLERANCE or elsewhere > TOLERANCE:
+            outcome, text = (
+                "not earned",
+                "An injected gradient moves the release by more than C: clipping does not hold.",
+            )
+        elif worst.least < 1 - TOLERANCE:
+            outcome, text = "not earned", "An injected gradient arrives in part only."
+        measured = f"moved by {worst.least:.4f} to {most:.4f} C along its direction, {elsewhere:.4f} C along others"
+        found.append(
+            _control("liveness", outcome, f"{measured} ({', '.join(item.where for item in seen)})", "1 C, 0 C", text)
+        )
+    if arrived.count:
+        low, high = arrived.interval(sigma)
+        outcome, text = "earned", "Over the whole game canaries arrive in full."
+        if high < DEAD:
+            outcome = "failed"
+            text = "inject: canaries do not arrive in the release over the game as a whole, so it sees nothing."
+        elif not low <= 1 <= high or high - low > 2 * WIDEST:
+            outcome, text = (
+                "not earned",
+                "Canaries do not arrive as the claimed mechanism lets them, or too few did to tell.",
+            )
+        measured = f"{low:.3f} to {high:.3f} C in {arrived.count} arrivals"
+        found.append(_control("amplitude", outcome, measured, f"1 C, known to {WIDEST:g}", text))
+    if not found:
+        text = "No canary was taken by any step: nothing shows that one would have been seen."
+        found.append(_control("liveness", "not earned", "no canary was taken", "1 C", text))
+    return found
+
+
+def noise_control(noise: NoiseLevel, spare: int) -> Control:
+    """The control "noise level"."""
+    low, high = noise.interval()
+    outcome, text = "earned", "Directions without canaries show the claimed noise and nothing else."
+    if low > 1:
+        outcome = "not earned"
+        text = "Directions without canaries show more than the claimed noise: other records blur what the game sees."
+    elif high < 1:
+        outcome, text = "not earned", "Directions without canaries show less noise than the claim."
+    measured = f"{noise.ratio:.4f} times the claim ({low:.4f} to {high:.4f}), {spare} directions"
+    return _control("noise level", outcome, measured, "an interval that holds 1", text)
+
+
+def as_check(control: Control) -> Check:
+    """A control as a check of the game's validity: a dead channel makes the game invalid."""
+    status = {"earned": "pass", "not earned": "not applicable", "failed": "fail"}[control.outcome]
+    return Check(
+        name=control.name,
+        status=status,  # type: ignore[arg-type]
+        measured=control.measured,
+        allowed=control.allowed,
+        explanation=control.explanation,
+    )
+
+
+def _control(name: str, outcome: str, measured: str, allowed: str, explanation: str) -> Control:
+    return Control(name=name, outcome=outcome, measured=measured, allowed=allowed, explanation=explanation)  # type: ignore[arg-type]
