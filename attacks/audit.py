@@ -76,7 +76,7 @@ class _Session:
         number, previous = record.following(self.games)
         shared: dict[str, Any] = {
             "number": number,
-            "previous": previous,
+            "previous_sha256": previous,
             "alpha": self.options.alpha,
             "command": self.options.command,
         }

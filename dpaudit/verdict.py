@@ -175,6 +175,8 @@ def _refutation(found: Evidence, games: Sequence[GameDocument], alpha: float) ->
 
 
 def _power_of_ten(log: float) -> str:
+    if log == math.inf:
+        return "more than 10^300"
     return f"{math.exp(log):,.0f}" if log < 14 else f"10^{log / math.log(10):.0f}"
 
 

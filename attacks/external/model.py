@@ -282,7 +282,7 @@ def _document(
     game = played.document(
         "owner's coins",
         number=1,
-        previous=None,
+        previous_sha256=None,
         about="weights",
         claim=claim,
         alpha=options.alpha,

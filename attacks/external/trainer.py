@@ -199,7 +199,7 @@ class _Session:
                 claim = done
             elif wanted:
                 played, claim = play(verdict.confidence_of(number, self.setting.options.confidence))
-                self._keep(played.document(name, claim=claim, **self._shared()))
+                self._keep(played.document(name, claim=claim, **self._bare()))
         if _wants_contract(self.setting, self.games) and all(game.contract is None for game in self.documents):
             found = _contract(self.setting, self.log)
             self._keep(
@@ -216,10 +216,6 @@ class _Session:
         options = self.setting.options
         shared = {"about": "procedure", "alpha": options.alpha, "command": options.command}
         return {"number": number, "previous_sha256": previous, **shared}
-
-    def _shared(self) -> dict[str, Any]:
-        tree = self._bare()
-        return {**tree, "previous": tree.pop("previous_sha256")}
 
     def _mine(self, kind: str) -> pd.DataFrame:
         return self.coins.frame[self.coins.frame["kind"] == kind]

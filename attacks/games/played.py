@@ -40,7 +40,7 @@ class Played:
         game: Any,
         *,
         number: int,
-        previous: str | None,
+        previous_sha256: str | None,
         about: About,
         claim: Claim | None,
         alpha: float,
@@ -51,7 +51,7 @@ class Played:
         return GameDocument(
             game=game,
             number=number,
-            previous_sha256=previous,
+            previous_sha256=previous_sha256,
             about=about,
             claim=claim,
             alternative=self.alternative,

@@ -259,7 +259,8 @@ def describe(document: "AuditDocument", sharper: str | None = None) -> list[str]
         f"{row.others:.1%}; base model {row.members_base:.1%} and {row.others_base:.1%}"
         for row in document.regeneration
     ]
-    for check in document.validity.checks:
+    shown = {item.name for item in document.controls}
+    for check in (check for check in document.validity.checks if check.name not in shown):
         allowed = f"; allowed: {check.allowed}" if check.allowed else ""
         lines.append(f"validity  {check.status}: {check.name} ({check.measured}{allowed})")
     lines += [f"control   {item.outcome}: {item.name} ({item.measured})" for item in document.controls]
