@@ -13,11 +13,12 @@ import numpy.typing as npt
 import pandas as pd
 from PIL import Image
 
-from attacks.blind import LEAST, blind_baseline
+from attacks.blind import blind_baseline
 from attacks.canaries import ALL, KINDS, Coins, Game, Plan, check_coins
 from attacks.scores import STATISTIC, loss_scores, prioritise, save_scores, standardise
 from attacks.training import redraw_game
 from dpaudit.analysis.claim import claim_test
+from dpaudit.blind import LEAST
 from dpaudit.bounds import steinke
 from dpaudit.bounds.guesses import count_correct, rank_guesses
 from dpaudit.bounds.roc import summarise

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from scipy.special import ndtr
 
 from attacks.audit import alternative
-from attacks.blind import LEAST, blind_baseline
+from attacks.blind import blind_baseline
 from attacks.canaries import Plan
 from attacks.external import one_run
 from attacks.external.claims import ledger_rows
@@ -28,6 +28,7 @@ from attacks.external.records import join, read_coins, read_units, shared_pictur
 from attacks.scores import STATISTIC, calibrate, losses
 from dpaudit import atomic
 from dpaudit.analysis.scores import COIN_LEVEL
+from dpaudit.blind import LEAST
 from dpaudit.bounds.pld import check_dp_sgd
 from dpaudit.bounds.roc import summarise
 from dpaudit.claims import decide
