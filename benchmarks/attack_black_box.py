@@ -33,10 +33,10 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
-
-from attacks.canaries import check_coins
 from attacks.canary_audit import audit_canaries
 from attacks.membership.audit import view_of
+
+from attacks.canaries import check_coins
 from attacks.membership.records import study_records
 from attacks.membership.references import load_study
 from attacks.membership.selection import area

@@ -24,10 +24,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import numpy.typing as npt
 import torch
+from attacks.white_box import audit_twin, train_twin
 from scipy.stats import binom
 
 import trainers.run
-from attacks.white_box import audit_twin, train_twin
 from dpaudit.config import resolve
 from trainers.gradients import Gradient, UnitSum
 from trainers.run import Trainer, noise_like

@@ -163,9 +163,7 @@ def _refutation(found: Evidence, games: Sequence[GameDocument], alpha: float) ->
     played = f"after {at + 1} games" if at else "in the first game"
     if len(games) == 1:
         played = "in the game"
-    reasons = [
-        f"Evidence against the claim reached {_power_of_ten(found.best)}; {1 / alpha:g} refutes it ({played})."
-    ]
+    reasons = [f"Evidence against the claim reached {_power_of_ten(found.best)}; {1 / alpha:g} refutes it ({played})."]
     for game in games:
         for test in marked(game.tests, alpha):
             if test.refutes:
@@ -196,9 +194,7 @@ def _why_inconclusive(games: Sequence[GameDocument], tests: Sequence[Test]) -> t
     reasons = ["Nothing was refuted, but no test was shown to be able to find the wrong claim: treat it as untested."]
     for test in tests:
         if test.power is None:
-            reasons.append(
-                f"{test.name}: no power is stated ({test.control or NO_CONTROL})."
-            )
+            reasons.append(f"{test.name}: no power is stated ({test.control or NO_CONTROL}).")
         else:
             reasons.append(f"{test.name}: power {test.power:.0%}, at least {POWER_NEEDED:.0%} needed.")
     if any(game.supplied for game in games):

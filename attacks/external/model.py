@@ -17,7 +17,7 @@ import pandas as pd
 from safetensors import SafetensorError, safe_open
 from scipy.special import ndtr
 
-from attacks.blind import LEAST, blind_baseline
+from attacks.blind import blind_baseline
 from attacks.canaries import Plan
 from attacks.external.claims import ledger_rows
 from attacks.external.folder import AuditFolder, settings_sha256
@@ -29,6 +29,7 @@ from attacks.games.played import Played
 from attacks.scores import STATISTIC, calibrate, losses
 from dpaudit import atomic, record, verdict
 from dpaudit.analysis.scores import COIN_LEVEL, sign_check
+from dpaudit.blind import LEAST
 from dpaudit.bounds.pld import check_dp_sgd
 from dpaudit.bounds.roc import summarise
 from dpaudit.documents import AuditDocument, Check, Claim, GameDocument, RunInfo, ScoreSummary, Test, Validity

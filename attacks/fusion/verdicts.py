@@ -18,6 +18,7 @@ UNACCOUNTED: LedgerStatus = "UNACCOUNTED"
 
 OWN = "each picture pruned and fused from itself"
 SHARED = "something shared over the batch"
+TOO_FAR = "one unit moves the clipped sum further than the noise was scaled to"
 LEAVES = "tokens leave with the paper's noise, or none"
 ACCOUNTED_RELEASE = "all tokens clipped to R and noised once"
 NOISE_SHARED = "fusion noise shared, replayable or seeded by content"
@@ -46,6 +47,16 @@ class Findings:
     leaves: bool = False
     tuning: LedgerRow | None = None
 
+    @property
+    def within_sensitivity(self) -> bool:
+        """No unit was found to move the clipped sum further than the noise was scaled to."""
+        return all(row.holds for row in self.sensitivity)
+
+    @property
+    def own(self) -> bool:
+        """Whether every test says that a record's part of the sum comes from itself, and is bounded."""
+        return self.isolation.passed and self.within_sensitivity
+
 
 def failed(checks: Sequence[Check], names: Sequence[str] | None = None) -> list[Check]:
     """Those that failed, out of `names` or of all."""
@@ -62,6 +73,7 @@ def cases(found: Findings) -> tuple[TruthCase, ...]:
     return (
         _own(found),
         _shared(found),
+        _too_far(found),
         _leaves(found),
         _accounted(found),
         _noise_shared(found),
@@ -74,22 +86,27 @@ def cases(found: Findings) -> tuple[TruthCase, ...]:
 def _isolation_figures(found: Findings) -> str:
     bad = failed(found.isolation.checks)
     text = cited(bad or found.isolation.checks)
-    if found.sensitivity:
-        worst = max(found.sensitivity, key=lambda row: row.largest / row.bound)
-        text += (
-            f"; empirical sensitivity at most {worst.largest / worst.bound:.3f} of its bound ({worst.relation}, "
-            f"C = {worst.max_grad_norm:.3g})"
-        )
-    return text
+    figures = _sensitivity_figures(found)
+    return f"{text}; {figures}" if figures else text
+
+
+def _sensitivity_figures(found: Findings) -> str:
+    if not found.sensitivity:
+        return ""
+    worst = max(found.sensitivity, key=lambda row: row.largest / row.bound)
+    return (
+        f"empirical sensitivity {'at most' if found.within_sensitivity else 'fails, up to'} "
+        f"{worst.largest / worst.bound:.3f} of its bound ({worst.relation}, C = {worst.max_grad_norm:.3g}, {worst.how})"
+    )
 
 
 def _own(found: Findings) -> TruthCase:
     return TruthCase(
         case=OWN,
-        applies=found.isolation.passed,
+        applies=found.own,
         training=PER_EXAMPLE,
         release=None,
-        decided_by="isolation by exact replay, searched partner, padding, permutation, batch size",
+        decided_by="isolation by exact replay, searched partner, padding, permutation, batch size; sensitivity",
         evidence=_isolation_figures(found),
     )
 
@@ -107,6 +124,17 @@ def _shared(found: Findings) -> TruthCase:
     )
 
 
+def _too_far(found: Findings) -> TruthCase:
+    return TruthCase(
+        case=TOO_FAR,
+        applies=not found.within_sensitivity,
+        training=UNACCOUNTED,
+        release=None,
+        decided_by="empirical sensitivity of the run's own clipped sum",
+        evidence=_sensitivity_figures(found) or "the path does not clip, or there are too few units",
+    )
+
+
 def _leaves(found: Findings) -> TruthCase:
     return TruthCase(
         case=LEAVES,
@@ -119,7 +147,7 @@ def _leaves(found: Findings) -> TruthCase:
 
 
 def _accounted(found: Findings) -> TruthCase:
-    good = found.leaves and not failed(found.publishing) and found.isolation.passed
+    good = found.leaves and not failed(found.publishing) and found.own
     return TruthCase(
         case=ACCOUNTED_RELEASE,
         applies=found.leaves,
@@ -206,8 +234,8 @@ def ledger(rows: Sequence[LedgerRow], table: Sequence[TruthCase]) -> tuple[Ledge
     for (a leak in a run without a reducer) is added.
     """
     by_name = {case.case: case for case in table}
-    shared, own = by_name[SHARED], by_name[OWN]
-    token = shared if shared.applies else own
+    shared, own, too_far = by_name[SHARED], by_name[OWN], by_name[TOO_FAR]
+    token = shared if shared.applies else too_far if too_far.applies else own
     decided: dict[str, tuple[TruthCase, LedgerStatus]] = {TOKEN_ROW: (token, token.training or PER_EXAMPLE)}
     collides, masked, published = by_name[NOISE_COLLIDES], by_name[CLEAN_MASK], by_name[ACCOUNTED_RELEASE]
     decided[NOISE_ROW] = (collides, UNACCOUNTED if collides.applies else PER_EXAMPLE)
@@ -226,6 +254,7 @@ def ledger(rows: Sequence[LedgerRow], table: Sequence[TruthCase]) -> tuple[Ledge
         out.append(row.model_copy(update={"status": status, "evidence": evidence}))
     missing = (
         (shared, TOKEN_ROW, "isolation of records", "One record reaches what the model computes about another."),
+        (too_far, TOKEN_ROW, "sensitivity of the clipped sum", "One unit moves the sum further than its clip norm."),
         (collides, NOISE_ROW, NOISE_ROW, "The fusion noise repeats the gradient noise."),
         (masked, MASK_ROW, MASK_ROW, "The update mask follows the gradient before the noise."),
     )

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from attacks.blind import LEAST, blind_baseline
+from attacks.blind import blind_baseline
 from attacks.canaries import KINDS, Coins, Game, check_coins
 from attacks.games.played import Played, unsound
 from attacks.games.reading import GAME, SIGMA_REDUCTION, bound_tests, claim_tests, too_small
@@ -15,6 +15,7 @@ from attacks.scores import loss_scores, save_scores, standardise
 from attacks.training import redraw_game
 from dpaudit.analysis.claim import describe_alternative
 from dpaudit.analysis.scores import sign_check
+from dpaudit.blind import LEAST
 from dpaudit.bounds.roc import summarise
 from dpaudit.documents import Check, Claim, LedgerDocument, ScoreSummary, Thumbnail, Validity
 from dpaudit.errors import InvalidGame

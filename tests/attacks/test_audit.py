@@ -14,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pytest
+from attacks.canary_audit import bound_tests, claim_tests, summaries
 from PIL import Image
 
 from attacks import audit as auditing
 from attacks.audit import alternative, audit, headline, twin_config
 from attacks.canaries import ALL, Plan
-from attacks.canary_audit import bound_tests, claim_tests, summaries
 from attacks.options import Options
 from attacks.training import start_run
 from dpaudit import accounting

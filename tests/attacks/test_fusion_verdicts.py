@@ -13,7 +13,7 @@ from attacks.fusion.isolation import Isolation, audit_isolation
 from attacks.fusion.noise import audit_noise
 from attacks.fusion.path import TokenPath
 from dpaudit.config import resolve
-from dpaudit.documents import Check, LedgerRow, ReleaseAudit, TruthCase
+from dpaudit.documents import Check, LedgerRow, ReleaseAudit, Sensitivity, TruthCase
 from dpaudit.ledger import tuning_row
 from dpaudit.randomness import Key
 from tests.attacks.fusion_paths import token_path
@@ -74,6 +74,7 @@ def test_dual_priv_as_published(sound: tuple[Isolation, tuple[Check, ...]]) -> N
     assert [case.case for case in table] == [
         verdicts.OWN,
         verdicts.SHARED,
+        verdicts.TOO_FAR,
         verdicts.LEAVES,
         verdicts.ACCOUNTED_RELEASE,
         verdicts.NOISE_SHARED,
@@ -99,6 +100,34 @@ def test_dual_priv_as_published(sound: tuple[Isolation, tuple[Check, ...]]) -> N
     # A second audit cites its own figures instead of piling them up.
     again = verdicts.ledger(verdicts.ledger(ROWS, table), table)
     assert again == verdicts.ledger(ROWS, table)
+
+
+def test_a_sensitivity_above_its_bound_decides(sound: tuple[Isolation, tuple[Check, ...]]) -> None:
+    """8 C where C is allowed, with isolation passed: training is not covered, and neither is accounted fusion."""
+    fine = Sensitivity(
+        relation="replace", max_grad_norm=1.0, largest=2.0, bound=2.0, holds=True, comparisons=4, how="a"
+    )
+    wrong = Sensitivity(
+        relation="add-remove",
+        max_grad_norm=0.3,
+        largest=8.0,
+        bound=1.0,
+        holds=False,
+        comparisons=4,
+        how="a long record",
+    )
+    table = verdicts.cases(findings(sound, sensitivity=(fine, wrong), leaves=True))
+    assert {verdicts.TOO_FAR, verdicts.ACCOUNTED_RELEASE} == applying(table)
+    assert verdicts.training_status(table) == "UNACCOUNTED" and verdicts.release_status(table) == "UNACCOUNTED"
+    row = {row.path: row for row in verdicts.ledger(ROWS, table)}[verdicts.TOKEN_ROW]
+    assert row.status == "UNACCOUNTED"
+    assert "fails, up to 8.000 of its bound (add-remove, C = 0.3, a long record)" in row.evidence
+    added = verdicts.ledger(ROWS[2:], table)[-1]  # a run without a reducer
+    assert (
+        added.path == "sensitivity of the clipped sum" and added.status == "UNACCOUNTED" and "8.000" in added.evidence
+    )
+    within = verdicts.cases(findings(sound, sensitivity=(fine,)))
+    assert verdicts.TOO_FAR not in applying(within) and verdicts.training_status(within) == "per-example preprocessing"
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy.stats import kstest
-
-from attacks import white_box
-from attacks.audit import audit
-from attacks.canaries import ALL, Plan
-from attacks.options import Options
-from attacks.training import start_run
 from attacks.white_box import (
     PARAMETERS_PER_CANARY,
     Directions,
@@ -27,6 +20,13 @@ from attacks.white_box import (
     loud_tests,
     train_twin,
 )
+from scipy.stats import kstest
+
+from attacks import white_box
+from attacks.audit import audit
+from attacks.canaries import ALL, Plan
+from attacks.options import Options
+from attacks.training import start_run
 from dpaudit import accounting
 from dpaudit.config import RunConfig, resolve
 from dpaudit.documents import Claim

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from attacks.white_box import GradientGame
 from safetensors.torch import save_file
 
 from attacks.training import resume_run, start_run
-from attacks.white_box import GradientGame
 from dpaudit.config import RunConfig, resolve
 from dpaudit.errors import DpauditError
 from dpaudit.randomness import Key

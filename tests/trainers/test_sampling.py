@@ -9,6 +9,7 @@ from typing import cast
 
 import numpy as np
 import pytest
+from attacks.white_box import train_twin
 from scipy.stats import binom
 
 from attacks.audit import Options
@@ -19,7 +20,6 @@ from attacks.contract.influence import Bench
 from attacks.contract.probe import Probe
 from attacks.options import prepare
 from attacks.training import start_run
-from attacks.white_box import train_twin
 from dpaudit import accounting
 from dpaudit.accounting import DpSgd, Scheme
 from dpaudit.analysis.claim import claimed_event
