@@ -37,7 +37,7 @@ from dpaudit.evidence.channel import Channel, log_ratio
 from dpaudit.evidence.coins import Posteriors, p_value
 from dpaudit.evidence.game import ALL as ALL_CANARIES
 from dpaudit.evidence.game import LOUD as LOUD_CANARIES
-from dpaudit.evidence.game import NOISE, SHARES, Rule
+from dpaudit.evidence.game import NOISE, SHARES, SPARE, Rule
 from dpaudit.evidence.limits import sigma_upper
 from dpaudit.evidence.noise import NoiseLevel
 from dpaudit.evidence.power import white_box_power
@@ -51,7 +51,6 @@ STATISTIC = "log-likelihood ratio of the claimed mechanism, over all noisy gradi
 FINAL_STATISTIC = "projection of the final update on the canary's direction"
 FINAL = "-final"  # at the end of the coin file's kind: the final update only
 DEFAULT_COUNT = 1000
-SPARE = 128  # directions without canaries
 PARAMETERS_PER_CANARY = 10  # fewer, and orthogonal directions would crowd out the model's own gradient
 SCALES = (1.0, 100.0)  # half of the canaries arrive at norm C, half far above: both must be clipped to C
 SIGMA_REDUCTION = 0.1  # the wrong claim to find: the true sigma is so much smaller

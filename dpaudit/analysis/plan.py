@@ -1,7 +1,8 @@
 """Planning: how many canaries and guesses it takes to refute a claim that is wrong by so much, before any training.
 
-Guesses fixed by a plan cost nothing in validity: they depend on the number of canaries and the claim, never on scores.
-Every figure here is for canaries guessed as well as can be on separate directions; a weaker attack does worse.
+Guesses fixed by a plan cost nothing in validity: they depend on the number of canaries and the claim, never on
+scores. Rows of counts are for canaries guessed as well as can be on separate directions; a weaker attack does worse.
+Rows of the white-box game are its power as it is played, by the function that the game itself uses.
 """
 
 import math
@@ -12,11 +13,13 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
+from pydantic import Field
 
 from dpaudit.analysis.claim import (
     Alternative,
     Game,
     alternative_profile,
+    claimed_event,
     critical_errors,
     describe_alternative,
     null_profile,
@@ -25,6 +28,10 @@ from dpaudit.bounds import mahloujifar, order_statistic, steinke
 from dpaudit.bounds.profile import GaussianProfile, Profile
 from dpaudit.documents import Claim, Document, Part
 from dpaudit.errors import rejected
+from dpaudit.evidence.channel import Channel
+from dpaudit.evidence.game import SPARE, Rule
+from dpaudit.evidence.power import white_box_power
+from dpaudit.verdict import POWER_NEEDED
 
 SHARES = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 SIZES = (50, 100, 200, 500, 1000, 2000, 5000, 10000)
@@ -35,11 +42,11 @@ class PlanRow(Part):
     """One number of canaries with one theory."""
 
     canaries: int
-    top: int
-    bottom: int
+    top: int | None = Field(description="Highest scores to guess in; null: the theory counts no guesses.")
+    bottom: int | None
     theory: str
     power: float
-    expected_p: float
+    expected_p: float | None = Field(description="p-value at the expected number of errors; null: not counted.")
 
 
 class PlanDocument(Document):
@@ -109,7 +116,7 @@ def table(
     return [plan(claim, canaries=n, alpha=alpha, alternative=alternative, separate=separate) for n in sizes]
 
 
-def canaries_needed(rows: Sequence[Plan], power: float = 0.8) -> int | None:
+def canaries_needed(rows: Sequence[Plan], power: float = POWER_NEEDED) -> int | None:
     """The smallest number of canaries in the table with this power; None if none has it."""
     enough = [row.canaries for row in rows if row.power >= power]
     return min(enough) if enough else None
@@ -133,6 +140,26 @@ def bound_guesses(method: str, *, canaries: int, delta: float, confidence: float
         return order_statistic.mu_lower(errors=errors, **at)
 
     return max(candidates(canaries), key=bound)
+
+
+WHITE_BOX = "exact-likelihood"
+_PLANNED_GAMES = 200  # simulated for each row: a standard error of at most 3.6 points
+
+
+def white_box_rows(claim: Claim, *, alpha: float, alternative: Alternative, sizes: Sequence[int]) -> list[PlanRow]:
+    """The power of the white-box game as it is played, for each number of canaries; none where it can't be played."""
+    event = claimed_event(claim)
+    if event is None or alternative == "no-dp":
+        return []
+    channel = Channel(event.noise_multiplier, event.sample_rate, event.steps)
+    rows = []
+    for size in sizes:
+        rule = Rule(np.arange(size) % 2 == 1, SPARE)
+        rng = np.random.default_rng([0, size])
+        found = white_box_power(channel, rule, alpha=alpha, scale=float(alternative), rng=rng, games=_PLANNED_GAMES)
+        empty = {"top": None, "bottom": None, "expected_p": None}
+        rows.append(PlanRow(canaries=size, theory=WHITE_BOX, power=found.value, **empty))
+    return rows
 
 
 def parse_alternative(text: str) -> Alternative:
@@ -188,11 +215,14 @@ def document(
         for name, plans in theories.items()
         for row in plans
     ]
+    white = white_box_rows(claim, alpha=alpha, alternative=alternative, sizes=sizes)
+    needed = {name: canaries_needed(plans) for name, plans in theories.items()}
+    needed[WHITE_BOX] = min((row.canaries for row in white if row.power >= POWER_NEEDED), default=None)
     return PlanDocument(
         claim=claim,
         alternative=describe_alternative(alternative),
         alpha=alpha,
-        rows=tuple(rows),
-        canaries_needed={name: canaries_needed(plans) for name, plans in theories.items()},
+        rows=(*white, *rows),
+        canaries_needed=needed,
         guesses_to_exceed=guesses_to_exceed(claim.epsilon, delta=claim.delta, confidence=confidence),
     )

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from dpaudit.analysis.plan import PlanDocument
 
 THEORIES = {
-    "order-statistic": "canaries on separate directions (white-box)",
+    "exact-likelihood": "the white-box game as it is played, with its directions that hold no canary",
+    "order-statistic": "score files whose canaries act on separate directions",
     "f-dp": "any canaries, whatever they do to each other",
 }
 
@@ -91,7 +92,9 @@ def show(document: "PlanDocument", confidence: float) -> None:
         console.say(f"  {'canaries':>9} {'top':>7} {'bottom':>7} {'power':>7}  expected p")
         for row in document.rows:
             if row.theory == theory:
-                console.say(f"  {row.canaries:>9} {row.top:>7} {row.bottom:>7} {row.power:>7.1%}  {row.expected_p:.2g}")
+                top, bottom = ("-" if side is None else side for side in (row.top, row.bottom))
+                expected = "-" if row.expected_p is None else f"{row.expected_p:.2g}"
+                console.say(f"  {row.canaries:>9} {top:>7} {bottom:>7} {row.power:>7.1%}  {expected}")
         needed = document.canaries_needed[theory]
         console.say(
             "  80 % power: " + (f"{needed} canaries" if needed else f"more than {document.rows[-1].canaries} canaries")
@@ -101,7 +104,7 @@ def show(document: "PlanDocument", confidence: float) -> None:
         f"\nA bound that assumes nothing passes the claimed eps with confidence {confidence:g} only with "
         + (f"{exceed} guesses, all right." if exceed else "more guesses than any game has.")
     )
-    console.say("Power is that of an ideal attack; a real one finds less.")
+    console.say("Power of counted guesses is that of an ideal attack; a real one finds less.")
     console.say(console.LIMIT_SENTENCE)
 
 
@@ -117,7 +120,7 @@ def draw(document: "PlanDocument", path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for (theory, meaning), marker in zip(THEORIES.items(), "os", strict=True):
+    for (theory, meaning), marker in zip(THEORIES.items(), "Dos", strict=True):
         rows = [row for row in document.rows if row.theory == theory]
         axes.plot([r.canaries for r in rows], [r.power for r in rows], marker=marker, label=f"{theory}: {meaning}")
     axes.axhline(0.8, color="grey", linestyle=":", linewidth=1)

@@ -1,12 +1,12 @@
 """The coins' evidence inverted over sigma: an upper limit of the noise, hence a lower bound of eps.
 
-For each sigma0 three statistics ask whether the coins are more determined than sigma0 allows: the likelihood ratio of a
-mixture of smaller sigma, which is sharp near sigma0; and, for noise that is far smaller than sigma0, so that L itself is
-too low by a constant, the covariance of coins with L and the number of heads. The law of all given what was seen is that of
-independent coins with probabilities expit(L) at sigma0; it is drawn by Monte Carlo (Barnard's test, so a p-value is
-valid whatever the number of draws), and the three share the error in parts fixed here. The limit is the largest sigma0
-that is not refuted. It lies below the true sigma only if the true sigma itself is refuted, which happens with
-probability at most `level`: the bound is exact within "DP-SGD with this q and T, unknown sigma".
+For each sigma0 three statistics ask whether the coins are more determined than sigma0 allows: the likelihood ratio of
+a mixture of smaller sigma, which is sharp near sigma0; and, for noise that is far smaller than sigma0, so that L
+itself is too low by a constant, the covariance of coins with L and the number of heads. The law of all given what was
+seen is that of independent coins with probabilities expit(L) at sigma0; it is drawn by Monte Carlo (Barnard's test,
+so a p-value is valid whatever the number of draws), and the three share the error in parts fixed here. The limit is
+the largest sigma0 that is not refuted. It lies below the true sigma only if the true sigma itself is refuted, which
+happens with probability at most `level`: the bound is exact within "DP-SGD with this q and T, unknown sigma".
 """
 
 from functools import partial
