@@ -10,7 +10,7 @@ from pydantic import Field
 from attacks.bugs.black_box import CanaryResult, canary_game
 from attacks.bugs.game import ALPHA, release_game
 from attacks.bugs.paths import PathRow
-from attacks.bugs.table import Bug
+from attacks.bugs.row import Bug
 from attacks.contract import run_checks
 from attacks.contract.influence import ISOLATION, OUTSIDE, Bench
 from attacks.contract.probe import Probe

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from attacks.bugs import correct, correct_opacus
 from attacks.bugs.benchmark import ControlRow
 from attacks.bugs.game import release_game
 from attacks.contract import run_checks, verdict
@@ -35,6 +36,31 @@ CONTROLS: tuple[Control, ...] = (
     Control("hugging face trainer", huggingface.factory, slow=True),
     Control("vision-language dp-sgd", vlm.dp_sgd, slow=True),
     Control("vision-language dual-priv", vlm.dual_priv, slow=True),
+    # what looks suspicious and is not
+    Control("gradient accumulation, noise once", correct.Accumulated),
+    Control("opacus loop with a memory manager", correct_opacus.Managed),
+    Control("bf16 autocast", correct.Autocast),
+    Control("float64 sums", correct.DoublePrecision),
+    Control("noise in four workers' shares", correct.SharesOfNoise),
+    Control("torch generator seeded by the system", correct.SystemSeeded),
+    Control("tied head, whole norm", correct.TiedHead),
+    Control("a budget of C / 2 a block", correct.BlockBudgets),
+    Control("augmentations averaged inside the unit", correct.AugmentedInside),
+    Control("dropout by a public mask a step", correct.StepDropout),
+    Control("replace-one, accounted as such", correct.ReplaceOne),
+    Control("poisson by size and subset, unsorted", correct.SizeThenSubset),
+    Control("poisson by geometric gaps", correct.GeometricGaps),
+    Control("poisson over public slots, reversed", correct.PublicSlots),
+    Control("nesterov momentum 0.9", correct.Nesterov),
+    Control("adamw, weight decay", correct.AdamW),
+    Control("warm-up and cosine of the learning rate", correct.WarmUp),
+    Control("sign of the noisy gradient", correct.SignOfNoisy),
+    Control("error feedback of the noisy gradient", correct.NoisyFeedback),
+    Control("learning rate by the noisy gradient", correct.RateFollowsNoisy),
+    Control("moving average of noisy weights", correct.Averaged),
+    Control("polyak averaging that starts late", correct.LatePolyak),
+    Control("head unfrozen late, clipped and noised", correct.LateHead),
+    Control("frozen body", correct.FrozenBody),
 )
 
 
