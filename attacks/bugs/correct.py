@@ -158,6 +158,14 @@ class StepDropout(Compact):
         mask = np.random.default_rng([41, self.step_count]).random(FEATURES) < 0.8
         return x * torch.from_numpy(mask / 0.8).float(), y, owner, weight
 
+    def gradient(self, record: Record) -> Mapping[str, Tensor]:
+        """Of the next step."""
+        self.step_count += 1
+        try:
+            return super().gradient(record)
+        finally:
+            self.step_count -= 1
+
 
 class DoublePrecision(Compact):
     """The sum, the noise and the weights in float64."""
