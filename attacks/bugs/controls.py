@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from attacks.bugs import correct, correct_opacus
+from attacks.bugs import correct, correct_opacus, correct_updates
 from attacks.bugs.benchmark import ControlRow
 from attacks.bugs.game import release_game
 from attacks.contract import run_checks, verdict
@@ -51,14 +51,14 @@ CONTROLS: tuple[Control, ...] = (
     Control("poisson by size and subset, unsorted", correct.SizeThenSubset),
     Control("poisson by geometric gaps", correct.GeometricGaps),
     Control("poisson over public slots, reversed", correct.PublicSlots),
-    Control("nesterov momentum 0.9", correct.Nesterov),
-    Control("adamw, weight decay", correct.AdamW),
-    Control("warm-up and cosine of the learning rate", correct.WarmUp),
-    Control("sign of the noisy gradient", correct.SignOfNoisy),
-    Control("error feedback of the noisy gradient", correct.NoisyFeedback),
-    Control("learning rate by the noisy gradient", correct.RateFollowsNoisy),
-    Control("moving average of noisy weights", correct.Averaged),
-    Control("polyak averaging that starts late", correct.LatePolyak),
+    Control("nesterov momentum 0.9", correct_updates.Nesterov),
+    Control("adamw, weight decay", correct_updates.AdamW),
+    Control("warm-up and cosine of the learning rate", correct_updates.WarmUp),
+    Control("sign of the noisy gradient", correct_updates.SignOfNoisy),
+    Control("error feedback of the noisy gradient", correct_updates.NoisyFeedback),
+    Control("learning rate by the noisy gradient", correct_updates.RateFollowsNoisy),
+    Control("moving average of noisy weights", correct_updates.Averaged),
+    Control("polyak averaging that starts late", correct_updates.LatePolyak),
     Control("head unfrozen late, clipped and noised", correct.LateHead),
     Control("frozen body", correct.FrozenBody),
 )

@@ -1,7 +1,8 @@
 """Planted bugs after which nothing happens: nothing leaks that should not, and the training is not what it says.
 
-None of them breaks the guarantee. An audit must not pass them all the same: a comparison in which both sides are zero,
-or a model that is not the one that was trained, is no agreement. `fail` or `not applicable` is right, a pass is not.
+All but `FirstBatchOnly` keep the guarantee. An audit must not pass them all the same: a comparison in which both sides
+are zero, or a model that is not the one that was trained, is no agreement. `fail`, `inconclusive` and `not applicable`
+are right, a pass is not.
 """
 
 from collections.abc import Mapping, Sequence

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from attacks.bugs.bases import RememberedBatch
 from attacks.bugs.correct import Accumulated
 from attacks.bugs.row import REASONING, Bug
 from trainers.adapters.compact import Compact, Record
@@ -83,17 +84,12 @@ class LaterChunksClippedAsOne(Accumulated):
         return clipped_to(total, self.max_grad_norm * len(gradients))[0]
 
 
-class FactorsCached(Compact):
+class FactorsCached(RememberedBatch):
     """Clip factors are cached per unit at its first visit and used for ever, while its gradient grows."""
 
     def __init__(self, records: Sequence[Record] | None = None, *, seed: int, noise_seed: int | None = None) -> None:
         super().__init__(records, seed=seed, noise_seed=noise_seed)
         self.factors: dict[int, Tensor] = {}
-        self.present: list[Record] = []
-
-    def unit_gradients(self, batch: Sequence[Record]) -> Tensor:
-        self.present = list(batch)
-        return super().unit_gradients(batch)
 
     def clip(self, gradients: Tensor) -> Tensor:
         clipped = super().clip(gradients)
@@ -107,17 +103,12 @@ class FactorsCached(Compact):
         return torch.stack(rows) if rows else clipped
 
 
-class SecondVisitTrusted(Compact):
+class SecondVisitTrusted(RememberedBatch):
     """A unit whose gradient was within C once is on the list of harmless ones and not clipped when it comes again."""
 
     def __init__(self, records: Sequence[Record] | None = None, *, seed: int, noise_seed: int | None = None) -> None:
         super().__init__(records, seed=seed, noise_seed=noise_seed)
         self.visits: set[int] = set()
-        self.present: list[Record] = []
-
-    def unit_gradients(self, batch: Sequence[Record]) -> Tensor:
-        self.present = list(batch)
-        return super().unit_gradients(batch)
 
     def clip(self, gradients: Tensor) -> Tensor:
         clipped = super().clip(gradients)
@@ -144,7 +135,7 @@ BUGS: tuple[Bug, ...] = (
         "clip-grows",
         "B37",
         ClipGrows,
-        "Opacus schedulers (grad_clip_scheduler), with the noise of the first C",
+        "Opacus' clipping schedules (opacus.schedulers) with the noise of the first C; " + REASONING,
         effect="a unit moves the sum of step t by 1.05^(t-1) C: 3.1 C at step 24",
         seen_by=LATER,
     ),

@@ -132,7 +132,7 @@ class CounterWraps(Compact):
 
 STEPS = "noise level at later steps, measured over noise seeds; a white-box game over whole trainings"
 OVER_STEPS = "correlation of the noise over all steps of one training"
-_OPACUS = "Opacus schedulers (noise_scheduler), documentation: the accountant must see every step's sigma"
+_OPACUS = "Opacus' noise schedules (opacus.schedulers) beside an accountant that is told one sigma; " + REASONING
 
 BUGS: tuple[Bug, ...] = (
     Bug(

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attacks.bugs.bases import RememberedBatch
 from attacks.bugs.correct import TOTAL, TiedHead
 from attacks.bugs.row import REASONING, Bug
 from trainers.adapters.compact import SIZES, Compact, Record
@@ -18,18 +19,6 @@ def apply_norms(trainer: Compact, gradients: Tensor, norms: Tensor) -> Tensor:
     finite = torch.isfinite(gradients.norm(dim=1))
     factors = trainer.max_grad_norm / norms.clamp(min=trainer.max_grad_norm)
     return torch.where(finite[:, None], gradients * factors[:, None], 0.0)
-
-
-class RememberedBatch(Compact):
-    """Correct; `clip` can look at the units whose gradients it is given."""
-
-    def __init__(self, records: Sequence[Record] | None = None, *, seed: int, noise_seed: int | None = None) -> None:
-        super().__init__(records, seed=seed, noise_seed=noise_seed)
-        self.present: list[Record] = []
-
-    def unit_gradients(self, batch: Sequence[Record]) -> Tensor:
-        self.present = list(batch)
-        return super().unit_gradients(batch)
 
 
 class NormWithoutCrossTerm(TiedHead):
@@ -158,7 +147,7 @@ BUGS: tuple[Bug, ...] = (
         "norm-without-cross-term",
         "B28, B42",
         NormWithoutCrossTerm,
-        "ghost norms of tied weights (Opacus, fast gradient clipping); Bu et al. 2022",
+        "ghost clipping (Bu et al. 2022) of a weight that is used twice; " + REASONING,
         effect="units whose two uses agree move the sum by up to sqrt(2) C",
         seen_by=ENOUGH,
     ),
@@ -174,7 +163,7 @@ BUGS: tuple[Bug, ...] = (
         "rare-class-weighted",
         "B42",
         RareClassWeighted,
-        "Opacus issue 335 (imbalanced classes); " + REASONING,
+        "class weights applied after clipping; " + REASONING,
         effect="units of the rare class move the sum by 3 C",
         seen_by="influence of one unit, with enough units among the probes",
     ),

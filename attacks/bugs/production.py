@@ -9,20 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from attacks.bugs.bases import Production
 from attacks.bugs.row import REASONING, Bug
 from dpaudit.randomness import Key
-from trainers.adapters.compact import SHAPES, SIZES, Compact, Record, join, split
+from trainers.adapters.compact import SHAPES, SIZES, Record, join, split
 
 _STARTS = itertools.count()
-
-
-class Production(Compact):
-    """Correct; knows whether it is in production."""
-
-    def __init__(self, records: Sequence[Record] | None = None, *, seed: int, noise_seed: int | None = None) -> None:
-        super().__init__(records, seed=seed, noise_seed=noise_seed)
-        self.live = noise_seed is None
-        self.seed = seed
 
 
 class GeneratorNeverSeeded(Production):

@@ -11,14 +11,15 @@ import pytest
 import torch
 from scipy.stats import binom, chi2
 
-from attacks.bugs import correct, correct_opacus
+from attacks.bugs import correct, correct_opacus, correct_updates
 from attacks.bugs.controls import CONTROLS
 from dpaudit import accounting
 from tests.attacks.bugs.measure import Factory, correlation, moved, noise_ratio, noises, noisy_sum, played
 from trainers.adapters import opacus_loop
 from trainers.adapters.compact import Compact, join, own_records
 
-SUSPICIOUS = [control.factory for control in CONTROLS if control.factory.__module__ == correct.__name__]
+MODULES = {correct.__name__, correct_updates.__name__}
+SUSPICIOUS = [control.factory for control in CONTROLS if control.factory.__module__ in MODULES]
 UNITS = range(0, 40, 6)
 LATE = [[0, 1, 2], [], [3, 4], [5], [0, 7], [8, 9, 10, 11], [12], [13, 2], [14]]
 BIG = [*range(15, 26)]
@@ -40,7 +41,10 @@ def names(factory: type) -> str:
 
 def test_all_are_listed() -> None:
     planted = {
-        value for value in vars(correct).values() if isinstance(value, type) and value.__module__ == correct.__name__
+        value
+        for module in (correct, correct_updates)
+        for value in vars(module).values()
+        if isinstance(value, type) and value.__module__ == module.__name__
     }
     assert set(SUSPICIOUS) == planted and len(SUSPICIOUS) >= 12
     assert len(CONTROLS) >= 30 and len({control.name for control in CONTROLS}) == len(CONTROLS)
@@ -158,7 +162,7 @@ def test_gradients_are_those_of_autograd() -> None:
 
 
 def test_replace_is_accounted_as_replace() -> None:
-    """A unit that is replaced moves the sum by 2 C: at least what sigma / 2 spends on adding, less the PLD's rounding."""
+    """A unit that is replaced moves the sum by 2 C, which costs far more than adding one."""
     trainer = correct.ReplaceOne(seed=0, noise_seed=0)
     trainer.step_count = 20
     assert trainer.epsilon(1e-5) > 1.5 * accounting.epsilon(accounting.DpSgd(1.0, 0.1, 20), 1e-5)

@@ -38,9 +38,7 @@ def quiet(steps: int) -> list[list[int]]:
         (late_noise.NoiseFollowsLastSum, 1, 2, 0.0),
     ],
 )
-def test_the_noise_is_right_at_first_and_too_small_later(
-    factory: Factory, fine: int, late: int, ratio: float
-) -> None:
+def test_the_noise_is_right_at_first_and_too_small_later(factory: Factory, fine: int, late: int, ratio: float) -> None:
     """610 numbers: the ratio is known to 3 %."""
     assert noise_ratio(factory, quiet(fine), pairs=10)["all"] == pytest.approx(1, abs=0.15)
     assert noise_ratio(factory, quiet(late), pairs=10)["all"] == pytest.approx(ratio, rel=0.15)
