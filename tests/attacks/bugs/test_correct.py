@@ -9,11 +9,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binom, chi2
+from scipy.stats import binom, chi2, norm
 
 from attacks.bugs import correct, correct_opacus, correct_updates
 from attacks.bugs.controls import CONTROLS
-from dpaudit import accounting
 from tests.attacks.bugs.measure import Factory, correlation, moved, noise_ratio, noises, noisy_sum, played
 from trainers.adapters import opacus_loop
 from trainers.adapters.compact import Compact, join, own_records
@@ -23,6 +22,7 @@ SUSPICIOUS = [control.factory for control in CONTROLS if control.factory.__modul
 UNITS = range(0, 40, 6)
 LATE = [[0, 1, 2], [], [3, 4], [5], [0, 7], [8, 9, 10, 11], [12], [13, 2], [14]]
 BIG = [*range(15, 26)]
+SWITCH = (correct.LateHead, correct_updates.LatePolyak)  # change their ways after step 8
 
 
 def with_extremes(factory: Factory) -> Factory:
@@ -33,6 +33,11 @@ def with_extremes(factory: Factory) -> Factory:
         return factory([*own_records(), *extremes], seed=seed, noise_seed=noise_seed)  # type: ignore[no-any-return]
 
     return made
+
+
+def before(factory: Factory) -> list[list[int]]:
+    """A history beyond the step at which the trainer changes its ways, if it does."""
+    return LATE if factory in SWITCH else LATE[-3:]
 
 
 def names(factory: type) -> str:
@@ -55,28 +60,28 @@ def test_no_unit_moves_the_sum_by_more_than_c(factory: type) -> None:
     """Early and late, beside nobody and beside eleven units; NaN, infinity and huge values included."""
     made = with_extremes(factory)
     alone = [moved(made, [], [], unit) for unit in [*UNITS, *range(40, 46)]]
-    beside = [moved(made, LATE, BIG, unit) for unit in [*UNITS, *range(40, 46)]]
+    beside = [moved(made, before(factory), BIG, unit) for unit in [*UNITS, *range(40, 46)]]
     assert max(alone) <= 1 + 1e-5 and max(beside) <= 1 + 1e-5
     assert max(beside) > 0.5 or factory is correct.FrozenBody  # and units do count
 
 
 @pytest.mark.parametrize("factory", SUSPICIOUS, ids=names)
 def test_a_unit_counts_alike_whoever_is_beside_it(factory: type) -> None:
-    nobody, one = (noisy_sum(played(factory, [*LATE, batch])) for batch in ([], [30]))
-    beside, both = (noisy_sum(played(factory, [*LATE, batch])) for batch in (BIG, [*BIG, 30]))
+    nobody, one = (noisy_sum(played(factory, [*before(factory), batch])) for batch in ([], [30]))
+    beside, both = (noisy_sum(played(factory, [*before(factory), batch])) for batch in (BIG, [*BIG, 30]))
     assert np.allclose(np.nan_to_num(one - nobody), np.nan_to_num(both - beside), atol=2e-5)
 
 
 @pytest.mark.parametrize("factory", SUSPICIOUS, ids=names)
 def test_the_noise_is_at_least_as_claimed(factory: type) -> None:
     """72 numbers for the smallest ratio looked at: 0.75 is 3 deviations off, and the seeds are fixed."""
-    for batches in ([[]], [*LATE, BIG]):
+    for batches in ([[]], [*before(factory), BIG]):
         ratios = noise_ratio(factory, batches, pairs=12)
         body = ratios["w1"] if not math.isnan(ratios["w1"]) else ratios["w2"]
         assert 0.85 < body < 1.15
         assert math.isnan(ratios["w2"]) or ratios["w2"] > 0.75
-    rows = np.nan_to_num(noises(factory, 36))
-    worst = max(abs(correlation(rows[i], rows[j])) for i in range(36) for j in range(i))
+    rows = np.nan_to_num(noises(factory, 20))
+    worst = max(abs(correlation(rows[i], rows[j])) for i in range(20) for j in range(i))
     assert worst < (0.75 if factory is not correct.FrozenBody else 1.0)
     live = [noisy_sum(played(factory, [[]], noise_seed=None)) for _ in range(2)]
     assert not np.allclose(np.nan_to_num(live[0]), np.nan_to_num(live[1]))
@@ -162,11 +167,21 @@ def test_gradients_are_those_of_autograd() -> None:
 
 
 def test_replace_is_accounted_as_replace() -> None:
-    """A unit that is replaced moves the sum by 2 C, which costs far more than adding one."""
+    """One step by integration: a unit at +C with probability q against the same unit at -C, sigma = 1 (C = 1)."""
     trainer = correct.ReplaceOne(seed=0, noise_seed=0)
-    trainer.step_count = 20
-    assert trainer.epsilon(1e-5) > 1.5 * accounting.epsilon(accounting.DpSgd(1.0, 0.1, 20), 1e-5)
+    trainer.step_count = 1
     assert trainer.claim.relation == "replace"
+    x = np.linspace(-12, 12, 200_001)
+    plus, minus = (0.9 * norm.pdf(x) + 0.1 * norm.pdf(x, loc=sign) for sign in (1, -1))
+
+    def delta(epsilon: float) -> float:
+        return float(np.maximum(plus - math.exp(epsilon) * minus, 0).sum() * (x[1] - x[0]))
+
+    quoted = trainer.epsilon(1e-5)
+    assert delta(quoted) <= 1.001e-5 and delta(0.98 * quoted) > 1e-5
+    plain = Compact(seed=0, noise_seed=0)
+    plain.step_count = 1
+    assert plain.epsilon(1e-5) < quoted
 
 
 @pytest.mark.parametrize("size", [0, 1, 3, 4, 20])

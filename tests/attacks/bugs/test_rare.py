@@ -165,8 +165,8 @@ def laplace_spent(steps: int) -> float:
     ("factory", "steps", "truth"),
     [
         # a unit that takes a place of another moves the sum by 2 C where the others stand at -C: at least this is spent
-        (planted.FixedQuotesPoisson, 60, lambda: spent(0.5, 0.1, 60)),
-        (planted.ReplacedFixedQuotesPoisson, 60, lambda: spent(0.5, 0.1, 60)),
+        (planted.FixedQuotesPoisson, 10, lambda: spent(0.5, 0.1, 10)),
+        (planted.ReplacedFixedQuotesPoisson, 10, lambda: spent(0.5, 0.1, 10)),
         (planted.LaplaceNotComposed, 60, lambda: laplace_spent(60)),
         (planted.LaplaceAdvanced, 60, lambda: laplace_spent(60)),
         (planted.EpochsInParallel, 200, lambda: accounting.gaussian_epsilon(math.sqrt(20), DELTA)),
@@ -176,7 +176,7 @@ def laplace_spent(steps: int) -> float:
         (planted.WholeEpochsCounted, 9, lambda: spent(1.0, 0.1, 9)),
         (planted.HistoryOverwritten, 60, lambda: spent(1.0, 0.1, 60)),
         (planted.RateRoundedDown, 60, lambda: spent(1.0, 0.1, 60)),
-        (planted.AverageNoiseQuoted, 60, lambda: spent(0.6, 0.1, 30)),
+        (planted.AverageNoiseQuoted, 20, lambda: spent(0.6, 0.1, 10)),
     ],
 )
 def test_less_is_quoted_than_is_spent(factory: Factory, steps: int, truth: object) -> None:
