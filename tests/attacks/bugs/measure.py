@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from trainers.adapters.compact import SHAPES, Compact, join
+from trainers.adapters.compact import SHAPES, join
 
 Array = npt.NDArray[np.float64]
 Factory = Callable[..., Any]
@@ -71,7 +71,7 @@ def moved(factory: Factory, history: Sequence[Sequence[int]], batch: Sequence[in
         noisy_sum(played(factory, [*history, chosen])) for chosen in ([*batch, unit], [u for u in batch if u != unit])
     )
     claim = factory(seed=0, noise_seed=0).claim
-    return float(np.linalg.norm(np.nan_to_num(beside - alone))) / claim.max_grad_norm
+    return float(np.linalg.norm(np.nan_to_num(beside - alone)) / claim.max_grad_norm)
 
 
 def remembered(
@@ -79,7 +79,7 @@ def remembered(
 ) -> float:
     """How far the last step's sum differs between two histories of equal length at equal parameters, over C."""
     first, second = (noisy_sum(played(factory, [*history, last])) for history in (one, two))
-    return float(np.linalg.norm(np.nan_to_num(first - second))) / factory(seed=0, noise_seed=0).claim.max_grad_norm
+    return float(np.linalg.norm(np.nan_to_num(first - second)) / factory(seed=0, noise_seed=0).claim.max_grad_norm)
 
 
 def noises(factory: Factory, steps: int, *, noise_seed: int | None = 0) -> Array:
@@ -96,8 +96,3 @@ def noises(factory: Factory, steps: int, *, noise_seed: int | None = 0) -> Array
 def correlation(one: Array, two: Array) -> float:
     """Of two rows."""
     return float(one @ two / np.sqrt((one @ one) * (two @ two)))
-
-
-def is_compact(factory: Factory) -> bool:
-    """Whether it is a variation of the compact trainer."""
-    return isinstance(factory, type) and issubclass(factory, Compact)

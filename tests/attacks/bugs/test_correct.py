@@ -15,7 +15,7 @@ from attacks.bugs import correct, correct_opacus, correct_updates
 from attacks.bugs.controls import CONTROLS
 from tests.attacks.bugs.measure import Factory, correlation, moved, noise_ratio, noises, noisy_sum, played
 from trainers.adapters import opacus_loop
-from trainers.adapters.compact import Compact, join, own_records
+from trainers.adapters.compact import SHAPES, Compact, join, own_records, split
 
 MODULES = {correct.__name__, correct_updates.__name__}
 SUSPICIOUS = [control.factory for control in CONTROLS if control.factory.__module__ in MODULES]
@@ -75,7 +75,8 @@ def test_a_unit_counts_alike_whoever_is_beside_it(factory: type) -> None:
 @pytest.mark.parametrize("factory", SUSPICIOUS, ids=names)
 def test_the_noise_is_at_least_as_claimed(factory: type) -> None:
     """72 numbers for the smallest ratio looked at: 0.75 is 3 deviations off, and the seeds are fixed."""
-    for batches in ([[]], [*before(factory), BIG]):
+    histories: list[list[list[int]]] = [[[]], [*before(factory), BIG]]
+    for batches in histories:
         ratios = noise_ratio(factory, batches, pairs=12)
         body = ratios["w1"] if not math.isnan(ratios["w1"]) else ratios["w2"]
         assert 0.85 < body < 1.15
@@ -98,10 +99,10 @@ def test_what_is_published_follows_from_what_was_released(factory: type) -> None
         blocks = first.released()
         zeros = {name: torch.zeros_like(value) for name, value in second.last.items() if value is not None}
         known = {name: value for name, value in blocks.items() if value is not None}
-        full = {name: known.get(name, zeros.get(name)) for name in correct.SHAPES}
-        flat = join({n: v if v is not None else torch.zeros(correct.SHAPES[n]) for n, v in full.items()})
+        full = {name: known.get(name, zeros.get(name)) for name in SHAPES}
+        flat = join({n: v if v is not None else torch.zeros(SHAPES[n]) for n, v in full.items()})
         second.step_count += 1
-        second.last = dict(correct.split(flat))
+        second.last = dict(split(flat))
         second.update(flat, torch.full_like(flat, torch.nan))
     for name, value in first.parameters().items():
         assert torch.allclose(value, second.parameters()[name], atol=1e-6), name
@@ -142,14 +143,14 @@ def test_gradients_are_those_of_autograd() -> None:
 
     def slope(factory: type, tied: bool, shifts: tuple[float, ...], mask: torch.Tensor) -> torch.Tensor:
         weights = factory(seed=2, noise_seed=0).weights.double().requires_grad_()
-        blocks = correct.split(weights)
+        blocks = split(weights)
         head = blocks["w2"] + blocks["b1"] if tied else blocks["w2"]
         loss = torch.zeros((), dtype=torch.float64)
         for shift in shifts:
             hidden = torch.tanh(((record.x + shift) * mask).double() @ blocks["w1"].T + blocks["b1"])
             loss = loss + (0.5 * (hidden @ head + blocks["b2"] - record.y).square()).mean() / len(shifts)
         loss.backward()  # type: ignore[no-untyped-call]
-        assert weights.grad is not None
+        assert isinstance(weights.grad, torch.Tensor)
         return weights.grad
 
     every = torch.ones(8)

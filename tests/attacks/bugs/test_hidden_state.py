@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from attacks.bugs import hidden_state
-from tests.attacks.bugs.measure import Factory, moved, noise_ratio, noisy_sum, played, remembered
+from tests.attacks.bugs.measure import Array, Factory, moved, noise_ratio, noisy_sum, played, remembered
 from trainers.adapters.compact import Compact, own_records
 
 ONE = [[0, 1, 2, 3]] * 9
@@ -106,8 +106,8 @@ def test_it_stops_when_the_loss_does_not_fall() -> None:
 def test_the_sampler_is_poisson_at_first_and_follows_losses_later(factory: type[Compact]) -> None:
     """2000 draws: a rate of 0.1 is known to 0.007, six deviations are 0.04."""
 
-    def rates(trainer: Compact) -> np.ndarray:
-        return np.mean([np.isin(np.arange(40), trainer.sample()) for _ in range(2000)], axis=0)
+    def rates(trainer: Compact) -> Array:
+        return np.asarray(np.mean([np.isin(np.arange(40), trainer.sample()) for _ in range(2000)], axis=0))
 
     trainer = factory(seed=0, noise_seed=0)
     assert np.abs(rates(trainer) - 0.1).max() < 0.04
