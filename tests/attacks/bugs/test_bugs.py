@@ -20,7 +20,7 @@ from attacks.bugs import (
     sampling,
     updates,
 )
-from attacks.bugs.benchmark import document, run_bug
+from attacks.bugs.benchmark import BugRow, document, run_bug
 from attacks.bugs.controls import CONTROLS
 from attacks.bugs.game import ALPHA, release_game
 from attacks.bugs.table import BUGS, bug
@@ -114,6 +114,37 @@ def test_document_counts_what_was_caught() -> None:
     result = document(rows)
     assert (result.caught, result.caught_by_contract, len(result.bugs)) == (1, 1, 2)
     assert type(result).model_validate_json(result.to_json()) == result
+
+
+@pytest.mark.parametrize(
+    ("violation", "outcome", "contract", "stopped"),
+    [
+        (True, "fail", ("noise level",), True),
+        (True, "inconclusive", (), False),
+        (True, "pass", (), False),
+        (False, "inconclusive", (), True),
+        (False, "pass", (), False),
+        (False, None, (), False),
+    ],
+)
+def test_where_nothing_leaks_only_a_pass_is_a_miss(
+    violation: bool, outcome: str | None, contract: tuple[str, ...], stopped: bool
+) -> None:
+    row = BugRow(
+        name="one",
+        catalogue="B41",
+        what="Nothing.",
+        source="test",
+        violation=violation,
+        verdict=outcome,
+        caught=stopped,
+        contract=contract,
+        isolation=False,
+        game_p=None,
+        game=False,
+        seconds=0.0,
+    )
+    assert row.stopped is stopped and document([row]).caught_by_contract == stopped
 
 
 @pytest.mark.parametrize(
