@@ -2,11 +2,13 @@
 
     python benchmarks/planted_bugs.py                       # writes benchmarks/results/planted_bugs.json
     python benchmarks/planted_bugs.py --table               # prints the Markdown table of docs/planted-bugs.md
+    python benchmarks/planted_bugs.py --effects             # prints its tables of effects, which need no run
 
 Each row is written as soon as it is there, so an interrupted run goes on where it stopped.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ import torch
 from attacks.bugs.benchmark import BugRow, BugsDocument, ControlRow, add_canaries, document, run_bug
 from attacks.bugs.controls import CONTROLS, Control, run_control
 from attacks.bugs.paths import PATHS, run_path
+from attacks.bugs.row import Bug
 from attacks.bugs.table import BUGS
 from dpaudit import atomic
 
@@ -44,9 +47,13 @@ def main() -> None:
     parser.add_argument("--slow-seeds", type=int, default=50, help="seeds per control on a language model")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="only print the Markdown table of what is there")
+    parser.add_argument("--effects", action="store_true", help="only print what each bug does, and the controls")
     options = parser.parse_args()
     torch.set_num_threads(1)
     old = BugsDocument.read(options.out) if options.out.exists() else document(())
+    if options.effects:
+        print(effects(BUGS) + "\n" + suspicious(CONTROLS))
+        return
     if options.table:
         print(table(old))
         return
@@ -125,10 +132,41 @@ def table(result: BugsDocument) -> str:
     return "\n".join(lines)
 
 
+def effects(bugs: Sequence[Bug]) -> str:
+    """The Markdown tables of docs/planted-bugs.md that say what a bug does and who could see it, a kind each."""
+    kinds = dict.fromkeys(bug.kind for bug in bugs if bug.effect)
+    lines: list[str] = []
+    for kind in kinds:
+        lines += [f"### {kind[0].upper()}{kind[1:]}", ""]
+        lines += ["| bug | id | what | effect on the guarantee | could be seen by | source |", "|---" * 6 + "|"]
+        for bug in bugs:
+            if bug.effect and bug.kind == kind:
+                cells = [f"`{bug.name}`", bug.catalogue, bug.what, bug.effect, bug.seen_by or "", bug.source]
+                lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def suspicious(controls: Sequence[Control]) -> str:
+    """The Markdown table of the correct trainers that have a reason of their own to be there."""
+    lines = [
+        "### Correct, and suspicious at first sight",
+        "",
+        "| correct trainer | why it keeps the guarantee |",
+        "|---|---|",
+    ]
+    for control in controls:
+        if control.factory.__module__.startswith("attacks.bugs.correct"):
+            why = (control.factory.__doc__ or "").split("\n\n")[0]
+            lines.append(f"| {control.name} | {' '.join(why.split())} |")
+    return "\n".join(lines)
+
+
 def _markdown(row: BugRow, *, canaries: bool) -> str:
     failed = ", ".join(row.contract[:3]) + (f" and {len(row.contract) - 3} more" if len(row.contract) > 3 else "")
     game = "not played" if row.game_p is None else ("caught" if row.game else "-")
-    cells = [f"`{row.name}`", row.catalogue, row.what, row.source.replace("|", "/"), failed or "**none**"]
+    failed = failed or ("none: inconclusive" if row.stopped else "**none**")
+    cells = [f"`{row.name}`", row.catalogue, row.what, row.source.replace("|", "/"), failed]
     cells += ["caught" if row.isolation else "-", game]
     if canaries:
         cells.append("not played" if row.canaries_p is None else ("caught" if row.canaries else "-"))

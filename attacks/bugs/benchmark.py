@@ -10,8 +10,8 @@ from pydantic import Field
 from attacks.bugs.black_box import CanaryResult, canary_game
 from attacks.bugs.game import ALPHA, release_game
 from attacks.bugs.paths import PathRow
-from attacks.bugs.table import Bug
-from attacks.contract import run_checks
+from attacks.bugs.row import Bug
+from attacks.contract import run_checks, verdict
 from attacks.contract.influence import ISOLATION, OUTSIDE, Bench
 from attacks.contract.probe import Probe
 from dpaudit.documents import Document, Part
@@ -26,7 +26,14 @@ class BugRow(Part):
     catalogue: str = Field(description="Ids of the catalogue in docs/planted-bugs.md.")
     what: str
     source: str
-    caught: bool
+    kind: str = Field(default="", description="Kind of fault, as in docs/planted-bugs.md.")
+    effect: str | None = Field(default=None, description="What becomes of the guarantee.")
+    seen_by: str | None = Field(default=None, description="The kind of audit that could see it at all.")
+    violation: bool = Field(
+        default=True, description="False: nothing leaks, but the training is not what it says, so a pass is wrong."
+    )
+    verdict: str | None = Field(default=None, description="Of the step contract: pass, fail or inconclusive.")
+    caught: bool = Field(description="An audit says so; where nothing leaks, the contract does not say pass.")
     contract: tuple[str, ...] = Field(description="Checks of the step contract that failed.")
     isolation: bool = Field(description="Exact replay alone: another record, or one outside the batch, reaches a unit.")
     game_p: float | None = Field(description="p-value of the white-box release game; null = not played.")
@@ -37,6 +44,11 @@ class BugRow(Part):
     canaries: bool = Field(default=False, description="Whether that game refutes the claim at the same level.")
     why_not: str | None = Field(default=None, description="Why no audit can see it, where that is so.")
     seconds: float
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the step contract alone is enough: a check fails, or, where nothing leaks, it does not pass."""
+        return bool(self.contract) or (not self.violation and self.verdict not in (None, "pass"))
 
 
 class ControlRow(Part):
@@ -89,14 +101,21 @@ def run_bug(row: Bug, *, seed: int = 0, game: bool = True) -> BugRow:
         warnings.simplefilter("ignore")  # a bug may divide by zero; that is its business
         probe = Probe(row.factory, seed=seed)
         checks = run_checks(probe)
+        outcome = verdict(checks)
         failed = tuple(check.name for check in checks if check.status == "fail")
         played = release_game(probe, Bench(probe), seed=seed) if game and not row.slow else None
-    caught = bool(failed) or (played is not None and played.caught)
+    stopped = bool(failed) or (not row.violation and outcome != "pass")
+    caught = stopped or (played is not None and played.caught)
     return BugRow(
         name=row.name,
         catalogue=row.catalogue,
         what=row.what,
         source=row.source,
+        kind=row.kind,
+        effect=row.effect,
+        seen_by=row.seen_by,
+        violation=row.violation,
+        verdict=outcome,
         caught=caught,
         contract=failed,
         isolation=any(name in REPLAY for name in failed),
@@ -121,7 +140,7 @@ def document(
     return BugsDocument(
         bugs=tuple(rows),
         caught=sum(row.caught for row in rows),
-        caught_by_contract=sum(bool(row.contract) for row in rows),
+        caught_by_contract=sum(row.stopped for row in rows),
         controls=tuple(controls),
         token_paths=tuple(token_paths),
     )

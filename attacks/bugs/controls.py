@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from attacks.bugs import correct, correct_opacus, correct_updates
 from attacks.bugs.benchmark import ControlRow
 from attacks.bugs.game import release_game
 from attacks.contract import run_checks, verdict
@@ -35,6 +36,31 @@ CONTROLS: tuple[Control, ...] = (
     Control("hugging face trainer", huggingface.factory, slow=True),
     Control("vision-language dp-sgd", vlm.dp_sgd, slow=True),
     Control("vision-language dual-priv", vlm.dual_priv, slow=True),
+    # what looks suspicious and is not
+    Control("gradient accumulation, noise once", correct.Accumulated),
+    Control("opacus loop with a memory manager", correct_opacus.Managed),
+    Control("bf16 autocast", correct.Autocast),
+    Control("float64 sums", correct.DoublePrecision),
+    Control("noise in four workers' shares", correct.SharesOfNoise),
+    Control("torch generator seeded by the system", correct.SystemSeeded),
+    Control("tied head, whole norm", correct.TiedHead),
+    Control("a budget of C / 2 a block", correct.BlockBudgets),
+    Control("augmentations averaged inside the unit", correct.AugmentedInside),
+    Control("dropout by a public mask a step", correct.StepDropout),
+    Control("replace-one, accounted as such", correct.ReplaceOne),
+    Control("poisson by size and subset, unsorted", correct.SizeThenSubset),
+    Control("poisson by geometric gaps", correct.GeometricGaps),
+    Control("poisson over public slots, reversed", correct.PublicSlots),
+    Control("nesterov momentum 0.9", correct_updates.Nesterov),
+    Control("adamw, weight decay", correct_updates.AdamW),
+    Control("warm-up and cosine of the learning rate", correct_updates.WarmUp),
+    Control("sign of the noisy gradient", correct_updates.SignOfNoisy),
+    Control("error feedback of the noisy gradient", correct_updates.NoisyFeedback),
+    Control("learning rate by the noisy gradient", correct_updates.RateFollowsNoisy),
+    Control("moving average of noisy weights", correct_updates.Averaged),
+    Control("polyak averaging that starts late", correct_updates.LatePolyak),
+    Control("head unfrozen late, clipped and noised", correct.LateHead),
+    Control("frozen body", correct.FrozenBody),
 )
 
 

@@ -1,40 +1,33 @@
-"""The planted bugs: one row each, with where it happened. Catalogue ids (B1 to B35) are those of docs/planted-bugs.md.
+"""The planted bugs: one row each, with where it happened. Catalogue ids (B1 to B43) are those of docs/planted-bugs.md.
 
 A source marked "design reasoning" is a fault that follows from the mechanism and for which no public case was found.
-`out_of_reach`: what no test of single steps can see, and why. `slow`: on the vision-language model, seconds each.
+What shows in the first step, in the sampler or in eps is listed here; rows of what is late, large, rare or only in
+production stand in the modules that have them. Fields: attacks/bugs/row.py.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
-from attacks.bugs import clipping, fusion, isolation, noise, sampling, updates
-
-REASONING = "design reasoning; no public case found"
-
-
-@dataclass(frozen=True)
-class Bug:
-    """One planted bug. factory: the trainer protocol's factory."""
-
-    name: str
-    catalogue: str
-    factory: Callable[..., Any]
-    source: str
-    out_of_reach: str | None = None
-    slow: bool = False
-
-    @property
-    def what(self) -> str:
-        """One line, from the class's own documentation."""
-        return " ".join((self.factory.__doc__ or "").split())
-
+from attacks.bugs import (
+    accounting,
+    clipping,
+    dead,
+    fusion,
+    hidden_state,
+    isolation,
+    late_clipping,
+    late_noise,
+    noise,
+    physical_batches,
+    probes,
+    production,
+    sampling,
+    updates,
+)
+from attacks.bugs.row import REASONING, Bug
 
 OPACUS_SIZE = "Opacus issues 420, 571 (1.2 claimed, 2.5 measured), 819 and PR 838"
 JAX = "jax-privacy documentation, sharp edges"
 REPLAY = "Re:cord-play (arXiv 2602.17454)"
 
-BUGS: tuple[Bug, ...] = (
+FIRST_STEP: tuple[Bug, ...] = (
     # clipping and unit
     Bug("batch-mean-clipped", "B1", clipping.BatchMeanClipped, "Tramèr et al. 2022 (claimed 0.21, audit above 2.79)"),
     Bug("microbatch-clipped", "B1, B20", clipping.MicrobatchClipped, "TensorFlow Privacy issues 81 and 620"),
@@ -151,6 +144,18 @@ BUGS: tuple[Bug, ...] = (
         slow=True,
     ),
     Bug("vlm-token-mean", "B7", fusion.fused_token_mean, "transformers' outputs.loss (measured: x 2.75)", slow=True),
+)
+
+BUGS: tuple[Bug, ...] = (
+    *FIRST_STEP,
+    *late_noise.BUGS,
+    *late_clipping.BUGS,
+    *physical_batches.BUGS,
+    *production.BUGS,
+    *hidden_state.BUGS,
+    *dead.BUGS,
+    *probes.BUGS,
+    *accounting.BUGS,
 )
 
 

@@ -91,4 +91,5 @@ def _line(row: "BugRow", width: int) -> str:
     game = "-" if row.game_p is None else ("caught" if row.game else "no")
     canaries = "-" if row.canaries_p is None else ("caught" if row.canaries else "no")
     failed = ", ".join(row.contract[:3]) + (f" and {len(row.contract) - 3} more" if len(row.contract) > 3 else "")
-    return f"{row.name.ljust(width)}  {row.catalogue:<8}  {game:<6}  {canaries:<8}  {failed or 'none'}"
+    failed = failed or ("none: inconclusive" if row.stopped else "none")
+    return f"{row.name.ljust(width)}  {row.catalogue:<8}  {game:<6}  {canaries:<8}  {failed}"

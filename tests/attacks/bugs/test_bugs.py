@@ -5,8 +5,22 @@ import inspect
 import pytest
 from scipy.stats import binom
 
-from attacks.bugs import clipping, isolation, noise, sampling, updates
-from attacks.bugs.benchmark import document, run_bug
+from attacks.bugs import (
+    accounting,
+    clipping,
+    dead,
+    hidden_state,
+    isolation,
+    late_clipping,
+    late_noise,
+    noise,
+    physical_batches,
+    probes,
+    production,
+    sampling,
+    updates,
+)
+from attacks.bugs.benchmark import BugRow, document, run_bug
 from attacks.bugs.controls import CONTROLS
 from attacks.bugs.game import ALPHA, release_game
 from attacks.bugs.table import BUGS, bug
@@ -15,6 +29,7 @@ from attacks.contract.influence import Bench
 from attacks.contract.probe import Probe
 from trainers.adapters import compact, zeroth_order
 from trainers.adapters.compact import Compact
+from trainers.adapters.opacus_loop import OpacusLoop
 
 # One bug a check at least, with the check that exists for it. benchmarks/planted_bugs.py runs all of them.
 EXPECTED = {
@@ -75,18 +90,22 @@ def test_what_is_out_of_reach_is_reported_as_missed(name: str) -> None:
 
 
 def test_the_table_holds_every_planted_class_once_with_a_source() -> None:
-    modules = (clipping, isolation, noise, updates, sampling)
+    first = (clipping, isolation, noise, updates, sampling)
+    later = (late_noise, late_clipping, physical_batches, production, hidden_state, dead, probes, accounting)
     planted = {
         value
-        for module in modules
+        for module in (*first, *later)
         for value in vars(module).values()
-        if inspect.isclass(value) and issubclass(value, Compact) and value.__module__ == module.__name__
+        if inspect.isclass(value) and issubclass(value, Compact | OpacusLoop) and value.__module__ == module.__name__
     }
     listed = [row.factory for row in BUGS if not row.slow]
     assert set(listed) == planted and len(listed) == len(set(listed))
-    assert len({row.name for row in BUGS}) == len(BUGS) >= 30
+    assert len({row.name for row in BUGS}) == len(BUGS) >= 150
     for row in BUGS:
-        assert row.source and row.what.endswith(".") and row.catalogue.startswith("B")
+        assert row.source and row.what.endswith(".") and row.catalogue.startswith("B") and row.kind
+    for row in (row for module in later for row in module.BUGS):
+        assert row.effect and row.seen_by and row.factory.__module__ in {module.__name__ for module in later}
+    assert {row.kind for row in BUGS if not row.violation} == {"nothing happened"}
     assert len(CONTROLS) >= 5
 
 
@@ -95,6 +114,37 @@ def test_document_counts_what_was_caught() -> None:
     result = document(rows)
     assert (result.caught, result.caught_by_contract, len(result.bugs)) == (1, 1, 2)
     assert type(result).model_validate_json(result.to_json()) == result
+
+
+@pytest.mark.parametrize(
+    ("violation", "outcome", "contract", "stopped"),
+    [
+        (True, "fail", ("noise level",), True),
+        (True, "inconclusive", (), False),
+        (True, "pass", (), False),
+        (False, "inconclusive", (), True),
+        (False, "pass", (), False),
+        (False, None, (), False),
+    ],
+)
+def test_where_nothing_leaks_only_a_pass_is_a_miss(
+    violation: bool, outcome: str | None, contract: tuple[str, ...], stopped: bool
+) -> None:
+    row = BugRow(
+        name="one",
+        catalogue="B41",
+        what="Nothing.",
+        source="test",
+        violation=violation,
+        verdict=outcome,
+        caught=stopped,
+        contract=contract,
+        isolation=False,
+        game_p=None,
+        game=False,
+        seconds=0.0,
+    )
+    assert row.stopped is stopped and document([row]).caught_by_contract == stopped
 
 
 @pytest.mark.parametrize(
