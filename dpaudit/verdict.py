@@ -137,6 +137,13 @@ def decide(
         return "unsupported", ("The proof behind the claim does not apply to what the code does.", *gaps)
     tests = [test for game in games if _speaks_of(claim, game) for test in marked(game.tests, alpha) if counts(test)]
     powered = [test for test in tests if test.power_low is not None and test.power_low >= POWER_NEEDED]
+    above = [test for game in games for test in game.tests if _above(test, claim)]
+    if above:
+        shown = "; ".join(f"{t.name}: eps >= {float(t.epsilon_lower or 0):.3g} at {t.confidence:.4g}" for t in above)
+        return "inconclusive", (
+            f"A bound lies above the claimed eps, at a confidence that does not refute by itself ({shown}): audit again "
+            "with fresh coins (--again).",
+        )
     if powered:
         names = "; ".join(
             dict.fromkeys(f"{test.name}: power {test.power:.0%}, earned by {test.control}" for test in powered)
@@ -146,6 +153,12 @@ def decide(
             "This is no proof of privacy.",
         )
     return "inconclusive", _why_inconclusive(games, tests)
+
+
+def _above(test: Test, claim: Claim) -> bool:
+    """Whether a bound that may stand as a headline contradicts the claim at its own confidence."""
+    fits = test.decides and not test.estimate and test.assumes in HEADLINE and test.delta >= claim.delta * (1 - 1e-9)
+    return fits and test.epsilon_lower is not None and float(test.epsilon_lower) > float(claim.epsilon)
 
 
 def _speaks_of(claim: Claim, game: GameDocument) -> bool:

@@ -210,7 +210,7 @@ def test_reasons_tell_the_numbers_and_the_control() -> None:
 def test_the_document_is_a_function_of_its_games() -> None:
     run = RunInfo(name="r", method="dp-sgd", config_sha256="0" * 64)
     control = Control(name="liveness", outcome="earned", measured="1 C", allowed="1 C", explanation="-")
-    games = [a_game(QUIET, controls=(control,)), a_game(REFUTING, number=2, coins="b", about="procedure")]
+    games = [a_game(QUIET, controls=(control,)), a_game(a_test(e_value=1e6), number=2, coins="b", about="procedure")]
     made = [
         verdict.document(run=run, claim=CLAIM, alpha=ALPHA, confidence=0.95, games=games, ledger=[FINE]) for _ in (1, 2)
     ]
