@@ -141,7 +141,7 @@ def decide(
     if above:
         shown = "; ".join(f"{t.name}: eps >= {float(t.epsilon_lower or 0):.3g} at {t.confidence:.4g}" for t in above)
         return "inconclusive", (
-            f"A bound lies above the claimed eps, at a confidence that does not refute by itself ({shown}): audit again "
+            f"A bound lies above the claimed eps, at a confidence too low to refute by itself ({shown}): audit again "
             "with fresh coins (--again).",
         )
     if powered:

@@ -24,7 +24,7 @@ from dpaudit.bounds.profile import DiscreteProfile, Profile, epsilon_delta
 from dpaudit.documents import Claim, Test
 from dpaudit.errors import rejected
 from dpaudit.evidence import calibrate
-from dpaudit.verdict import wanted
+from dpaudit.verdict import reached, wanted
 
 # The wrong claim that an audit must be able to find: a true sigma of so many times the claimed one (0 = clipped, but
 # the noise is missing), or no DP at all (nothing clipped, every member trains in every epoch).
@@ -125,7 +125,8 @@ def critical_errors(profile: Profile, *, canaries: int, guesses: int, alpha: flo
     low, high = -1, guesses
     while high - low > 1:
         middle = (low + high) // 2
-        if Game(canaries, guesses, guesses - middle).read_by(separate=separate).p_value(profile) <= alpha:
+        p = Game(canaries, guesses, guesses - middle).read_by(separate=separate).p_value(profile)
+        if reached(p, alpha):
             low = middle
         else:
             high = middle
