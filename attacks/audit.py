@@ -175,7 +175,12 @@ def _with_canaries(
         twin = RunFolder.open(place)
         if not twin.finished:
             log(f"going on with {place}")
-            twin = resume_run(place, reporter=reporter)
+            begun = twin.ledger.exists()  # else it was stopped before its first step
+            twin = (
+                resume_run(place, reporter=reporter)
+                if begun
+                else start_run(read_config(twin), place, reporter=reporter)
+            )
         return twin, PROCEDURE
     wanted = twin_config(config, options.count or TWIN_COUNT)
     log(f"training a twin with {wanted.canaries.count} canary candidates in {place}: this audits {PROCEDURE}")

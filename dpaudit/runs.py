@@ -9,6 +9,7 @@ import errno
 import fcntl
 import json
 import os
+import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,54 @@ from dpaudit.errors import EnvironmentFailure, UsageError
 
 MODEL_COMPLETE = "complete.json"
 WAIT_FOR_LOCK = "DPAUDIT_WAIT_FOR_LOCK"
+PARTS = ("release", "private")
+MOST_FILES = 200_000  # in a part; a run of many references has a few thousand
+
+
+def require_plain(folder: Path) -> None:
+    """UsageError unless `folder` and all below it are ordinary files and folders: no links, devices, pipes, sockets.
+
+    A folder that somebody else prepared could otherwise have other files read into a page, truncated or overwritten.
+    A folder that is not there is fine.
+    """
+    kind = _kind(folder)
+    if kind == "nothing":
+        return
+    if kind != "folder":
+        raise UsageError(f"{folder}: is {kind}; accepted in a run: ordinary files and folders")
+    waiting, count = [folder], 0
+    while waiting:
+        for entry in _entries(waiting.pop()):
+            count += 1
+            found = _kind(entry)
+            if found == "folder":
+                waiting.append(entry)
+            elif found not in ("file", "nothing"):
+                raise UsageError(f"{entry}: is {found}; accepted in a run: ordinary files and folders")
+        if count > MOST_FILES:
+            raise UsageError(f"{folder}: holds more than {MOST_FILES:,} files, which no run does")
+
+
+def _kind(path: Path) -> str:
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:  # or removed meanwhile by another process
+        return "nothing"
+    except OSError as error:
+        raise atomic.failure(path, error, "read") from error
+    if stat.S_ISLNK(mode):
+        return "a symbolic link"
+    names = ((stat.S_ISREG, "file"), (stat.S_ISDIR, "folder"))
+    return next((name for test, name in names if test(mode)), "a device, pipe or socket")
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise atomic.failure(folder, error, "read") from error
 
 
 def _from(start: Path, given: str | None) -> str | None:
@@ -109,11 +158,36 @@ class RunFolder:
         if names and not run._looks_like_a_run(names):
             raise UsageError(f"--out {path}: is not empty and not a run folder; choose a new or empty folder")
         atomic.make_folder(path)
-        atomic.make_folder(run.private, mode=0o700)
-        atomic.make_folder(run.release)
-        atomic.make_folder(run.model)
-        atomic.make_folder(run.checkpoints, mode=0o700)
+        run.require_plain()
+        run.make_parts()
         return run
+
+    def make_parts(self) -> None:
+        """Make what is missing of the folders. UsageError where `private/` is not ours alone (`require_private`)."""
+        atomic.make_folder(self.private, mode=0o700)
+        self.require_private()
+        atomic.make_folder(self.release)
+        atomic.make_folder(self.model)
+        atomic.make_folder(self.checkpoints, mode=0o700)
+
+    def require_plain(self) -> None:
+        """UsageError unless both parts hold ordinary files and folders only; twins are runs of their own."""
+        for name in PARTS:
+            require_plain(self.path / name)
+
+    def require_private(self) -> None:
+        """UsageError unless `private/` belongs to this user and is closed to all others: noise keys lie there."""
+        try:
+            info = self.private.lstat()
+        except OSError as error:
+            raise atomic.failure(self.private, error, "read") from error
+        if info.st_uid != os.geteuid():
+            raise UsageError(f"{self.private}: belongs to another user; train in a folder of your own")
+        if stat.S_IMODE(info.st_mode) & 0o077:
+            raise UsageError(
+                f"{self.private}: has mode {stat.S_IMODE(info.st_mode):04o}, so others may read or write the noise key; "
+                "accepted: 0700, on a file system that keeps modes; train in a new folder"
+            )
 
     def write_config(self, config: RunConfig) -> None:
         """Write the configuration of a new run.
@@ -153,6 +227,7 @@ class RunFolder:
         run = cls(path)
         if not path.is_dir():
             raise UsageError(f"run {path}: no such folder")
+        run.require_plain()
         if not run.config.is_file():
             raise UsageError(f"run {path}: not a run folder (release/config.yaml is missing)")
         try:
@@ -167,7 +242,7 @@ class RunFolder:
         # A creation that was interrupted before the configuration was written. `private` comes first and has mode
         # 0700, which tells it from somebody's build folder that happens to have a `release`.
         return (
-            names <= {"release", "private"} and self.private.is_dir() and self.private.stat().st_mode & 0o777 == 0o700
+            names <= {"release", "private"} and self.private.is_dir() and self.private.lstat().st_mode & 0o777 == 0o700
         )
 
     @contextlib.contextmanager
@@ -179,13 +254,14 @@ class RunFolder:
         """
         path = self.private / "lock"
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            descriptor = atomic.open_own(path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise atomic.failure(path, error) from error
         try:
             self._take(descriptor, path)
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+            self.require_plain()
             atomic.remove_leftovers(self.path)
             self._settle()
             yield
@@ -195,7 +271,7 @@ class RunFolder:
     def _in_use(self) -> bool:
         """Whether another process holds the lock at this moment."""
         try:
-            descriptor = os.open(self.private / "lock", os.O_RDONLY)
+            descriptor = atomic.open_own(self.private / "lock", os.O_RDONLY)
         except OSError:
             return False
         try:
@@ -264,6 +340,11 @@ class RunFolder:
             raise ValueError("a model without files can't be complete")
         self._list(checksums.SUMS, {f"{self.model.name}/{name}": value for name, value in hashes.items()})
         atomic.write_text(self.model / MODEL_COMPLETE, json.dumps({"sha256": hashes}, indent=2) + "\n")
+
+    def traces(self) -> tuple[Path, ...]:
+        """What only a training leaves that drew its key: the key itself, training curves, checkpoints."""
+        kept = sorted(self.checkpoints.glob("*")) if self.checkpoints.is_dir() else []
+        return tuple(path for path in (self.noise_key, self.metrics, *kept) if os.path.lexists(path))
 
     def discard_damaged_checkpoints(self) -> tuple[str, ...]:
         """Delete checkpoints whose tensors are not those written; returns their names. The caller holds the lock.

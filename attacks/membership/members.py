@@ -111,7 +111,7 @@ def member_twin(
     twin = RunFolder(place)
     if twin.config.is_file() and twin.finished:
         return RunFolder.open(place)
-    if twin.config.is_file() and twin.ledger.is_file():
+    if twin.config.is_file() and twin.ledger.is_file() and twin.noise_key.is_file():
         log(f"going on with {place}")
         return _resume(RunFolder.open(place), reporter)
     if place.exists():
