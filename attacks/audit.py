@@ -4,7 +4,6 @@ An audit without canaries of its own trains a twin with them first: the same con
 It then speaks of the training procedure and not of the weights that were released.
 """
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +32,7 @@ from dpaudit.documents import (
     Validity,
 )
 from dpaudit.executors import Executor
-from dpaudit.runs import RunFolder
+from dpaudit.runs import RunFolder, discard
 from trainers import data
 from trainers.plan import make_plan
 from trainers.progress import Reporter
@@ -151,7 +150,7 @@ def _white_box_twin(
         return twin
     if place.exists():
         log(f"{place}: interrupted; its scores cover some steps only, so it starts over")
-        shutil.rmtree(place)
+        discard(place)
     count = options.count or DEFAULT_COUNT
     log(f"training a twin with {count} gradient canaries in {place}: this audits {PROCEDURE}")
     return train_twin(

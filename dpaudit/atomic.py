@@ -118,6 +118,11 @@ def replacing(path: Path, mode: int = 0o644) -> Iterator[Path]:
             os.close(owner)
 
 
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is one that `replacing` has not finished."""
+    return name.startswith(".") and name.endswith(_SUFFIX)
+
+
 def _remove_abandoned(path: Path) -> None:
     """Delete what a killed process left of an earlier attempt at the same file: nobody holds its lock any more."""
     for left in path.parent.glob(f".{glob.escape(path.name[:100])}.*{_SUFFIX}"):

@@ -9,13 +9,14 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpaudit import atomic, checksums
+from dpaudit import atomic, checksums, folders
 from dpaudit.config import RunConfig, read_yaml, resolve
 from dpaudit.documents import Document
 from dpaudit.errors import EnvironmentFailure, UsageError
@@ -23,53 +24,16 @@ from dpaudit.errors import EnvironmentFailure, UsageError
 MODEL_COMPLETE = "complete.json"
 WAIT_FOR_LOCK = "DPAUDIT_WAIT_FOR_LOCK"
 PARTS = ("release", "private")
-MOST_FILES = 200_000  # in a part; a run of many references has a few thousand
-
-
-def require_plain(folder: Path) -> None:
-    """UsageError unless `folder` and all below it are ordinary files and folders: no links, devices, pipes, sockets.
-
-    A folder that somebody else prepared could otherwise have other files read into a page, truncated or overwritten.
-    A folder that is not there is fine.
-    """
-    kind = _kind(folder)
-    if kind == "nothing":
-        return
-    if kind != "folder":
-        raise UsageError(f"{folder}: is {kind}; accepted in a run: ordinary files and folders")
-    waiting, count = [folder], 0
-    while waiting:
-        for entry in _entries(waiting.pop()):
-            count += 1
-            found = _kind(entry)
-            if found == "folder":
-                waiting.append(entry)
-            elif found not in ("file", "nothing"):
-                raise UsageError(f"{entry}: is {found}; accepted in a run: ordinary files and folders")
-        if count > MOST_FILES:
-            raise UsageError(f"{folder}: holds more than {MOST_FILES:,} files, which no run does")
-
-
-def _kind(path: Path) -> str:
-    try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError:  # or removed meanwhile by another process
-        return "nothing"
-    except OSError as error:
-        raise atomic.failure(path, error, "read") from error
-    if stat.S_ISLNK(mode):
-        return "a symbolic link"
-    names = ((stat.S_ISREG, "file"), (stat.S_ISDIR, "folder"))
-    return next((name for test, name in names if test(mode)), "a device, pipe or socket")
-
-
-def _entries(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir())
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise atomic.failure(folder, error, "read") from error
+# What dpaudit writes into the two parts, by name: `discard` removes a folder only where it knows all that is in it.
+RELEASED = {
+    "config.yaml", "claim.json", "ledger.json", "model", "audit.json", "benchmark.json", "environment.json", "games",
+    checksums.SUMS, checksums.NEXT,
+}  # fmt: skip
+KEPT = {
+    "coins.parquet", "scores.parquet", "membership.parquet", "answers.parquet", "metrics.jsonl", "noise.key", "lock",
+    "folders.json", "plan.json", "settings.json", "checkpoints", "features", "references", "adapter.tmp", "games",
+    "benchmark.log",
+}  # fmt: skip
 
 
 def _from(start: Path, given: str | None) -> str | None:
@@ -77,6 +41,32 @@ def _from(start: Path, given: str | None) -> str | None:
     if given is None or Path.cwd() == start or not (start / given).is_dir():
         return given
     return str(start / given)
+
+
+def discard(place: Path) -> None:
+    """Remove a folder that dpaudit made for itself and that holds nothing but a run: an unfinished twin.
+
+    UsageError, and nothing removed, where it is a link or holds anything that no run has at its top.
+    """
+    if folders.kind(place) != "folder":
+        raise UsageError(f"{place}: is {folders.kind(place)}; accepted: a folder that dpaudit made, or nothing")
+    run = RunFolder(place)
+    run.require_plain()
+    foreign = sorted(entry.name for entry in folders.entries(place) if entry.name not in PARTS)
+    foreign += sorted(f"release/{entry.name}" for entry in folders.entries(run.release) if entry.name not in RELEASED)
+    foreign += sorted(f"private/{entry.name}" for entry in folders.entries(run.private) if not _ours(entry.name))
+    if foreign:
+        raise UsageError(f"{place}: would start over, but holds {foreign[0]!r}, which is not of a run; move it away")
+    if run.private.is_dir():
+        with run.lock():
+            pass  # nobody else works on it
+    shutil.rmtree(place)
+
+
+def _ours(name: str) -> bool:
+    return (
+        name in KEPT or atomic.is_temporary(name) or name.startswith("benchmark-") or name.endswith("-scores.parquet")
+    )
 
 
 @dataclass(frozen=True)
@@ -173,7 +163,7 @@ class RunFolder:
     def require_plain(self) -> None:
         """UsageError unless both parts hold ordinary files and folders only; twins are runs of their own."""
         for name in PARTS:
-            require_plain(self.path / name)
+            folders.require_plain(self.path / name)
 
     def require_private(self) -> None:
         """UsageError unless `private/` belongs to this user and is closed to all others: noise keys lie there."""
@@ -185,7 +175,7 @@ class RunFolder:
             raise UsageError(f"{self.private}: belongs to another user; train in a folder of your own")
         if stat.S_IMODE(info.st_mode) & 0o077:
             raise UsageError(
-                f"{self.private}: has mode {stat.S_IMODE(info.st_mode):04o}, so others may read or write the noise key; "
+                f"{self.private}: has mode {stat.S_IMODE(info.st_mode):04o}, so others may reach the noise key; "
                 "accepted: 0700, on a file system that keeps modes; train in a new folder"
             )
 

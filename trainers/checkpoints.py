@@ -34,7 +34,10 @@ def save(
     *,
     pruning: Pruning,
 ) -> None:
-    """Write the state after `step`; `identity` says of which run (trainers.binding); older checkpoints but one are removed once the new one is on disk."""
+    """Write the state after `step`; older checkpoints but one are removed once the new one is on disk.
+
+    identity: of which run it is (trainers.binding).
+    """
     tensors = {f"parameter//{name}": parameter.detach() for name, parameter in parameters.items()}
     tensors |= {f"optimizer//{name}": value for name, value in optimizer_tensors(parameters, optimizer).items()}
     tensors |= {f"pruning//{name}": value for name, value in pruning.tensors().items()}

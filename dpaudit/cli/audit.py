@@ -225,19 +225,21 @@ def _typed(run: Path) -> str:
 
 def describe(document: "AuditDocument", sharper: str | None = None) -> list[str]:
     """The document as aligned text, for people. sharper: a command that sees more, named where this saw too little."""
+    from dpaudit.printable import field
+
     assert document.run is not None
     claim = document.claim
-    lines = [f"run       {document.run.name} ({document.run.method}); audits {document.run.audits}"]
+    lines = [f"run       {field(document.run.name, 80)} ({document.run.method}); audits {document.run.audits}"]
     if claim is None:
         lines.append("claim     none")
     else:
         lines.append(
             f"claim     eps = {float(claim.epsilon):.4g} at delta = {claim.delta:g} "
-            f"({claim.relation}; unit: {claim.unit})"
+            f"({claim.relation}; unit: {field(claim.unit)})"
         )
         if document.alternative is not None:
             lines.append(f"find      {document.alternative}")
-    lines += [f"verdict   {document.verdict}", *(f"          {reason}" for reason in document.reasons)]
+    lines += [f"verdict   {document.verdict}", *(f"          {field(reason, 800)}" for reason in document.reasons)]
     if document.verdict == "inconclusive" and sharper is not None:
         lines.append(f"next      {sharper} (tests the noise itself, in a twin of the training)")
     lines.append("")
@@ -266,14 +268,16 @@ def describe(document: "AuditDocument", sharper: str | None = None) -> list[str]
     ]
     for check in document.validity.checks:
         allowed = f"; allowed: {check.allowed}" if check.allowed else ""
-        lines.append(f"game      {check.status}: {check.name} ({check.measured}{allowed})")
+        lines.append(f"game      {check.status}: {field(check.name)} ({field(check.measured)}{allowed})")
     if document.fusion is not None:
         lines += _fusion(document.fusion)
     if document.contract is not None:
         made = [check for check in document.contract.checks if check.status != "not applicable"]
         lines.append(f"contract  {document.contract.verdict}: {len(made)} checks of the step contract")
-        lines += [f"          fail: {check.name} ({check.measured})" for check in made if check.status == "fail"]
-    lines += [f"ledger    {row.status}: {row.path}" for row in document.ledger]
+        lines += [
+            f"          fail: {field(check.name)} ({field(check.measured)})" for check in made if check.status == "fail"
+        ]
+    lines += [f"ledger    {row.status}: {field(row.path)}" for row in document.ledger]
     return [*lines, "", console.LIMIT_SENTENCE]
 
 
