@@ -76,7 +76,7 @@ def _given(
 ) -> "tuple[Plan, Grid, list[str], list[int], Path]":
     """Grid, overrides, seeds and folder, from the command line or from the sweep that is to go on."""
     from attacks.options import Options
-    from reports.sweep.grid import make_plan, read_grid
+    from reports.sweep.grid import make_plan, read_grid, slug
     from reports.sweep.grid import preset as preset_file
 
     overrides = [text for text in arguments if "=" in text]
@@ -93,7 +93,7 @@ def _given(
     grid = grid.model_copy(update={"audits": [*grid.audits, *(name for name in audits if name not in grid.audits)]})
     Options(audits=tuple(grid.audits))
     plan = make_plan(grid, overrides=overrides, seeds=chosen)
-    return plan, grid, overrides, chosen or list(grid.seeds), out or Path("sweeps") / plan.name
+    return plan, grid, overrides, chosen or list(grid.seeds), out or Path("sweeps") / slug(plan.name)
 
 
 def _stored(out: Path, overrides: list[str], seeds: list[int] | None) -> "tuple[Grid, list[str], list[int]]":
