@@ -16,7 +16,7 @@ from attacks.options import MEMBER_TWIN, TWIN, Options, prepare
 from attacks.training import resume_run, start_run
 from attacks.white_box import DEFAULT_COUNT, Directions, audit_twin, train_twin
 from attacks.white_box import TITLE as WHITE_BOX
-from dpaudit import accounting
+from dpaudit import accounting, stated
 from dpaudit.bounds import pld
 from dpaudit.claims import decide
 from dpaudit.config import RunConfig, resolve
@@ -240,7 +240,8 @@ def assemble(
 ) -> AuditDocument:
     """The document: `run` is what was asked about, `target` what was attacked (the run or its twin)."""
     claim = ClaimDocument.read(target.claim).claim
-    ledger = _ledger(LedgerDocument.read(target.ledger).rows, fusion)
+    config = read_config(run)
+    ledger = (*_ledger(LedgerDocument.read(target.ledger).rows, fusion), *stated.rows(claim, config))
     part = canaries or CanaryAudit(Validity(sound=True, checks=()))
     verdict, reasons = decide(
         claim=claim,
@@ -251,7 +252,6 @@ def assemble(
         ledger=ledger,
         checks=contract.checks if contract else (),
     )
-    config = read_config(run)
     if about == PROCEDURE:
         reasons = (*reasons, "Audited a twin of the run: this speaks of " + PROCEDURE + ".")
     elif any(test.name == WHITE_BOX for test in part.tests):

@@ -42,6 +42,7 @@ from trainers.run import load_model, read_config
 GAME = "canaries"
 TITLE = "canaries: all kinds"
 PER_KIND = 4  # pictures of each kind in the gallery
+SIDE = 384  # pixels of such a picture at most: a page shows it smaller still
 Floats = npt.NDArray[np.float64]
 
 
@@ -287,7 +288,9 @@ def gallery(game: Game) -> tuple[Thumbnail, ...]:
         for canary in [item for item in game.candidates if item.kind == kind][:PER_KIND]:
             picture = canary.unit.pictures[0]
             out = io.BytesIO()
-            Image.fromarray(picture.pixels).save(out, "PNG", optimize=True)
+            shown_small = Image.fromarray(picture.pixels)
+            shown_small.thumbnail((SIDE, SIDE))
+            shown_small.save(out, "PNG", optimize=True)
             shown.append(
                 Thumbnail(
                     caption=KINDS[kind].description,

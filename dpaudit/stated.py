@@ -103,7 +103,7 @@ def rows(claim: Claim | None, config: RunConfig | None = None) -> tuple[LedgerRo
 
 
 def differences(claim: Claim, config: RunConfig) -> tuple[str, ...]:
-    """Where a claim is not what its configuration says, field by field; what a configuration leaves open is not asked."""
+    """Where a claim is not what its configuration says, field by field; what that leaves open is not asked."""
     privacy, training = config.privacy, config.training
     expected: dict[str, tuple[object, object]] = {
         "delta": (claim.delta, privacy.delta),
