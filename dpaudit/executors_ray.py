@@ -16,14 +16,13 @@ import json
 import os
 import secrets
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpaudit import atomic
+from dpaudit import atomic, temporary
 from dpaudit.errors import EnvironmentFailure, rejected
 from dpaudit.executors import ARGUMENTS, LocalExecutor, Outcome
 
@@ -165,8 +164,8 @@ def _job(function: str, payload: str, threads: int, settings: dict[str, str], lo
     os.environ.update(settings)
     # When Ray runs a job again, the process that it replaces may not have noticed yet that it is alone.
     os.environ["DPAUDIT_WAIT_FOR_LOCK"] = str(LOCK_WAIT)
-    with tempfile.TemporaryDirectory(prefix="dpaudit-ray-", ignore_cleanup_errors=True) as name:
-        executor = LocalExecutor(1, threads, Path(name))
+    with temporary.folder("ray") as name:
+        executor = LocalExecutor(1, threads, name)
         outcome = next(executor.run(function, [json.loads(payload)]))
         if log is not None and outcome.log is not None:
             with contextlib.suppress(OSError, EnvironmentFailure):
