@@ -19,7 +19,7 @@ from attacks.games.played import Played
 from attacks.membership.members import member_twin
 from attacks.options import MEMBER_TWIN, TWIN, WHITE_BOX_TWIN, Options, prepare
 from attacks.training import resume_run, start_run
-from dpaudit import record, verdict
+from dpaudit import record, stated, verdict
 from dpaudit.config import RunConfig
 from dpaudit.documents import (
     ABOUT,
@@ -142,6 +142,7 @@ def assemble(run: RunFolder, games: list[GameDocument], options: Options) -> Aud
     """The document of all games of a run, with the run's own ledger."""
     fusion = next((game.fusion for game in reversed(games) if game.fusion is not None), None)
     ledger = LedgerDocument.read(run.ledger)
+    claim = ClaimDocument.read(run.claim).claim
     return verdict.document(
         run=RunInfo(
             name=run.path.resolve().name,
@@ -150,11 +151,11 @@ def assemble(run: RunFolder, games: list[GameDocument], options: Options) -> Aud
             coins_sha256=ledger.coins_sha256,
             command=options.command,
         ),
-        claim=ClaimDocument.read(run.claim).claim,
+        claim=claim,
         alpha=options.alpha,
         confidence=options.confidence,
         games=games,
-        ledger=_ledger(ledger.rows, fusion),
+        ledger=(*_ledger(ledger.rows, fusion), *stated.rows(claim, run.read_config())),
     )
 
 
@@ -188,7 +189,10 @@ def _with_canaries(session: _Session) -> tuple[RunFolder, About, bool]:
         twin = RunFolder.open(place)
         if not twin.finished:
             session.log(f"going on with {place}")
-            twin = resume_run(place, reporter=session.reporter)
+            if twin.ledger.exists():
+                twin = resume_run(place, reporter=session.reporter)
+            else:  # it was stopped before its first step
+                twin = start_run(twin.read_config(), place, reporter=session.reporter)
         return twin, "procedure", True
     place = twins.free(session.run, TWIN)
     wanted = twins.canary_twin(config, options.count or config.canaries.count or TWIN_COUNT)

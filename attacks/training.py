@@ -116,7 +116,8 @@ def open_run(
         model = _load_model(config)
         make_plan(config, dataset, config.canaries.count if candidates is None else candidates)
         model.set_reducer(config.reducer)
-        key = _key(config, run)
+        _refuse_leftovers(run)
+        key = _fresh_key(config)
         run.write_config(config)
         yield run, key, dataset, model
 
@@ -134,20 +135,51 @@ def resume_run(path: Path, *, reporter: Reporter | None = None, dataset: Dataset
                 run.require_finished()
                 group.from_first(bytes)
                 return run
+            again = _begun(run)
+            run.make_parts()
             dataset = dataset or data.load(config.data)
             model = _load_model(config)
-            key = Key.load(run.noise_key)
-            group.from_first(lambda: _orders(config, key, resume=True))
-            _train(config, run, key, dataset, model, True, reporter, None)
+            key = Key.load(run.noise_key) if again else _fresh_key(config)
+            group.from_first(lambda: _orders(config, key, resume=again))
+            _train(config, run, key, dataset, model, again, reporter, None)
     return run
 
 
-def _key(config: RunConfig, run: RunFolder) -> Key:
-    if run.noise_key.exists():  # an earlier start stopped before its first step: its key has released nothing
-        return Key.load(run.noise_key)
-    key = Key.fresh() if config.seed is None else Key.from_seed(config.seed)
-    key.save(run.noise_key)
-    return key
+def _begun(run: RunFolder) -> bool:
+    """Whether an unfinished run has a key to go on with; else it was stopped before that and starts with a fresh one.
+
+    Raises UsageError where the ledger of a key is missing, or the key of steps.
+    """
+    if not run.ledger.exists():
+        _refuse_leftovers(run)
+        raise UsageError(
+            f"run {run.path}: stopped before its first step; start it again: dpaudit train --out {run.path}"
+        )
+    if run.noise_key.exists():
+        return True
+    spent = Ledger.load(run.ledger).steps_started
+    if spent or run.traces():
+        raise UsageError(f"{run.noise_key}: missing, though {spent} steps were started with it; restore it from a copy")
+    run.ledger.unlink()  # nothing was spent
+    return False
+
+
+def _fresh_key(config: RunConfig) -> Key:
+    return Key.fresh() if config.seed is None else Key.from_seed(config.seed)
+
+
+def _refuse_leftovers(run: RunFolder) -> None:
+    """UsageError for a folder without a ledger that holds a key, or traces of steps.
+
+    `train` writes the ledger first, then the key, then makes steps. What lies there without a ledger was used, and
+    its budget is not known any more, or somebody else put it there.
+    """
+    found = run.traces()
+    if found:
+        raise UsageError(
+            f"--out {run.path}: holds {found[0].relative_to(run.path)} without its ledger.json, so noise may have been "
+            "used already; choose another folder, or restore the ledger from a copy"
+        )
 
 
 def _train(

@@ -11,6 +11,7 @@ import glob
 import hashlib
 import os
 import secrets
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +36,8 @@ _WHY = {
     errno.EISDIR: "a folder of this name is in the way",
     errno.ENAMETOOLONG: "the name is too long",
     errno.EFBIG: "the file would be larger than this system allows",
+    errno.ELOOP: "a symbolic link is in its place",
+    errno.ENXIO: "no ordinary file is in its place",
 }
 
 
@@ -54,12 +57,39 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def require_ordinary(path: Path) -> None:
+    """UsageError where something else than an ordinary file is at `path`: a rename would put a file in its place.
+
+    A link is judged by what it leads to: /dev/stdout is a link, and `os.replace` would take it away for everybody.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return  # nothing there, or a reason that writing will name
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise UsageError(f"{path}: is a device, pipe or socket; accepted: the name of a file")
+
+
+def open_own(path: Path, flags: int, mode: int = 0o600) -> int:
+    """A descriptor of one of our own files, such as a log: never through a link, never a device or a pipe.
+
+    OSError as from `os.open`: ELOOP for a link, ENXIO for what is no ordinary file.
+    """
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.ENXIO, os.strerror(errno.ENXIO), str(path))
+    return descriptor
+
+
 @contextlib.contextmanager
 def replacing(path: Path, mode: int = 0o644) -> Iterator[Path]:
     """Yield an empty temporary file of mode `mode` beside `path`; it becomes `path` when the block ends well.
 
-    Raises EnvironmentFailure for every OSError inside the block; the temporary file is removed then.
+    Raises EnvironmentFailure for every OSError inside the block; the temporary file is removed then. UsageError:
+    `require_ordinary`.
     """
+    require_ordinary(path)
     temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}{_SUFFIX}")
     owner = -1
     try:
@@ -88,11 +118,16 @@ def replacing(path: Path, mode: int = 0o644) -> Iterator[Path]:
             os.close(owner)
 
 
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is one that `replacing` has not finished."""
+    return name.startswith(".") and name.endswith(_SUFFIX)
+
+
 def _remove_abandoned(path: Path) -> None:
     """Delete what a killed process left of an earlier attempt at the same file: nobody holds its lock any more."""
     for left in path.parent.glob(f".{glob.escape(path.name[:100])}.*{_SUFFIX}"):
         with contextlib.suppress(OSError):
-            descriptor = os.open(left, os.O_RDONLY)
+            descriptor = open_own(left, os.O_RDONLY)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 left.unlink()
@@ -220,7 +255,7 @@ def append_line(path: Path, text: str) -> None:
     if "\n" in text or "\r" in text:
         raise ValueError("append_line takes one line")
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        descriptor = open_own(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             _cut_torn_line(descriptor)
             content = (text + "\n").encode("utf-8")

@@ -13,14 +13,13 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from dpaudit import atomic
+from dpaudit import atomic, temporary
 from dpaudit.errors import DpauditError, EnvironmentFailure, of_code, rejected
 
 JsonObject = dict[str, Any]
@@ -145,13 +144,13 @@ class LocalExecutor:
         """See Executor.run."""
         texts = [json.dumps({"function": function, "payload": dict(payload)}) for payload in payloads]
         running: list[_Job] = []
-        with tempfile.TemporaryDirectory(prefix="dpaudit-jobs-", ignore_cleanup_errors=True) as name:
+        with temporary.folder("jobs") as name:
             try:
                 waiting = iter(enumerate(texts))
                 while True:
                     while len(running) < self.processes and (following := next(waiting, None)) is not None:
                         index, text = following
-                        running.append(self._start(Path(name), index, text))
+                        running.append(self._start(name, index, text))
                         if started is not None:
                             started(index)
                     if not running:

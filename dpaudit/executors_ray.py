@@ -11,23 +11,26 @@ docs/threat-model.md.
 """
 
 import contextlib
+import ipaddress
 import json
 import os
+import secrets
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpaudit import atomic
+from dpaudit import atomic, temporary
 from dpaudit.errors import EnvironmentFailure, rejected
 from dpaudit.executors import ARGUMENTS, LocalExecutor, Outcome
 
 RETRIES = 3  # times that a job is run again after its worker or node died
 LOCK_WAIT = 180  # seconds that such a job waits for the lock of the process that it replaces
 POLL = 0.5  # seconds between two looks at the cluster
+LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0": this machine's addresses only, whatever the system
+AUTH_MODE, AUTH_TOKEN = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
 # Settings of the driver that a job needs wherever it runs.
 FORWARDED = ("HF_", "TRANSFORMERS_", "DPAUDIT_", "CUBLAS_")
 
@@ -161,8 +164,8 @@ def _job(function: str, payload: str, threads: int, settings: dict[str, str], lo
     os.environ.update(settings)
     # When Ray runs a job again, the process that it replaces may not have noticed yet that it is alone.
     os.environ["DPAUDIT_WAIT_FOR_LOCK"] = str(LOCK_WAIT)
-    with tempfile.TemporaryDirectory(prefix="dpaudit-ray-", ignore_cleanup_errors=True) as name:
-        executor = LocalExecutor(1, threads, Path(name))
+    with temporary.folder("ray") as name:
+        executor = LocalExecutor(1, threads, name)
         outcome = next(executor.run(function, [json.loads(payload)]))
         if log is not None and outcome.log is not None:
             with contextlib.suppress(OSError, EnvironmentFailure):
@@ -176,6 +179,7 @@ def _cluster(address: str | None, cpus: float, gpus: float) -> Iterator[Any]:
     """Ray, connected; left as it was found. EnvironmentFailure in one line where that can't be."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere unless the user wants it
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    _protect(address)
     try:
         import ray
     except ImportError:
@@ -191,6 +195,32 @@ def _cluster(address: str | None, cpus: float, gpus: float) -> Iterator[Any]:
             ray.shutdown()
 
 
+def _protect(address: str | None) -> None:
+    """Set what Ray reads when it is imported: who reaches one of its ports, and knows the token, runs code here.
+
+    On this machine alone: loopback addresses only, which Ray itself does on Windows and macOS (on Linux it replaces
+    127.0.0.1 by the address of the machine), and a token that lives as long as this process. To a cluster we present a
+    token unless the user says that it has none.
+    """
+    if address is None:
+        os.environ[LOOPBACK_ONLY] = "0"
+        os.environ[AUTH_MODE] = "token"
+        os.environ.setdefault(AUTH_TOKEN, secrets.token_hex(32))
+    else:
+        os.environ.setdefault(AUTH_MODE, "token")
+
+
+def _require_loopback(ray: Any) -> None:
+    """EnvironmentFailure where Ray listens on other addresses all the same, as when it was imported before."""
+    found = str(ray.util.get_node_ip_address())
+    if not ipaddress.ip_address(found).is_loopback:
+        ray.shutdown()
+        raise EnvironmentFailure(
+            f"--executor ray: Ray would listen on {found} instead of this machine's loopback address; start a cluster "
+            "of your own and give --address"
+        )
+
+
 def _connect(ray: Any, address: str | None) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
     if address is None:
@@ -199,9 +229,14 @@ def _connect(ray: Any, address: str | None) -> None:
         options |= {"address": address}
     try:
         ray.init(**options)
+    except ray.exceptions.AuthenticationError as error:
+        hint = f"{AUTH_TOKEN} or {AUTH_TOKEN}_PATH hold its token; {AUTH_MODE}=disabled where it has none"
+        raise EnvironmentFailure(f"--address: the cluster takes no unknown callers ({hint})") from error
     except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
         where = "on this machine" if address is None else f"at {address!r}"
         raise EnvironmentFailure(f"--address: no Ray cluster {where} ({_last_line(error)})") from None
+    if address is None:
+        _require_loopback(ray)
     sys.stderr.flush()
 
 

@@ -26,9 +26,12 @@ import hashlib
 import hmac
 import json
 import math
+import os
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -82,11 +85,15 @@ class Key:
             raise rejected("seed", seed, "an integer >= 0")
         return cls(hashlib.sha256(b"dpaudit-seed-v1:" + str(int(seed)).encode()).digest(), seeded=True)
 
-    def save(self, path: Path) -> None:
-        """Write the key with mode 0600 from the start; an existing key is never overwritten (UsageError)."""
-        if path.exists():
+    def save(self, path: Path, bound: Mapping[str, str] | None = None) -> None:
+        """Write the key with mode 0600 from the start; an existing key is never overwritten (UsageError).
+
+        bound: keyed hashes of what the key was drawn for, by name (trainers.binding).
+        """
+        if os.path.lexists(path):
             raise UsageError(f"{path}: holds a key already; a key is never replaced")
-        tree = {"format": _FORMAT, "seeded": self.seeded, "key": self.material.hex(), "check": self._check()}
+        tree: dict[str, Any] = {"format": _FORMAT, "seeded": self.seeded, "key": self.material.hex()}
+        tree |= {"check": self._check()} | ({} if bound is None else {"bound": dict(bound)})
         text = json.dumps(tree)
         atomic.write_text(path, text + "\n", mode=0o600)
 
@@ -108,6 +115,10 @@ class Key:
         except (ValueError, KeyError, TypeError):
             # `from None`: the parser's message quotes the file, and the file is a secret.
             raise UsageError(f"{path}: the noise key is damaged; the run can't be continued") from None
+
+    def keyed_hash(self, purpose: str) -> "hashlib.blake2b":
+        """A hash that only the holder of the key can compute: BLAKE2b under a subkey used for this purpose alone."""
+        return hashlib.blake2b(key=self._subkey("hash", purpose, 0, "", 0), digest_size=32)
 
     def _check(self) -> str:
         """Tells a damaged key file from a whole one; a PRF output at an address used for nothing else."""
@@ -169,3 +180,14 @@ class Key:
         """A numpy generator for everything that privacy does not rest on (initialisation, drawing pictures)."""
         entropy = int.from_bytes(self._subkey("generator", purpose, step, "", 0), "big")
         return np.random.Generator(np.random.PCG64(entropy))
+
+
+def bound_of(path: Path) -> dict[str, str] | None:
+    """What the key in `path` was drawn for, as `Key.save` noted it; None: nothing is noted. UsageError: damaged."""
+    Key.load(path)
+    found = json.loads(read_bytes(path, 1 << 12).decode("ascii")).get("bound")
+    if found is None:
+        return None
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise UsageError(f"{path}: the noise key is damaged; the run can't be continued")
+    return found

@@ -9,18 +9,31 @@ import errno
 import fcntl
 import json
 import os
+import shutil
+import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpaudit import atomic, checksums
+from dpaudit import atomic, checksums, folders
 from dpaudit.config import RunConfig, read_yaml, resolve
 from dpaudit.documents import Document
 from dpaudit.errors import EnvironmentFailure, UsageError
 
 MODEL_COMPLETE = "complete.json"
 WAIT_FOR_LOCK = "DPAUDIT_WAIT_FOR_LOCK"
+PARTS = ("release", "private")
+# What dpaudit writes into the two parts, by name: `discard` removes a folder only where it knows all that is in it.
+RELEASED = {
+    "config.yaml", "claim.json", "ledger.json", "model", "audit.json", "benchmark.json", "environment.json", "games",
+    checksums.SUMS, checksums.NEXT,
+}  # fmt: skip
+KEPT = {
+    "coins.parquet", "scores.parquet", "membership.parquet", "answers.parquet", "metrics.jsonl", "noise.key", "lock",
+    "folders.json", "plan.json", "settings.json", "checkpoints", "features", "references", "adapter.tmp", "games",
+    "benchmark.log",
+}  # fmt: skip
 
 
 def _from(start: Path, given: str | None) -> str | None:
@@ -28,6 +41,32 @@ def _from(start: Path, given: str | None) -> str | None:
     if given is None or Path.cwd() == start or not (start / given).is_dir():
         return given
     return str(start / given)
+
+
+def discard(place: Path) -> None:
+    """Remove a folder that dpaudit made for itself and that holds nothing but a run: an unfinished twin.
+
+    UsageError, and nothing removed, where it is a link or holds anything that no run has at its top.
+    """
+    if folders.kind(place) != "folder":
+        raise UsageError(f"{place}: is {folders.kind(place)}; accepted: a folder that dpaudit made, or nothing")
+    run = RunFolder(place)
+    run.require_plain()
+    foreign = sorted(entry.name for entry in folders.entries(place) if entry.name not in PARTS)
+    foreign += sorted(f"release/{entry.name}" for entry in folders.entries(run.release) if entry.name not in RELEASED)
+    foreign += sorted(f"private/{entry.name}" for entry in folders.entries(run.private) if not _ours(entry.name))
+    if foreign:
+        raise UsageError(f"{place}: would start over, but holds {foreign[0]!r}, which is not of a run; move it away")
+    if run.private.is_dir():
+        with run.lock():
+            pass  # nobody else works on it
+    shutil.rmtree(place)
+
+
+def _ours(name: str) -> bool:
+    return (
+        name in KEPT or atomic.is_temporary(name) or name.startswith("benchmark-") or name.endswith("-scores.parquet")
+    )
 
 
 @dataclass(frozen=True)
@@ -114,11 +153,36 @@ class RunFolder:
         if names and not run._looks_like_a_run(names):
             raise UsageError(f"--out {path}: is not empty and not a run folder; choose a new or empty folder")
         atomic.make_folder(path)
-        atomic.make_folder(run.private, mode=0o700)
-        atomic.make_folder(run.release)
-        atomic.make_folder(run.model)
-        atomic.make_folder(run.checkpoints, mode=0o700)
+        run.require_plain()
+        run.make_parts()
         return run
+
+    def make_parts(self) -> None:
+        """Make what is missing of the folders. UsageError where `private/` is not ours alone (`require_private`)."""
+        atomic.make_folder(self.private, mode=0o700)
+        self.require_private()
+        atomic.make_folder(self.release)
+        atomic.make_folder(self.model)
+        atomic.make_folder(self.checkpoints, mode=0o700)
+
+    def require_plain(self) -> None:
+        """UsageError unless both parts hold ordinary files and folders only; twins are runs of their own."""
+        for name in PARTS:
+            folders.require_plain(self.path / name)
+
+    def require_private(self) -> None:
+        """UsageError unless `private/` belongs to this user and is closed to all others: noise keys lie there."""
+        try:
+            info = self.private.lstat()
+        except OSError as error:
+            raise atomic.failure(self.private, error, "read") from error
+        if info.st_uid != os.geteuid():
+            raise UsageError(f"{self.private}: belongs to another user; train in a folder of your own")
+        if stat.S_IMODE(info.st_mode) & 0o077:
+            raise UsageError(
+                f"{self.private}: has mode {stat.S_IMODE(info.st_mode):04o}, so others may reach the noise key; "
+                "accepted: 0700, on a file system that keeps modes; train in a new folder"
+            )
 
     def write_config(self, config: RunConfig) -> None:
         """Write the configuration of a new run.
@@ -158,6 +222,7 @@ class RunFolder:
         run = cls(path)
         if not path.is_dir():
             raise UsageError(f"run {path}: no such folder")
+        run.require_plain()
         if not run.config.is_file():
             raise UsageError(f"run {path}: not a run folder (release/config.yaml is missing)")
         try:
@@ -172,7 +237,7 @@ class RunFolder:
         # A creation that was interrupted before the configuration was written. `private` comes first and has mode
         # 0700, which tells it from somebody's build folder that happens to have a `release`.
         return (
-            names <= {"release", "private"} and self.private.is_dir() and self.private.stat().st_mode & 0o777 == 0o700
+            names <= {"release", "private"} and self.private.is_dir() and self.private.lstat().st_mode & 0o777 == 0o700
         )
 
     @contextlib.contextmanager
@@ -184,13 +249,14 @@ class RunFolder:
         """
         path = self.private / "lock"
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            descriptor = atomic.open_own(path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise atomic.failure(path, error) from error
         try:
             self._take(descriptor, path)
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+            self.require_plain()
             atomic.remove_leftovers(self.path)
             self._settle()
             yield
@@ -200,7 +266,7 @@ class RunFolder:
     def _in_use(self) -> bool:
         """Whether another process holds the lock at this moment."""
         try:
-            descriptor = os.open(self.private / "lock", os.O_RDONLY)
+            descriptor = atomic.open_own(self.private / "lock", os.O_RDONLY)
         except OSError:
             return False
         try:
@@ -270,6 +336,11 @@ class RunFolder:
             raise ValueError("a model without files can't be complete")
         self._list(checksums.SUMS, {f"{self.model.name}/{name}": value for name, value in hashes.items()})
         atomic.write_text(self.model / MODEL_COMPLETE, json.dumps({"sha256": hashes}, indent=2) + "\n")
+
+    def traces(self) -> tuple[Path, ...]:
+        """What only a training leaves that drew its key: the key itself, training curves, checkpoints."""
+        kept = sorted(self.checkpoints.glob("*")) if self.checkpoints.is_dir() else []
+        return tuple(path for path in (self.noise_key, self.metrics, *kept) if os.path.lexists(path))
 
     def discard_damaged_checkpoints(self) -> tuple[str, ...]:
         """Delete checkpoints whose tensors are not those written; returns their names. The caller holds the lock.

@@ -6,7 +6,7 @@ import sys
 import threading
 from pathlib import Path
 
-from dpaudit import atomic
+from dpaudit import atomic, printable
 from dpaudit.errors import DpauditError
 from dpaudit.executors import ARGUMENTS, load_function
 
@@ -27,7 +27,7 @@ def work(folder: Path) -> None:
     try:
         result = load_function(job["function"])(job["payload"])
     except DpauditError as failure:
-        error, code = " ".join(str(failure).split()), failure.exit_code
+        error, code = printable.field(str(failure), printable.MOST), failure.exit_code
         sys.stderr.write(f"dpaudit: {error}\n")
     atomic.write_text(folder / "result.json", json.dumps({"result": result, "error": error, "code": code}))
 

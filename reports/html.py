@@ -32,6 +32,7 @@ from reports.svg import StyleSheet
 
 TEMPLATES = Path(__file__).parent / "templates"
 SIZE_LIMIT = 500_000  # bytes; contract: a page that mail systems and reviewers accept
+PICTURE_PIXELS = 1 << 20
 PICTURE_BYTES = 12_000
 STRIP_BYTES = 60_000
 CONTENTS = (
@@ -303,11 +304,17 @@ def _galleries(runs: Sequence[RunReport], limit: int) -> list[tuple[list[RunRepo
 
 
 def _picture(encoded: str | None, limit: int = PICTURE_BYTES) -> str | None:
-    """A data: address for a PNG of at most `limit` bytes; None when the bytes are anything else."""
+    """A data: address for a PNG of at most `limit` bytes and PICTURE_PIXELS; None when the bytes are anything else.
+
+    A solid picture of 9000 x 9000 has a hundred kilobytes as PNG and takes 300 megabytes of whoever reads the page.
+    """
     try:
         data = base64.b64decode(encoded or "", validate=True)
     except (binascii.Error, ValueError):
         return None
     if not data.startswith(b"\x89PNG\r\n\x1a\n") or len(data) > limit:
+        return None
+    width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))  # of the first chunk, the header
+    if data[12:16] != b"IHDR" or not 0 < width * height <= PICTURE_PIXELS:
         return None
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"

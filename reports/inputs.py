@@ -31,12 +31,16 @@ from dpaudit.documents import (
     Verdict,
 )
 from dpaudit.errors import UsageError
+from dpaudit.folders import require_plain
+from reports.integrity import notices
 from reports.text import clean
 
 AnyDocument = TypeVar("AnyDocument", bound=Document)
 
 # Bounds that may be a headline: they assume nothing beyond the game, or only the claimed mechanism itself.
 HEADLINE_ASSUMPTIONS = ("none", "claimed-mechanism")
+
+UNSIGNED = "unsigned; stated by the owner"
 
 PRIVATE_CURVES = LedgerRow(
     path="report: training curves",
@@ -94,6 +98,7 @@ class RunReport:
     source: Literal["run", "scores", "audit"] = "run"
     cell_of: str | None = None
     place: str = ""
+    vouched: str = UNSIGNED
 
     @property
     def claim(self) -> Claim | None:
@@ -186,6 +191,8 @@ def load_runs(
     for index, (folder, name) in enumerate(zip(folders, names, strict=True)):
         run = load_release(folder, key=letter(index), name=name)
         private = folder.parent / "private"
+        if include_private or show_examples:
+            require_plain(private)
         if include_private:
             run = replace(run, curves=_curves(private / "metrics.jsonl"))
         if show_examples:
@@ -238,6 +245,8 @@ def letter(index: int) -> str:
 
 
 def load_release(folder: Path, *, key: str, name: str) -> RunReport:
+    """The release part of a run, in which only ordinary files may lie (dpaudit.folders)."""
+    require_plain(folder)
     config = _config(folder / "config.yaml")
     audit = _document(AuditDocument, folder / "audit.json")
     claim = _document(ClaimDocument, folder / "claim.json")
@@ -256,7 +265,9 @@ def load_release(folder: Path, *, key: str, name: str) -> RunReport:
         files=_files(folder),
         place=place(folder / "audit.json"),
     )
-    return replace(run, notices=_contradictions(run))
+    hashes = {file.name: file.sha256 for file in run.files}
+    wrong = notices(folder, hashes, claim=run.claim, config=config)
+    return replace(run, notices=(*_contradictions(run), *wrong))
 
 
 def _config(path: Path) -> RunConfig | None:

@@ -5,33 +5,12 @@ direction overrides or ten thousand letters. Markup is the template's matter (au
 """
 
 import math
-import unicodedata
 
-# Characters that change how the text around them is read. `<bdi>` isolates them in HTML, but an SVG title or a
-# document title has no such element, so they are shown as what they are instead.
-_DIRECTION = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+from dpaudit.printable import field
 
-
-def clean(text: str, limit: int = 200) -> str:
-    """One line of at most `limit` characters (plus a note of the true length) without invisible characters.
-
-    Control, direction, surrogate and non-character code points become U+FFFD; white space becomes single spaces.
-    """
-    shown = "".join(_visible(character) for character in text[: 4 * limit])
-    shown = " ".join(shown.split())
-    if len(shown) > limit or len(text) > 4 * limit:
-        return f"{shown[:limit].rstrip()} … ({len(text):,} characters)"
-    return shown
-
-
-def _visible(character: str) -> str:
-    if character.isspace():
-        return " "
-    point = ord(character)
-    noncharacter = 0xFDD0 <= point <= 0xFDEF or point & 0xFFFE == 0xFFFE
-    if noncharacter or character in _DIRECTION or unicodedata.category(character) in ("Cc", "Cs"):
-        return "\ufffd"
-    return character
+# Fit for a page is what is fit for a terminal: `<bdi>` isolates text in HTML, but an SVG title or a document title has
+# no such element, so direction characters are shown as what they are.
+clean = field
 
 
 def number(value: float | None, digits: int = 3) -> str:

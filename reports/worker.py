@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from dpaudit import printable
 from dpaudit.errors import DpauditError, EnvironmentFailure, UsageError, rejected
 from reports import catalogue, evaluate
 from reports.catalogue import TaskSpec
@@ -198,7 +199,7 @@ def main() -> int:
     try:
         work(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     except DpauditError as error:
-        sys.stderr.write(f"dpaudit: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"dpaudit: {printable.field(str(error), printable.MOST)}\n")
         return error.exit_code
     return 0
 

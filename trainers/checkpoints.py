@@ -30,15 +30,18 @@ def save(
     step: int,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    config: str,
+    identity: str,
     *,
     pruning: Pruning,
 ) -> None:
-    """Write the state after `step`; older checkpoints but one are removed once the new one is on disk."""
+    """Write the state after `step`; older checkpoints but one are removed once the new one is on disk.
+
+    identity: of which run it is (trainers.binding).
+    """
     tensors = {f"parameter//{name}": parameter.detach() for name, parameter in parameters.items()}
     tensors |= {f"optimizer//{name}": value for name, value in optimizer_tensors(parameters, optimizer).items()}
     tensors |= {f"pruning//{name}": value for name, value in pruning.tensors().items()}
-    atomic.write_tensors(_path(folder, step), tensors, {"step": str(step), "config": config}, mode=0o600)
+    atomic.write_tensors(_path(folder, step), tensors, {"step": str(step), "run": identity}, mode=0o600)
     for old in sorted(folder.glob("step-*.safetensors"))[:-KEEP]:
         old.unlink(missing_ok=True)
 
@@ -47,7 +50,7 @@ def restore(
     folder: Path,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    config: str,
+    identity: str,
     *,
     pruning: Pruning,
     group: Group = ALONE,
@@ -57,7 +60,7 @@ def restore(
     Rank 0 reads it and sends it to the others, however many they are now: all ranks hold the same state, so nothing in
     a checkpoint depends on their number.
     """
-    raw = group.from_first(lambda: newest(folder, config))
+    raw = group.from_first(lambda: newest(folder, identity))
     if not raw:
         return 0
     tensors = load(raw)
@@ -69,11 +72,11 @@ def restore(
     return int(_metadata(raw)["step"])
 
 
-def newest(folder: Path, config: str) -> bytes:
+def newest(folder: Path, identity: str) -> bytes:
     """The content of the newest readable checkpoint; empty when there is none.
 
     A damaged file is skipped in favour of the older one (that only repeats steps already paid for); one that belongs
-    to another configuration is an error.
+    to another run is an error.
     """
     for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
         try:
@@ -81,8 +84,8 @@ def newest(folder: Path, config: str) -> bytes:
             load(raw)
         except (SafetensorError, OSError):
             continue
-        if _metadata(raw).get("config") != config:
-            raise UsageError(f"{path}: belongs to another configuration; --resume needs the run's own config.yaml")
+        if _metadata(raw).get("run") != identity:
+            raise UsageError(f"{path}: belongs to another run: to another key, configuration, model or data")
         return raw
     return b""
 

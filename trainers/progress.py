@@ -8,6 +8,8 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from dpaudit import printable
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -66,7 +68,7 @@ class Live:
     def __init__(self, name: str = "", what: str = "step") -> None:
         """name: of the run, in front of each line. what: the things that are counted."""
         self.what = what
-        self.name = f"{name}: " if name else ""
+        self.name = f"{printable.field(name, 80)}: " if name else ""
         self._console = Console(stderr=True, highlight=False)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -74,7 +76,7 @@ class Live:
         self._shown = -1
 
     def phase(self, text: str) -> None:
-        self._console.print(f"{self.name}{text}", markup=False, soft_wrap=True)
+        self._console.print(printable.line(f"{self.name}{text}"), markup=False, soft_wrap=True)
 
     def step(self, report: StepReport) -> None:
         if not sys.stderr.isatty():
@@ -82,7 +84,7 @@ class Live:
             return
         if self._bar is None:
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 TextColumn(f"{self.what} {{task.completed}}/{{task.total}}"),
                 TextColumn("{task.fields[words]}"),

@@ -27,7 +27,7 @@ from dpaudit.errors import DpauditError, UsageError, rejected
 from dpaudit.ledger import Ledger
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
-from trainers import checkpoints, updates
+from trainers import binding, checkpoints, updates
 from trainers.distributed import ALONE, Group, fingerprint
 from trainers.features import Features, cache_of
 from trainers.fusion import for_questions, release_of
@@ -256,6 +256,9 @@ def train(
     if group.size > 1 and config.fusion.release != "none":  # ids are compared within a rank only
         raise rejected("fusion.release", config.fusion.release, "none with several ranks")
     group.agree("data", "\n".join(unit.id for unit in units).encode())
+    bound = binding.binding(key, config_sha256(run), units, model) if group.first else {}
+    if resume:
+        group.from_first(lambda: binding.check(run.noise_key, bound) or b"")
     reporter.phase(f"encoding {sum(len(unit.pictures) for unit in units)} pictures")
     features = cache_of(run, config.training.feature_cache, model, warn=reporter.phase) if group.first else None
     trainer = Trainer.build(config, plan, key, model, group.own(units), features, group)
@@ -267,9 +270,11 @@ def train(
     if injection is not None:
         trainer.injected = injection.rows(sum(parameter.numel() for parameter in trainer.parameters.values()))
     ledger = _open_ledger(config, run, dataset, plan, inserted, resume) if group.first else None
+    if group.first and not resume:
+        key.save(run.noise_key, bound)  # after its ledger: a key that lies alone has lost one
     frozen = _fingerprint(model, trainer.parameters)
     start = {name: parameter.detach().clone() for name, parameter in trainer.parameters.items()}
-    identity = config_sha256(run) if group.first else ""
+    identity = binding.identity(bound) if group.first else ""
     for name in run.discard_damaged_checkpoints() if resume and group.first else ():
         reporter.phase(f"checkpoint {name} is damaged; going on from the one before it")
     state = (trainer.parameters, trainer.optimizer, identity)
@@ -337,7 +342,7 @@ def _one_step(
 def _open_ledger(
     config: RunConfig, run: RunFolder, dataset: Dataset, plan: Plan, inserted: Inserted, resume: bool
 ) -> Ledger:
-    if resume and run.ledger.exists():
+    if resume:
         ledger = Ledger.load(run.ledger)
         if ledger.document.coins_sha256 != inserted.coins_sha256:
             raise UsageError(f"{run.ledger}: names other coins than {run.coins}; this is not the run that was started")

@@ -1,9 +1,7 @@
 """The eps that the trainer reports, against an accountant of our own; and what a checkpoint forgets."""
 
 import math
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
@@ -12,7 +10,7 @@ from attacks.contract.guard import MethodFailure
 from attacks.contract.influence import Bench
 from attacks.contract.probe import Probe, Subject, Vector
 from attacks.contract.result import judged, skipped
-from dpaudit import accounting
+from dpaudit import accounting, temporary
 from dpaudit.accounting import DpSgd
 from dpaudit.documents import Check
 
@@ -124,9 +122,9 @@ def resume(bench: Bench) -> Iterator[Check]:
     later: list[Vector] = []
     eps: list[tuple[float, float]] = []
     delta = probe.claim.delta or DEFAULT_DELTA
-    with tempfile.TemporaryDirectory(prefix="dpaudit-check-") as folder:
+    with temporary.folder("check") as folder:
         for noise in range(RESUME_SEEDS):
-            path = Path(folder) / f"checkpoint-{noise}"
+            path = folder / f"checkpoint-{noise}"
             subject = probe.build(probe.own, noise)
             for place in range(2):
                 earlier[place].append(probe.watch(subject, []).vector)

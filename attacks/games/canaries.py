@@ -26,6 +26,7 @@ from trainers.run import load_model, read_config
 
 TITLE = f"{GAME}: all kinds"
 PER_KIND = 4  # pictures of each kind in the gallery
+SIDE = 384  # pixels of such a picture at most: a page shows it smaller still
 
 
 def play_canaries(
@@ -134,7 +135,9 @@ def gallery(game: Game) -> tuple[Thumbnail, ...]:
         for canary in [item for item in game.candidates if item.kind == kind][:PER_KIND]:
             picture = canary.unit.pictures[0]
             out = io.BytesIO()
-            Image.fromarray(picture.pixels).save(out, "PNG", optimize=True)
+            small = Image.fromarray(picture.pixels)
+            small.thumbnail((SIDE, SIDE))
+            small.save(out, "PNG", optimize=True)
             shown.append(
                 Thumbnail(
                     caption=KINDS[kind].description,

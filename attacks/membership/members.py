@@ -7,7 +7,6 @@ batch size of the declared number of units, as in the run. What it shows is abou
 weights that were released.
 """
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from dpaudit.config import RunConfig
 from dpaudit.errors import InvalidGame, UsageError, rejected
 from dpaudit.ledger import Ledger
 from dpaudit.randomness import Key
-from dpaudit.runs import RunFolder
+from dpaudit.runs import RunFolder, discard
 from trainers import data
 from trainers.plan import Inserted
 from trainers.progress import Reporter
@@ -111,11 +110,11 @@ def member_twin(
     twin = RunFolder(place)
     if twin.config.is_file() and twin.finished:
         return RunFolder.open(place)
-    if twin.config.is_file() and twin.ledger.is_file():
+    if twin.config.is_file() and twin.ledger.is_file() and twin.noise_key.is_file():
         log(f"going on with {place}")
         return _resume(RunFolder.open(place), reporter)
     if place.exists():
-        shutil.rmtree(place)  # stopped before its first step: nothing was trained on these coins
+        discard(place)  # stopped before its first step: nothing was trained on these coins
     plain = twin_config(config, data.load(config.data))
     what = "this audits the training procedure, not these weights"
     log(f"training a twin on the units whose coin fell heads in {place}: {what}")

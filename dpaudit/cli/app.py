@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from dpaudit import __version__
+from dpaudit import __version__, printable
 from dpaudit.cli import console
 from dpaudit.errors import DpauditError
 
@@ -81,8 +82,8 @@ _INTERRUPTED = "dpaudit: interrupted; what was written stays, nothing is lost"
 
 
 def _one_line(text: str) -> str:
-    """One line without control characters: a message may quote a file that somebody else wrote."""
-    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+    """A message, which may quote a file that somebody else wrote."""
+    return printable.field(text, printable.MOST)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -118,7 +119,19 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         if isinstance(stop.__context__, BrokenPipeError):  # typer turns a broken pipe into exit code 1: our "refuted"
             return _reader_gone()
-        raise
+        return _defect(stop)  # code under audit that ends the process: with 0 or 1 it would choose our verdict
+    except BaseException as error:
+        return _defect(error)
+
+
+def _defect(error: BaseException) -> int:
+    """A defect of dpaudit: the traceback for whoever mends it, and a code that no verdict has (Python's own is 1)."""
+    for part in traceback.format_exception(error):
+        for text in part.splitlines():
+            console.log(text)
+    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    console.log(f"dpaudit: defect: {_one_line(what)}; no verdict was reached. Please report the lines above")
+    return console.DEFECT
 
 
 def _reader_gone() -> int:

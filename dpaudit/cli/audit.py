@@ -221,19 +221,20 @@ def _typed(run: Path) -> str:
 def describe(document: "AuditDocument", sharper: str | None = None) -> list[str]:
     """The document as aligned text, for people. sharper: a command that sees more, named where this saw too little."""
     from dpaudit.documents import ABOUT
+    from dpaudit.printable import field
 
     assert document.run is not None
     claim = document.claim
-    lines = [f"run       {document.run.name} ({document.run.method}); audits {ABOUT[document.run.about]}"]
+    lines = [f"run       {field(document.run.name, 80)} ({document.run.method}); audits {ABOUT[document.run.about]}"]
     if claim is None:
         lines.append("claim     none")
     else:
         lines.append(
             f"claim     eps = {float(claim.epsilon):.4g} at delta = {claim.delta:g} "
-            f"({claim.relation}; unit: {claim.unit})"
+            f"({claim.relation}; unit: {field(claim.unit)})"
         )
     lines += _games(document)
-    lines += [f"verdict   {document.verdict}", *(f"          {reason}" for reason in document.reasons)]
+    lines += [f"verdict   {document.verdict}", *(f"          {field(reason, 800)}" for reason in document.reasons)]
     if document.verdict == "inconclusive" and sharper is not None:
         lines.append(f"next      {sharper} (tests the noise itself, in a twin of the training)")
     lines.append("")
@@ -262,15 +263,17 @@ def describe(document: "AuditDocument", sharper: str | None = None) -> list[str]
     shown = {item.name for item in document.controls}
     for check in (check for check in document.validity.checks if check.name not in shown):
         allowed = f"; allowed: {check.allowed}" if check.allowed else ""
-        lines.append(f"validity  {check.status}: {check.name} ({check.measured}{allowed})")
-    lines += [f"control   {item.outcome}: {item.name} ({item.measured})" for item in document.controls]
+        lines.append(f"validity  {check.status}: {field(check.name)} ({field(check.measured)}{allowed})")
+    lines += [f"control   {item.outcome}: {item.name} ({field(item.measured)})" for item in document.controls]
     if document.fusion is not None:
         lines += _fusion(document.fusion)
     if document.contract is not None:
         made = [check for check in document.contract.checks if check.status != "not applicable"]
         lines.append(f"contract  {document.contract.verdict}: {len(made)} checks of the step contract")
-        lines += [f"          fail: {check.name} ({check.measured})" for check in made if check.status == "fail"]
-    lines += [f"ledger    {row.status}: {row.path}" for row in document.ledger]
+        lines += [
+            f"          fail: {field(check.name)} ({field(check.measured)})" for check in made if check.status == "fail"
+        ]
+    lines += [f"ledger    {row.status}: {field(row.path)}" for row in document.ledger]
     return [*lines, "", console.LIMIT_SENTENCE]
 
 

@@ -71,20 +71,22 @@ def exit_code(document: "CheckDocument", *, strict: bool) -> int:
 
 def describe(name: str, document: "CheckDocument", seconds: float) -> list[str]:
     """The document as lines for people: every check, and the full story of those that failed."""
+    from dpaudit.printable import field
+
     width = max(len(check.name) for check in document.checks)
-    lines = [f"{MARKS[check.status]}  {check.name.ljust(width)}  {check.measured}" for check in document.checks]
+    lines = [f"{MARKS[check.status]}  {check.name.ljust(width)}  {field(check.measured)}" for check in document.checks]
     for check in document.checks:
         if check.status == "fail":
             lines += [
                 "",
                 f"FAIL  {check.name}",
-                f"      measured  {check.measured}",
-                f"      allowed   {check.allowed}",
+                f"      measured  {field(check.measured, 400)}",
+                f"      allowed   {field(check.allowed, 400)}",
             ]
-            lines.append(f"      usually   {check.explanation}")
+            lines.append(f"      usually   {field(check.explanation, 800)}")
     made = [check for check in document.checks if check.status != "not applicable"]
     failed = sum(check.status == "fail" for check in made)
-    lines += ["", f"{name}: {document.verdict} ({len(made)} checks made, {failed} failed, {seconds:.0f} s)"]
+    lines += ["", f"{field(name)}: {document.verdict} ({len(made)} checks made, {failed} failed, {seconds:.0f} s)"]
     if document.verdict == "inconclusive":
         lines.append("A core check could not be made (marked -), so a pass would say too little.")
     if document.verdict != "fail":

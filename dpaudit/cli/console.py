@@ -7,9 +7,10 @@ from typing import NoReturn
 import typer
 from rich.console import Console
 
+from dpaudit import printable
 from dpaudit.documents import AuditDocument, Document, ScoresDocument, Verdict
 
-DONE, REFUTED, USAGE, INCONCLUSIVE, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 4, 130
+DONE, REFUTED, USAGE, INCONCLUSIVE, ENVIRONMENT, DEFECT, INTERRUPTED = 0, 1, 2, 3, 4, 70, 130
 
 JSON_OPTION = typer.Option("--json", help="Print exactly one JSON document on stdout; logs go to stderr.")
 LIMIT_SENTENCE = "An audit can refute a claim; it can never prove privacy."
@@ -19,18 +20,24 @@ stderr = Console(stderr=True, highlight=False)
 
 
 def say(text: str) -> None:
-    """A line of a human-readable result on stdout."""
-    sys.stdout.write(text + "\n")
+    """A line of a human-readable result on stdout: one line, whatever the text holds (dpaudit.printable)."""
+    _write(printable.line(text) + "\n")
+
+
+def _write(text: str) -> None:
+    """Characters that the terminal's encoding lacks become question marks."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
 
 
 def log(text: str) -> None:
-    """A line for the person who watches, on stderr, printed literally."""
-    stderr.print(text, markup=False, soft_wrap=True)
+    """A line for the person who watches, on stderr: one line, whatever the text holds (dpaudit.printable)."""
+    stderr.print(printable.line(text), markup=False, soft_wrap=True)
 
 
 def emit(document: Document) -> None:
-    """Print the one JSON document."""
-    sys.stdout.write(document.to_json())
+    """Print the one JSON document; what could move a cursor is escaped, which JSON reads as the same."""
+    sys.stdout.write(printable.json_text(document.to_json()))
 
 
 def verdict_exit_code(verdict: Verdict, *, strict: bool = False) -> int:

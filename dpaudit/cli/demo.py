@@ -50,7 +50,8 @@ def command(
     title = "dpaudit demo: three ways to fine-tune on handwriting"
     _together([[["report", *paths, "-o", str(report), "--title", title]]])
     _summary([Path(path) for path in paths])
-    console.say(f"\n{console.LIMIT_SENTENCE}")
+    console.say("")
+    console.say(f"{console.LIMIT_SENTENCE}")
     console.say(f"Report: {report}   ({time.monotonic() - began:.0f} s)")
 
 

@@ -88,7 +88,8 @@ def show(document: "PlanDocument", confidence: float) -> None:
     )
     console.say(f"Alternative: {document.alternative}; claim test at alpha = {document.alpha:g}")
     for theory, meaning in THEORIES.items():
-        console.say(f"\n{theory}: {meaning}")
+        console.say("")
+        console.say(f"{theory}: {meaning}")
         console.say(f"  {'canaries':>9} {'top':>7} {'bottom':>7} {'power':>7}  expected p")
         for row in document.rows:
             if row.theory == theory:

@@ -55,8 +55,11 @@ def command(
     from reports.changes import compare, read_earlier
     from reports.embedded import ReportDocument, summarise, summarise_checks, summarise_sweeps
     from reports.html import render
+    from reports.outputs import check
     from reports.subjects import load_page
 
+    named = [("--output", output), ("--junit", junit), ("--sarif", sarif), ("--markdown", markdown)]
+    check([*named, ("--disclosure", disclosure)], subjects)
     earlier = read_earlier(against) if against is not None else None  # before it may be overwritten
     page = load_page(subjects, include_private=include_private, show_examples=show_examples)
     changes = compare(page, earlier) if earlier is not None else None

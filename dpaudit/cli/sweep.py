@@ -76,7 +76,7 @@ def _given(
 ) -> "tuple[Plan, Grid, list[str], list[int], Path]":
     """Grid, overrides, seeds and folder, from the command line or from the sweep that is to go on."""
     from attacks.options import Options
-    from reports.sweep.grid import make_plan, read_grid
+    from reports.sweep.grid import make_plan, read_grid, slug
     from reports.sweep.grid import preset as preset_file
 
     overrides = [text for text in arguments if "=" in text]
@@ -93,7 +93,7 @@ def _given(
     grid = grid.model_copy(update={"audits": [*grid.audits, *(name for name in audits if name not in grid.audits)]})
     Options(audits=tuple(grid.audits))
     plan = make_plan(grid, overrides=overrides, seeds=chosen)
-    return plan, grid, overrides, chosen or list(grid.seeds), out or Path("sweeps") / plan.name
+    return plan, grid, overrides, chosen or list(grid.seeds), out or Path("sweeps") / slug(plan.name)
 
 
 def _stored(out: Path, overrides: list[str], seeds: list[int] | None) -> "tuple[Grid, list[str], list[int]]":
@@ -134,7 +134,8 @@ def _finish(document: "SweepDocument", folder: Path, board: "Board", as_json: bo
     else:
         for line in describe(document):
             console.say(line)
-        console.say(f"\nwritten to {folder / 'sweep.json'}; next: dpaudit report {folder} -o report.html")
+        console.say("")
+        console.say(f"written to {folder / 'sweep.json'}; next: dpaudit report {folder} -o report.html")
     failed = [entry for entry in board.entries if entry.state == "failed"]
     if failed:
         console.log(f"dpaudit: {len(failed)} of {len(board.entries)} cells failed; --resume tries them again")
@@ -143,17 +144,19 @@ def _finish(document: "SweepDocument", folder: Path, board: "Board", as_json: bo
 
 def describe(document: "SweepDocument") -> list[str]:
     """The table as lines for people."""
+    from reports.text import clean
+
     width = max(len(row.configuration) for row in document.rows)
     lines = [f"{'configuration'.ljust(width)}  exact match (95 % interval)      seeds  difference (95 % interval)"]
     lines += [_line(row, width) for row in document.rows]
     pictures = next((row.exact_match.pictures for row in document.rows if row.exact_match), 0)
     covers = {row.exact_match.covers for row in document.rows if row.exact_match and row.seeds}
     lines += ["", f"{pictures:,} held-out pictures, the same for all. Intervals cover {' or '.join(sorted(covers))}."]
-    return [*lines, *(f"ledger    {row.status}: {row.path}" for row in document.ledger)]
+    return [*lines, *(f"ledger    {row.status}: {clean(row.path)}" for row in document.ledger)]
 
 
 def _line(row: "SweepRow", width: int) -> str:
-    from reports.text import percent
+    from reports.text import clean, percent
 
     shown = "not measured"
     if row.exact_match is not None:
@@ -165,7 +168,7 @@ def _line(row: "SweepRow", width: int) -> str:
         beside = f"{100 * row.difference.value:+.1f} points"
         if row.difference.low is not None and row.difference.high is not None:
             beside += f" ({100 * row.difference.low:+.1f} to {100 * row.difference.high:+.1f})"
-        beside += f" against {row.against}"
+        beside += f" against {clean(row.against or '', 80)}"
     failed = f", {row.failed} failed" if row.failed else ""
     seeds = f"{len(row.seeds)}{failed}" if row.method is not None else "-"
-    return f"{row.configuration.ljust(width)}  {shown:<32} {seeds:<6} {beside}".rstrip()
+    return f"{clean(row.configuration, 80).ljust(width)}  {shown:<32} {seeds:<6} {beside}".rstrip()

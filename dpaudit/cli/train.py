@@ -8,6 +8,7 @@ import typer
 from dpaudit.cli import console
 from dpaudit.documents import ClaimDocument
 from dpaudit.errors import UsageError
+from dpaudit.printable import field
 
 
 def command(
@@ -95,10 +96,11 @@ def _claim_sentence(document: ClaimDocument) -> str:
     else:
         text = (
             f"Claim: eps = {float(claim.epsilon):.4g} at delta = {claim.delta:g} ({claim.relation}, "
-            f"unit: {claim.unit}); sigma = {float(claim.noise_multiplier or 0):.4g}, "
+            f"unit: {field(claim.unit)}); sigma = {float(claim.noise_multiplier or 0):.4g}, "
             f"{claim.sampling} batches, q = {claim.sample_rate:.4g}, T = {claim.steps}."
         )
-    return text if document.releasable else f"{text} Not for release ({document.reasons[-1]})."
+    why = field(document.reasons[-1], 400) if document.reasons else "no reason is given"
+    return text if document.releasable else f"{text} Not for release ({why})."
 
 
 def _dry_run(config: "object", as_json: bool) -> None:

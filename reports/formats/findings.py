@@ -76,7 +76,7 @@ def _run(run: RunReport) -> Iterator[Finding]:
         return Finding(run.name, run.place, rule, name, outcome, message, help)
 
     for notice in run.notices:
-        yield finding("documents", "documents of the run", "fail", notice)
+        yield finding("documents", f"documents of the run: {clean(notice, 80)}", "fail", notice)
     if run.audit is None:
         yield finding("claim", "claim", "skip", "not audited")
     else:

@@ -49,7 +49,7 @@ class Configuration(_Section):
 class Grid(_Section):
     """A sweep as its author wrote it."""
 
-    name: str | None = None
+    name: str | None = Field(default=None, max_length=200)
     settings: dict[str, Any] = {}
     grid: dict[str, list[Any]] = {}
     configurations: list[Configuration] = []
@@ -224,5 +224,14 @@ def _cell(point: Point, seed: int, overrides: Sequence[str]) -> Cell:
         config = resolve(tree, overrides)
     except UsageError as error:
         raise UsageError(f"cell {point.name!r}: {error}") from error
-    readable = re.sub(r"[^a-z0-9.]+", "-", point.name.lower()).strip("-.")[:60] or "run"
-    return Cell(point, seed, config, f"{readable}-s{seed}-{config.sha256()[:8]}")
+    return Cell(
+        point, seed, config, f"{slug(point.name.lower().replace('_', '-'), 'run')}-s{seed}-{config.sha256()[:8]}"
+    )
+
+
+def slug(name: str, default: str = "sweep") -> str:
+    """A name as the name of one folder: Latin letters, digits, dots and dashes, none of the latter two first or last.
+
+    A grid may come from somebody else: its name must not lead anywhere.
+    """
+    return re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-._")[:60] or default

@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from dpaudit.printable import line
 from reports.sweep.board import Board, Entry
 from reports.text import clean, percent
 
@@ -58,7 +59,7 @@ class SweepView:
             self._console.print(self._render())
 
     def _say(self, text: str) -> None:
-        self._console.print(f"sweep: {text}", markup=False, soft_wrap=True)
+        self._console.print(line(f"sweep: {text}"), markup=False, soft_wrap=True)
 
     def _render(self) -> Group:
         table = Table(box=None, pad_edge=False)
@@ -67,7 +68,7 @@ class SweepView:
         for point in self._board.plan.points:
             if point.trained:
                 entries = [entry for entry in self._board.entries if entry.cell.point.name == point.name]
-                table.add_row(clean(point.name, 44), _marks(entries), _mean(entries), _now(entries))
+                table.add_row(Text(clean(point.name, 44)), _marks(entries), _mean(entries), _now(entries))
         done = sum(entry.state == "finished" for entry in self._board.entries)
         minutes = (time.monotonic() - self._began) / 60
         left = f", about {self._left():.0f} min left" if self._left() is not None else ""

@@ -99,7 +99,7 @@ def ending(body: str) -> subprocess.Popen[str]:
         ("console.finish(console.verdict_exit_code('refuted'))", 1, None),
         ("raise errors.rejected('field', 3, ['a', 'b'])", 2, "dpaudit: field: got 3; accepted: one of a, b"),
         ("raise errors.UsageError('two\\n  lines')", 2, "dpaudit: two lines"),
-        ("raise errors.UsageError('red \\x1b[31m bell \\x07 [bold]')", 2, "dpaudit: red ?[31m bell ? [bold]"),
+        ("raise errors.UsageError('red \\x1b[31m bell \\x07 [bold]')", 2, "dpaudit: red \ufffd[31m bell \ufffd [bold]"),
         ("raise errors.InvalidGame('coins edited')", 3, "dpaudit: coins edited"),
         ("raise errors.EnvironmentFailure('disk full')", 4, "dpaudit: disk full"),
         ("raise KeyboardInterrupt", 130, "dpaudit: interrupted; what was written stays, nothing is lost"),
@@ -115,7 +115,21 @@ def test_every_ending_has_its_exit_code(body: str, code: int, line: str | None) 
 def test_a_defect_keeps_its_traceback() -> None:
     process = ending("raise ZeroDivisionError")
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode not in (0, 2, 3, 4, 130) and "Traceback" in stderr
+    assert process.returncode == 70 and "Traceback" in stderr
+    assert stderr.splitlines()[-1].startswith("dpaudit: defect: ZeroDivisionError; no verdict was reached")
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["raise SystemExit(0)", "raise SystemExit(1)", "raise MemoryError", "raise GeneratorExit", "import no_such_module",
+     "raise RuntimeError('\\x1b[2J\\nverdict   not refuted')", "assert False"],
+)  # fmt: skip
+def test_what_nobody_expected_is_no_verdict(body: str) -> None:
+    """Code 1 means refuted or unsupported, 0 that all is well: neither may come by accident or from foreign code."""
+    process = ending(body)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 70 and stdout == ""
+    assert "\x1b" not in stderr and not any(line.startswith("verdict") for line in stderr.splitlines())
 
 
 def test_ctrl_c() -> None:

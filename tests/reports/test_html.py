@@ -18,7 +18,7 @@ from reports.embedded import ReportDocument
 from reports.html import SIZE_LIMIT, render
 from reports.inputs import Gallery, load_runs
 from reports.subjects import load_page
-from tests.reports.fixtures import audit, thumbnails, write_run, write_three
+from tests.reports.fixtures import audit, thumbnails, write_run, write_sums, write_three
 from tests.reports.hostile import HOSTILE, write_hostile_run
 
 DPAUDIT = Path(sys.executable).parent / "dpaudit"
@@ -168,7 +168,9 @@ def test_private_parts_stay_out_unless_asked_for(tmp_path: Path) -> None:
 
 def test_contradictions_between_documents_are_notices(tmp_path: Path) -> None:
     run = write_run(tmp_path, "dp-sgd")
+    write_sums(run / "release")
     assert load_runs([run])[0].notices == ()
+    (run / "release" / "SHA256SUMS").unlink()
     other = audit("dp-sgd").model_copy(update={"claim": audit("dp-sgd").claim.model_copy(update={"epsilon": 2.0})})  # type: ignore[union-attr]
     (run / "release" / "audit.json").write_text(other.to_json())
     config = run / "release" / "config.yaml"

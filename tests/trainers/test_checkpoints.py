@@ -62,9 +62,9 @@ def test_the_newest_readable_one_is_taken_and_two_are_kept(tmp_path: Path) -> No
     assert checkpoints.restore(tmp_path, *state(3)[:2], "abc", pruning=pruning) == 0
 
 
-def test_another_configuration_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     parameters, optimizer, pruning = stepped(1)
     checkpoints.save(tmp_path, 5, parameters, optimizer, "abc", pruning=pruning)
-    with pytest.raises(UsageError, match=r"step-0000005.safetensors: belongs to another configuration"):
+    with pytest.raises(UsageError, match=r"step-0000005.safetensors: belongs to another run"):
         checkpoints.restore(tmp_path, *state(3)[:2], "xyz", pruning=pruning)
     assert checkpoints.newest(tmp_path / "none", "abc") == b""

@@ -10,10 +10,10 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from dpaudit import temporary
 from dpaudit.config import DataConfig
 from dpaudit.errors import EnvironmentFailure, UsageError, rejected
 from trainers.data.local import load_local
@@ -77,8 +77,7 @@ def load_hub(config: DataConfig, cache: Path | None = None) -> Dataset:
     if importlib.util.find_spec("datasets") is None:
         raise EnvironmentFailure(f"data.name {name}: needs the package datasets; pip install 'dpaudit[benchmark]'")
     columns = ["image", "question", "answer", "kind", *([config.unit] if config.unit else [])]
-    with tempfile.TemporaryDirectory(prefix="dpaudit-hub-") as temporary:
-        place = Path(temporary)
+    with temporary.folder("hub") as place:
         for split, given in (("train", config.train or "train"), ("test", config.test or "test")):
             export_split(name, given, place / f"{split}.parquet", cache or place / "cache", columns)
         local = DataConfig(

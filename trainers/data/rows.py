@@ -205,7 +205,11 @@ def _file_bytes(source: Source, number: int, field: str, name: str) -> bytes:
     path = inside(folder, name)
     if path is None or not path.is_relative_to(source.root):
         raise source.fault(number, field, "its path is absolute, has '..' or leads out of data.path")
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError as error:  # a name too long, a folder that may not be entered: the name itself is never quoted
+        raise source.fault(number, field, f"the file can't be read ({error.strerror})") from None
+    if not there:
         raise source.fault(number, field, "its path names no file beside the data file")
     if path.stat().st_size > MAX_PICTURE_BYTES:
         raise source.fault(number, field, f"the file is larger than {MAX_PICTURE_BYTES} bytes")

@@ -1,0 +1,57 @@
+"""Folders that somebody else may have prepared: ordinary files and folders, or refused."""
+
+import stat
+from pathlib import Path
+
+from dpaudit import atomic
+from dpaudit.errors import UsageError
+
+MOST_FILES = 200_000  # in a part; a run of many references has a few thousand
+
+
+def require_plain(folder: Path) -> None:
+    """UsageError unless `folder` and all below it are ordinary files and folders: no links, devices, pipes, sockets.
+
+    A folder that somebody else prepared could otherwise have other files read into a page, truncated or overwritten.
+    A folder that is not there is fine.
+    """
+    found = kind(folder)
+    if found == "nothing":
+        return
+    if found != "folder":
+        raise UsageError(f"{folder}: is {found}; accepted in a run: ordinary files and folders")
+    waiting, count = [folder], 0
+    while waiting:
+        for entry in entries(waiting.pop()):
+            count += 1
+            found = kind(entry)
+            if found == "folder":
+                waiting.append(entry)
+            elif found not in ("file", "nothing"):
+                raise UsageError(f"{entry}: is {found}; accepted in a run: ordinary files and folders")
+        if count > MOST_FILES:
+            raise UsageError(f"{folder}: holds more than {MOST_FILES:,} files, which no run does")
+
+
+def kind(path: Path) -> str:
+    """What is at a path, in words: file, folder, a symbolic link, a device …, nothing. Links are not followed."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:  # or removed meanwhile by another process
+        return "nothing"
+    except OSError as error:
+        raise atomic.failure(path, error, "read") from error
+    if stat.S_ISLNK(mode):
+        return "a symbolic link"
+    names = ((stat.S_ISREG, "file"), (stat.S_ISDIR, "folder"))
+    return next((name for test, name in names if test(mode)), "a device, pipe or socket")
+
+
+def entries(folder: Path) -> list[Path]:
+    """What a folder holds, sorted; nothing where there is none."""
+    try:
+        return sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise atomic.failure(folder, error, "read") from error
