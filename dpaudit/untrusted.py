@@ -29,7 +29,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from dpaudit.errors import UsageError
 
@@ -60,7 +60,7 @@ _DTYPES = {
 _SNAPSHOT = re.compile(r"(models|datasets)--[^/]+")
 
 
-def open_regular(path: Path, most: int | None = None, *, links: bool = True) -> BinaryIO:
+def open_regular(path: Path, most: int | None = None, *, links: bool = True) -> io.BufferedReader:
     """An ordinary file, opened for reading; the caller closes it.
 
     most: bytes that it may have. links: whether `path` itself may be a symbolic link. Raises UsageError for anything
@@ -222,15 +222,11 @@ def tensor_shapes(path: Path, most: int | None = None, *, links: bool = True) ->
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     spans = []
     for name, entry in tree.items():
-        kind, shape, span = (entry.get(key) for key in ("dtype", "shape", "data_offsets")) if isinstance(
-            entry, dict
-        ) else (None, None, None)
-        if kind not in _DTYPES or not _sizes(shape) or not _sizes(span) or len(span) != 2:
-            raise ValueError("damaged header")
-        if span[1] - span[0] != math.prod(shape) * _DTYPES[kind]:
+        kind, shape, (start, end) = _entry(entry)
+        if end - start != math.prod(shape) * _DTYPES[kind]:
             raise ValueError("a tensor does not fill its place")
-        spans.append((span[0], span[1]))
-        found[name] = (kind, tuple(shape))
+        spans.append((start, end))
+        found[name] = (kind, shape)
     at = 0
     for start, end in sorted(spans):
         if start != at:
@@ -241,12 +237,22 @@ def tensor_shapes(path: Path, most: int | None = None, *, links: bool = True) ->
     return found
 
 
-def _sizes(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) <= 16
-        and all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 1 << 62 for item in value)
-    )
+def _entry(entry: Any) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+    """Type, shape and place of one tensor in the header."""
+    if not isinstance(entry, dict) or entry.get("dtype") not in _DTYPES:
+        raise ValueError("damaged header")
+    shape, place = (_sizes(entry.get(name)) for name in ("shape", "data_offsets"))
+    if len(place) != 2:
+        raise ValueError("damaged header")
+    return str(entry["dtype"]), shape, place
+
+
+def _sizes(value: Any) -> tuple[int, ...]:
+    """At most 16 whole numbers."""
+    listed = value if isinstance(value, list) and len(value) <= 16 else [None]
+    if not all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 1 << 62 for item in listed):
+        raise ValueError("damaged header")
+    return tuple(listed)
 
 
 def read_tensors(path: Path, most: int | None = None, *, links: bool = True) -> "dict[str, torch.Tensor]":

@@ -11,7 +11,6 @@ from dpaudit.config.sections import dashed
 from dpaudit.errors import UsageError, rejected
 from dpaudit.untrusted import MOST_CONFIGURATION, read_bytes
 
-
 MOST_NODES = 20_000  # values of a configuration: a sweep over everything has some hundreds
 DEEPEST = 50
 LONGEST = 20_000  # characters of one value: YAML reads 1:0:0:… as a number to the base 60, in quadratic time
