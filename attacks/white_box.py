@@ -311,8 +311,10 @@ def loud(count: int) -> npt.NDArray[np.bool_]:
 
 def loud_of(frame: pd.DataFrame) -> npt.NDArray[np.bool_]:
     """(m,) the loud ones of a coin file, whose ids end in the candidate's number."""
-    places = frame["id"].str.rsplit("-", n=1).str[-1].astype(int).to_numpy()
-    chosen: npt.NDArray[np.bool_] = loud(int(places.max()) + 1)[places]
+    digits = frame["id"].astype(str).str.extract(r"^gradient-(\d{1,9})$", expand=False)
+    if digits.isna().any():
+        raise InvalidGame("coins: an id is not that of a gradient canary")
+    chosen: npt.NDArray[np.bool_] = loud(len(SCALES))[digits.astype(int).to_numpy() % len(SCALES)]
     return chosen
 
 
@@ -362,7 +364,7 @@ def _scores(twin: RunFolder, coins: Coins) -> pd.DataFrame:
 
     if not twin.scores.is_file():
         raise InvalidGame(f"{twin.scores}: missing; delete {twin.path} and audit again")
-    found = pd.read_parquet(twin.scores)
+    found = atomic.read_frame(twin.scores)
     joined = join_coins(found[["id", "score"]], coins.frame)
     theirs = found.set_index("id")["member"].reindex(coins.frame["id"]).to_numpy(dtype=bool)
     if not np.array_equal(theirs, coins.frame["member"].to_numpy(dtype=bool)):

@@ -6,7 +6,7 @@ would fill the memory before its first line is looked at. Every module opens suc
 (tests/faults/test_one_door.py looks for any other way), each with a limit of its own:
 
     open_regular, read_bytes, read_text, read_json    any file, whole
-    tensor_shapes, read_tensors                       safetensors
+    tensor_shapes, open_tensors, read_tensors         safetensors
     parquet_file, parquet_batches, read_parquet, read_csv    tables
     sha256                                            hashes
     part_of                                           a file inside a folder that was handed over
@@ -253,6 +253,20 @@ def _sizes(value: Any) -> tuple[int, ...]:
     if not all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 1 << 62 for item in listed):
         raise ValueError("damaged header")
     return tuple(listed)
+
+
+@contextlib.contextmanager
+def open_tensors(path: Path, most: int | None = None, *, links: bool = True) -> Iterator[Any]:
+    """A safetensors file as `safetensors.safe_open` gives it, for torch; ValueError for a file that is none."""
+    from safetensors import SafetensorError, safe_open
+
+    tensor_shapes(path, most, links=links)
+    try:
+        file = safe_open(str(path), framework="pt")
+    except SafetensorError as error:
+        raise ValueError(" ".join(str(error).split())[:80]) from None
+    with file as opened:
+        yield opened
 
 
 def read_tensors(path: Path, most: int | None = None, *, links: bool = True) -> "dict[str, torch.Tensor]":

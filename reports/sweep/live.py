@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from dpaudit.untrusted import open_regular
 from reports.sweep.board import Board, Entry
 from reports.text import clean, percent
 
@@ -107,7 +108,7 @@ def _now(entries: Sequence[Entry]) -> str:
 
 def _last_step(path: Path) -> int | None:
     """The last step in a private metrics log; only its number is shown."""
-    with suppress(OSError, ValueError, KeyError, TypeError), path.open("rb") as file:
+    with suppress(OSError, ValueError, KeyError, TypeError), open_regular(path) as file:
         file.seek(max(0, path.stat().st_size - 1024))
         return int(json.loads(file.read().splitlines()[-1])["step"])
     return None
