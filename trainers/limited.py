@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 SECONDS = 10  # of processor time
+PATTERN_SECONDS = 2  # of processor time: a sound pattern takes a thousandth
 WAITING = 180  # seconds on the clock, on a machine that is busy with other things
 MEMORY = 3 << 29  # bytes beyond what the libraries take
 MOST_RESULT = 1 << 17  # characters of a prompt
@@ -53,7 +54,7 @@ def ask(task: str, given: dict[str, Any], content: bytes = b"", *, seconds: int 
 @lru_cache(maxsize=64)
 def matching(pattern: str, names: tuple[str, ...]) -> tuple[str, ...]:
     """The names that a regular expression matches as a whole. Raises Refused."""
-    return tuple(ask("pattern", {"pattern": pattern, "names": list(names)}))
+    return tuple(ask("pattern", {"pattern": pattern, "names": list(names)}, seconds=PATTERN_SECONDS))
 
 
 # -- in the child ----------------------------------------------------------------------------------------------------

@@ -114,7 +114,12 @@ class VisionLanguageModel:
                 guard = model_files.TokenizerGuard.of(folder, f"{flag}:")
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, config=config, **local)
             wanted = {"dtype": getattr(torch, precision), "use_safetensors": True, "config": config}
-            hf = architecture.from_pretrained(str(folder), **wanted, **local)
+            hf, found = architecture.from_pretrained(str(folder), **wanted, **local, output_loading_info=True)
+            if found["missing_keys"] or found["mismatched_keys"]:  # would be drawn at random
+                lost = sorted({*found["missing_keys"], *found["mismatched_keys"]}, key=str)
+                raise UsageError(
+                    f"{flag}: got {path!r}, whose files lack {len(lost)} weights, the first is {lost[0]!s:.120}"
+                )
             processor = _processor_of(folder)
             return cls(
                 hf, tokenizer, device=pick_device(device), source=path or "reference", processor=processor, guard=guard
