@@ -62,12 +62,17 @@ def restore(
     if not raw:
         return 0
     tensors = load(raw)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[f"parameter//{name}"])
-    restore_optimizer(parameters, optimizer, _part(tensors, "optimizer//"))
-    pruning.restore(_part(tensors, "pruning//"))
-    return int(_metadata(raw)["step"])
+    try:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors[f"parameter//{name}"])
+        restore_optimizer(parameters, optimizer, _part(tensors, "optimizer//"))
+        pruning.restore(_part(tensors, "pruning//"))
+        return int(_metadata(raw)["step"])
+    except (KeyError, ValueError, TypeError, RuntimeError):
+        raise UsageError(
+            f"{folder}: the newest checkpoint holds other tensors than this run trains; remove it"
+        ) from None
 
 
 def newest(folder: Path, config: str) -> bytes:
