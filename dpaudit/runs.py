@@ -136,7 +136,10 @@ class RunFolder:
             return config
         try:
             note = untrusted.read_json(self.folders, untrusted.MOST_SETTINGS)
-            if note["sha256"] != checksums.seal(note):
+            paths = note["data.path"], note["model.path"]
+            if note["sha256"] != checksums.seal(note) or not isinstance(note["started-in"], str):
+                raise ValueError
+            if not all(path is None or isinstance(path, str) for path in paths):
                 raise ValueError
         except OSError as error:
             raise atomic.failure(self.folders, error, "read") from error
@@ -289,7 +292,7 @@ class RunFolder:
         remedy = f"restore it from a copy, or delete {self.model} and run dpaudit train --resume {self.path}"
         try:
             hashes = untrusted.read_json(marker, untrusted.MOST_SETTINGS)["sha256"]
-            if not isinstance(hashes, dict) or not hashes:
+            if not isinstance(hashes, dict) or not hashes or any("\0" in name for name in hashes):
                 raise ValueError
         except (OSError, ValueError, KeyError, TypeError):
             raise UsageError(f"{marker}: damaged; {remedy}") from None

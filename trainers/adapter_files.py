@@ -151,6 +151,9 @@ def load(hf: Any, folder: Path, flag: str) -> Any:
     if not targets:
         raise _misfit(flag, folder, "it holds no LoRA matrix", [])
     _agree(read, targets, f"{flag} {folder / SETTINGS}")
+    problem = _wrong_shape(hf, {place: shaped[name] for name, place in places.items() if place is not None}, read)
+    if problem is not None:
+        raise _misfit(flag, folder, problem, [])
     try:
         with warnings.catch_warnings():  # peft asks transformers for a name that it calls deprecated
             warnings.simplefilter("ignore")
@@ -170,6 +173,42 @@ def load(hf: Any, folder: Path, flag: str) -> Any:
     if wrong:
         raise _misfit(flag, folder, f"{len(wrong)} of its {len(shaped)} tensors and places differ", wrong)
     return wrapped
+
+
+def _wrong_shape(hf: Any, placed: Mapping[str, tuple[int, ...]], read: Mapping[str, Any]) -> str | None:
+    """What is wrong with the matrices' shapes, if anything, before anything of their size is made.
+
+    PEFT makes matrices of the rank that the settings name in every module, so that rank must be the one of the file.
+    """
+    from torch import nn
+
+    modules = dict(hf.named_modules())
+    whole = sum(value.numel() for value in hf.parameters())
+    if sum(math.prod(shape) for shape in placed.values()) > 2 * whole + (1 << 20):
+        return "its tensors are larger than the base itself"
+    for place, shape in placed.items():
+        kind = re.fullmatch(r"(.+)\.lora_(embedding_)?([AB])(\.weight)?", place)
+        if kind is None:
+            continue
+        owner, rank = modules[kind[1]], _rank(kind[1], read)
+        if isinstance(owner, nn.Linear):
+            sizes = owner.in_features, owner.out_features
+        elif isinstance(owner, nn.Embedding):
+            sizes = owner.num_embeddings, owner.embedding_dim
+        else:
+            return f"it adapts {kind[1]:.120}, a {type(owner).__name__}; accepted: linear layers and embeddings"
+        wanted = (rank, sizes[0]) if kind[3] == "A" else (sizes[1], rank)
+        if shape != wanted:
+            return f"size mismatch for {place:.120}: {shape} in the file, {wanted} by its settings and base"
+    return None
+
+
+def _rank(module: str, read: Mapping[str, Any]) -> int:
+    """The rank that PEFT gives to a module: of the first entry of rank_pattern that its name ends in, or r."""
+    for ending, rank in read.get("rank_pattern", {}).items():
+        if module == ending or module.endswith(f".{ending}"):
+            return int(rank)
+    return int(read["r"])
 
 
 def _agree(read: Mapping[str, Any], targets: list[str], where: str) -> None:

@@ -20,6 +20,9 @@ CONFIG, TOKENIZER, INDEX = "config.json", "tokenizer.json", "model.safetensors.i
 MOST_FILES = 10_000
 MOST_TOKENIZER = 1 << 26  # bytes: 250,000 tokens with their merges take 35 million
 WANTED = ("*.json", "*.jinja", "*.safetensors", "*.txt", "*.model")  # of a repository on the hub; nothing else is read
+MOST_EDGE, MOST_PIXELS = 1 << 13, 1 << 24  # that a picture is brought to
+PIXELS = ("shortest_edge", "longest_edge", "min_pixels", "max_pixels")
+MOST_TILES = 32  # along an edge
 PROBE = (
     "What digit is this? Is it even or odd?", "yes", "a" * 200, " " * 200, "\n" * 50, "0123456789" * 5,
     "éß漢字😀\u202e",
@@ -91,8 +94,11 @@ def check(folder: Path, flag: str) -> ModelFiles:
     names = _names(folder, flag)
     config = _object(folder, CONFIG, flag)
     for name in names:
-        if name != CONFIG and name.endswith(".json"):
-            _object(folder, name, flag, MOST_TOKENIZER)
+        if name in ("preprocessor_config.json", "processor_config.json"):
+            _check_pictures(_object(folder, name, flag), f"{flag} {folder / name}", str(config.get("model_type")))
+        elif name != CONFIG and name.endswith(".json"):
+            large = name in (TOKENIZER, "vocab.json")
+            _object(folder, name, flag, MOST_TOKENIZER if large else untrusted.MOST_SETTINGS)
         elif not name.endswith(".safetensors"):
             _ordinary(folder, name, flag)
     weights = [name for name in names if name.endswith(".safetensors")]
@@ -175,6 +181,21 @@ def _check_config(config: Mapping[str, Any], where: str, tensors: int) -> None:
         # Every layer has a tensor of its own; the sum allows for pairs of keys (encoder and decoder) and hints.
         if layers * max(1, experts) > 4 * tensors + 64:
             raise UsageError(f"{where}: asks for {layers} layers; its weights hold {tensors} tensors")
+
+
+def _check_pictures(tree: Mapping[str, Any], where: str, model_type: str) -> None:
+    """Sizes that a picture is brought to. Qwen2-VL's edges are numbers of pixels."""
+    edges: list[int] = []
+    for part in _parts(tree):
+        for key, value in part.items():
+            if isinstance(value, int) and not isinstance(value, bool):
+                pixels = model_type.startswith("qwen2") and key in PIXELS
+                if not 0 <= value <= (MOST_PIXELS if pixels else MOST_EDGE):
+                    raise UsageError(f"{where}: {key:.80}: got {value!r:.40}; accepted: at most {MOST_EDGE}")
+                if key == "longest_edge":
+                    edges.append(value)
+    if edges and not model_type.startswith("qwen2") and max(edges) > MOST_TILES * min(edges):
+        raise UsageError(f"{where}: cuts pictures of {max(edges)} pixels into tiles of {min(edges)}")
 
 
 def _count(value: Any) -> int:
@@ -291,7 +312,9 @@ def rendered_template(template: str, special: Mapping[str, Any], messages: list[
     if key not in _TEMPLATES:
         try:
             given = {"messages": messages, "special": named}
-            _TEMPLATES[key] = str(limited.ask("template", given, template.encode("utf-8", "replace")))
+            _TEMPLATES[key] = str(
+                limited.ask("template", given, template.encode("utf-8", "replace"), seconds=limited.TEMPLATE_SECONDS)
+            )
         except limited.Refused as error:
             raise UsageError(f"model: its chat template {error}") from None
     return _TEMPLATES[key]

@@ -121,6 +121,9 @@ class VisionLanguageModel:
                     f"{flag}: got {path!r}, whose files lack {len(lost)} weights, the first is {lost[0]!s:.120}"
                 )
             processor = _processor_of(folder)
+            rows, most = hf.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=0)
+            if most >= rows:
+                raise UsageError(f"{flag}: got {path!r}, whose tokenizer has a token {most}; its model knows {rows}")
             return cls(
                 hf, tokenizer, device=pick_device(device), source=path or "reference", processor=processor, guard=guard
             )

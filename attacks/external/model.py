@@ -34,7 +34,7 @@ from dpaudit.errors import UsageError
 from trainers import adapter_files, model_files
 from trainers.data.local import PICTURE_UNIT
 from trainers.records import Unit
-from trainers.vlm import VisionLanguageModel
+from trainers.vlm import VisionLanguageModel, told_as
 
 KIND = "record"
 TITLE = "records with the owner's coins"
@@ -139,10 +139,13 @@ def load_trained(options: ModelOptions) -> VisionLanguageModel:
 def _scores(options: ModelOptions, units: list[Unit], log: Callable[[str], None]) -> Floats:
     log(f"losses of {len(units)} records under the base model")
     base = _load_base(options)
-    before = losses(base, units)
+    with told_as("--base: can't be run on the records"):
+        before = losses(base, units)
     del base
     log("losses under the trained model")
-    after = losses(load_trained(options), units)
+    trained = load_trained(options)
+    with told_as("--model: can't be run on the records"):
+        after = losses(trained, units)
     for flag, values in (("--base", before), ("--model", after)):
         if not np.isfinite(values).all():
             raise UsageError(f"{flag}: its loss on {int((~np.isfinite(values)).sum())} records is not a finite number")

@@ -18,6 +18,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from safetensors.torch import load_file, save_file
 
 from dpaudit.config import LoraConfig
 from tests.attacks.test_external_model import random_answers, write_coins, write_records
@@ -131,6 +132,18 @@ def pickled_only(name: str, marker: Path) -> Damage:
         (place / name / "adapter_model.bin").write_bytes(call)
 
     return make
+
+
+def tensors(name: str, ending: str, shape: tuple[int, ...]) -> Damage:
+    """Other shapes in an adapter's file, and the rank that goes with them."""
+
+    def change(place: Path) -> None:
+        path = place / name / "adapter_model.safetensors"
+        found = {key: torch.zeros(shape) if ending in key else value for key, value in load_file(path).items()}
+        save_file(found, path)
+        settings(f"{name}/adapter_config.json", r=shape[0])(place)
+
+    return change
 
 
 def replaces(*pairs: tuple[dict[str, str], str]) -> Damage:

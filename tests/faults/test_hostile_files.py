@@ -24,6 +24,7 @@ from tests.faults.hostile_files import Damage, audit_words, content, cut, gone, 
 SECONDS, MEMORY = 45, 2 << 30
 CONFIG, TOKENIZER, WEIGHTS = "base/config.json", "base/tokenizer.json", "base/model.safetensors"
 ADAPTER, TENSORS = "adapter/adapter_config.json", "adapter/adapter_model.safetensors"
+PICTURES = "tiles/preprocessor_config.json"
 LONG = "a" * 40
 
 
@@ -114,6 +115,8 @@ MODEL_CASES: dict[str, tuple[Damage, str]] = {
                                 b'"b":{"dtype":"U8"}}' + bytes(20)), "damaged or unfinished"),
     "other weights": (lambda place: shutil.copy(place / "tiles/model.safetensors", place / WEIGHTS) and None,
                       "weights, the first is"),
+    "weights of another rank": (hands.tensors("adapter", "q_proj.lora_A", (10_000, 1)), "size mismatch"),
+    "more tokens than rows": (settings(CONFIG, image_token_index=310), "can't be loaded"),
     "link that leads out": (lambda place: (place / CONFIG).unlink() or (place / CONFIG).symlink_to("/etc/hostname"),
                             "leads out of its folder"),
 }  # fmt: skip
@@ -124,6 +127,22 @@ def test_a_hostile_model_is_refused(place: Path, name: str) -> None:
     damage, message = MODEL_CASES[name]
     damage(place)
     refused(audit_words(place), place, message)
+
+
+PICTURE_CASES: dict[str, tuple[Damage, str]] = {
+    "huge": (settings(PICTURES, size={"longest_edge": 10**6}), "longest_edge: got 1000000"),
+    "countless tiles": (settings(PICTURES, max_image_size={"longest_edge": 1}), "cuts pictures of"),
+    "negative": (settings(PICTURES, size={"longest_edge": -5}), "longest_edge: got -5"),
+    "text": (settings(PICTURES, size={"longest_edge": "x"}), "can't be"),
+    "other class": (settings(PICTURES, image_processor_type="Evil"), "can't be"),
+}
+
+
+@pytest.mark.parametrize("name", PICTURE_CASES)
+def test_hostile_preprocessing_is_refused(place: Path, name: str) -> None:
+    damage, message = PICTURE_CASES[name]
+    damage(place)
+    refused(audit_words(place, base="tiles", model="tiles"), place, message)
 
 
 READ = {

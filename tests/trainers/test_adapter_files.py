@@ -108,7 +108,8 @@ def test_names_of_older_versions_are_understood(tiny: Path, tmp_path: Path, pref
         ({"modules_to_save": ["(a+)+$"]}, "modules_to_save: got"), ({"bias": "every"}, "bias: got 'every'"),
         ({"target_modules": 7}, "target_modules: got 7"), ({"target_modules": ["v_proj"]}, "leaves out modules"),
         ({"target_modules": "("}, "a pattern that"), ({"exclude_modules": ["q_proj"]}, "leaves out modules"),
-        ({"layers_to_transform": [0]}, "leaves out modules"),
+        ({"layers_to_transform": [0]}, "leaves out modules"), ({"rank_pattern": {"up_proj": 2}}, "size mismatch for"),
+        ({"r": 2}, "size mismatch for"), ({"r": 3, "rank_pattern": {"q_proj": 4}}, "size mismatch for"),
     ],
 )  # fmt: skip
 def test_settings_are_taken_by_an_allow_list(
