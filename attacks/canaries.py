@@ -21,7 +21,7 @@ from attacks.kinds import FIRST, Draft, Gradients, Kind, Materials, Selection
 from attacks.kinds_drawn import DRAWN
 from attacks.kinds_optimised import Optimised
 from attacks.kinds_region import FusedRegion
-from dpaudit import atomic
+from dpaudit import atomic, untrusted
 from dpaudit.config import CanaryKind
 from dpaudit.errors import InvalidGame, rejected
 from dpaudit.randomness import Key
@@ -213,18 +213,18 @@ def check_coins(path: Path, sha256: str | None) -> Coins:
         raise InvalidGame(f"{path}: the ledger holds no hash of the coins; they could have been written after training")
     if not path.is_file():
         raise InvalidGame(f"{path}: the coins are missing; without them membership is not known")
-    found = atomic.sha256_file(path)
+    found = untrusted.sha256(path, untrusted.MOST_TABLE)
     if found != sha256:
         raise InvalidGame(
             f"{path}: SHA-256 {found[:12]}… is not the {sha256[:12]}… recorded before the first step; "
             "the coins were edited"
         )
     try:
-        table = pyarrow.parquet.read_table(path)
+        table = untrusted.read_arrow(path)
         plan = Plan.from_json((table.schema.metadata or {})[_PLAN])
+        frame = table.to_pandas()
     except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InvalidGame(f"{path}: not a coin file of dpaudit") from None
-    frame = table.to_pandas()
     if list(frame.columns) != COLUMNS or frame["member"].dtype != bool:
         raise InvalidGame(f"{path}: columns {list(frame.columns)}; a coin file has {COLUMNS}, member true or false")
     if frame["id"].duplicated().any():

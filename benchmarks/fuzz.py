@@ -24,7 +24,7 @@ from tests.fuzz.grammar import FAMILIES, Case
 from tests.fuzz.runner import Runner
 
 RESULTS = Path(__file__).parent / "results" / "fuzz.json"
-PER_ROUND = 100
+PER_ROUND = 50
 Tree = dict[str, Any]
 
 

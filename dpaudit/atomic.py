@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dpaudit import untrusted
 from dpaudit.documents import Document
 from dpaudit.errors import EnvironmentFailure, UsageError
 
@@ -199,10 +200,10 @@ def _tensor_digest(tensors: "Mapping[str, torch.Tensor]") -> str:
 
 def tensors_intact(path: Path) -> bool:
     """Whether a file of `write_tensors` can be read and holds the very tensors that were written."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     try:
-        with safe_open(str(path), framework="pt") as file:
+        with untrusted.open_tensors(path) as file:
             written = (file.metadata() or {}).get(_DIGEST)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError):
@@ -224,10 +225,9 @@ def write_frame(path: Path, frame: "pd.DataFrame", mode: int = 0o644) -> None:
 def read_frame(path: Path) -> "pd.DataFrame":
     """Read what `write_frame` wrote. UsageError when it is missing, or not the content that was written."""
     import pyarrow
-    import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
+        table = untrusted.read_arrow(path)
         frame: pd.DataFrame = table.to_pandas()
         written = (table.schema.metadata or {}).get(_DIGEST.encode(), b"").decode()
         if written != _frame_digest(frame):
@@ -312,7 +312,6 @@ def sha256_bytes(content: bytes) -> str:
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file; EnvironmentFailure when it can't be read."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return untrusted.sha256(path)
     except OSError as error:
         raise failure(path, error, "read") from error

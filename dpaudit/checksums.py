@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dpaudit import untrusted
 from dpaudit.errors import UsageError
 
 SUMS = "SHA256SUMS"
@@ -37,10 +38,8 @@ def digest(content: bytes) -> str:
 def read(path: Path) -> dict[str, str]:
     """File name -> hash; lines that are not of the format are left out, a missing file is empty."""
     try:
-        if path.stat().st_size > MOST_BYTES:
-            return {}
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        text = untrusted.read_text(path, MOST_BYTES, errors="replace")
+    except (OSError, UsageError):
         return {}
     found = (_LINE.fullmatch(line) for line in text.splitlines())
     return {match.group(2): match.group(1) for match in found if match is not None}

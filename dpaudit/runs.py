@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpaudit import atomic, checksums, folders
+from dpaudit import atomic, checksums, folders, untrusted
 from dpaudit.config import RunConfig, read_yaml, resolve
 from dpaudit.documents import Document
 from dpaudit.errors import EnvironmentFailure, UsageError
@@ -204,8 +204,11 @@ class RunFolder:
         if not self.folders.is_file():
             return config
         try:
-            note = json.loads(self.folders.read_bytes())
-            if note["sha256"] != checksums.seal(note):
+            note = untrusted.read_json(self.folders, untrusted.MOST_SETTINGS)
+            paths = note["data.path"], note["model.path"]
+            if note["sha256"] != checksums.seal(note) or not isinstance(note["started-in"], str):
+                raise ValueError
+            if not all(path is None or isinstance(path, str) for path in paths):
                 raise ValueError
         except OSError as error:
             raise atomic.failure(self.folders, error, "read") from error
@@ -226,7 +229,7 @@ class RunFolder:
         if not run.config.is_file():
             raise UsageError(f"run {path}: not a run folder (release/config.yaml is missing)")
         try:
-            checksums.verify(run.config, run.config.read_bytes())
+            checksums.verify(run.config, untrusted.read_bytes(run.config, untrusted.MOST_CONFIGURATION))
         except OSError as error:
             raise atomic.failure(run.config, error, "read") from error
         return run
@@ -365,8 +368,8 @@ class RunFolder:
             raise UsageError(f"run {self.path}: its training has not finished; {after}")
         remedy = f"restore it from a copy, or delete {self.model} and run dpaudit train --resume {self.path}"
         try:
-            hashes = json.loads(marker.read_text(encoding="utf-8"))["sha256"]
-            if not isinstance(hashes, dict) or not hashes:
+            hashes = untrusted.read_json(marker, untrusted.MOST_SETTINGS)["sha256"]
+            if not isinstance(hashes, dict) or not hashes or any("\0" in name for name in hashes):
                 raise ValueError
         except (OSError, ValueError, KeyError, TypeError):
             raise UsageError(f"{marker}: damaged; {remedy}") from None
@@ -376,5 +379,5 @@ class RunFolder:
                 raise UsageError(f"{marker}: damaged (names a file outside the model); {remedy}")
             if not file.is_file():
                 raise UsageError(f"{file}: missing; {remedy}")
-            if atomic.sha256_file(file) != expected:
+            if untrusted.sha256(file, untrusted.MOST_RELEASED) != expected:
                 raise UsageError(f"{file}: damaged (its SHA-256 is not the one recorded); {remedy}")

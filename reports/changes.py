@@ -6,7 +6,6 @@ intervals do not touch and the questions are the same. A lower bound on eps is a
 guarantee: a larger one is worse news, a smaller one is no proof of anything, and the texts keep to that.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from dpaudit import untrusted
 from dpaudit.documents import Metric
 from dpaudit.errors import UsageError
 from reports.embedded import ELEMENT, Change, ReportCheck, ReportRun, ReportSweep, summarise, summarise_checks
@@ -42,9 +42,7 @@ def read_earlier(path: Path) -> Earlier:
     """Read an earlier page; UsageError with one line for anything else."""
     wanted = "an HTML file written by dpaudit report, or the output of dpaudit report --json"
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise UsageError(f"--against {path}: too large; accepted: {wanted}")
-        text = path.read_text(encoding="utf-8")
+        text = untrusted.read_text(path, MOST_BYTES)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--against {path}: can't be read ({error}); accepted: {wanted}") from error
     if not text.lstrip().startswith("{"):
@@ -53,7 +51,7 @@ def read_earlier(path: Path) -> Earlier:
             raise UsageError(f"--against {path}: not a page of dpaudit; accepted: {wanted}")
         text = rest.partition("</script>")[0]
     try:
-        tree = json.loads(text)
+        tree = untrusted.parse_json(text)
         runs = [row.get("summary", row) for row in tree["runs"]]
         sweeps = [{key: row[key] for key in ("name", "rows", "sample_sha256")} for row in tree.get("sweeps", [])]
         return Earlier(
@@ -64,7 +62,7 @@ def read_earlier(path: Path) -> Earlier:
     except ValidationError as error:
         where = ".".join(str(part) for part in error.errors()[0]["loc"])
         raise UsageError(f"--against {path}: from another version of dpaudit ({where}); accepted: {wanted}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"--against {path}: damaged or not a page of dpaudit; accepted: {wanted}") from error
 
 

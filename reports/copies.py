@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
-import pyarrow.parquet as pq
 
 from dpaudit import untrusted
 from dpaudit.errors import UsageError, rejected
@@ -21,6 +20,7 @@ OPTIONAL = ("answer_type", "kind", "question_type", "group", "unit")
 SPLIT_WORDS = ("train", "training", "validation", "valid", "val", "val2014", "dev", "test", "testdev", "lite")
 
 PICTURE_BYTES = 1 << 27  # of one picture's file
+PICTURES_BYTES = 1 << 33  # of all pictures of one file of a set
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def find(task: str, path: Path, split: str | None, columns: Sequence[str], workp
                 "answers as a list of {answer, answer_id, ...}: lmms-eval takes two equal entries for one annotator"
             )
             raise rejected(field, f"{file.name}, answers of type {schema.field('answers').type}", wanted)
-    if not sum(pq.ParquetFile(file).metadata.num_rows for file in files):
+    if not sum(_rows(file) for file in files):
         raise rejected(field, path.name, "at least one row")
     declared = all(_declares_picture(schema) for schema in metadata)
     return Copy(tuple(file.resolve() for file in files), undeclared=not declared)
@@ -92,9 +92,27 @@ def _split_of(file: Path) -> str | None:
 
 def _schema(field: str, file: Path) -> pyarrow.Schema:
     try:
-        return pq.read_schema(file)
+        with untrusted.parquet_file(file) as opened:
+            return opened.schema_arrow
     except (pyarrow.ArrowException, OSError, ValueError):
         raise UsageError(f"{field}: {file.name}: not a readable Parquet file") from None
+
+
+def _rows(file: Path) -> int:
+    with untrusted.parquet_file(file) as opened:
+        return int(opened.metadata.num_rows)
+
+
+def _listed(field: str, file: Path, columns: Sequence[str], most: int = untrusted.MOST_TABLE) -> list[dict[str, Any]]:
+    """The rows of a file, these columns alone."""
+    try:
+        found: list[dict[str, Any]] = untrusted.read_arrow(file, columns, most=most).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise UsageError(f"{field}: {file.name}: not a readable Parquet file ({why:.80})") from None
+    if found and set(found[0]) != set(columns):
+        raise UsageError(f"{field}: {file.name}: needs the columns {', '.join(columns)}")
+    return found
 
 
 def _declares_picture(schema: pyarrow.Schema) -> bool:
@@ -116,8 +134,8 @@ def _told_apart(schema: pyarrow.Schema) -> bool:
 
 def values(copy: Copy, column: str) -> set[str]:
     """The different values of a column of text."""
-    tables = (pq.read_table(file, columns=[column]) for file in copy.files)
-    return {str(value).strip().lower() for table in tables for value in table.column(column).to_pylist()}
+    tables = (_listed("--data", file, [column]) for file in copy.files)
+    return {str(row[column]).strip().lower() for table in tables for row in table}
 
 
 # -- sets that lie in pieces -----------------------------------------------------------------------------------------
@@ -131,13 +149,11 @@ def _gqa(field: str, path: Path, workplace: Path) -> Path | None:
     if not all(folders):
         return None
     pictures = {
-        row["id"]: row["image"]
-        for file in folders[1]
-        for row in pq.read_table(file, columns=["id", "image"]).to_pylist()
+        row["id"]: row["image"] for file in folders[1] for row in _listed(field, file, ["id", "image"], PICTURES_BYTES)
     }
     columns: dict[str, list[Any]] = {name: [] for name in ("id", "question", "answer", "image")}
     for file in folders[0]:
-        for number, row in enumerate(pq.read_table(file, columns=["id", "imageId", "question", "answer"]).to_pylist()):
+        for number, row in enumerate(_listed(field, file, ["id", "imageId", "question", "answer"])):
             if row["imageId"] not in pictures:
                 raise UsageError(f"{field}: {file.name}, row {number + 1}, imageId: no such picture in the copy")
             for name in ("id", "question", "answer"):
@@ -151,8 +167,8 @@ def _gqa(field: str, path: Path, workplace: Path) -> Path | None:
 def _slake(field: str, path: Path, workplace: Path) -> Path:
     """Rows of test.json with their pictures out of imgs/."""
     try:
-        listed = json.loads(untrusted.read_bytes(path / "test.json", untrusted.MOST_DOCUMENT))
-    except (OSError, ValueError, RecursionError):
+        listed = untrusted.read_json(path / "test.json")
+    except (OSError, ValueError):
         raise UsageError(f"{field}: test.json: not a readable JSON list") from None
     if not isinstance(listed, list) or not all(isinstance(row, dict) for row in listed):
         raise UsageError(f"{field}: test.json: not a list of objects")

@@ -4,8 +4,6 @@
 from there carries an UNACCOUNTED ledger row.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Literal, TypeVar
 
 from pydantic import ValidationError
 
+from dpaudit import untrusted
 from dpaudit.config import RunConfig, read_yaml, resolve
 from dpaudit.documents import (
     AuditDocument,
@@ -300,8 +299,7 @@ def _files(folder: Path) -> tuple[ReleasedFile, ...]:
     found = []
     for path in sorted(folder.rglob("*")):
         if path.is_file() and not path.is_symlink():
-            with path.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            digest = untrusted.sha256(path, untrusted.MOST_RELEASED, links=False)
             found.append(ReleasedFile(path.relative_to(folder).as_posix(), digest, path.stat().st_size))
     return tuple(found)
 
@@ -333,14 +331,14 @@ def _contradictions(run: RunReport) -> tuple[str, ...]:
 def _curves(path: Path) -> tuple[Curve, ...]:
     """Every number that the private metrics log holds by step, as curves."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = untrusted.read_text(path, untrusted.MOST_LOG).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--include-private: {path}: can't be read ({error})") from error
     points: dict[str, list[tuple[float, float]]] = {}
     for row, line in enumerate(lines, start=1):
         try:
-            event = json.loads(line) if line.strip() else {}
-        except json.JSONDecodeError as error:
+            event = untrusted.parse_json(line) if line.strip() else {}
+        except ValueError as error:
             raise UsageError(f"--include-private: {path}: row {row}: not JSON") from error
         step = event.get("step") if isinstance(event, dict) else None
         if not isinstance(step, int):
@@ -359,7 +357,7 @@ def _private_gallery(path: Path) -> tuple[Thumbnail, ...]:
     if not path.exists():
         return ()
     try:
-        return Gallery.model_validate_json(path.read_bytes()).thumbnails
+        return Gallery.model_validate_json(untrusted.read_bytes(path, untrusted.MOST_DOCUMENT)).thumbnails
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "document"

@@ -1,12 +1,12 @@
 """What a page is about: run folders, sweeps, and bare documents of `dpaudit scores`, `audit`, `check` and `bugs`."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpaudit import untrusted
 from dpaudit.documents import AuditDocument, CheckDocument, ScoresDocument
 from dpaudit.errors import UsageError
 from reports.inputs import ReleasedFile, RunReport, check_summary, distinct, letter, load_release, load_runs, place
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from attacks.bugs.benchmark import BugsDocument
 
 SWEEP = "sweep.json"
-MOST_BYTES = 1 << 26  # far above any document of dpaudit
+MOST_BYTES = untrusted.MOST_DOCUMENT
 ACCEPTED = "a run folder, a sweep folder, or a document of dpaudit sweep, audit, scores, check or bugs"
 
 
@@ -106,7 +106,7 @@ def _is_sweep(path: Path) -> bool:
 
 
 def _file(path: Path) -> ReleasedFile:
-    content = path.read_bytes()
+    content = untrusted.read_bytes(path, MOST_BYTES)
     return ReleasedFile(clean(path.name, 80), hashlib.sha256(content).hexdigest(), len(content))
 
 
@@ -177,12 +177,10 @@ _FIELDS: tuple[tuple[str, frozenset[str]], ...] = (
 def _kind(path: Path) -> str:
     """Which document a file holds, by the fields that only this one has; UsageError for any other JSON."""
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise UsageError(f"{path}: larger than any document of dpaudit")
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = untrusted.read_json(path, MOST_BYTES)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: can't be read ({error}); accepted: {ACCEPTED}") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except ValueError as error:
         raise UsageError(f"{path}: not JSON, or cut off; accepted: {ACCEPTED}") from error
     fields = set(tree) if isinstance(tree, dict) else set()
     found = next((kind for kind, needed in _FIELDS if needed <= fields), None)

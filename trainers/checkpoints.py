@@ -13,12 +13,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from dpaudit import atomic
+from dpaudit import atomic, untrusted
 from dpaudit.errors import UsageError
 from trainers.distributed import ALONE, Group
 from trainers.updates import Pruning, optimizer_tensors, restore_optimizer
 
 KEEP = 2
+MOST_BYTES = 1 << 34  # of a checkpoint: an adapter with its optimiser has a thousandth
 
 
 def _path(folder: Path, step: int) -> Path:
@@ -64,12 +65,17 @@ def restore(
     if not raw:
         return 0
     tensors = load(raw)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[f"parameter//{name}"])
-    restore_optimizer(parameters, optimizer, _part(tensors, "optimizer//"))
-    pruning.restore(_part(tensors, "pruning//"))
-    return int(_metadata(raw)["step"])
+    try:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors[f"parameter//{name}"])
+        restore_optimizer(parameters, optimizer, _part(tensors, "optimizer//"))
+        pruning.restore(_part(tensors, "pruning//"))
+        return int(_metadata(raw)["step"])
+    except (KeyError, ValueError, TypeError, RuntimeError):
+        raise UsageError(
+            f"{folder}: the newest checkpoint holds other tensors than this run trains; remove it"
+        ) from None
 
 
 def newest(folder: Path, identity: str) -> bytes:
@@ -80,7 +86,7 @@ def newest(folder: Path, identity: str) -> bytes:
     """
     for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
         try:
-            raw = path.read_bytes()
+            raw = untrusted.read_bytes(path, MOST_BYTES)
             load(raw)
         except (SafetensorError, OSError):
             continue

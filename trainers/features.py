@@ -18,10 +18,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
-from dpaudit import atomic
+from dpaudit import atomic, untrusted
 from dpaudit.runs import RunFolder
 from trainers.generation import Encoded
 from trainers.prompts import HeadRow
@@ -133,7 +133,7 @@ class Features:
     def _open(self, path: Path) -> dict[str, Encoded]:
         """The pictures of a file; none, and a warning, when it is not whole or not made with these settings."""
         try:
-            with safe_open(str(path), framework="pt") as file:
+            with untrusted.open_tensors(path) as file:
                 named = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             if named.get("format") != FORMAT or named.get("checksum") != _checksum(tensors):

@@ -96,6 +96,8 @@ class UnitInputs:
         release: Callable[[Sequence[Unit], Sequence[Encoded]], list[Encoded]] | None = None,
     ) -> None:
         pictures = [picture for unit in units for picture in unit.pictures]
+        asked = [question for picture in pictures for question in picture.questions]
+        model.vouch((item.text for item in asked), (item.answer for item in asked))
         rows = [_questions(unit, model.family.packs) for unit in units]
         self.units = len(units)
         self._starts: list[int] = [0, *np.cumsum([len(row) for row in rows], dtype=np.int64).tolist()]

@@ -15,6 +15,7 @@ from torch import nn
 
 from dpaudit.config import LoraConfig
 from dpaudit.errors import UsageError, rejected
+from trainers import adapter_files
 from trainers.families import Family
 
 # Settings of a PEFT adapter that can't be differentiated unit by unit, and why.
@@ -63,11 +64,9 @@ def targets(hf: Any, family: Family) -> set[str]:
     return {name.rsplit(".", 1)[-1] for name in linear if inside.fullmatch(name)}
 
 
-def load(hf: Any, folder: Path) -> Any:
-    """`hf` with a released PEFT adapter on top; its weights are float32."""
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(hf, str(folder), autocast_adapter_dtype=True)
+def load(hf: Any, folder: Path, flag: str = "adapter") -> Any:
+    """`hf` with a released PEFT adapter on top; its weights are float32. flag: how an error names the adapter."""
+    return adapter_files.load(hf, folder, flag)
 
 
 def trained(wrapped: Any) -> dict[str, nn.Parameter]:

@@ -6,7 +6,7 @@ another question or answer, and its positions start right behind the head, so th
 question. Families whose picture sees the question (PaliGemma) get one row a question instead.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -161,9 +161,7 @@ class Prompter:
 
     def _split(self, question: str) -> tuple[list[int], list[int]]:
         """Ids before the image token and after it."""
-        safe = question.replace(self._image, f"< {self._image[1:]}")  # a question can't smuggle in a second picture
-        text = self.template.replace("{question}", safe)
-        ids = list(self.tokenizer(text, add_special_tokens=self._special)["input_ids"])
+        ids = list(self.tokenizer(self.asked(question), add_special_tokens=self._special)["input_ids"])
         if ids and ids[-1] == self.eos_id:
             ids = ids[:-1]
         if ids.count(self.image_token_id) != 1:
@@ -172,6 +170,15 @@ class Prompter:
             )
         at = ids.index(self.image_token_id)
         return ids[:at], ids[at + 1 :]
+
+    def asked(self, question: str) -> str:
+        """The text of a whole prompt."""
+        safe = question.replace(self._image, f"< {self._image[1:]}")  # a question can't smuggle in a second picture
+        return self.template.replace("{question}", safe)
+
+    def texts(self, questions: Iterable[str], answers: Iterable[str]) -> list[str]:
+        """Every text that the tokenizer is given for these questions and answers."""
+        return [*map(self.asked, questions), *(self._gap + answer for answer in answers)]
 
     def before(self, image: str) -> list[int]:
         """Ids of the template's beginning with `image`, the text of a whole picture, at its end."""

@@ -7,7 +7,7 @@ its tokens can be computed once. What differs between architectures is in `train
 
 import hashlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +17,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from dpaudit import online
 from dpaudit.config import LoraConfig, ReducerConfig
-from dpaudit.errors import EnvironmentFailure, UsageError, rejected
-from trainers import lora
+from dpaudit.errors import DpauditError, EnvironmentFailure, UsageError, rejected
+from trainers import lora, model_files
 from trainers.families import FAMILIES, Family, Grid
 from trainers.families.attention import widened
 from trainers.families.base import Prepared
@@ -51,11 +52,21 @@ def pick_device(name: str) -> torch.device:
 class VisionLanguageModel:
     """A model of one of the supported families with its tokenizer and picture preprocessing."""
 
-    def __init__(self, hf: Any, tokenizer: Any, *, device: torch.device, source: str, processor: Any = None) -> None:
+    def __init__(
+        self,
+        hf: Any,
+        tokenizer: Any,
+        *,
+        device: torch.device,
+        source: str,
+        processor: Any = None,
+        guard: model_files.TokenizerGuard | None = None,
+    ) -> None:
         self.hf = hf.to(device).eval()
         for parameter in self.hf.parameters():
             parameter.requires_grad_(False)
         self.tokenizer = tokenizer
+        self.guard = guard
         self.device = device
         self.source = source
         self.family: Family = family_class(hf.config.model_type, source)(self.hf, processor, source)
@@ -70,31 +81,52 @@ class VisionLanguageModel:
 
     @classmethod
     def load(
-        cls, path: str | None = None, *, device: str = "auto", precision: Precision = "float32"
+        cls,
+        path: str | None = None,
+        *,
+        device: str = "auto",
+        precision: Precision = "float32",
+        fetch: bool | None = None,
+        flag: str = "model.path",
     ) -> "VisionLanguageModel":
         """The reference model (path None), a folder, or a hub id. Never runs code that a checkpoint brings along.
 
-        precision: of the frozen weights and of what is computed with them; adapters are float32 in both.
+        precision: of the frozen weights and of what is computed with them; adapters are float32 in both. fetch: whether
+        a hub id may be asked for over the network (None: where the user said so, dpaudit.online); without it the local
+        cache must hold it. flag: how an error names the model.
         """
         import transformers
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import CONFIG_MAPPING, AutoTokenizer
         from transformers.utils import logging as hf_logging
 
         hf_logging.disable_progress_bar()
-        source = str(REFERENCE) if path is None else path
-        if (source.startswith((".", "/", "~")) or source.count("/") > 1) and not Path(source).is_dir():
-            raise rejected("model.path", path, "an existing folder, or a hub id such as llava-hf/llava-1.5-7b-hf")
-        try:
-            # Left open, a checkpoint with code of its own would ask on the terminal whether to run it.
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-            architecture = getattr(transformers, family_class(config.model_type, path).architecture)
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-            hf = architecture.from_pretrained(source, dtype=getattr(torch, precision), use_safetensors=True)
-            processor = _processor_of(source)
-        except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UsageError(f"model.path: got {path!r}, which can't be loaded: {first}") from error
-        return cls(hf, tokenizer, device=pick_device(device), source=path or "reference", processor=processor)
+        guard = None
+        folder = REFERENCE if path is None else model_files.find(path, flag, model_files.may_fetch(fetch))
+        # Whatever these libraries raise on a checked folder is about its files.
+        with online.cut_off(), told_as(f"{flag}: got {path!r}, which can't be loaded"):
+            files = model_files.check(folder, f"{flag}:")
+            model_type = str(files.config.get("model_type"))
+            architecture = getattr(transformers, family_class(model_type, path, flag).architecture)
+            config = CONFIG_MAPPING[model_type].from_dict(dict(files.config))
+            local: dict[str, Any] = {"local_files_only": True}
+            if path is not None:
+                model_files.check_size(files, lambda: architecture._from_config(config), f"{flag}:")
+                guard = model_files.TokenizerGuard.of(folder, f"{flag}:")
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, config=config, **local)
+            wanted = {"dtype": getattr(torch, precision), "use_safetensors": True, "config": config}
+            hf, found = architecture.from_pretrained(str(folder), **wanted, **local, output_loading_info=True)
+            if found["missing_keys"] or found["mismatched_keys"]:  # would be drawn at random
+                lost = sorted({*found["missing_keys"], *found["mismatched_keys"]}, key=str)
+                raise UsageError(
+                    f"{flag}: got {path!r}, whose files lack {len(lost)} weights, the first is {lost[0]!s:.120}"
+                )
+            processor = _processor_of(folder)
+            rows, most = hf.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=0)
+            if most >= rows:
+                raise UsageError(f"{flag}: got {path!r}, whose tokenizer has a token {most}; its model knows {rows}")
+            return cls(
+                hf, tokenizer, device=pick_device(device), source=path or "reference", processor=processor, guard=guard
+            )
 
     def set_reducer(self, config: ReducerConfig) -> None:
         """Choose the reducer used by `answer` and by callers of `self.reducer`; raises UsageError on bad sizes."""
@@ -150,6 +182,11 @@ class VisionLanguageModel:
             if len(found) == count:
                 break
         return found
+
+    def vouch(self, questions: Iterable[str], answers: Iterable[str] = ()) -> None:
+        """Raise UsageError where a foreign tokenizer takes too long or too much on one of these texts."""
+        if self.guard is not None and self.guard.risky:
+            self.guard.vouch(self.prompter.texts(questions, answers))
 
     # -- pictures --------------------------------------------------------------------------------------------------
 
@@ -264,6 +301,7 @@ class VisionLanguageModel:
         """
         if len(pixels) != len(questions):
             raise ValueError(f"{len(pixels)} pictures for {len(questions)} questions")
+        self.vouch(questions)
         index, unique = _deduplicate(pixels)
         encoded = [item for at in range(0, len(unique), 256) for item in self.encoded(unique[at : at + 256])]
         ids = [self.prompter.question_ids(question) for question in questions]
@@ -288,9 +326,9 @@ class VisionLanguageModel:
         self.hf = lora.attach(self.hf, self.family, config, generator)
         return lora.trained(self.hf)
 
-    def load_adapter(self, folder: Path) -> None:
-        """Put a released PEFT adapter on top of this base."""
-        self.hf = lora.load(self.hf, folder).to(self.device).eval()
+    def load_adapter(self, folder: Path, flag: str = "adapter") -> None:
+        """Put a released PEFT adapter on top of this base. flag: how an error names the adapter."""
+        self.hf = lora.load(self.hf, folder, flag).to(self.device).eval()
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The adapter's parameters by name, made trainable: for attacks that need gradients of a released model."""
@@ -329,15 +367,27 @@ class VisionLanguageModel:
 short_name = lora.short_name
 
 
-def _processor_of(source: str) -> Any:
+def _processor_of(folder: Path) -> Any:
     """The checkpoint's own picture processor, or None where it ships none (then: plain resize)."""
-    folder = Path(source)
-    names = ("preprocessor_config.json", "processor_config.json")
-    if folder.is_dir() and not any((folder / name).exists() for name in names):
+    if not any((folder / name).exists() for name in ("preprocessor_config.json", "processor_config.json")):
         return None
     from transformers import AutoImageProcessor
 
-    return AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+    return AutoImageProcessor.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+
+
+@contextmanager
+def told_as(problem: str) -> Iterator[None]:
+    """Whatever a library makes of foreign files ends as one line: UsageError, or EnvironmentFailure without memory."""
+    try:
+        yield
+    except DpauditError:
+        raise
+    except (MemoryError, torch.OutOfMemoryError):
+        raise EnvironmentFailure(f"{problem}: this machine has too little memory for it") from None
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(f"{problem}: {first:.300}") from error
 
 
 def _deduplicate(pixels: Sequence[Pixels]) -> tuple[npt.NDArray[np.int64], list[Pixels]]:
@@ -353,9 +403,9 @@ def _deduplicate(pixels: Sequence[Pixels]) -> tuple[npt.NDArray[np.int64], list[
     return index, unique
 
 
-def family_class(model_type: str, source: str | None) -> type[Family]:
+def family_class(model_type: str, source: str | None, flag: str = "model.path") -> type[Family]:
     """The family of a model type; raises UsageError for one that is not supported."""
     if model_type not in FAMILIES:
-        accepted = f"a checkpoint of model type {', '.join(sorted(FAMILIES))}; this one is {model_type}"
-        raise rejected("model.path", source, accepted)
+        accepted = f"a checkpoint of model type {', '.join(sorted(FAMILIES))}; this one is {model_type:.60}"
+        raise rejected(flag, source, accepted)
     return FAMILIES[model_type]

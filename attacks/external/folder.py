@@ -18,7 +18,7 @@ import pandas as pd
 from attacks.canaries import Coins, Plan, check_coins, save_coins
 from attacks.contract.loading import OWN
 from attacks.external.subject import code_sha256
-from dpaudit import atomic
+from dpaudit import atomic, untrusted
 from dpaudit.documents import AuditDocument, Claim, ClaimDocument, LedgerDocument, LedgerRow
 from dpaudit.errors import EnvironmentFailure, UsageError
 from dpaudit.randomness import Key
@@ -69,7 +69,9 @@ class AuditFolder:
             inside = {entry.name for entry in self.path.iterdir()}
             return None if inside <= {"release", "private"} and not any(self.run.release.glob("*")) else "is not empty"
         try:
-            there = json.loads(self.settings_file.read_text(encoding="utf-8"))
+            there = untrusted.read_json(self.settings_file, untrusted.MOST_SETTINGS)
+            if not isinstance(there, dict):
+                raise ValueError
         except (OSError, ValueError):
             return f"{self.settings_file} is damaged; choose another folder"
         different = sorted(key for key in {*there, *settings} if there.get(key) != settings.get(key))
@@ -113,7 +115,7 @@ class AuditFolder:
     def scores(self, name: str) -> pd.DataFrame | None:
         """What `save_scores` wrote, None before that."""
         place = self.run.private / f"{name}-scores.parquet"
-        return pd.read_parquet(place) if place.is_file() else None
+        return atomic.read_frame(place) if place.is_file() else None
 
     def finish(self, document: AuditDocument, claim: Claim, reasons: Sequence[str]) -> None:
         """Write claim and document; the document is last."""

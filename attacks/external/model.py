@@ -5,7 +5,6 @@ were fair, independent and drawn before training is the owner's statement; dpaud
 number, that ids match, that no picture has two coins, and that a classifier that never sees the model can't guess them.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from safetensors import SafetensorError, safe_open
 from scipy.special import ndtr
 
 from attacks.blind import blind_baseline
@@ -34,15 +32,16 @@ from dpaudit.bounds.pld import check_dp_sgd
 from dpaudit.bounds.roc import summarise
 from dpaudit.documents import AuditDocument, Check, Claim, GameDocument, RunInfo, ScoreSummary, Test, Validity
 from dpaudit.errors import UsageError
+from trainers import adapter_files, model_files
 from trainers.data.local import PICTURE_UNIT
 from trainers.records import Unit
-from trainers.vlm import VisionLanguageModel
+from trainers.vlm import VisionLanguageModel, told_as
 
 KIND = "record"
 SHARE = 0.9  # of the evidence of the coins; a tenth is not staked
 TITLE = "records with the owner's coins"
 METHOD = "model trained elsewhere"
-ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER, WEIGHTS = adapter_files.SETTINGS, adapter_files.WEIGHTS
 
 Floats = npt.NDArray[np.float64]
 
@@ -108,44 +107,28 @@ def check_model_folder(path: Path) -> None:
         raise UsageError(f"--model {path}: no such folder")
     if (path / "release" / "model").is_dir():
         raise UsageError(f"--model {path}: is a run folder of dpaudit; dpaudit audit {path}")
-    adapter = (path / ADAPTER).is_file() or (path / WEIGHTS).is_file()
-    if not adapter and not (path / "config.json").is_file():
-        raise UsageError(f"--model {path}: holds neither {ADAPTER} (a PEFT adapter) nor config.json (a checkpoint)")
+    adapter = any((path / name).exists() for name in (ADAPTER, WEIGHTS, adapter_files.PICKLED))
     if adapter:
-        for name in (ADAPTER, WEIGHTS):
-            if not (path / name).is_file():
-                pickled = " (adapter_model.bin is a pickle, which dpaudit never opens)"
-                hint = pickled if (path / "adapter_model.bin").is_file() else ""
-                raise UsageError(f"--model {path}: an unfinished adapter, {name} is missing{hint}")
-        _read_json(path / ADAPTER)
-    weights = sorted(path.glob("*.safetensors"))
-    if not weights:
-        raise UsageError(f"--model {path}: holds no .safetensors file; pickled weights are never opened")
-    for file in weights:
-        try:
-            with safe_open(str(file), framework="pt") as opened:
-                opened.keys()
-        except (SafetensorError, OSError) as error:
-            raise UsageError(f"--model {file}: damaged or unfinished ({' '.join(str(error).split()):.80})") from None
+        adapter_files.check(path, "--model")
+    elif (path / "config.json").exists():
+        model_files.check(path, "--model")
+    else:
+        raise UsageError(f"--model {path}: holds neither {ADAPTER} (a PEFT adapter) nor config.json (a checkpoint)")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        tree = None
-    if not isinstance(tree, dict):
-        raise UsageError(f"--model {path}: damaged, not a JSON object")
-    return tree
+def _load_base(options: ModelOptions) -> VisionLanguageModel:
+    """--base: typed by the auditor, so that a hub id may be fetched."""
+    source = None if options.base == "reference" else options.base
+    return VisionLanguageModel.load(source, device=options.device, fetch=True, flag="--base")
 
 
 def load_trained(options: ModelOptions) -> VisionLanguageModel:
     """The trained model: --base with the adapter on top, or the checkpoint. UsageError when they don't fit together."""
-    base = VisionLanguageModel.load(None if options.base == "reference" else options.base, device=options.device)
+    base = _load_base(options)
     if (options.model / ADAPTER).is_file():
-        _put_on(base, options)
+        base.load_adapter(options.model, "--model")
         return base
-    model = VisionLanguageModel.load(str(options.model.resolve()), device=options.device)
+    model = VisionLanguageModel.load(str(options.model.resolve()), device=options.device, flag="--model")
     ours, theirs = ({name: tuple(value.shape) for name, value in item.hf.named_parameters()} for item in (model, base))
     different = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
     if different:
@@ -156,32 +139,16 @@ def load_trained(options: ModelOptions) -> VisionLanguageModel:
     return model
 
 
-def _put_on(base: VisionLanguageModel, options: ModelOptions) -> None:
-    from peft import get_peft_model_state_dict
-
-    problem = f"--model {options.model}: does not fit --base {options.base}"
-    try:
-        base.load_adapter(options.model)
-    except (RuntimeError, ValueError, KeyError, TypeError, OSError, AttributeError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        # torch lists every mismatch on a line of its own after a headline.
-        shown = next((line for line in lines if "size mismatch" in line), lines[0] if lines else type(error).__name__)
-        raise UsageError(f"{problem} ({shown:.160})") from None
-    with safe_open(str(options.model / WEIGHTS), framework="pt") as file:
-        saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    loaded = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(base.hf).items()}
-    lost = sorted(name for name in saved if loaded.get(name) != saved[name])
-    if lost or not saved:
-        raise UsageError(f"{problem}: it has no place for {len(lost)} of {len(saved)} tensors ({', '.join(lost[:1])})")
-
-
 def _scores(options: ModelOptions, units: list[Unit], log: Callable[[str], None]) -> Floats:
     log(f"losses of {len(units)} records under the base model")
-    base = VisionLanguageModel.load(None if options.base == "reference" else options.base, device=options.device)
-    before = losses(base, units)
+    base = _load_base(options)
+    with told_as("--base: can't be run on the records"):
+        before = losses(base, units)
     del base
     log("losses under the trained model")
-    after = losses(load_trained(options), units)
+    trained = load_trained(options)
+    with told_as("--model: can't be run on the records"):
+        after = losses(trained, units)
     for flag, values in (("--base", before), ("--model", after)):
         if not np.isfinite(values).all():
             raise UsageError(f"{flag}: its loss on {int((~np.isfinite(values)).sum())} records is not a finite number")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from dpaudit import untrusted
 from dpaudit.errors import UsageError, rejected
 from trainers.data import rows
 from trainers.data.rows import Source
@@ -101,9 +102,10 @@ def _table(path: Path) -> pd.DataFrame:
         raise UsageError(f"--coins {path}: no such file")
     try:
         if path.suffix.lower() in (".parquet", ".pq"):
-            return pd.read_parquet(path)
-        frame = pd.read_csv(path, dtype={"id": str})
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError, ValueError, OSError) as error:
+            frame = untrusted.read_parquet(path)
+        else:
+            frame = untrusted.read_csv(path, dtype={"id": str})
+    except (ValueError, OSError) as error:  # pandas' own errors are ValueErrors
         raise UsageError(f"--coins {path}: can't be read as a table ({' '.join(str(error).split()):.80})") from None
     frame.columns = [str(column).strip() for column in frame.columns]
     return frame
@@ -111,7 +113,8 @@ def _table(path: Path) -> pd.DataFrame:
 
 def join(units: dict[str, Unit], coins: pd.DataFrame) -> pd.DataFrame:
     """The coins in the order of the records. UsageError when an id has no coin or no record, or too few of a class."""
-    without = [unit for unit in units if unit not in set(coins["id"])]
+    tossed = set(coins["id"])
+    without = [unit for unit in units if unit not in tossed]
     if without:
         raise UsageError(f"--coins: {len(without)} ids of --records have no coin, the first is {without[0]!r}")
     foreign = [name for name in coins["id"] if name not in units]

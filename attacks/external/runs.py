@@ -24,7 +24,7 @@ from attacks.external.options import TrainerOptions
 from attacks.external.setting import Setting, seed_of
 from attacks.games.reading import SIGMA_REDUCTION, finite
 from attacks.scores import calibrate
-from dpaudit import atomic
+from dpaudit import atomic, untrusted
 from dpaudit.analysis.claim import claim_test, claimed_event
 from dpaudit.analysis.plan import bound_guesses, plan
 from dpaudit.analysis.scores import Options as ScoreOptions
@@ -127,10 +127,10 @@ def read_log(log: Path, runs: int) -> dict[int, dict[str, Any]]:
     found: dict[int, dict[str, Any]] = {}
     if not log.is_file():
         return found
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = untrusted.read_text(log, untrusted.MOST_LOG, errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = untrusted.parse_json(line)
             index = int(row["run"])
             float(row["before"]), float(row["after"])
         except (ValueError, KeyError, TypeError):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from attacks.contract.guard import MethodFailure, call
+from dpaudit import untrusted
 from dpaudit.claims import StepClaim
 from trainers.protocol import OPTIONAL, REQUIRED
 
@@ -137,5 +138,5 @@ def code_sha256(folder: Path, files: Sequence[Path]) -> str:
     for file in sorted(set(files)):
         if file.is_relative_to(folder) and file.suffix == ".py" and file.is_file():
             digest.update(f"{file.relative_to(folder).as_posix()}\0".encode())
-            digest.update(file.read_bytes())
+            digest.update(untrusted.read_bytes(file, untrusted.MOST_DOCUMENT))
     return digest.hexdigest()

@@ -23,13 +23,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from attacks.membership.members import coins as draw_coins
 from attacks.membership.records import StudyRecords, study_records
 from attacks.membership.stacked import Shared, Trial, best_stack, losses_under, train_alone, train_stack
-from dpaudit import atomic
+from dpaudit import atomic, untrusted
 from dpaudit.errors import DpauditError
 from dpaudit.executors import Executor, LocalExecutor
 from dpaudit.randomness import Key
@@ -95,8 +93,8 @@ def _read(path: Path) -> dict[str, torch.Tensor] | None:
     if not path.is_file():
         return None
     try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError):
+        tensors = untrusted.read_tensors(path)
+    except (ValueError, OSError):
         return None
     return tensors if {"losses", "inside", "population"} <= set(tensors) else None
 
@@ -182,7 +180,7 @@ class _Watch:
         total = 0.0
         for path in folder_of(self.run).glob("progress-*.json"):
             try:
-                total += float(json.loads(path.read_text(encoding="utf-8"))["trainings"])
+                total += float(untrusted.read_json(path, 1 << 12)["trainings"])
             except (OSError, ValueError, KeyError):
                 continue  # between two writes of a worker
         return total / self.missing

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from dpaudit import untrusted
 from dpaudit.errors import UsageError
 
 COLUMNS = ("id", "member", "score")
@@ -75,12 +76,13 @@ def _read(path: Path) -> pd.DataFrame:
         raise UsageError(f"{path}: no such file")
     try:
         if path.suffix.lower() in (".parquet", ".pq"):
-            return pd.read_parquet(path)
-        frame = pd.read_csv(path, dtype={"id": str}, keep_default_na=True, low_memory=False)
+            frame = untrusted.read_parquet(path)
+        else:
+            frame = untrusted.read_csv(path, dtype={"id": str}, keep_default_na=True, low_memory=False)
     except pd.errors.EmptyDataError as error:
         raise UsageError(f"{path}: the file is empty; accepted: a header {','.join(COLUMNS)} and rows") from error
-    except (pd.errors.ParserError, UnicodeDecodeError, ValueError, OSError) as error:
-        raise UsageError(f"{path}: can't be read as a table ({' '.join(str(error).split())})") from error
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{path}: can't be read as a table ({' '.join(str(error).split()):.200})") from error
     frame.columns = [str(column).strip() for column in frame.columns]
     return frame
 

@@ -76,6 +76,7 @@ def command(
     confidence: Annotated[float, typer.Option(help="Of all bounds together.")] = 0.95,
     alpha: Annotated[float, typer.Option(help="Level of the test of the claim itself.")] = 0.001,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    online: Annotated[bool, console.ONLINE_OPTION] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 3 when the verdict is inconclusive.")] = False,
     as_json: Annotated[bool, console.JSON_OPTION] = False,
 ) -> None:
@@ -93,8 +94,11 @@ def command(
     from dpaudit.bounds import validate
     from dpaudit.cli import external
     from dpaudit.errors import UsageError
+    from dpaudit.online import allow
     from dpaudit.runs import RunFolder
 
+    if online:
+        allow()
     if fail_above is not None:
         validate.real("--fail-above", fail_above, low=0.0, high=float("inf"))
     flags = {"canaries": canaries, "mia": mia, "fusion": fusion, "contract": contract, "white-box": white_box}

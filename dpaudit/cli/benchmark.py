@@ -26,7 +26,9 @@ def command(
         list[str] | None,
         typer.Option(metavar="NAME=PATH", help="A local copy of a task's data (Parquet file or folder); repeatable."),
     ] = None,
-    online: Annotated[bool, typer.Option("--online", help="Data without a local copy may come from the hub.")] = False,
+    online: Annotated[
+        bool, typer.Option("--online", help="Data without a local copy, and models, may come from the hub.")
+    ] = False,
     group: Annotated[
         str | None,
         typer.Option(metavar="COLUMN", help="Also by group of units: a column of the run's local test file."),
@@ -48,10 +50,13 @@ def command(
     offline unless --online. Writes release/benchmark.json into each run; tasks measured before stay in it.
     """
     from dpaudit.errors import rejected
+    from dpaudit.online import allow
     from dpaudit.runs import RunFolder
     from reports.benchmark import benchmark_many
     from reports.catalogue import parse_data
 
+    if online:
+        allow()
     if as_json and len(runs) > 1:
         raise rejected("--json", f"{len(runs)} runs", "one RUN, since exactly one document is printed")
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]

@@ -9,6 +9,7 @@ import typer
 from dpaudit.cli import console
 from dpaudit.cli.executor import Address, ExecutorName, GpusPerTrial, choose
 from dpaudit.errors import UsageError, rejected
+from dpaudit.online import allow
 
 if TYPE_CHECKING:
     from reports.sweep.board import Board
@@ -35,6 +36,7 @@ def command(
     address: Address = None,
     gpus_per_trial: GpusPerTrial = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in --out.")] = False,
+    online: Annotated[bool, console.ONLINE_OPTION] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells; train nothing.")] = False,
     as_json: Annotated[bool, console.JSON_OPTION] = False,
 ) -> None:
@@ -43,6 +45,8 @@ def command(
     Every cell is a run folder under OUT/runs, so a sweep that was killed goes on with --resume: finished cells are
     skipped, an interrupted training continues. A cell that fails is reported and the others go on (exit code 4).
     """
+    if online or arguments or preset is not None:  # else the grid is the one in --out, whoever wrote it
+        allow()
     plan, grid, overrides, chosen, folder = _given(arguments or [], preset, out, seeds, audit or [], resume)
     if dry_run and not as_json:
         return _list(plan, folder)

@@ -8,6 +8,7 @@ import typer
 from dpaudit.cli import console
 from dpaudit.documents import ClaimDocument
 from dpaudit.errors import UsageError
+from dpaudit.online import allow
 from dpaudit.printable import field
 
 
@@ -27,6 +28,7 @@ def command(
     seed: Annotated[int | None, typer.Option(help="Replaces the secret key: the run is not for release.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/METHOD.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with an interrupted run.")] = None,
+    online: Annotated[bool, console.ONLINE_OPTION] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print eps, sigma, steps and cost; train nothing.")
     ] = False,
@@ -43,7 +45,10 @@ def command(
         clash = [name for name, value in given.items() if value]
         if clash:
             raise UsageError(f"--resume: goes on with the run's own configuration; drop {', '.join(clash)}")
+        if online:
+            allow()
         return _resume(resume, as_json)
+    allow()  # the configuration is this user's own
     flags = {
         "method": method,
         "privacy.epsilon": epsilon,

@@ -1,6 +1,7 @@
 """Configurations as text: YAML files and `key.sub=value`, which may come from somebody else."""
 
 import contextlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,37 @@ from dpaudit.config.sections import dashed
 from dpaudit.errors import UsageError, rejected
 from dpaudit.untrusted import MOST_CONFIGURATION, read_bytes
 
+MOST_NODES = 20_000  # values of a configuration: a sweep over everything has some hundreds
+DEEPEST = 50
+LONGEST = 20_000  # characters of one value: YAML reads 1:0:0:… as a number to the base 60, in quadratic time
+
 
 class _Loader(yaml.SafeLoader):
-    """Plain YAML: no anchors (a few lines of them can expand to gigabytes, or never end), no key given twice."""
+    """Plain YAML of a sensible size: no anchors (a few lines of them can expand to gigabytes, or never end), no key
+    given twice."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._nodes = self._depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("anchors and aliases are not accepted")
-        return super().compose_node(parent, index)
+        self._nodes += 1
+        if self._nodes > MOST_NODES:
+            raise yaml.YAMLError(f"more than {MOST_NODES} values")
+        if self._depth >= DEEPEST:
+            raise yaml.YAMLError("nested too deeply")
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if isinstance(node, yaml.ScalarNode) and len(node.value) > LONGEST:
+            raise yaml.YAMLError(f"a value of more than {LONGEST} characters")
+        return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        names = [child.value for child, _ in node.value if isinstance(child, yaml.ScalarNode)]
-        twice = {name for name in names if names.count(name) > 1}
+        names = Counter(child.value for child, _ in node.value if isinstance(child, yaml.ScalarNode))
+        twice = [name for name, count in names.items() if count > 1]
         if twice:
             raise yaml.YAMLError(f"{sorted(twice)[0]} is given twice")
         return super().construct_mapping(node, deep)
@@ -64,7 +84,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path}: can't be read ({error})") from error
     except yaml.YAMLError as error:
-        raise UsageError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from error
+        raise UsageError(f"--config {path}: not YAML ({' '.join(str(error).split()):.300})") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):

@@ -9,6 +9,7 @@ from pydantic import Field
 from dpaudit import checksums
 from dpaudit.documents.base import Document, Number, Part
 from dpaudit.errors import UsageError
+from dpaudit.untrusted import read_json
 
 Relation = Literal["add-remove", "zero-out", "replace"]
 LedgerStatus = Literal["accounted", "post-processing", "per-example preprocessing", "UNACCOUNTED"]
@@ -101,6 +102,6 @@ class LedgerDocument(Document):
     def read(cls, path: Path) -> Self:
         """See Document.read; UsageError for a ledger whose own hash does not fit."""
         found = super().read(path)
-        if found.sha256 is not None and found.sha256 != checksums.seal(json.loads(path.read_bytes())):
+        if found.sha256 is not None and found.sha256 != checksums.seal(read_json(path)):
             raise UsageError(f"{path}: damaged (its content does not have the SHA-256 in it); restore it from a copy")
         return found

@@ -16,6 +16,7 @@ name. Every cell is resolved to a whole run configuration before anything runs, 
 """
 
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -135,9 +136,10 @@ def make_plan(grid: Grid, *, overrides: Sequence[str] = (), seeds: Sequence[int]
     chosen = list(grid.seeds if seeds is None else seeds)
     if len(set(chosen)) != len(chosen) or not chosen or min(chosen) < 0:
         raise rejected("--seeds", chosen, "different whole numbers of at least 0")
+    cells_asked = sum(_size(configuration, grid) for configuration in _configurations(grid)) * len(chosen)
+    if cells_asked > MOST_CELLS:  # before any of them is made
+        raise rejected("grid", f"{cells_asked} cells", f"at most {MOST_CELLS}")
     points = [point for configuration in _configurations(grid) for point in _points(configuration, grid)]
-    if len(points) * len(chosen) > MOST_CELLS:
-        raise rejected("grid", f"{len(points) * len(chosen)} cells", f"at most {MOST_CELLS}")
     names = [point.name for point in points]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -155,6 +157,12 @@ def _configurations(grid: Grid) -> list[Configuration]:
     """What the author listed; a grid without configurations is one without a name: its values are name enough."""
     plain = Configuration.model_construct(name="", settings={}, grid=None, against=None, train=True)
     return list(grid.configurations) or [plain]
+
+
+def _size(configuration: Configuration, grid: Grid) -> int:
+    """How many points `_points` makes, as far as the grid is sound."""
+    axes = _flat(grid.grid if configuration.grid is None else configuration.grid)
+    return math.prod(len(values) for values in axes.values() if isinstance(values, list))
 
 
 def _points(configuration: Configuration, grid: Grid) -> list[Point]:

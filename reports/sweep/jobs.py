@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dpaudit import online
 from dpaudit.config import RunConfig, resolve
 from dpaudit.documents import LedgerRow
 from dpaudit.ledger import Ledger
@@ -20,6 +21,7 @@ def train_payload(config: RunConfig, out: Path, row: LedgerRow | None, audits: S
         "out": str(out.resolve()),
         "row": row.model_dump(mode="json") if row is not None else None,
         "audits": list(audits),
+        "online": online.allowed(),
     }
 
 
@@ -28,6 +30,8 @@ def train(payload: dict[str, Any]) -> dict[str, Any]:
     from attacks.training import resume_run, start_run
     from trainers.progress import Live
 
+    if payload["online"]:
+        online.allow()
     config, out = resolve(payload["config"]), Path(payload["out"])
     run = RunFolder(out)
     if run.finished or run.ledger.exists():

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpaudit.printable import line
+from dpaudit.untrusted import open_regular
 from reports.sweep.board import Board, Entry
 from reports.text import clean, percent
 
@@ -108,7 +109,7 @@ def _now(entries: Sequence[Entry]) -> str:
 
 def _last_step(path: Path) -> int | None:
     """The last step in a private metrics log; only its number is shown."""
-    with suppress(OSError, ValueError, KeyError, TypeError), path.open("rb") as file:
+    with suppress(OSError, ValueError, KeyError, TypeError), open_regular(path) as file:
         file.seek(max(0, path.stat().st_size - 1024))
         return int(json.loads(file.read().splitlines()[-1])["step"])
     return None

@@ -181,7 +181,7 @@ def other_targets(adapter: Path) -> None:
         (drop("adapter_config.json"), "an unfinished adapter, adapter_config.json is missing"),
         (cut, "damaged or unfinished"),
         (lambda adapter: (adapter / "adapter_config.json").write_text("{"), "damaged, not a JSON object"),
-        (other_targets, "does not fit --base"),
+        (other_targets, "leaves out modules that its weights have tensors for"),
     ],
 )
 def test_unfinished_adapters_are_refused(
@@ -195,7 +195,7 @@ def test_unfinished_adapters_are_refused(
 
 
 def test_a_wrong_base_is_refused(trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"does not fit --base reference \(size mismatch"):
+    with pytest.raises(UsageError, match=r"does not fit its base: size mismatch"):
         audit_model(options(trained, base="reference"))
     with pytest.raises(UsageError, match="is not what --model was fine-tuned from"):
         audit_model(options(trained, model=trained / "base", base="reference"))

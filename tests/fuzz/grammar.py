@@ -27,10 +27,13 @@ class Case:
     arguments: tuple[str, ...]
     files: tuple[tuple[str, bytes], ...] = ()
     damage: tuple[tuple[str, str, int], ...] = ()  # (file of the run, what is done to it, where)
+    handed: tuple[tuple[str, str, int], ...] | None = (
+        None  # the same of a model, its records and coins; None: not there
+    )
 
     def __str__(self) -> str:
         shown = ", ".join(f"{name}={content[:300]!r}" for name, content in self.files)
-        return f"dpaudit {' '.join(map(repr, self.arguments))}  {shown} {self.damage or ''}"
+        return f"dpaudit {' '.join(map(repr, self.arguments))}  {shown} {self.damage or self.handed or ''}"
 
 
 ODD = (
@@ -264,7 +267,8 @@ RUN_FILES = (
     "release/model/adapter_model.safetensors", "private/coins.parquet", "private/noise.key", "private/metrics.jsonl",
     "private/scores.parquet",
 )  # fmt: skip
-DAMAGES = ("flip", "half", "empty", "remove", "folder", "link", "number", "null", "rubbish", "sealed", "mode")
+DAMAGES = ("flip", "half", "empty", "remove", "folder", "link", "number", "null", "rubbish", "sealed", "mode", "pipe",
+           "sparse", "deep")  # fmt: skip
 
 
 @st.composite
@@ -292,6 +296,36 @@ def run_folders(draw: st.DrawFn) -> Case:
         )
     )
     return Case("run folder", tuple(command), damage=tuple(damage))
+
+
+HANDED_FILES = (
+    "base/config.json", "base/config.json", "base/tokenizer.json", "base/tokenizer.json", "base/tokenizer_config.json",
+    "base/generation_config.json", "base/model.safetensors", "adapter/adapter_config.json",
+    "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "records.parquet", "coins.csv",
+    "full/config.json", "full/model.safetensors", "tiles/config.json", "tiles/preprocessor_config.json",
+    "tiles/tokenizer.json",
+)  # fmt: skip
+HANDED_DAMAGES = (*DAMAGES, "key", "key", "key", "key", "key", "names", "header")
+
+
+@st.composite
+def handed_over(draw: st.DrawFn) -> Case:
+    """`dpaudit audit --model` on an adapter or a checkpoint, a base, records and coins, some of them bent.
+
+    'key' changes, adds or removes a value of a JSON file, 'names' renames a tensor, 'header' bends the part of a file
+    that says what it holds.
+    """
+    base, model = draw(st.sampled_from([("base", "adapter")] * 5 + [("base", "full"), ("tiles", "tiles")]))
+    mine = [name for name in HANDED_FILES if name.split("/")[0] in (base, model, "records.parquet", "coins.csv")]
+    how = st.tuples(st.sampled_from(mine), st.sampled_from(HANDED_DAMAGES), st.integers(0, 10**6))
+    damage = draw(st.lists(how, min_size=1, max_size=2))
+    named = {"--model": model, "--base": base, "--records": "records.parquet", "--coins": "coins.csv", "--epsilon": "1"}
+    odd = draw(st.sampled_from([None] * 12 + sorted(named)))
+    if odd is not None:
+        named[odd] = draw(st.sampled_from(["nowhere", ".", "a/b/c", "/dev/zero", "base", "coins.csv", "x", ""]))
+    arguments = ["audit", *(word for pair in named.items() for word in pair), "--device", "cpu"]
+    arguments += draw(st.sampled_from([[], [], ["--json"]]))
+    return Case("handed over", tuple(arguments), handed=tuple(damage))
 
 
 COMMANDS: Mapping[str, tuple[str, ...]] = {
@@ -394,5 +428,6 @@ def wild_lines(draw: st.DrawFn) -> Case:
 
 FAMILIES = {
     "configuration": configurations(), "score file": score_files(), "data file": data_files(),
-    "run folder": run_folders(), "command line": wild_lines() | bent_lines() | bent_lines(),
+    "run folder": run_folders(), "handed over": handed_over(),
+    "command line": wild_lines() | bent_lines() | bent_lines(),
 }  # fmt: skip

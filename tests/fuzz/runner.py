@@ -13,13 +13,14 @@ from typing import Any
 
 from dpaudit import checksums
 from tests.faults import harness
+from tests.faults.hostile_files import handed_over
 from tests.faults.scenarios import WITH_CANARIES, World
 from tests.fuzz.grammar import Case
 
 SECONDS = 60  # of processor time that any case may take, whatever else the machine does
 WAITING = 600  # seconds on the clock after which a case hangs
 MEMORY = 12 << 30  # bytes of address space; the libraries alone take a tenth of it
-MOST = 3 << 30  # bytes of memory that a case may really use
+MOST = 2 << 30  # bytes of memory that a case may really use
 ALSO_WARM = (
     "dpaudit.analysis.scores", "dpaudit.analysis.plan", "dpaudit.cli.scores", "dpaudit.cli.bound", "dpaudit.cli.plan",
     "dpaudit.cli.check", "dpaudit.cli.sweep", "dpaudit.bounds.calculator", "reports.sweep.grid", "attacks.contract",
@@ -38,6 +39,7 @@ class Runner:
         self.root = root
         self.world = World.make(root)
         self.whole = self.world.finished("fuzzed", *WITH_CANARIES)
+        self.sound = handed_over(root / "sound")
         audited = harness.run(["audit", str(self.whole), "--canaries"], [self.whole], root)
         assert audited.code == 0, audited.err
 
@@ -57,6 +59,10 @@ class Runner:
             shutil.copytree(self.whole, place / "run")
             for name, how, where in case.damage:
                 damage(place / "run", name, how, where)
+        if case.handed is not None:
+            shutil.copytree(self.sound, place, dirs_exist_ok=True)
+            for name, how, where in case.handed:
+                damage(place, name, how, where)
         arguments = [item.replace("{run}", str(place / "run")) for item in case.arguments]
 
         def prepare() -> None:
@@ -117,6 +123,18 @@ def damage(run: Path, name: str, how: str, where: int) -> None:
                 path.mkdir()
             if how == "link":
                 path.symlink_to(("/dev/zero", "/etc/passwd", path.name, "nowhere")[where % 4])
+        case "pipe":
+            path.unlink()
+            os.mkfifo(path)
+        case "sparse":
+            path.write_bytes(b"")
+            os.truncate(path, 20 << 30)
+        case "deep":
+            path.write_bytes((b"[", b'{"a":')[where % 2] * 100_000)
+        case "key":
+            _change_a_key(path, content, where)
+        case "names" | "header":
+            _bend_a_header(path, content, how, where)
         case "number" | "null" | "rubbish":
             path.write_bytes({"number": b"7", "null": b"null", "rubbish": bytes(range(256)) * 8}[how])
         case "sealed":
@@ -125,20 +143,76 @@ def damage(run: Path, name: str, how: str, where: int) -> None:
             path.chmod(0)
 
 
+ODD_VALUES = (
+    None, -1, 0, 1, 1e308, 10**9, 10**30, "x" * 50, "", [], {}, "inf", True, "<b>&\u202e", "somebody/else", "../..",
+    "(a+)+$", [0], {"a": 1}, float("nan"), "eval", "/dev/zero", 2, 3, 0.5, -(10**6), [[1]], "q_proj", ["q_proj"],
+)  # fmt: skip
+ODD_KEYS = (
+    "quantization_config", "auto_map", "attn_implementation", "adapters", "megatron_config", "use_timm_backbone",
+    "custom_generate", "rank_pattern", "modules_to_save", "layer_types", "num_hidden_layers", "padding", "truncation",
+    "rope_parameters", "use_dora", "dtype", "head_dim", "sliding_window", "image_size", "model_type", "vision_config",
+)  # fmt: skip
+
+
+def _change_a_key(path: Path, content: bytes, where: int) -> None:
+    """Change, add or remove one value of a JSON file."""
+    try:
+        tree = json.loads(content)
+    except ValueError:
+        return
+    leaves = _leaves(tree)
+    if not leaves or not isinstance(tree, dict):
+        return
+    node, key = leaves[where % len(leaves)]
+    value = ODD_VALUES[where // 13 % len(ODD_VALUES)]
+    match where // 7 % 5:
+        case 0:
+            tree[ODD_KEYS[where // 3 % len(ODD_KEYS)]] = value
+        case 1 if isinstance(node, dict):
+            del node[key]
+        case _:
+            node[key] = value
+    path.write_text(json.dumps(tree))
+
+
+def _bend_a_header(path: Path, content: bytes, how: str, where: int) -> None:
+    """The JSON in front of the tensors of a safetensors file; the beginning of any other."""
+    size = int.from_bytes(content[:8], "little")
+    if path.suffix != ".safetensors" or how == "header":
+        at = where % max(1, min(len(content), size + 8))
+        path.write_bytes(content[:at] + bytes([where % 256]) + content[at + 1 :])
+        return
+    tree = json.loads(content[8 : 8 + size])
+    names = sorted(tree)
+    name = names[where % len(names)]
+    tree[(name + "x", name.replace("lora_A", "lora_B"), "", "base_model.model." + name)[where // 11 % 4]] = tree.pop(
+        name
+    )
+    header = json.dumps(tree).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
+
+
+def _leaves(tree: Any) -> list[tuple[Any, Any]]:
+    """Every (holder, key) of a tree, the first 5,000."""
+    found: list[tuple[Any, Any]] = []
+
+    def walk(node: Any) -> None:
+        for key in list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ():
+            if len(found) < 5000:
+                found.append((node, key))
+                walk(node[key])
+
+    walk(tree)
+    return found
+
+
 def _reseal(run: Path, path: Path, content: bytes, where: int) -> None:
     """Change one value of a JSON document and mend every checksum: what somebody who can edit a release could do."""
     try:
         tree = json.loads(content)
     except ValueError:
         return
-    leaves: list[tuple[Any, Any]] = []
-
-    def walk(node: Any) -> None:
-        for key in list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ():
-            leaves.append((node, key))
-            walk(node[key])
-
-    walk(tree)
+    leaves = _leaves(tree)
     if not leaves:
         return
     node, key = leaves[where % len(leaves)]

@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from tests.fuzz.grammar import FAMILIES, Case
 from tests.fuzz.runner import Runner
 
-CASES = {"configuration": 180, "score file": 130, "data file": 90, "run folder": 60, "command line": 90}
+CASES = {
+    "configuration": 180,
+    "score file": 130,
+    "data file": 90,
+    "run folder": 60,
+    "handed over": 40,
+    "command line": 90,
+}
 assert sum(CASES.values()) >= 500
 
 

@@ -13,6 +13,11 @@ from trainers.data import hub, load
 from trainers.data.rows import open_source, read_rows
 
 
+@pytest.fixture(autouse=True)
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DPAUDIT_ONLINE", "1")
+
+
 def test_export_keeps_pictures_as_they_are_and_caches_only_where_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -34,6 +39,12 @@ def test_export_keeps_pictures_as_they_are_and_caches_only_where_told(
     assert "unused" not in pd.read_parquet(target).columns
     assert not list(home.rglob("*"))
     assert list(cache.rglob("*.arrow"))
+
+
+def test_a_configuration_of_somebody_else_fetches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DPAUDIT_ONLINE")
+    with pytest.raises(UsageError, match=r"^data\.name: got 'nobody/nothing', a set on the hub; --online"):
+        load(DataConfig(name="nobody/nothing"))
 
 
 def test_a_set_that_cannot_be_had_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from dpaudit import accounting, atomic
+from dpaudit import accounting, atomic, untrusted
 from dpaudit.claims import Sampling, StepClaim
 from dpaudit.documents import Relation
 from dpaudit.randomness import Key
@@ -171,7 +170,7 @@ class Compact:
 
     def load(self, path: Path) -> None:
         """What `save` wrote."""
-        state = load_file(path)
+        state = untrusted.read_tensors(path)
         self.weights, self.velocity, self.step_count = state["weights"], state["velocity"], int(state["step"][0])
 
     # -- the stages of a step --------------------------------------------------------------------------------------

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from dpaudit import accounting, atomic
+from dpaudit import accounting, atomic, untrusted
 from dpaudit.claims import StepClaim
 from dpaudit.config import RunConfig, resolve
 from dpaudit.randomness import Key
@@ -194,7 +193,7 @@ class VlmTrainer:
 
     def load(self, path: Path) -> None:
         """What `save` wrote."""
-        with safe_open(path, framework="pt") as file:
+        with untrusted.open_tensors(path) as file:
             self.step_count = json.loads(file.metadata()["step"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         self.weights = {name: tensors[f"weight//{name}"] for name in self.weights}

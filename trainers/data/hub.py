@@ -13,7 +13,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from dpaudit import temporary
+from dpaudit import online, temporary
 from dpaudit.config import DataConfig
 from dpaudit.errors import EnvironmentFailure, UsageError, rejected
 from trainers.data.local import load_local
@@ -74,6 +74,8 @@ def load_hub(config: DataConfig, cache: Path | None = None) -> Dataset:
         raise rejected("data.name", name, "'digits', owner/name or owner/name@revision")
     if config.train_images is not None or config.test_images is not None:
         raise UsageError("data.train-images and data.test-images: only for local files (data.path)")
+    if not online.allowed():
+        raise UsageError(f"data.name: got {name!r}, a set on the hub; --online lets this command fetch it")
     if importlib.util.find_spec("datasets") is None:
         raise EnvironmentFailure(f"data.name {name}: needs the package datasets; pip install 'dpaudit[benchmark]'")
     columns = ["image", "question", "answer", "kind", *([config.unit] if config.unit else [])]

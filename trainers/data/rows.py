@@ -8,18 +8,18 @@ import base64
 import binascii
 import hashlib
 import io
-import json
 import struct
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from dpaudit import untrusted
 from dpaudit.errors import UsageError, rejected
 from trainers.records import Pixels
 
@@ -29,7 +29,10 @@ Row = dict[str, Any]
 MAX_PIXELS = 1 << 24
 MAX_PICTURE_BYTES = 1 << 26
 MAX_LINE_BYTES = 1 << 27  # a JSONL row may carry its picture in base64
-ROWS_AT_ONCE = 16  # of a Parquet file: one picture stored once and named by every row is copied for each of them
+# Pictures of one file: a page of text in black and white packs 200-fold, one colour 1,000-fold and more.
+MAX_DECODED, MAX_PICTURE_RATIO = 1 << 30, 400
+MAX_REPEATED = 100  # a file whose rows name the same bytes again and again: above MAX_DECODED, at most so often
+ROWS_AT_ONCE = 8  # of a Parquet file: one picture stored once and named by every row is copied for each of them
 MAX_UNPACKED, MAX_RATIO = 1 << 28, 500  # a column of a Parquet file: above so many bytes, at most so much compressed
 MAX_CHARACTERS = {"question": 2000, "answer": 500, "kind": 100}
 # Decoders for other formats (EPS runs a program, for one) are never started on untrusted bytes.
@@ -38,13 +41,50 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 DEEP = {"F": "floating-point", "I": "32-bit", "I;16": "16-bit", "I;16L": "16-bit", "I;16B": "16-bit", "I;16N": "16-bit"}
 
 
+@dataclass
+class Decoded:
+    """How much the pictures of one file take, in bytes: on disk, as the rows name them, and decoded."""
+
+    stored: int = 0
+    named: int = 0
+    packed: int = 0
+    unpacked: int = 0
+    files: set[str] = field(default_factory=set)
+
+    def name(self, size: int, file: str | None = None) -> str | None:
+        """Count the bytes of one row's picture, in a `file` of its own or in the data file; what is wrong, or None."""
+        if file is not None and file not in self.files:
+            self.files.add(file)
+            self.stored += size
+        self.named += size
+        if self.named > MAX_DECODED and self.named > MAX_REPEATED * self.stored:
+            found = f"{self.stored >> 10} KB of pictures are named as {self.named >> 20} MB so far"
+            return f"{found}; above {MAX_DECODED >> 20} MB at most {MAX_REPEATED}-fold is accepted"
+        return None
+
+    def add(self, packed: int, unpacked: int) -> str | None:
+        """Count one picture, before it is decoded; what is wrong, or None."""
+        self.packed += packed
+        self.unpacked += unpacked
+        if self.unpacked > MAX_DECODED and self.unpacked > MAX_PICTURE_RATIO * self.packed:
+            ratio = f"{self.packed >> 20} MB of pictures unpack to {self.unpacked >> 20} MB so far"
+            return f"{ratio}; above {MAX_DECODED >> 20} MB at most {MAX_PICTURE_RATIO}-fold is accepted"
+        return None
+
+
 @dataclass(frozen=True)
 class Source:
-    """One data file. `label` is the name that the user gave; `root` is the folder that nothing may leave."""
+    """One data file. `label` is the name that the user gave; `root` is the folder that nothing may leave; `decoded`
+    counts its pictures."""
 
     path: Path
     label: str
     root: Path
+    decoded: Decoded = field(default_factory=Decoded, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.decoded.stored and self.path.is_file():
+            self.decoded.stored = self.path.stat().st_size
 
     def fault(self, row: int, field: str, problem: str) -> UsageError:
         """The error for one bad value, without the value."""
@@ -78,8 +118,7 @@ def open_source(root: Path, name: str, field: str) -> Source:
 
 def sha256_file(path: Path) -> str:
     """Hash of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return untrusted.sha256(path)
 
 
 def read_rows(source: Source, required: Iterable[str], optional: Iterable[str] = ()) -> Iterator[tuple[int, Row]]:
@@ -93,7 +132,7 @@ def read_rows(source: Source, required: Iterable[str], optional: Iterable[str] =
 
 
 def _jsonl_rows(source: Source, needed: list[str], wanted: list[str]) -> Iterator[tuple[int, Row]]:
-    with source.path.open("rb") as file:
+    with untrusted.open_regular(source.path) as file:
         number = 0
         while line := file.readline(MAX_LINE_BYTES + 1):
             number += 1
@@ -102,8 +141,8 @@ def _jsonl_rows(source: Source, needed: list[str], wanted: list[str]) -> Iterato
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except (ValueError, RecursionError):
+                row = untrusted.parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except ValueError:
                 raise source.fault(number, "line", "not a JSON object in UTF-8") from None
             if not isinstance(row, dict):
                 raise source.fault(number, "line", f"must be a JSON object, got {type(row).__name__}")
@@ -115,23 +154,21 @@ def _jsonl_rows(source: Source, needed: list[str], wanted: list[str]) -> Iterato
 
 def _parquet_rows(source: Source, needed: list[str], wanted: list[str]) -> Iterator[tuple[int, Row]]:
     import pyarrow
-    import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(source.path) as file:
+        with untrusted.parquet_file(source.path) as file:
             present = list(file.schema_arrow.names)
             for name in needed:
                 if name not in present:
                     raise UsageError(f"{source.label}: no column {name!r}; columns: {', '.join(present[:20])}")
             number = 0
             _no_bomb(source, file.metadata)
-            for batch in file.iter_batches(
-                batch_size=ROWS_AT_ONCE, columns=[name for name in wanted if name in present]
-            ):
+            chosen = [name for name in wanted if name in present]
+            for batch in untrusted.parquet_batches(file, chosen, ROWS_AT_ONCE):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except (pyarrow.ArrowException, OSError, ValueError):
+    except (pyarrow.ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError):
         # Arrow's own text may quote what it read.
         raise UsageError(f"{source.label}: not a readable Parquet file") from None
 
@@ -188,8 +225,9 @@ def picture_bytes(source: Source, number: int, row: Row, field: str = "image") -
                 value = base64.b64decode(data, validate=True)
             except (binascii.Error, ValueError):
                 raise source.fault(number, field, "bytes are not base64") from None
-    if isinstance(value, str):
-        value = _file_bytes(source, number, field, value)
+    file = value if isinstance(value, str) else None
+    if file is not None:
+        value = _file_bytes(source, number, field, file)
     if not isinstance(value, bytes):
         found = "nothing" if value is None else type(value).__name__
         raise source.fault(number, field, f"must be bytes, a path or a struct of both, got {found}")
@@ -197,6 +235,9 @@ def picture_bytes(source: Source, number: int, row: Row, field: str = "image") -
         raise source.fault(number, field, "empty")
     if len(value) > MAX_PICTURE_BYTES:
         raise source.fault(number, field, f"{len(value)} bytes; at most {MAX_PICTURE_BYTES} are accepted")
+    too_much = source.decoded.name(len(value), file)
+    if too_much is not None:
+        raise source.fault(number, field, too_much)
     return value
 
 
@@ -211,10 +252,10 @@ def _file_bytes(source: Source, number: int, field: str, name: str) -> bytes:
         raise source.fault(number, field, f"the file can't be read ({error.strerror})") from None
     if not there:
         raise source.fault(number, field, "its path names no file beside the data file")
-    if path.stat().st_size > MAX_PICTURE_BYTES:
-        raise source.fault(number, field, f"the file is larger than {MAX_PICTURE_BYTES} bytes")
     try:
-        return path.read_bytes()
+        return untrusted.read_bytes(path, MAX_PICTURE_BYTES)
+    except UsageError:
+        raise source.fault(number, field, f"the file is larger than {MAX_PICTURE_BYTES} bytes") from None
     except OSError as error:
         raise source.fault(number, field, f"the file can't be read ({error.strerror})") from None
 
@@ -228,6 +269,9 @@ def decode(source: Source, number: int, data: bytes, field: str = "image") -> Pi
                 width, height = picture.size
                 if width * height > MAX_PIXELS:
                     raise source.fault(number, field, f"{width}x{height} pixels; at most {MAX_PIXELS} are accepted")
+                too_much = source.decoded.add(len(data), 3 * width * height)
+                if too_much is not None:
+                    raise source.fault(number, field, too_much)
                 if picture.mode in DEEP:
                     raise source.fault(number, field, f"{DEEP[picture.mode]} pixels; accepted: 8 bits a channel")
                 return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"), dtype=np.uint8)

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dpaudit.errors import rejected
+from trainers.model_files import rendered_template
 from trainers.prompts import PADDING, TEXT, Head, HeadRow, Packed, Prompter, attention_mask
 from trainers.records import Pixels
 from trainers.reducers import Reduced, VisualTokens
@@ -241,7 +242,5 @@ def chat_template(tokenizer: Any, fallback: str) -> str:
     if getattr(tokenizer, "chat_template", None) is None:
         return fallback
     content = [{"type": "image"}, {"type": "text", "text": "{question}"}]
-    text: str = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-    )
-    return text
+    messages = [{"role": "user", "content": content}]
+    return rendered_template(tokenizer.get_chat_template(), tokenizer.special_tokens_map, messages)
