@@ -11,12 +11,15 @@ each (attacks.contract.statistics), so a correct trainer fails the whole contrac
 from collections.abc import Callable
 from typing import Any, Literal
 
-from attacks.contract import accounting, influence, noise, sampling, updates
+from attacks.contract import accounting, history, influence, liveness, noise, production, sampling, units, updates
 from attacks.contract.guard import TIME_LIMIT, MethodFailure
 from attacks.contract.probe import Probe
 from dpaudit.documents import Check, CheckDocument
 
 __all__ = ["MethodFailure", "assert_contract", "check", "check_names", "run_checks"]
+
+# In the order of a step.
+MODULES = (units, influence, history, noise, production, updates, liveness, sampling, accounting)
 
 # Without these a pass would say too little: the verdict is then "inconclusive".
 CORE = (influence.INFLUENCE, influence.CLIPPING, noise.LEVEL, noise.OF_DATA)
@@ -26,7 +29,7 @@ def run_checks(probe: Probe) -> tuple[Check, ...]:
     """Every check, in the order of the step: influence, noise, update, sampling, accounting."""
     bench = influence.Bench(probe)
     found: list[Check] = []
-    for module in (influence, noise, updates, sampling, accounting):
+    for module in MODULES:
         found.extend(module.checks(bench))
     return tuple(found)
 
@@ -59,6 +62,6 @@ def assert_contract(factory: Callable[..., Any], *, seed: int = 0) -> None:
 def check_names() -> tuple[str, ...]:
     """All checks, in order."""
     names = []
-    for module in (influence, noise, updates, sampling, accounting):
+    for module in MODULES:
         names += [value for key, value in vars(module).items() if key.isupper() and f"{key}_WHY" in vars(module)]
     return tuple(names)

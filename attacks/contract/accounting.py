@@ -9,7 +9,7 @@ import numpy as np
 
 from attacks.contract import statistics as stats
 from attacks.contract.guard import MethodFailure
-from attacks.contract.influence import Bench
+from attacks.contract.bench import Bench
 from attacks.contract.probe import Probe, Subject, Vector
 from attacks.contract.result import judged, skipped
 from dpaudit import accounting
