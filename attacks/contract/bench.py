@@ -53,11 +53,19 @@ class StandIn:
     problem: str | None  # why a batch with it can't be used (raised, or not finite)
 
 
+@dataclass(frozen=True)
+class Stated:
+    """What the training as a whole is claimed to spend, stated by whoever checks it and not by the trainer."""
+
+    epsilon: float | None = None
+    delta: float | None = None
+
+
 class Bench:
     """The probe with its picks and stand-ins; shared by the modules of the contract."""
 
-    def __init__(self, probe: Probe) -> None:
-        self.probe = probe
+    def __init__(self, probe: Probe, stated: Stated = Stated()) -> None:
+        self.probe, self.stated = probe, stated
         self.norms = self._gradient_norms()
         self.picks = Picks.of(probe, self.norms)
         self.empty_problem = self._empty_problem()

@@ -1,4 +1,4 @@
-"""What the trainer's own sampler draws, fresh and after steps."""
+"""Answers of a trainer that several modules ask for: what its sampler draws, fresh and after steps; its own eps."""
 
 import math
 import time
@@ -62,3 +62,11 @@ def ask(subject: Subject, count: int) -> list[int]:
 def window_of(rate: float) -> int:
     """Draws in an epoch."""
     return max(1, round(1 / rate))
+
+
+def reported(subject: Subject, delta: float) -> float:
+    """The eps that the trainer reports, validated."""
+    value = subject.ask("epsilon", delta)
+    if isinstance(value, bool) or not isinstance(value, int | float | np.floating) or math.isnan(value) or value < 0:
+        raise MethodFailure(f"epsilon({delta:g})", f"returned {value!r}; accepted: a number >= 0 (inf allowed)")
+    return float(value)

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from attacks.contract.copies import whole_copies
 from attacks.contract.guard import MethodFailure, call
 from dpaudit.claims import StepClaim
 from trainers.protocol import OPTIONAL, REQUIRED
@@ -120,7 +121,8 @@ class Subject:
     def twin(self) -> "Subject":
         """An independent copy of the trainer as it is now; the records are shared. Raises whatever copying raises."""
         memo = {id(record): record for record in self.trainer.records}
-        return Subject(copy.deepcopy(self.trainer, memo), self.probe)
+        with whole_copies():
+            return Subject(copy.deepcopy(self.trainer, memo), self.probe)
 
     def bytes(self) -> int:
         """What the tensors of the trainer hold, as far as its attributes show."""
