@@ -12,17 +12,17 @@ from dpaudit import accounting
 from dpaudit.accounting import DpSgd
 from dpaudit.documents import Check
 
-STEPS, MANY = 20, 150
+STEPS, MANY = 20, 60
 DEFAULT_DELTA = 1e-5
 # Ours is an upper bound, tight to 1e-4; accountants that are right to 1 % (PRV at eps_error 0.01) still pass.
 RELATIVE, ABSOLUTE = 0.01, 0.005
 
 EPSILON = "eps reported"
 EPSILON_WHY = (
-    "The eps that the trainer reports may not be below what (sigma, q, steps taken) spend under the claimed relation, "
-    "sampling and noise. Usually: a wrong sample rate, shuffled or fixed-size batches accounted as Poisson, replace-one "
-    "accounted as add/remove, Laplace noise accounted as Gaussian or not at all, the CLT approximation, empty batches or "
-    "the last step not counted, the target reported instead of what was spent."
+    "The eps that the trainer reports may not be below what (sigma, q, steps) spend under the claimed relation, "
+    "sampling and noise. Usually: a wrong sample rate, shuffled or fixed-size batches accounted as Poisson, replace "
+    "accounted as add/remove, Laplace noise accounted as Gaussian or not at all, the CLT approximation, empty batches "
+    "or the last step not counted, the target reported instead of what was spent."
 )
 
 

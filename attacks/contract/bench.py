@@ -1,4 +1,4 @@
-"""What all modules of the contract share: the units that are probed, extreme records in their place, whole trainings."""
+"""What all modules of the contract share: the units that are probed, extreme records in place, whole trainings."""
 
 import math
 from collections.abc import Sequence
@@ -61,10 +61,13 @@ class Stated:
     delta: float | None = None
 
 
+NOTHING_STATED = Stated()
+
+
 class Bench:
     """The probe with its picks and stand-ins; shared by the modules of the contract."""
 
-    def __init__(self, probe: Probe, stated: Stated = Stated()) -> None:
+    def __init__(self, probe: Probe, stated: Stated = NOTHING_STATED) -> None:
         self.probe, self.stated = probe, stated
         self.norms = self._gradient_norms()
         self.picks = Picks.of(probe, self.norms)

@@ -5,6 +5,7 @@ before (`whole_training`). An empty batch releases the noise of its step and not
 equal parameters one batch has one clipped sum, whatever came before.
 """
 
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -79,7 +80,7 @@ def _of(seen: Observation, names: Sequence[str]) -> Vector:
 EQUAL = "equal parameters, equal release"
 EQUAL_WHY = (
     "At equal parameters the release of a step is a function of its batch and its noise. If earlier batches still "
-    "count, they do so without noise: buffers of raw activations, a clip norm that follows earlier gradients, residuals."
+    "count, they do so without noise: buffers of raw activations, a clip norm that follows old gradients, residuals."
 )
 
 
@@ -90,7 +91,8 @@ def equal_parameters(bench: Bench) -> Check:
     size, worst, where, tried = probe.claim.max_grad_norm, 0.0, "", 0
     meant = _weights(bench)
     for step in (2, *STAGES.values()):
-        empty: list[list[int]] = [[]] * (step - 1) if bench.empty_problem is None else training.batches[:1] * (step - 1)
+        idle = [] if bench.empty_problem is None else training.batches[0]
+        empty: list[list[int]] = [idle] * (step - 1)
         paths = [path[: step - 1] for path in (training.batches, training.others, empty)]
         for batch in (list(bench.picks.group), [bench.picks.group[0]]):
             seen = _after(bench, paths, batch, meant)
@@ -205,6 +207,8 @@ def _differing(bench: Bench, one: Transcript, two: Transcript, repeats: bool) ->
     for name, value in one[1].items():
         if name not in two[1] or (name.startswith("draws") and not repeats):
             continue
+        if name == "eps" and math.isclose(two[1][name], value, rel_tol=1e-6):
+            continue
         if two[1][name] != value:
-            return f"{name} changed"
+            return f"{name} changed ({value:.6g} to {two[1][name]:.6g})" if name == "eps" else f"{name} changed"
     return None

@@ -2,9 +2,9 @@
 
 Two trainers with equal seeds on neighbouring inputs release the same noise, so the difference of what they release
 (times the expected batch size) is the difference of two clipped sums, exactly up to float32 rounding. Nothing here is
-statistical, hence no false alarms but those of rounding, for which a margin of 0.1 % is left (more where a step computes
-in bfloat16, `Probe.agreement`). Every check looks at the first step, at steps in the middle and late in a training, and
-at batches from one unit to several times the expected size.
+statistical, hence no false alarms but those of rounding, for which a margin of 0.1 % is left (more where a step
+computes in bfloat16, `Probe.agreement`). Every check looks at the first step, at later ones of a training, and at
+batches from one unit to several times the expected size.
 """
 
 import math

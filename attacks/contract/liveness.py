@@ -81,7 +81,9 @@ def gradients_live(bench: Bench) -> Check:
     if not moved or not units:
         return skipped(LIVE, "the parameters did not move, or no unit moved the sum by itself", LIVE_WHY)
     changed = any(_changed(bench, unit) for unit in units) or _changed_far_away(bench, units[0])
-    measured = f"contributions of {len(units)} units {'changed' if changed else 'stayed the same'} when parameters moved"
+    measured = (
+        f"contributions of {len(units)} units {'changed' if changed else 'stayed the same'} when parameters moved"
+    )
     if silent:
         measured += f"; no unit moved {joined(silent)}"
     return judged(LIVE, changed, measured, "contributions that change", LIVE_WHY)

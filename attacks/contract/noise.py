@@ -1,8 +1,9 @@
 """The noise itself: how much, which law, and independent of what.
 
-Where an empty batch is a step, its release is noise and nothing else, so whole trainings on empty batches show the noise
-of every step. Differences of noise seeds at equal parameters, records and batch cancel the signal exactly, so selection
-of blocks or clipping can't bias them. All intervals and p-values are exact under the claim (attacks.contract.statistics).
+Where an empty batch is a step, its release is noise and nothing else, so whole trainings on empty batches show the
+noise of every step. Differences of noise seeds at equal parameters, records and batch cancel the signal exactly, so
+selection of blocks or clipping can't bias them. All intervals and p-values are exact under the claim
+(attacks.contract.statistics).
 """
 
 import math
@@ -97,9 +98,9 @@ def checks(bench: Bench) -> Iterator[Check]:
 
 LEVEL = "noise level"
 LEVEL_WHY = (
-    "Noise on the sum must have standard deviation sigma * C in every block and in every step. Too little: sigma without "
-    "C, C / B used for the sum, deviations added over micro-steps or workers, a multiplier read as 0, a schedule that "
-    "lowers it. Too much costs accuracy."
+    "Noise on the sum must have standard deviation sigma * C in every block and in every step. Too little: sigma "
+    "without C, C / B used for the sum, deviations added over micro-steps or workers, a multiplier read as 0, a "
+    "schedule that lowers it. Too much costs accuracy."
 )
 
 Squares = dict[str, tuple[float, int]]  # label -> statistic in claimed units, degrees of freedom
@@ -387,8 +388,9 @@ def _noise_difference(probe: Probe, batch: list[int], records: Records | None) -
 
 NORMALISATION = "normalisation"
 NORMALISATION_WHY = (
-    "The noisy sum is divided by a public number. Dividing by the realised Poisson batch size, by n q of the private n, "
-    "or noise by the number of micro-batches discloses how many there were and shrinks the noise (Opacus 571, 819)."
+    "The noisy sum is divided by a public number. Dividing by the realised Poisson batch size, by n q of the private "
+    "n, or the noise by the number of micro-batches discloses how many there were and shrinks the noise (Opacus issues "
+    "571, 819)."
 )
 
 

@@ -58,8 +58,10 @@ def unseeded(bench: Bench) -> Check:
     if empty.size and not draws.unknown:
         results += _as_claimed(bench, draws, batch, empty)
     bad = [said for fine, said in results if not fine]
-    where = f"{TRAINERS} trainers of this process and {len(running)} processes" if running else (
-        f"{TRAINERS} trainers, one process only (the factory has no importable name)"
+    where = (
+        f"{TRAINERS} trainers of this process and {len(running)} processes"
+        if running
+        else (f"{TRAINERS} trainers, one process only (the factory has no importable name)")
     )
     measured = f"{(bad or [said for _, said in results])[0]} ({where})"
     return judged(UNSEEDED, not bad, measured, "other noise every time, of the claimed law", UNSEEDED_WHY)
@@ -122,7 +124,9 @@ def _as_claimed(bench: Bench, draws: Draws, batch: Vector, empty: Vector) -> lis
         return []
     alpha = stats.ALPHA / TESTS
     values = empty[empty != 0] / probe.std
-    by_step = {f"step {step + 2}": squares(empty[:, step].reshape(-1) / probe.std, laplace) for step in range(STEPS - 1)}
+    by_step = {
+        f"step {step + 2}": squares(empty[:, step].reshape(-1) / probe.std, laplace) for step in range(STEPS - 1)
+    }
     fine, said = level_of({"all steps": squares(values, laplace)} | by_step, laplace=laplace, alpha=alpha)
     results = [(fine, f"{said})")]
     p, _ = law_of(probe, values)

@@ -14,7 +14,7 @@ from attacks.contract.bench import Bench
 from attacks.contract.probe import Observation, Vector
 from attacks.contract.training import NOISE_STEPS
 
-SEEDS = 10
+SEEDS = 8
 MOST_KEPT = 200_000  # coordinates of the noise, over all blocks
 MOST_RULED = 256  # coordinates of a block whose update rule is learned
 

@@ -17,7 +17,7 @@ from attacks.contract.probe import Observation, Probe, Records, Vector
 
 STEPS = 24
 STAGES = {"in the middle": 12, "late": 24}  # step of a history that is branched; "early" is step 1
-NOISE_STEPS, LONGEST, FAST = 40, 200, 0.004
+NOISE_STEPS, LONGEST, FAST = 24, 120, 0.004
 MOST_HELD = 40_000_000  # numbers of the noise of every step
 LARGEST = 64  # a batch this large costs little; larger ones are looked at up to REACH x the expected size
 REACH = 3.0

@@ -125,8 +125,8 @@ def update_rule(bench: Bench) -> Check:
     """Learn each coordinate's move from noise seeds on one batch, then predict it on other batches.
 
     Two forms are recognised: affine in the releases (SGD, momentum, weight decay) and the sign of the release (Adam in
-    its first step). Step 1 is judged on other batches, step 2 on an empty batch after another first batch, and all steps
-    of two histories by the rule that noise alone shows (attacks.contract.rules).
+    its first step). Step 1 is judged on other batches, step 2 on an empty batch after another first batch, and all
+    steps of two histories by the rule that noise alone shows (attacks.contract.rules).
     """
     probe = bench.probe
     if not probe.deterministic:
