@@ -156,8 +156,8 @@ def whole_training(bench: Bench, neighbours: Sequence[Records]) -> str | None:
     reported and, where neighbours have equal sizes, the next draws of the sampler.
     """
     reference = _transcript(bench, bench.probe.own)
-    again = _transcript(bench, bench.probe.own)
-    repeats = reference[1].get("draws") == again[1].get("draws")
+    own, count = bench.training.records, len(bench.training.records.items)
+    repeats = "sample" in bench.probe.offered and reference[1]["draws"] == _draws(bench.probe.build(own), count)
     for records in neighbours:
         found = _differing(bench, reference, _transcript(bench, records), repeats)
         if found is not None:
@@ -171,6 +171,7 @@ Transcript = tuple[list[Observation], dict[str, Any]]
 def _transcript(bench: Bench, records: Records) -> Transcript:
     probe, place = bench.probe, bench.training.outside
     less = len(records.items) < len(probe.own.items)
+    records = bench.training.beside(records if records is not probe.own else None)
     batches = [[unit - (less and unit > place) for unit in batch] for batch in bench.training.batches]
     subject = probe.build(records)
     facts: dict[str, Any] = {}

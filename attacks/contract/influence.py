@@ -128,8 +128,6 @@ def _branched(bench: Bench) -> Iterator[Move]:
         tried: list[tuple[int, Records | None, str]] = [(unit, None, f"unit {unit}") for unit in picks.group]
         tried += [(picks.place, item.records, f"extreme record {item.number}") for item in bench.usable]
         for unit, records, what in tried:
-            if records is not None and not training.same_size:
-                continue
             seen = training.at(step, [unit], records=records)
             if training.comparable(step, seen) and _sound(bench, step):
                 move = probe.size(training.signal(step, seen)) - training.slack(step, seen)
@@ -155,7 +153,7 @@ def _large(bench: Bench) -> Iterator[Move]:
                 move = probe.size(whole.vector - rest.vector) - probe.slack(whole, rest)
                 what = f"unit {unit} in a batch of {len(units)} in step {step}"
                 yield _less(bench, (move / probe.claim.max_grad_norm, what), len(units))
-        for item in bench.usable[:2] if training.same_size else ():
+        for item in bench.usable[:2]:
             more = training.at(step, [*units, bench.picks.place], records=item.records)
             if more.noised == whole.noised:
                 move = probe.size(more.vector - whole.vector) - probe.slack(whole, more)
@@ -310,7 +308,7 @@ def isolation(bench: Bench) -> Check:
 def _late_partners(bench: Bench) -> Iterator[tuple[float, str]]:
     """A unit beside another unit and beside extreme records, late in a training, against the unit alone."""
     probe, picks, training, step = bench.probe, bench.picks, bench.training, STAGES["late"]
-    if not training.same_size or not _sound(bench, step):
+    if not _sound(bench, step):
         return
     for unit in picks.group[:2]:
         alone = training.at(step, [unit])
@@ -345,9 +343,9 @@ def outside(bench: Bench) -> Check:
     allowed = 1e-6 * size + 2 * bench.slack()
     measured = f"the release moved by {gap / size:.3g} C over {len(seen)} changes of a record outside"
     wanted = f"at most {allowed / size:.2g} C (rounding)"
-    if gap > allowed or not bench.training.same_size:
+    if gap > allowed:
         return judged(OUTSIDE, gap <= allowed, measured, wanted, OUTSIDE_WHY)
-    neighbours = [*(item.records for item in bench.usable[-2:]), other]
+    neighbours = [*(item.records for item in bench.usable[-1:]), other]
     differing = whole_training(bench, neighbours if probe.public_size else [*neighbours, probe.dropped(picks.place)])
     if differing is not None:
         return judged(OUTSIDE, False, differing, "a training without the record goes on as before", OUTSIDE_WHY)

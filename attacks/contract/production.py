@@ -45,24 +45,27 @@ def unseeded(bench: Bench) -> Check:
     draws = Draws(bench)
     if not draws.blocks or probe.std == 0:
         return skipped(UNSEEDED, "there is no noise with a seed either", UNSEEDED_WHY)
-    running = [_start(bench) for _ in range(PROCESSES)] if probe.target is not None else []
+    running = [_start(bench) for _ in range(PROCESSES)] if probe.target is not None and draws.empty else []
     try:
         batch, empty = _released(bench)
-        others = [_finish(process, bench) for process in running]
+        answers = [_finish(process, bench) for process in running]
     except MethodFailure as failure:
         return judged(UNSEEDED, False, f"with noise_seed=None {failure}", "a step like any other", UNSEEDED_WHY)
     finally:
         for process in running:
             process.kill()
+            process.wait()
+    others = [answer for answer in answers if not isinstance(answer, str)]
+    problems = [answer for answer in answers if isinstance(answer, str)]
     results = [_independent(bench, [*empty, *others]) if empty.size else _differ(bench, batch)]
     if empty.size and not draws.unknown:
         results += _as_claimed(bench, draws, batch, empty)
     bad = [said for fine, said in results if not fine]
-    where = (
-        f"{TRAINERS} trainers of this process and {len(running)} processes"
-        if running
-        else (f"{TRAINERS} trainers, one process only (the factory has no importable name)")
-    )
+    where = f"{TRAINERS} trainers of this process and {len(others)} other processes"
+    if problems:
+        where += f"; another process could not be asked: {problems[0]}"
+    elif not running:
+        where += "; only a factory named module:factory can be built in another one"
     measured = f"{(bad or [said for _, said in results])[0]} ({where})"
     return judged(UNSEEDED, not bad, measured, "other noise every time, of the claimed law", UNSEEDED_WHY)
 
@@ -181,13 +184,13 @@ def _start(bench: Bench) -> "subprocess.Popen[str]":
     return process
 
 
-def _finish(process: "subprocess.Popen[str]", bench: Bench) -> Vector:
-    """(STEPS - 1, d) of its empty steps."""
+def _finish(process: "subprocess.Popen[str]", bench: Bench) -> Vector | str:
+    """(STEPS - 1, d) of its empty steps, or why there are none."""
     try:
         out, _ = process.communicate(timeout=bench.probe.limit + GRACE)
     except subprocess.TimeoutExpired:
-        raise MethodFailure("factory", "a process of its own did not come back with a few steps") from None
-    answer = json.loads(out) if process.returncode == 0 and out else {"problem": "the process ended without an answer"}
+        return "it did not come back with a few steps"
+    answer = json.loads(out) if process.returncode == 0 and out else {"problem": "it ended without an answer"}
     if "problem" in answer:
-        raise MethodFailure("factory", f"in a process of its own: {answer['problem']}")
+        return str(answer["problem"])
     return np.array(answer["noise"], dtype=np.float64)

@@ -5,6 +5,7 @@ releases of a training on empty batches alone are the noise of every step, and w
 that seed, minus that noise, is its clipped sum: exactly, at every step, without a second trainer at equal parameters.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Sequence
@@ -34,29 +35,36 @@ class Training:
         expected = probe.claim.expected_batch_size
         poisson = probe.claim.sampling == "poisson"
         self.wanted = max(1, math.ceil(REACH * expected if poisson else expected))
-        self.records = self._enlarged()
+        self.copies, self.records = 1, probe.own
+        self._enlarge()
         order = np.random.default_rng([probe.seed, 23]).permutation(len(self.records.items))
         self.pool = [int(index) for index in order if index != outside]
         self.largest = min(len(self.pool), max(self.wanted, LARGEST if poisson else 6))
         self.longest = longest
 
-    def _enlarged(self) -> Records:
-        """The own records, repeated as units of their own where they are fewer than the largest batch."""
+    def _enlarge(self) -> None:
+        """Repeat the records, as units of their own, where they are fewer than the largest batch."""
         own = self.probe.own
-        copies = math.ceil((self.wanted + 1) / len(own.items))
-        if copies == 1:
-            return own
-        records = Records(f"own records x {copies}", own.items * copies)
-        try:
-            self.probe.observe([0, len(own.items)], records=records)
-        except MethodFailure:  # a trainer may hold no more than its declared public size
-            return own
-        return records
+        copies = math.ceil(self.wanted / len(own.items))
+        if copies > 1:
+            records = Records(f"own records x {copies}", own.items * copies)
+            # A trainer may hold no more than its declared public size.
+            with contextlib.suppress(MethodFailure):
+                self.probe.observe([0, len(own.items)], records=records)
+                self.copies, self.records = copies, records
+
+    def beside(self, neighbour: Records | None) -> Records:
+        """The records of the trainings, with the first copy of the own ones changed into a neighbour of theirs."""
+        if neighbour is None:
+            return self.records
+        if self.copies == 1:
+            return neighbour
+        return Records(f"{neighbour.name}, x {self.copies}", neighbour.items + self.probe.own.items * (self.copies - 1))
 
     @property
     def reached(self) -> bool:
         """Whether the largest batch is as large as the claim's."""
-        return self.largest >= min(self.wanted, math.ceil(self.probe.claim.expected_batch_size))
+        return self.largest >= math.ceil(self.probe.claim.expected_batch_size) - 1
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -91,11 +99,6 @@ class Training:
             batches.append([rolled[(start + place) % len(rolled)] for place in range(min(int(size), len(rolled)))])
         return batches
 
-    @property
-    def same_size(self) -> bool:
-        """Whether the records are the trainer's own, so that neighbours of these can be compared."""
-        return self.records is self.probe.own
-
     @cached_property
     def noise(self) -> list[Observation]:
         """The training on empty batches under the first noise seed: the noise of every step.
@@ -128,9 +131,9 @@ class Training:
     def at(
         self, step: int, batch: Sequence[int], *, records: Records | None = None, noise: int | None = 0
     ) -> Observation:
-        """The release of `batch` in step `step` of the first history."""
+        """The release of `batch` in step `step` of the first history; `records`: a neighbour of the own ones."""
         earlier = self.batches[: step - 1]
-        return self.probe.observe(batch, records=records or self.records, noise=noise, earlier=earlier)
+        return self.probe.observe(batch, records=self.beside(records), noise=noise, earlier=earlier)
 
     def signal(self, step: int, seen: Observation) -> Vector:
         """Clipped sum: release minus noise, on the blocks that were noised in both; others count as they are."""
