@@ -16,6 +16,10 @@ norm). For `zeroth-order` the private quantity is one number per direction: `rel
 (under names that are no parameters) or rank-one tensors named and shaped like the parameters, with `direction()`
 giving the public direction of the last step. For `correlated` noise `mixing(steps)` may return the (steps, steps)
 matrix M whose row t makes the noise of step t out of white noise of standard deviation sigma * C.
+
+`step` is given sets of indices: a trainer whose own sampler never repeats an index need not cope with a repeated one. A
+fault may start late (after a warm-up, when a unit comes a second time, in a batch that is larger than one physical
+batch) or exist only in production (`noise_seed=None`); the step contract looks there too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,6 +45,7 @@ OPTIONAL = (
     "epsilon",
     "save",
     "load",
+    "assign",
     "direction",
     "mixing",
 )
@@ -107,6 +112,9 @@ class Full(Trainer, Protocol):
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint."""
+
+    def assign(self, parameters: Mapping[str, Tensor]) -> None:
+        """Set the trained parameters and nothing else: histories can then be compared at equal parameters."""
 
     def direction(self) -> Mapping[str, Tensor]:
         """Zeroth-order only: the public direction of the last step."""

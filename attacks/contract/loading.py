@@ -4,13 +4,16 @@ Our four packages have common names. They are imported first; only then does the
 a folder with its own `trainers/` or `reports/` neither breaks dpaudit nor is imported by mistake.
 """
 
+import functools
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from attacks.contract.guard import TIME_LIMIT, MethodFailure, call
+from dpaudit.documents import FactorySource
 from dpaudit.errors import UsageError, rejected
 
 OWN = ("dpaudit", "trainers", "attacks", "reports")
@@ -51,3 +54,23 @@ def _import(module_name: str, target: str, limit: float) -> Any:
                 why = f"no module of this name in {Path.cwd()} or the Python path"
             raise UsageError(f"factory: got {target!r}: {why}") from None
         raise
+
+
+def source(target: str, factory: Callable[..., Any] | None) -> FactorySource:
+    """Where the factory is defined; before it is loaded, the module's file in the working directory."""
+    value: Any = factory
+    while isinstance(value, functools.partial):
+        value = value.func
+    if value is None:
+        guess = Path(*target.partition(":")[0].split(".")).with_suffix(".py") if target else Path()
+        return FactorySource(name=target, file=guess.as_posix() if guess.is_file() else None)
+    try:
+        value = value if inspect.isclass(value) or inspect.isroutine(value) else type(value)
+        file = Path(inspect.getsourcefile(value) or "").resolve()
+        line = max(1, inspect.getsourcelines(value)[1])
+    except (OSError, TypeError):
+        return FactorySource(name=target)
+    here = Path.cwd().resolve()
+    return FactorySource(
+        name=target, file=(file.relative_to(here) if file.is_relative_to(here) else file).as_posix(), line=line
+    )

@@ -1,24 +1,25 @@
 """Asking a trainer under test: fresh trainers, one observation a question, everything validated at the door.
 
-An observation is what one step released, under given records, batch, noise seed and earlier batches. Trainers are
-never reused between questions, so that parameters are equal whenever the contract says so; answers are memoised.
+An observation is what one step released, under given records, batch, noise seed and earlier batches. No trainer that
+was asked one question is asked another one that it could remember the first by, so that parameters are equal whenever
+the contract says so; answers are memoised. Where a trainer can be copied (and the copy was seen to behave like the
+original) a slow factory is called once a data set and noise seed, and a training is branched off instead of repeated.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attacks.contract.guard import TIME_LIMIT, MethodFailure, call
-from dpaudit.claims import StepClaim
+from attacks.contract.subject import Subject, flat, short
+from attacks.contract.subject import Vector as Vector
 from dpaudit.errors import UsageError
-from trainers.protocol import OPTIONAL, REQUIRED
-
-Vector = npt.NDArray[np.float64]
+from trainers.protocol import OPTIONAL
 
 # What a released number may lose, in units of its type's own precision (float32: 1e-6, some operations on 2^-23), and
 # what a contribution may differ by, relatively.
@@ -27,8 +28,10 @@ AGREEMENT = 1e-3
 
 # About 250 observations are remembered, 16 bytes a number each.
 MOST_NUMBERS = 3_000_000
-
-_MISSING = object()
+MOST_REMEMBERED = 400_000_000  # numbers in all; what is seen beyond is asked again when it is needed again
+SLOW_BUILD = 0.02  # seconds; a factory that takes longer is called once for each data set and noise seed
+MOST_COPIED = 500_000_000  # bytes of a trainer; a larger one is built anew
+STRIDE = 10_007  # between noise seeds, so that seed + step of one training does not meet that of another
 
 
 @dataclass(frozen=True)
@@ -64,93 +67,36 @@ class Observation:
         """Blocks that received noise."""
         return frozenset(name for name, value in self.released.items() if value is not None)
 
+    @property
+    def numbers(self) -> int:
+        """How many are remembered."""
+        return sum(part.size for part in self.moved.values()) * 2
 
-class Subject:
-    """One trainer, every call guarded."""
 
-    def __init__(self, trainer: Any, probe: "Probe") -> None:
-        self.trainer, self.probe = trainer, probe
-        for name in REQUIRED:
-            value = call(name, getattr, trainer, name, _MISSING, limit=probe.limit)
-            if value is _MISSING:
-                raise MethodFailure(name, f"missing; the trainer must offer {', '.join(REQUIRED)}")
-            if name not in ("records", "claim") and not callable(value):
-                raise MethodFailure(name, f"got {_short(value)}; accepted: a method")
-
-    def offers(self, name: str) -> bool:
-        """Whether an optional method is there."""
-        assert name in OPTIONAL
-        return callable(getattr(self.trainer, name, None))
-
-    def ask(self, name: str, *arguments: Any) -> Any:
-        """Call one method."""
-        shown = ", ".join(_short(argument) for argument in arguments)
-        return call(f"{name}({shown})", getattr(self.trainer, name), *arguments, limit=self.probe.limit)
-
-    def records(self) -> tuple[Any, ...]:
-        """The units in use."""
-        value = call("records", lambda: list(self.trainer.records), limit=self.probe.limit)
-        if len(value) < 3:
-            raise MethodFailure("records", f"holds {len(value)} units; accepted: at least 3")
-        return tuple(value)
-
-    def claim(self) -> StepClaim:
-        """The validated claim (StepClaim itself rejects values that can't be true)."""
-        value = call("claim", lambda: self.trainer.claim, limit=self.probe.limit)
-        if not isinstance(value, StepClaim):
-            raise MethodFailure("claim", f"got {type(value).__name__}; accepted: dpaudit.claims.StepClaim")
-        return value
-
-    def parameters(self) -> dict[str, Vector]:
-        """Copies, flat."""
-        value = self.ask("parameters")
-        if not isinstance(value, Mapping) or not value:
-            raise MethodFailure("parameters()", f"returned {_short(value)}; accepted: a dict of tensors by name")
-        return {str(name): _flat("parameters()", name, tensor) for name, tensor in value.items()}
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the parameters."""
-        return {str(name): tuple(tensor.shape) for name, tensor in self.ask("parameters").items()}
-
-    def released(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Vector | None]:
-        """Validated: known names and the parameters' shapes (a zeroth-order trainer may release bare numbers)."""
-        value = self.ask("released")
-        if not isinstance(value, Mapping) or not value:
-            raise MethodFailure("released()", f"returned {_short(value)}; accepted: a dict name -> tensor or None")
-        free = self.probe.mechanism == "zeroth-order"
-        out: dict[str, Vector | None] = {}
-        for name, tensor in value.items():
-            if name not in shapes and not free:
-                raise MethodFailure("released()", f"names {name!r}, which parameters() does not")
-            if tensor is None:
-                out[str(name)] = None
-                continue
-            flat = _flat("released()", name, tensor)
-            self.probe.precision = max(self.probe.precision, float(torch.finfo(tensor.dtype).eps))
-            if name in shapes and tuple(tensor.shape) != shapes[name]:
-                got, wanted = tuple(tensor.shape), shapes[name]
-                raise MethodFailure("released()", f"{name!r} has shape {got}, the parameter has {wanted}")
-            out[str(name)] = flat
-        return out
-
-    def applied(self) -> frozenset[str] | None:
-        """Updated blocks, None if the trainer does not say."""
-        return _names("applied()", self.ask("applied")) if self.offers("applied") else None
-
-    def select(self, noisy: Mapping[str, Tensor]) -> frozenset[str]:
-        """The trainer's mask for a noisy gradient."""
-        return _names("select(noisy)", self.ask("select", noisy))
+Key = tuple[str, int | None]
+Batch = tuple[int, ...]
 
 
 class Probe:
-    """A factory with its seeds, limits and the memory of what was asked."""
+    """A factory with its seeds, limits and the memory of what was asked.
 
-    def __init__(self, factory: Callable[..., Any], *, seed: int = 0, limit: float = TIME_LIMIT) -> None:
+    target: the factory as `module:name`, by which a process of its own can build it; None = only this process can.
+    """
+
+    def __init__(
+        self, factory: Callable[..., Any], *, seed: int = 0, limit: float = TIME_LIMIT, target: str | None = None
+    ) -> None:
         if not callable(factory):
-            raise UsageError(f"factory: got {_short(factory)}; accepted: a callable factory(records=None, *, seed)")
-        self.factory, self.seed, self.limit = factory, seed, limit
+            raise UsageError(f"factory: got {short(factory)}; accepted: a callable factory(records=None, *, seed)")
+        self.factory, self.seed, self.limit, self.target = factory, seed, limit, target
         self.mechanism: str = "gaussian"
+        self.appeared: set[str] = set()
+        self.builds, self.build_seconds, self.steps = 0, 0.0, 0
         self._memory: dict[tuple[object, ...], Observation] = {}
+        self._remembered = 0
+        self._pristine: dict[Key, Subject] = {}
+        self._grown: dict[tuple[Key, tuple[Batch, ...]], Subject] = {}
+        self.copyable = False
         first = self.build()
         self.claim = first.claim()
         self.mechanism = self.claim.mechanism
@@ -160,16 +106,46 @@ class Probe:
         if numbers > MOST_NUMBERS:
             wanted = f"at most {MOST_NUMBERS:,}: the contract is about code, so check it on a smaller model"
             raise MethodFailure("parameters()", f"holds {numbers:,} trained numbers; accepted: {wanted}")
+        self.start = first.parameters()
         self.precision = float(torch.finfo(torch.float32).eps)
         self.offered = frozenset(name for name in OPTIONAL if first.offers(name))
         self.extremes = self._extremes(first)
+        self.copyable = self._copyable(first)
         self.deterministic = self._deterministic()
+        self.coarsest = self._coarsest()
+
+    @property
+    def agreement(self) -> float:
+        """What a unit's contribution may differ by, relatively, when it is computed beside others.
+
+        The same gradient in a larger batch is rounded differently, which counts where a step computes in bfloat16.
+        """
+        return max(AGREEMENT, 2.0 * self.coarsest)
+
+    @property
+    def slow(self) -> bool:
+        """Whether the factory's time counts."""
+        return self.builds > 0 and self.build_seconds / self.builds > SLOW_BUILD
+
+    def noise_seed(self, noise: int | None) -> int | None:
+        """What the factory is handed for the noise seed number `noise`."""
+        return None if noise is None else self.seed * 1_000_003 + 1 + noise * STRIDE
 
     def build(self, records: Records | None = None, noise: int | None = 0) -> Subject:
         """A fresh trainer; `noise` counts noise seeds from 0, None = fresh noise."""
+        key = (records.name if records is not None else "", noise)
+        if self.copyable and self.slow and noise is not None:
+            if key not in self._pristine:
+                self._pristine[key] = self._built(records, noise)
+            return self._pristine[key].twin()
+        return self._built(records, noise)
+
+    def _built(self, records: Records | None, noise: int | None) -> Subject:
         items = list(records.items) if records is not None else None
-        noise_seed = None if noise is None else self.seed * 1_000_003 + 1 + noise
-        trainer = call("factory", self.factory, items, seed=self.seed, noise_seed=noise_seed, limit=self.limit)
+        began = time.monotonic()
+        seeds = {"seed": self.seed, "noise_seed": self.noise_seed(noise)}
+        trainer = call("factory", self.factory, items, limit=self.limit, **seeds)
+        self.builds, self.build_seconds = self.builds + 1, self.build_seconds + time.monotonic() - began
         return Subject(trainer, self)
 
     def observe(
@@ -183,22 +159,53 @@ class Probe:
     ) -> Observation:
         """The step on `batch`, after the steps `earlier`, by a fresh trainer. `again` asks anew."""
         chosen = records or self.own
-        key = (chosen.name, tuple(batch), noise, tuple(tuple(part) for part in earlier))
-        if key not in self._memory or again or noise is None:
-            subject = self.build(chosen, noise)
-            for part in earlier:
-                subject.ask("step", list(part))
-            self._memory[key] = self.watch(subject, batch)
-        return self._memory[key]
+        path = tuple(tuple(part) for part in earlier)
+        key = (chosen.name, tuple(batch), noise, path)
+        if key in self._memory and not again and noise is not None:
+            return self._memory[key]
+        seen = self.watch(self.grown(path, chosen, noise), batch)
+        if self._remembered < MOST_REMEMBERED:
+            self._memory[key] = seen
+            self._remembered += seen.numbers
+        return seen
+
+    def grown(self, path: tuple[Batch, ...], records: Records | None = None, noise: int | None = 0) -> Subject:
+        """A trainer of its own that has made the steps `path`."""
+        chosen = records or self.own
+        if not path:
+            return self.build(chosen, noise)
+        key = ((chosen.name, noise), path)
+        if key in self._grown:
+            return self._grown[key].twin()
+        subject = self.build(chosen, noise)
+        for part in path:
+            subject.ask("step", list(part))
+            self.steps += 1
+        if self.copyable and noise is not None and len(path) > 1:
+            if len(self._grown) >= 12:
+                del self._grown[next(iter(self._grown))]
+            self._grown[key] = subject.twin()
+        return subject
+
+    def course(
+        self, path: Sequence[Sequence[int]], *, records: Records | None = None, noise: int | None = 0
+    ) -> list[Observation]:
+        """A whole training of a fresh trainer on the batches `path`, observed at every step."""
+        subject = self.build(records or self.own, noise)
+        return [self.watch(subject, batch) for batch in path]
 
     def watch(self, subject: Subject, batch: Sequence[int]) -> Observation:
         """One step of a given trainer."""
         before = subject.parameters()
         subject.ask("step", list(batch))
+        self.steps += 1
         after = subject.parameters()
-        if after.keys() != before.keys() or any(after[name].shape != before[name].shape for name in before):
-            raise MethodFailure("parameters()", "returned other names or shapes after a step than before")
-        moved = {name: after[name] - before[name] for name in before}
+        if any(after[name].shape != value.shape for name, value in before.items() if name in after):
+            raise MethodFailure("parameters()", "returned other shapes after a step than before")
+        if missing := before.keys() - after.keys():
+            raise MethodFailure("parameters()", f"no longer names {min(missing)!r} after a step")
+        self.appeared |= after.keys() - self.shapes.keys()
+        moved = {name: after[name] - before[name] for name in before if name in self.shapes}
         released = subject.released(self.shapes)
         if self.mechanism == "zeroth-order":
             released = self._numbers(subject, released)
@@ -211,23 +218,22 @@ class Probe:
         """The private numbers of a zeroth-order step: as released, or the rank-one tensors along their line."""
         if not set(released) <= set(self.shapes) or "direction" not in self.offered:
             return released
-        line = {str(name): _flat("direction()", name, tensor) for name, tensor in subject.ask("direction").items()}
+        line = {str(name): flat("direction()", name, tensor) for name, tensor in subject.ask("direction").items()}
         if set(line) != set(self.shapes):
             raise MethodFailure("direction()", "names other blocks than parameters()")
         z = np.concatenate([line[name] for name in sorted(line)])
         parts = [released[name] for name in sorted(line)]
         if any(part is None for part in parts):
             return dict.fromkeys(["number"])
-        flat = np.concatenate([part for part in parts if part is not None])
-        return {"number": np.array([float(flat @ z / (z @ z))])}
+        whole = np.concatenate([part for part in parts if part is not None])
+        return {"number": np.array([float(whole @ z / (z @ z))])}
 
-    def gradient(self, record: Any, records: Records | None = None) -> Vector:
-        """One record's gradient at the initial parameters, blocks in name order."""
-        subject = self.build(records or self.own)
-        value = subject.ask("gradient", record)
+    def gradient(self, record: Any, subject: Subject | None = None) -> Vector:
+        """One record's gradient at the initial parameters, or at those of `subject`; blocks in name order."""
+        value = (subject or self.build(self.own)).ask("gradient", record)
         if not isinstance(value, Mapping) or set(value) != set(self.shapes):
             raise MethodFailure("gradient(record)", "must return one tensor for every name of parameters()")
-        return np.concatenate([_flat("gradient(record)", name, value[name]) for name in sorted(value)])
+        return np.concatenate([flat("gradient(record)", name, value[name]) for name in sorted(value)])
 
     def replaced(self, index: int, stand_in: Any, name: str) -> Records:
         """The own data set with one record replaced."""
@@ -238,6 +244,11 @@ class Probe:
     def dropped(self, index: int) -> Records:
         """The own data set without one record."""
         return Records(f"without {index}", self.own.items[:index] + self.own.items[index + 1 :])
+
+    @property
+    def public_size(self) -> bool:
+        """Whether the number of units is public under the claimed relation: neighbours then have equal sizes."""
+        return self.claim.relation in ("replace", "zero-out")
 
     @property
     def std(self) -> float:
@@ -260,33 +271,58 @@ class Probe:
             return ()
         value = subject.ask("extreme_records")
         if not isinstance(value, Sequence):
-            raise MethodFailure("extreme_records()", f"returned {_short(value)}; accepted: a list of records")
+            raise MethodFailure("extreme_records()", f"returned {short(value)}; accepted: a list of records")
         return tuple(value)
 
     def _deterministic(self) -> bool:
         batch = range(min(3, len(self.own.items)))
-        one, two = self.observe(batch), self.observe(batch, again=True)
+        # By two builds: copies of one trainer would agree whatever the factory does.
+        one, two = self.observe(batch), self.watch(self._built(self.own, 0), batch)
         if one.noised != two.noised:
             return False
         gap = self.size(one.vector - two.vector)
         return gap <= self.slack(one, two) * 10
 
+    def _copyable(self, original: Subject) -> bool:
+        """Whether two copies, made after a step, go on exactly as the original does afterwards."""
+        try:
+            if original.bytes() > MOST_COPIED:
+                return False
+            self.watch(original, [0, 1])
+            copies = [original.twin(), original.twin()]
+            seen = [[self.watch(one, batch) for batch in ([0, 2], [1])] for one in (*copies, original)]
+        # Foreign objects decide what copying them raises; a step that fails will fail again when it counts.
+        except Exception:
+            return False
+        return all(_same(mine, theirs) for pair in seen[:2] for mine, theirs in zip(pair, seen[2], strict=True))
 
-def _short(value: object) -> str:
-    """Indices and numbers as they are; of all else the type alone: it may be a record, and a line may be logged."""
-    if isinstance(value, list | tuple):
-        shown = [_short(item) for item in value[: 3 if len(value) > 6 else 6]]
-        return f"[{', '.join(shown)}{f', ... {len(value)} in all' if len(value) > 6 else ''}]"
-    return repr(value) if value is None or type(value) in (bool, int, float) else f"a {type(value).__name__}"
+    def _coarsest(self) -> float:
+        """The precision of the coarsest floating-point type that a step computes in, as far as PyTorch shows it."""
+        watcher = _Types()
+        try:
+            subject = self.build(self.own)
+            with watcher:
+                subject.ask("step", [0, 1])
+        except MethodFailure:  # a step that can't run under a dispatch mode runs without one elsewhere
+            return self.precision
+        return max(self.precision, watcher.coarsest)
 
 
-def _flat(method: str, name: object, tensor: object) -> Vector:
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        raise MethodFailure(method, f"{name!r} is {type(tensor).__name__}; accepted: a floating-point torch.Tensor")
-    return np.asarray(tensor.detach().to("cpu", torch.float64).numpy(), dtype=np.float64).reshape(-1).copy()
+class _Types(TorchDispatchMode):
+    """Notes the coarsest floating-point type of a result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.coarsest = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype in (torch.float16, torch.bfloat16) and result.numel() > 1:
+            self.coarsest = max(self.coarsest, float(torch.finfo(result.dtype).eps))
+        return result
 
 
-def _names(method: str, value: object) -> frozenset[str]:
-    if not isinstance(value, set | frozenset | list | tuple) or not all(isinstance(name, str) for name in value):
-        raise MethodFailure(method, f"returned {_short(value)}; accepted: a set of parameter names")
-    return frozenset(value)
+def _same(one: Observation, two: Observation) -> bool:
+    if one.noised != two.noised or one.applied != two.applied or not np.array_equal(one.vector, two.vector):
+        return False
+    return all(np.array_equal(value, two.moved[name]) for name, value in one.moved.items())

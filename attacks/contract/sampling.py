@@ -1,20 +1,16 @@
 """The sampler against the claimed rate and scheme: marginals, spread, repeats."""
 
 import math
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
-import numpy.typing as npt
 from scipy.stats import binom
 
 from attacks.contract import statistics as stats
-from attacks.contract.guard import MethodFailure
-from attacks.contract.influence import Bench
+from attacks.contract.bench import Bench
+from attacks.contract.draws import Drawn, Draws, draw, window_of
 from attacks.contract.result import judged, skipped
 from dpaudit.documents import Check
-
-EPOCHS, MOST_DRAWS, LEAST_DRAWS, SECONDS = 40, 20_000, 400, 8.0
 
 MARGINALS = "sampling rate of each unit"
 MARGINALS_WHY = (
@@ -34,50 +30,31 @@ EPOCH_WHY = (
 TWICE = "repeats within a batch"
 TWICE_WHY = "A batch is a set of units; a repeated index (sampling with replacement) counts one person twice."
 
-Drawn = npt.NDArray[np.bool_]
+PLAYED = 24  # steps of a training on the sampler's own batches, whose later draws are judged like the first ones
 
 
 def checks(bench: Bench) -> Iterator[Check]:
-    """All checks of this module."""
+    """All checks of this module: each on the draws of a fresh trainer, and on those of one that trains."""
     named = ((TWICE, TWICE_WHY), (MARGINALS, MARGINALS_WHY), (SPREAD, SPREAD_WHY), (EPOCH, EPOCH_WHY))
-    if "sample" not in bench.probe.offered:
+    if bench.draws is None:
         yield from (skipped(name, "the trainer offers no sample()", why) for name, why in named)
         return
-    drawn, twice = draw(bench)
-    yield judged(TWICE, twice == 0, f"{twice} of {len(drawn)} batches name a unit twice", "none", TWICE_WHY)
-    yield marginals(bench, drawn)
-    yield spread(bench, drawn)
-    yield epochs(bench, drawn)
+    both = (("fresh", bench.draws), (f"after {PLAYED} steps", draw(bench.probe, playing=PLAYED)))
+    twice = [f"{when} {found.twice} of {len(found.drawn)}" for when, found in both]
+    fine = all(found.twice == 0 for _, found in both)
+    yield judged(TWICE, fine, f"batches that name a unit twice: {', '.join(twice)}", "none", TWICE_WHY)
+    for check in (marginals, spread, epochs):
+        yield _worse(bench, check, both)
 
 
-def draw(bench: Bench) -> tuple[Drawn, int]:
-    """(draws, n) who was in, and the number of batches with a repeated index."""
-    probe = bench.probe
-    rate = probe.claim.sample_rate
-    wanted = min(MOST_DRAWS, max(LEAST_DRAWS, math.ceil(EPOCHS / rate)))
-    window = window_of(rate)
-    subject = probe.build(probe.own)
-    count, began = len(probe.own.items), time.monotonic()
-    rows: list[Drawn] = []
-    twice = 0
-    while len(rows) < wanted and (len(rows) < 10 * window or time.monotonic() - began < SECONDS):
-        value = subject.ask("sample")
-        try:
-            indices = [int(index) for index in value]
-        except (TypeError, ValueError):
-            raise MethodFailure("sample()", f"returned {type(value).__name__}; accepted: a list of indices") from None
-        if any(not 0 <= index < count for index in indices):
-            raise MethodFailure("sample()", f"returned an index outside 0 to {count - 1}")
-        row = np.zeros(count, dtype=bool)
-        row[indices] = True
-        twice += len(set(indices)) < len(indices)
-        rows.append(row)
-    return np.stack(rows), twice
-
-
-def window_of(rate: float) -> int:
-    """Draws in an epoch."""
-    return max(1, round(1 / rate))
+def _worse(bench: Bench, check: Callable[[Bench, Drawn], Check], both: tuple[tuple[str, Draws], ...]) -> Check:
+    """The one that fails, if any; otherwise the fresh draws', with both named."""
+    made = [(when, check(bench, found.drawn)) for when, found in both]
+    when, worst = next(((when, item) for when, item in made if item.status == "fail"), made[0])
+    said = f"{when}: {worst.measured}"
+    if worst.status == "pass":
+        said += f"; {made[1][0]}: {made[1][1].measured}"
+    return worst.model_copy(update={"measured": said if worst.status != "not applicable" else worst.measured})
 
 
 def marginals(bench: Bench, drawn: Drawn) -> Check:

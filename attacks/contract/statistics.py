@@ -76,6 +76,30 @@ def symmetric_correlation(x: Vector, y: Vector) -> tuple[float, float]:
     return r, min(1.0, 2 * math.exp(-(float(products.sum()) ** 2) / (2 * spread))) if spread > 0 else 1.0
 
 
+FEWEST = 3  # values of a correlation
+
+
+def most_correlated(rows: Vector, *, symmetric: bool) -> tuple[float, float, tuple[int, int], int]:
+    """(r, p corrected for the number of pairs, which two, pairs) of the most correlated pair of rows.
+
+    Rows (k, n) of independent normals; `symmetric`: of any symmetric law. Zeros are left out of a pair (`correlation`).
+    """
+    count = len(rows)
+    pairs = count * (count - 1) // 2
+    if (rows == 0).any():
+        test = symmetric_correlation if symmetric else correlation
+        found = [(*test(rows[a], rows[b]), (a, b)) for b in range(count) for a in range(b)]
+        r, p, where = min(found, key=lambda item: item[1])
+        return r, min(1.0, p * pairs), where, pairs
+    products = rows @ rows.T
+    spread = (rows**2) @ (rows**2).T if symmetric else np.outer(np.diag(products), np.diag(products))
+    upper = np.triu_indices(count, 1)
+    place = int(np.argmax(products[upper] ** 2 / spread[upper]))
+    a, b = int(upper[0][place]), int(upper[1][place])
+    r, p = (symmetric_correlation if symmetric else correlation)(rows[a], rows[b])
+    return r, min(1.0, p * pairs), (a, b), pairs
+
+
 def count_p(count: int, trials: int, rate: float) -> float:
     """Two-sided p of a binomial count (twice the smaller tail, at most 1): valid, a little conservative."""
     return min(1.0, 2 * min(float(binom.cdf(count, trials, rate)), float(binom.sf(count - 1, trials, rate))))

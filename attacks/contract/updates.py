@@ -7,10 +7,12 @@ import numpy as np
 import torch
 from scipy.special import ndtr
 
+from attacks.contract import rules
 from attacks.contract import statistics as stats
-from attacks.contract.influence import FROZEN, Bench
+from attacks.contract.bench import FROZEN, Bench
 from attacks.contract.probe import AGREEMENT, Observation, Probe, Vector
 from attacks.contract.result import joined, judged, skipped
+from attacks.contract.training import STAGES
 from dpaudit.documents import Check
 
 PILOT, MOST_RUNS = 8, 200
@@ -19,7 +21,7 @@ RUNS = 10  # noise seeds behind the fit of the update rule
 
 def checks(bench: Bench) -> Iterator[Check]:
     """All checks of this module."""
-    for check in (every_parameter, noised_blocks, one_line, update_rule, carried_over, mask, mask_leak):
+    for check in (every_parameter, noised_blocks, one_line, update_rule, mask, mask_leak):
         yield check(bench)
 
 
@@ -31,18 +33,31 @@ EVERY_WHY = (
 
 
 def every_parameter(bench: Bench) -> Check:
-    """Blocks that moved without noise, unless they move the same whatever the batch (weight decay)."""
+    """Blocks that moved without noise, unless they move the same whatever the batch (weight decay); early and late."""
     probe, picks = bench.probe, bench.picks
     if probe.mechanism == "zeroth-order":
         return skipped(EVERY, "zeroth-order noise is one number; see 'moves along the public line'", EVERY_WHY)
     batches = [[picks.anchor], [picks.anchor, picks.group[0]], list(picks.group)]
     seen = [probe.observe(batch) for batch in batches]
-    bare = {name for item in seen for name, moved in item.moved.items() if name not in item.noised and moved.any()}
-    if probe.deterministic:
-        bare = {name for name in bare if any((item.moved[name] != seen[0].moved[name]).any() for item in seen[1:])}
+    bare = {f"{name} in step 1" for name in _bare(probe, seen)}
+    for step in STAGES.values() if probe.deterministic else ():
+        later = [bench.training.at(step, batch) for batch in batches]
+        bare |= {f"{name} in step {step}" for name in _bare(probe, later)}
+        seen += later
+    bare |= {f"{name}, which parameters() names only after some steps" for name in probe.appeared}
     moving = {name for item in seen for name, moved in item.moved.items() if moved.any()}
     measured = f"moved without noise: {joined(bare)}" if bare else f"{len(moving)} of {len(probe.shapes)} blocks moved"
+    if not moving:
+        return skipped(EVERY, "no block moved, so nothing was compared", EVERY_WHY)
     return judged(EVERY, not bare, measured, "every block that moves has noise", EVERY_WHY)
+
+
+def _bare(probe: Probe, seen: Sequence[Observation]) -> set[str]:
+    """Blocks that moved without noise in one of the steps, and not the same in all (weight decay, momentum)."""
+    bare = {name for item in seen for name, moved in item.moved.items() if name not in item.noised and moved.any()}
+    if not probe.deterministic:
+        return bare
+    return {name for name in bare if any((item.moved[name] != seen[0].moved[name]).any() for item in seen[1:])}
 
 
 NOISED = "noised blocks don't follow data"
@@ -62,7 +77,12 @@ def noised_blocks(bench: Bench) -> Check:
     seen += [probe.observe([picks.anchor, picks.place], records=item.records) for item in bench.usable]
     kinds = {item.noised for item in seen}
     measured = f"{len(kinds)} different sets of noised blocks over {len(seen)} first steps"
-    return judged(NOISED, len(kinds) == 1, measured, "one and the same", NOISED_WHY)
+    fine = len(kinds) == 1
+    for step in STAGES.values() if fine and probe.deterministic else ():
+        later = {bench.training.at(step, batch).noised for batch in batches}
+        if len(later) > 1:
+            measured, fine = f"after one history, {len(later)} different sets over {len(batches)} batches", False
+    return judged(NOISED, fine, measured, "one and the same after the same releases", NOISED_WHY)
 
 
 LINE = "moves along the public line"
@@ -105,7 +125,8 @@ def update_rule(bench: Bench) -> Check:
     """Learn each coordinate's move from noise seeds on one batch, then predict it on other batches.
 
     Two forms are recognised: affine in the releases (SGD, momentum, weight decay) and the sign of the release (Adam in
-    its first step). Step 1 is judged on other batches, step 2 on an empty batch after another first batch.
+    its first step). Step 1 is judged on other batches, step 2 on an empty batch after another first batch, and all
+    steps of two histories by the rule that noise alone shows (attacks.contract.rules).
     """
     probe = bench.probe
     if not probe.deterministic:
@@ -115,6 +136,9 @@ def update_rule(bench: Bench) -> Check:
     weights = probe.build().parameters()
     misses = [_miss_of_step(bench, name, weights[name], second) for name in sorted(weights) for second in (False, True)]
     judgeable = [miss for miss in misses if miss is not None]
+    if bench.empty_problem is None:
+        late = list(rules.misses(bench))
+        judgeable, misses = judgeable + late, [*misses, *late]
     if not judgeable:
         return skipped(RULE, "the update rule is neither affine nor a sign, so it can't be learned", RULE_WHY)
     worst, where = max(judgeable)
@@ -231,39 +255,6 @@ def _signs(learn: list[Run], tolerance: float) -> Rule | None:
     return predict
 
 
-CARRIED = "nothing carried over"
-CARRIED_WHY = (
-    "A batch is used once: what an empty second step releases must not depend on the first batch. Usually a missing "
-    "zero_grad, or gradients accumulated over steps."
-)
-
-
-def carried_over(bench: Bench) -> Check:
-    """An empty batch after different first batches, same noise; on the blocks that have noise in all of them.
-
-    Which blocks those are may follow the first release.
-    """
-    probe, picks = bench.probe, bench.picks
-    if not probe.deterministic:
-        return skipped(CARRIED, FROZEN, CARRIED_WHY)
-    if bench.empty_problem is not None:
-        return skipped(CARRIED, f"needs an empty batch: {bench.empty_problem}", CARRIED_WHY)
-    before = _two_steps(bench, [picks.anchor], 0)[1]
-    after = [_two_steps(bench, batch, 0)[1] for batch in ([picks.place], list(picks.group))]
-    size = probe.claim.max_grad_norm
-    common = sorted(before.noised.intersection(*(item.noised for item in after)))
-    if not common:
-        return skipped(CARRIED, "no block has noise in all second steps", CARRIED_WHY)
-    gap = max(probe.size(_of(item, common) - _of(before, common)) for item in after)
-    allowed = 1e-6 * size + 2 * probe.slack(before, *after)
-    measured = f"the second release moved by {gap / size:.3g} C with the first batch"
-    return judged(CARRIED, gap <= allowed, measured, f"at most {allowed / size:.2g} C (rounding)", CARRIED_WHY)
-
-
-def _of(seen: Observation, names: Sequence[str]) -> Vector:
-    return np.concatenate([value for name in names if (value := seen.released[name]) is not None])
-
-
 MASK = "update mask sees noise only"
 MASK_WHY = (
     "Which blocks are updated must be a function of the noisy gradient. A mask from the clean gradient is a release "
@@ -281,20 +272,23 @@ def mask(bench: Bench) -> Check:
     batches = [[picks.anchor], [picks.anchor, *picks.group], [picks.place]]
     subjects = []
     differs = 0
-    for batch in batches:
-        subject = probe.build(probe.own, 0)
+    paths: list[tuple[int, list[int]]] = [(1, batch) for batch in batches]
+    paths += [(step, batch) for step in STAGES.values() for batch in batches[:2]]
+    for step, batch in paths:
+        subject = probe.grown(tuple(map(tuple, bench.training.batches[: step - 1])), bench.training.records)
         seen = probe.watch(subject, batch)
         released = subject.ask("released")
         if seen.applied is not None and all(value is not None for value in released.values()):
             differs += subject.select(dict(released)) != seen.applied
-        subjects.append(subject)
+        if step == 1:
+            subjects.append(subject)
     rng = np.random.default_rng([probe.seed, 13])
     some = _noisy_input(probe, rng, 1.0)
     if len({subjects[0].select(some) for _ in range(3)}) > 1:
         return skipped(MASK, "select() gives another mask at every call", MASK_WHY)
     inputs = [_noisy_input(probe, rng, scale) for scale in (1e-6, 1e-2, 1.0, 1e2) for _ in range(6)]
     moved = sum(len({subject.select(noisy) for subject in subjects}) > 1 for noisy in inputs)
-    measured = f"{moved} of {len(inputs)} masks changed with the batch; {differs} of {len(batches)} were not applied"
+    measured = f"{moved} of {len(inputs)} masks changed with the batch; {differs} of {len(paths)} were not applied"
     return judged(MASK, moved + differs == 0, measured, "none", MASK_WHY)
 
 

@@ -1,5 +1,6 @@
 """What a game or a check found: tests and bounds, summaries of scores, and whether the game is sound at all."""
 
+from collections.abc import Iterable
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -84,6 +85,9 @@ class Check(Part):
     measured: str
     allowed: str
     explanation: str
+    waived: str | None = Field(
+        default=None, description="Why a failed check was waived by whoever ran it; it then fails nothing else."
+    )
 
 
 class Control(Part):
@@ -134,9 +138,33 @@ class BoundDocument(Document):
     estimate: bool = False
 
 
+class FactorySource(Part):
+    """Where the factory under test is defined; `file` is relative to the working directory where that is possible."""
+
+    name: str
+    file: str | None = None
+    line: int = 1
+
+
 class CheckDocument(Document):
     """What `dpaudit check --json` prints."""
 
     kind: Literal["check"] = "check"
     verdict: Literal["pass", "fail", "inconclusive"]
     checks: tuple[Check, ...]
+    factory: FactorySource | None = Field(default=None, description="Whose step it is, and where it is defined.")
+    problem: str | None = Field(
+        default=None,
+        description="Why the trainer could not be asked to the end (exit code 2); checks holds what was made.",
+    )
+    epsilon: Number | None = Field(default=None, description="The eps stated from outside (--epsilon).")
+    delta: float | None = Field(default=None, description="The delta that belongs to it.")
+    seconds: dict[str, float] = Field(default={}, description="Time of each check; what several need counts once.")
+    builds: int = Field(default=0, description="How often the factory was called.")
+    factory_seconds: float = Field(default=0.0, description="Time spent in the factory.")
+    steps: int = Field(default=0, description="Steps that were taken and observed.")
+
+    def unneeded(self, allowed: Iterable[str]) -> tuple[str, ...]:
+        """Those of the waivers that nothing made use of."""
+        used = {check.name for check in self.checks if check.waived is not None}
+        return tuple(name for name in allowed if name not in used)

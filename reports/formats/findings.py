@@ -9,10 +9,10 @@ exit code for it is 0 unless `--strict`.
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from dpaudit.documents import Check, Test
+from dpaudit.documents import Check, CheckDocument, Test
 from reports import prose
 from reports.embedded import Change
 from reports.inputs import RunReport
@@ -26,7 +26,8 @@ Outcome = Literal["pass", "fail", "warn", "skip"]
 class Finding:
     """One thing that passed, failed or could not be decided. Texts are single lines without control characters.
 
-    subject: whose (a run, a document); place: the file that says so, as a relative address; rule: a stable id.
+    subject: whose (a run, a document); place: the file that says so, as a relative address, and the line in it; rule: a
+    stable id. waived: why a failure was waived; its outcome is then `skip`. seconds: what it took, where that is known.
     """
 
     subject: str
@@ -36,6 +37,9 @@ class Finding:
     outcome: Outcome
     message: str
     help: str
+    line: int = 1
+    waived: str | None = None
+    seconds: float = 0.0
 
 
 RULES: dict[str, str] = {
@@ -61,7 +65,7 @@ def findings(page: Page, changes: Sequence[Change] | None = None) -> tuple[Findi
     for sweep in page.sweeps:
         found += _sweep(sweep)
     for check in page.checks:
-        found += [_check(check.name, check.place, "step-contract", item) for item in check.document.checks]
+        found += of_contract(check.document, check.name, check.place)
     for bugs in page.bugs:
         found += _bugs(bugs)
     for change in changes or ():
@@ -125,10 +129,29 @@ def _test(run: RunReport, test: Test) -> Finding:
     return Finding(run.name, run.place, "bound", name, "fail" if above else "pass", text, "")
 
 
+def of_contract(document: CheckDocument, name: str, place: str = "") -> tuple[Finding, ...]:
+    """A step contract, at the factory's source line where the document names it."""
+    source, line = document.factory, 1
+    if source is not None:
+        name, place, line = clean(source.name, 80), clean(source.file or place, 200), source.line
+    found = [
+        replace(_check(name, place, "step-contract", check), line=line, seconds=document.seconds.get(check.name, 0.0))
+        for check in document.checks
+    ]
+    if document.problem is not None:
+        what, problem = "the trainer can be asked", clean(document.problem, 400)
+        found.append(Finding(name, place, "step-contract", what, "fail", problem, "", line=line))
+    return tuple(found)
+
+
 def _check(subject: str, place: str, rule: str, check: Check) -> Finding:
     outcome: Outcome = {"pass": "pass", "fail": "fail", "not applicable": "skip"}[check.status]  # type: ignore[assignment]
     text = f"measured {clean(check.measured, 400)}; allowed {clean(check.allowed, 400)}"
-    return Finding(subject, place, rule, clean(check.name, 120), outcome, text, clean(check.explanation, 600))
+    waived = clean(check.waived, 400) if check.waived is not None and outcome == "fail" else None
+    if waived is not None:
+        outcome, text = "skip", f"waived: {waived}; {text}"
+    help = clean(check.explanation, 600)
+    return Finding(subject, place, rule, clean(check.name, 120), outcome, text, help, waived=waived)
 
 
 def _sweep(sweep: SweepReport) -> Iterator[Finding]:

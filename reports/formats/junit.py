@@ -1,7 +1,8 @@
 """JUnit XML, as Jenkins, GitLab and GitHub's test reporters read it: one suite a subject, one case a finding.
 
 A failing finding is a failed case. A warning is a passed case with its text in system-out (an inconclusive audit is no
-failed test), something that could not be decided is a skipped one. No time stamps: the same page gives the same bytes.
+failed test), something that could not be decided or was waived is a skipped one. Times are those that a document holds;
+no time stamps: the same page gives the same bytes.
 """
 
 from collections.abc import Sequence
@@ -30,19 +31,27 @@ def _numbers(found: Sequence[Finding], *, name: str) -> dict[str, str]:
         "failures": str(number["fail"]),
         "errors": "0",
         "skipped": str(number["skip"]),
-        "time": "0",
+        "time": _seconds(sum(finding.seconds for finding in found)),
     }
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3f}".rstrip("0").rstrip(".") or "0"
+
+
+def _place(finding: Finding) -> str:
+    return f"{finding.place}:{finding.line}" if finding.line > 1 else finding.place
 
 
 def _case(suite: ElementTree.Element, finding: Finding) -> None:
     case = ElementTree.SubElement(
         suite,
         "testcase",
-        {"classname": f"dpaudit.{finding.rule}", "name": finding.name, "time": "0"},
+        {"classname": f"dpaudit.{finding.rule}", "name": finding.name, "time": _seconds(finding.seconds)},
     )
     if finding.outcome == "fail":
         failure = ElementTree.SubElement(case, "failure", {"message": finding.message, "type": finding.rule})
-        failure.text = "\n".join(part for part in (finding.message, finding.help, finding.place) if part)
+        failure.text = "\n".join(part for part in (finding.message, finding.help, _place(finding)) if part)
     elif finding.outcome == "skip":
         ElementTree.SubElement(case, "skipped", {"message": finding.message})
     elif finding.outcome == "warn":

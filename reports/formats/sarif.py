@@ -1,6 +1,7 @@
 """SARIF 2.1.0, for code scanning: one result for each finding that failed or deserves a look.
 
-GitHub shows a result at a file and a line, so a result points to the document that holds the evidence. The fingerprint
+GitHub shows a result at a file and a line, so a result points to the document that holds the evidence, a check of a
+trainer to its factory's source line. A waived failure is a suppressed result with its reason. The fingerprint
 is made of subject, rule and name alone: the same finding keeps its alert from one upload to the next.
 """
 
@@ -19,7 +20,7 @@ SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 
 def sarif(found: Sequence[Finding]) -> str:
     """The JSON text."""
-    shown = [finding for finding in found if finding.outcome in LEVELS]
+    shown = [finding for finding in found if finding.outcome in LEVELS or finding.waived is not None]
     rules = list(dict.fromkeys(finding.rule for finding in found))
     run = {
         "tool": {
@@ -51,16 +52,18 @@ def _result(finding: Finding, rule: int, earlier: int) -> dict[str, Any]:
     if finding.help:
         message += f" {finding.help}"
     key = "\0".join((finding.subject, finding.rule, finding.name, *(["again"] * earlier)))
+    waived = {"suppressions": [{"kind": "external", "justification": finding.waived}]} if finding.waived else {}
     return {
         "ruleId": finding.rule,
         "ruleIndex": rule,
-        "level": LEVELS[finding.outcome],
+        "level": LEVELS.get(finding.outcome, "error"),
+        **waived,
         "message": {"text": message},
         "locations": [
             {
                 "physicalLocation": {
                     "artifactLocation": {"uri": quote(finding.place or "dpaudit", safe="/.-_")},
-                    "region": {"startLine": 1},
+                    "region": {"startLine": finding.line},
                 },
                 "logicalLocations": [
                     {"name": finding.name, "fullyQualifiedName": f"{slug(finding.subject)}::{slug(finding.name)}"}

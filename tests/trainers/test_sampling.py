@@ -15,8 +15,9 @@ from scipy.stats import binom
 from attacks.audit import Options
 from attacks.contract import sampling
 from attacks.contract.accounting import EPSILON, epsilon
+from attacks.contract.bench import Bench
+from attacks.contract.draws import draw
 from attacks.contract.guard import TIME_LIMIT
-from attacks.contract.influence import Bench
 from attacks.contract.probe import Probe
 from attacks.options import prepare
 from attacks.training import start_run
@@ -146,7 +147,9 @@ def sampled_and_accounted(tiny: Path, scheme: str, claimed: Scheme | None = None
         return trainer
 
     probe = Probe(build, seed=0, limit=TIME_LIMIT)
-    bench = cast("Bench", SimpleNamespace(probe=probe, picks=SimpleNamespace(anchor=0), empty_problem=None))
+    training = SimpleNamespace(noise=[])
+    known = {"probe": probe, "picks": SimpleNamespace(anchor=0), "empty_problem": None}
+    bench = cast("Bench", SimpleNamespace(**known, draws=draw(probe), training=training))
     return {entry.name: entry for entry in (*sampling.checks(bench), epsilon(bench))}
 
 

@@ -173,6 +173,10 @@ class Compact:
         state = untrusted.read_tensors(path)
         self.weights, self.velocity, self.step_count = state["weights"], state["velocity"], int(state["step"][0])
 
+    def assign(self, parameters: Mapping[str, Tensor]) -> None:
+        """The weights and nothing else: momentum and step count stay."""
+        self.weights = join(parameters).clone()
+
     # -- the stages of a step --------------------------------------------------------------------------------------
 
     def units_of(self, indices: Sequence[int]) -> list[int]:

@@ -195,6 +195,12 @@ class UnderTest:
         self.trainer.injected.append(gradient)
 
     @torch.no_grad()
+    def assign(self, parameters: Mapping[str, Tensor]) -> None:
+        """What is trained, and nothing of the optimiser's state."""
+        for name, value in self.trainer.trained(self.model).items():
+            value.copy_(parameters[name])
+
+    @torch.no_grad()
     def score(self, record: Example) -> float:
         """Minus the loss."""
         self.model.eval()

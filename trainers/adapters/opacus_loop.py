@@ -160,6 +160,12 @@ class OpacusLoop:
             warnings.simplefilter("ignore")
             return float(self.accountant.get_epsilon(delta)) if self.step_count else 0.0
 
+    def assign(self, parameters: Mapping[str, Tensor]) -> None:
+        """The weights; momentum, step count and accountant stay."""
+        with torch.no_grad():
+            for name, value in self.module.named_parameters():
+                value.copy_(parameters[name])
+
     def save(self, path: Path) -> None:
         """Weights, momentum, step count."""
         state = {f"weight/{name}": value.detach() for name, value in self.module.named_parameters()}

@@ -201,6 +201,10 @@ class VlmTrainer:
         updates.restore_optimizer(self.trainer.parameters, self.trainer.optimizer, moments)
         self.trainer.pruning.restore({name[9:]: value for name, value in tensors.items() if name.startswith("pruning")})
 
+    def assign(self, parameters: Mapping[str, Tensor]) -> None:
+        """The adapter's weights; they are installed when the next step begins."""
+        self.weights = {name: parameters[name].detach().clone() for name in self.weights}
+
 
 class VlmZerothOrder(VlmTrainer):
     """Method dp-zo: `released()` holds one noisy number a direction. No gradient, no block that is chosen."""

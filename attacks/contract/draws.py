@@ -1,0 +1,72 @@
+"""Answers of a trainer that several modules ask for: what its sampler draws, fresh and after steps; its own eps."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from attacks.contract.guard import MethodFailure
+from attacks.contract.probe import Probe
+from attacks.contract.subject import Subject
+
+EPOCHS, MOST_DRAWS, LEAST_DRAWS, SECONDS = 40, 20_000, 400, 8.0
+
+Drawn = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """`drawn` (draws, n): who was in. `twice`: batches with a repeated index."""
+
+    drawn: Drawn
+    twice: int
+
+
+def draw(probe: Probe, *, path: Sequence[Sequence[int]] = (), playing: int = 0) -> Draws:
+    """Draws of one trainer after the steps `path`; the first `playing` of them are also stepped on, as in a training.
+
+    As many draws as EPOCHS epochs take, fewer where they are slow.
+    """
+    rate = probe.claim.sample_rate
+    wanted = min(MOST_DRAWS, max(LEAST_DRAWS, math.ceil(EPOCHS / rate)))
+    subject = probe.grown(tuple(tuple(part) for part in path))
+    count, began = len(probe.own.items), time.monotonic()
+    rows: list[Drawn] = []
+    twice = 0
+    while len(rows) < wanted and (len(rows) < 10 * window_of(rate) or time.monotonic() - began < SECONDS):
+        indices = ask(subject, count)
+        row = np.zeros(count, dtype=bool)
+        row[indices] = True
+        twice += len(set(indices)) < len(indices)
+        rows.append(row)
+        if len(rows) <= playing:
+            subject.ask("step", sorted(set(indices)))
+    return Draws(np.stack(rows), twice)
+
+
+def ask(subject: Subject, count: int) -> list[int]:
+    """One draw, validated: indices from 0 to `count` - 1."""
+    value = subject.ask("sample")
+    try:
+        indices = [int(index) for index in value]
+    except (TypeError, ValueError):
+        raise MethodFailure("sample()", f"returned {type(value).__name__}; accepted: a list of indices") from None
+    if any(not 0 <= index < count for index in indices):
+        raise MethodFailure("sample()", f"returned an index outside 0 to {count - 1}")
+    return indices
+
+
+def window_of(rate: float) -> int:
+    """Draws in an epoch."""
+    return max(1, round(1 / rate))
+
+
+def reported(subject: Subject, delta: float) -> float:
+    """The eps that the trainer reports, validated."""
+    value = subject.ask("epsilon", delta)
+    if isinstance(value, bool) or not isinstance(value, int | float | np.floating) or math.isnan(value) or value < 0:
+        raise MethodFailure(f"epsilon({delta:g})", f"returned {value!r}; accepted: a number >= 0 (inf allowed)")
+    return float(value)

@@ -1,0 +1,156 @@
+"""Whether anything happened at all: no move, no gradient and no signal is a result of its own, never agreement."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from attacks.contract.bench import FROZEN, Bench
+from attacks.contract.probe import ROUNDING, Observation, Vector
+from attacks.contract.result import joined, judged, skipped
+from attacks.contract.training import STAGES
+from dpaudit.documents import Check
+
+
+def checks(bench: Bench) -> Iterator[Check]:
+    """All checks of this module."""
+    for check in (moves, gradients_live):
+        yield check(bench)
+
+
+MOVES = "every released block moves"
+MOVES_WHY = (
+    "A block that is noised and released is trained, so it moves within a training. If it never does, the optimiser "
+    "holds other tensors than parameters() shows, the learning rate is 0, or updates round to nothing; what is checked "
+    "is then not what trains (PEFT after make_private, a model moved to the GPU after its optimiser was built)."
+)
+
+
+def moves(bench: Bench) -> Check:
+    """Blocks that received noise (and were updated, where the trainer says which) and did not move in any step."""
+    probe, training = bench.probe, bench.training
+    courses = [training.first, training.second]
+    if bench.empty_problem is None:
+        courses.append(training.noise)
+    steps = [seen for course in courses for seen in course]
+    moved = {name for seen in steps for name, value in seen.moved.items() if value.any()}
+    due = _due(bench, steps)
+    if not moved:
+        measured = f"no parameter moved in any of {len(steps)} steps"
+        return judged(MOVES, False, measured, "every block that is updated moves", MOVES_WHY)
+    still = sorted(due - moved)
+    measured = f"{len(moved)} of {len(probe.shapes)} blocks moved in {len(steps)} steps"
+    if still:
+        measured = f"never moved in {len(steps)} steps: {joined(still)} ({len(still)} of {len(due)} released blocks)"
+    return judged(MOVES, not still, measured, "every block that is updated moves", MOVES_WHY)
+
+
+def _due(bench: Bench, steps: list[Observation]) -> set[str]:
+    """Blocks that should have moved; a zeroth-order step moves all of them."""
+    if bench.probe.mechanism == "zeroth-order":
+        return set(bench.probe.shapes)
+    due: set[str] = set()
+    for seen in steps:
+        due |= seen.noised if seen.applied is None else seen.noised & seen.applied
+    return due
+
+
+LIVE = "gradients follow the parameters"
+LIVE_WHY = (
+    "Gradients belong to the parameters that parameters() shows: when these move, a unit's contribution changes. If it "
+    "never does, gradients come from another copy of the model than the one that is updated; if there are none at all, "
+    "the training consists of noise."
+)
+
+
+def gradients_live(bench: Bench) -> Check:
+    """Contributions early and late, and at parameters set far away; blocks that no unit ever moved."""
+    probe, training = bench.probe, bench.training
+    if not probe.deterministic:
+        return skipped(LIVE, FROZEN, LIVE_WHY)
+    if bench.empty_problem is not None:
+        return skipped(LIVE, f"needs an empty batch: {bench.empty_problem}", LIVE_WHY)
+    alive, silent = _signals(bench)
+    if not alive:
+        measured = f"no unit moved any block in {len(training.batches)} steps: the training consists of noise"
+        return judged(LIVE, False, measured, "contributions that are not zero", LIVE_WHY)
+    if len(silent) > len(alive):
+        measured = f"no unit ever moved {joined(silent)} ({len(silent)} of {len(silent) + len(alive)} released blocks)"
+        return judged(LIVE, False, measured, "contributions in most blocks", LIVE_WHY)
+    moved = any(seen.moved[name].any() for seen in training.first for name in seen.moved)
+    units = [unit for unit in bench.picks.group if _size(bench, 1, unit) > 0]
+    if not moved or not units:
+        return skipped(LIVE, "the parameters did not move, or no unit moved the sum by itself", LIVE_WHY)
+    changed = any(_changed(bench, unit) for unit in units) or _changed_far_away(bench, units[0])
+    measured = (
+        f"contributions of {len(units)} units {'changed' if changed else 'stayed the same'} when parameters moved"
+    )
+    if silent:
+        measured += f"; no unit moved {joined(silent)}"
+    return judged(LIVE, changed, measured, "contributions that change", LIVE_WHY)
+
+
+def _signals(bench: Bench) -> tuple[set[str], set[str]]:
+    """Released blocks that some batch of two histories moved, and those that none did."""
+    training = bench.training
+    alive: set[str] = set()
+    named: set[str] = set()
+    for batches, course in ((training.batches, training.first), (training.others, training.second)):
+        for step, (batch, seen) in enumerate(zip(batches, course, strict=True), 1):
+            noise = training.noise[step - 1]
+            for name in noise.noised & seen.noised if batch else ():
+                named.add(name)
+                mine, pure = seen.released[name], noise.released[name]
+                assert mine is not None and pure is not None
+                gap = float(np.linalg.norm(mine - pure))
+                if not gap <= ROUNDING * bench.probe.precision * float(np.linalg.norm(mine)):
+                    alive.add(name)
+    return alive, named - alive
+
+
+def _signal(bench: Bench, step: int, unit: int) -> tuple[Vector, float] | None:
+    training = bench.training
+    seen = training.at(step, [unit])
+    if not training.comparable(step, seen) or not np.isfinite(seen.vector).all():
+        return None
+    return training.signal(step, seen), training.slack(step, seen)
+
+
+def _size(bench: Bench, step: int, unit: int) -> float:
+    found = _signal(bench, step, unit)
+    return bench.probe.size(found[0]) - 2 * found[1] if found is not None else 0.0
+
+
+def _changed(bench: Bench, unit: int) -> bool:
+    """Whether a unit's contribution differs between the first step and a later one by more than rounding."""
+    first = _signal(bench, 1, unit)
+    for step in STAGES.values():
+        late = _signal(bench, step, unit)
+        if first is None or late is None or bench.probe.size(late[0] - first[0]) > 2 * (first[1] + late[1]):
+            return True
+    return False
+
+
+def _changed_far_away(bench: Bench, unit: int) -> bool:
+    """Whether the contribution changes when all parameters are set elsewhere; True where they can't be set."""
+    probe = bench.probe
+    subject = probe.build(probe.own)
+    rng = np.random.default_rng([probe.seed, 31])
+    far = {
+        name: value + (0.1 + np.abs(value).mean()) * rng.standard_normal(value.size)
+        for name, value in sorted(probe.start.items())
+    }
+    if not subject.put(far):
+        return _displaced(bench) < 1e-3
+    seen = probe.watch(subject, [unit])
+    if not bench.training.comparable(1, seen) or not np.isfinite(seen.vector).all():
+        return True
+    here = bench.training.at(1, [unit])
+    return probe.size(seen.vector - here.vector) > 2 * probe.slack(seen, here)
+
+
+def _displaced(bench: Bench) -> float:
+    """How far the first history moved the parameters, relative to their size."""
+    steps, start = bench.training.first, bench.probe.start
+    far = np.concatenate([np.sum([step.moved[name] for step in steps], axis=0) for name in sorted(start)])
+    size = np.linalg.norm(np.concatenate([start[name] for name in sorted(start)]))
+    return float(np.linalg.norm(far) / max(float(size), 1e-300))

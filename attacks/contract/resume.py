@@ -1,0 +1,136 @@
+"""What a checkpoint forgets: parameters, budget, and which noise was used already."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from attacks.contract import statistics as stats
+from attacks.contract.bench import Bench
+from attacks.contract.draws import reported
+from attacks.contract.probe import Vector
+from attacks.contract.result import joined, judged, skipped
+from attacks.contract.subject import Subject
+from dpaudit.documents import Check
+
+SEEDS, FEW_SEEDS = 8, 4  # few where the factory is slow
+EMPTY, BEFORE = 3, 9  # empty steps, and steps on data, before the checkpoint
+DEFAULT_DELTA = 1e-5
+LOST = 2.0**-8  # of a parameter's size: what a checkpoint in bfloat16 may lose
+
+RESUME_PARAMETERS = "parameters after a resume"
+RESUME_PARAMETERS_WHY = (
+    "A checkpoint holds the parameters that were trained. If it holds the starting weights, whatever was trained is "
+    "lost in silence (a wrapped module saved in place of the trained one)."
+)
+RESUME_EPSILON = "eps after a resume"
+RESUME_EPSILON_WHY = "Spent budget stays spent: a checkpoint that forgets it lets a run restart its accountant at zero."
+RESUME_NOISE = "noise after a resume"
+RESUME_NOISE_WHY = (
+    "The step after a resume must not reuse the noise of an earlier one: two releases with equal noise differ by the "
+    "data alone. Usually the generator is restored, but not the step count."
+)
+NAMES = (
+    (RESUME_PARAMETERS, RESUME_PARAMETERS_WHY),
+    (RESUME_EPSILON, RESUME_EPSILON_WHY),
+    (RESUME_NOISE, RESUME_NOISE_WHY),
+)
+
+
+def checks(bench: Bench) -> Iterator[Check]:
+    """Empty steps, a few on data, a checkpoint, a fresh trainer that loads it, and one more empty step."""
+    probe = bench.probe
+    if not {"save", "load"} <= probe.offered:
+        yield from (skipped(name, "the trainer offers no save() and load()", why) for name, why in NAMES)
+        return
+    empty = bench.empty_problem is None
+    batches = [[]] * (EMPTY if empty else 0) + [batch for batch in bench.training.batches if batch][:BEFORE]
+    earlier: list[list[Vector]] = []
+    later: list[Vector] = []
+    eps: list[tuple[float, float]] = []
+    lost: list[str] = []
+    moved = False
+    with tempfile.TemporaryDirectory(prefix="dpaudit-check-") as folder:
+        for noise in range(FEW_SEEDS if probe.slow else SEEDS):
+            path = Path(folder) / f"checkpoint-{noise}"
+            subject = probe.build(bench.training.records, noise)
+            for batch in batches:
+                subject.ask("step", list(batch))
+            subject.ask("save", path)
+            resumed = probe.build(bench.training.records, noise)
+            resumed.ask("load", path)
+            if "epsilon" in probe.offered and not eps:
+                delta = probe.claim.delta or DEFAULT_DELTA
+                eps.append((reported(subject, delta), reported(resumed, delta)))
+            if not lost:
+                moved, lost = _lost(bench, subject, resumed)
+            if empty:
+                pure = bench.series.noises[noise].noise
+                earlier.append([_step(pure, step) for step in range(len(batches))])
+                seen = probe.watch(resumed, [])
+                later.append(_kept(bench, seen.released))
+    yield _parameters(moved, lost)
+    yield _eps(eps)
+    yield _noise(bench, earlier, later)
+
+
+def _step(noise: dict[str, "np.typing.NDArray[np.float32]"], step: int) -> Vector:
+    return np.concatenate([noise[name][step].astype(np.float64) for name in sorted(noise)])
+
+
+def _kept(bench: Bench, released: dict[str, Vector | None]) -> Vector:
+    kept = bench.series.kept
+    parts = [released.get(name) for name in sorted(kept)]
+    return np.concatenate(
+        [
+            np.full(kept[name].size, np.nan) if part is None else part[kept[name]]
+            for name, part in zip(sorted(kept), parts, strict=True)
+        ]
+    )
+
+
+def _lost(bench: Bench, subject: Subject, resumed: Subject) -> tuple[bool, list[str]]:
+    """Whether anything had moved, and the blocks that the resumed trainer shows otherwise."""
+    saved, loaded, start = subject.parameters(), resumed.parameters(), bench.probe.start
+    lost, moved = [], False
+    for name in sorted(start):
+        distance = float(np.linalg.norm(saved[name] - start[name]))
+        moved |= distance > 0
+        gap = float(np.linalg.norm(saved[name] - loaded.get(name, start[name])))
+        if gap > min(LOST * float(np.linalg.norm(saved[name])), 0.5 * distance):
+            lost.append(name)
+    return moved, lost
+
+
+def _parameters(moved: bool, lost: list[str]) -> Check:
+    if not moved:
+        return skipped(RESUME_PARAMETERS, "no parameter had moved, so nothing was compared", RESUME_PARAMETERS_WHY)
+    measured = f"other values for {joined(lost)}" if lost else "as they were saved"
+    return judged(RESUME_PARAMETERS, not lost, measured, "those that were saved", RESUME_PARAMETERS_WHY)
+
+
+def _eps(eps: list[tuple[float, float]]) -> Check:
+    if not eps:
+        return skipped(RESUME_EPSILON, "the trainer offers no epsilon()", RESUME_EPSILON_WHY)
+    before, after = eps[0]
+    measured = f"eps {before:.4g} before and {after:.4g} after"
+    return judged(RESUME_EPSILON, after >= before * (1 - 1e-6), measured, "not less", RESUME_EPSILON_WHY)
+
+
+def _noise(bench: Bench, earlier: list[list[Vector]], later: list[Vector]) -> Check:
+    """Correlation of the resumed step's noise with that of every earlier step."""
+    if not later:
+        return skipped(RESUME_NOISE, f"needs an empty batch: {bench.empty_problem}", RESUME_NOISE_WHY)
+    test = stats.symmetric_correlation if bench.probe.mechanism == "laplace" else stats.correlation
+    new = np.nan_to_num(np.concatenate(later))
+    steps = len(earlier[0])
+    old = [np.nan_to_num(np.concatenate([run[step] for run in earlier])) for step in range(steps)]
+    pairs = [test(part, new) for part in old]
+    worst = min(range(steps), key=lambda place: pairs[place][1])
+    r, p = pairs[worst]
+    if bench.probe.mechanism == "correlated":
+        p = 0.0 if abs(r) > 1 - 1e-9 else 1.0  # correlation is allowed, repetition is not
+    p = min(1.0, steps * p)
+    measured = f"correlation {r:.3g} with step {worst + 1} of {steps} (p = {p:.2g})"
+    return judged(RESUME_NOISE, p > stats.ALPHA, measured, f"none: p above {stats.ALPHA:g}", RESUME_NOISE_WHY)

@@ -1,0 +1,140 @@
+"""The update rule of every step of a training, learned from pure noise and tested on data.
+
+On empty batches nothing private is there, so whatever the parameters do is a function of what was released: the rule is
+learned there, over noise seeds, a step at a time. A rule that predicts the moves of all noise seeds must predict those
+of a training on data from its releases. Two families are known: affine in the release, the last move and the present
+value (SGD, momentum, weight decay, schedules), and Adam's with any of the usual decay rates and with weight decay.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from attacks.contract.bench import Bench
+from attacks.contract.probe import AGREEMENT, Vector
+from attacks.contract.series import Series
+from attacks.contract.training import STEPS
+
+FIRST_DECAYS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
+SECOND_DECAYS = (0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9995, 0.9999)
+MARGIN = 3.0  # what a prediction may be off by, in units of what the rule may be off where it was learned
+
+Rule = Callable[[Vector, Vector, Vector], Vector]  # releases, moves and values before each step, each (STEPS, d)
+Miss = tuple[float, str]
+
+
+def misses(bench: Bench) -> Iterator[Miss]:
+    """(gap in units of what is allowed, where) for each block and history whose rule could be learned."""
+    learn = bench.series.noises
+    judge = [bench.series.of(course) for course in (bench.training.first, bench.training.second)]
+    for name in sorted(bench.series.ruled):
+        if any(name not in series.release for series in (*learn, *judge)):
+            continue
+        start = bench.probe.start[name][bench.series.ruled[name]]
+        runs = [_run(series, name, start) for series in learn]
+        tolerance = 10 * AGREEMENT * np.max([np.abs(run[1]).max(axis=1) for run in runs], axis=0)
+        tolerance = tolerance + 4e-7 * float(np.abs(start).max(initial=0.0)) + 1e-300
+        rule = _affine(runs, tolerance) or _adam(runs, tolerance, bench.probe.claim.expected_batch_size)
+        for number, series in enumerate(judge) if rule is not None else ():
+            releases, moves, values = _run(series, name, start)
+            if not np.isfinite(releases).all():
+                continue
+            gaps = np.abs(rule(releases, moves, values) - moves) / (MARGIN * tolerance[:, None])
+            gaps = np.where(np.isnan(gaps), 0.0, gaps)
+            step, _ = np.unravel_index(int(np.argmax(gaps)), gaps.shape)
+            yield float(gaps.max()), f"{name}, step {step + 1} of history {number + 1}"
+
+
+def _run(series: Series, name: str, start: Vector) -> tuple[Vector, Vector, Vector]:
+    """(releases, moves, values before the step) of the first STEPS steps, each (STEPS, d)."""
+    moves = series.moved[name][:STEPS]
+    values = start + np.concatenate([np.zeros((1, start.size)), np.cumsum(moves, axis=0)[:-1]])
+    return series.release[name][:STEPS], moves, values
+
+
+Runs = list[tuple[Vector, Vector, Vector]]
+
+
+def _inputs(run: tuple[Vector, Vector, Vector], step: int) -> Vector:
+    """(p, d): the release, then what a linear optimiser can remember by: the last move and the present value."""
+    releases, moves, values = run
+    rows = [releases[step]]
+    if step >= 1:
+        rows.append(moves[step - 1])
+    if step >= 2:
+        rows.append(values[step] - values[0])
+    return np.stack(rows)
+
+
+def _affine(runs: Runs, tolerance: Vector) -> Rule | None:
+    """Per step and coordinate: move = a + b . inputs; None if that does not fit what it was learned on."""
+    if any(not np.isfinite(part).all() for run in runs for part in run):
+        return None
+    fits = []
+    for step in range(STEPS):
+        inputs = np.stack([_inputs(run, step) for run in runs])  # (K, p, d)
+        moves = np.stack([run[1][step] for run in runs])
+        centre, scale = inputs.mean(axis=0), inputs.std(axis=0) + 1e-300
+        design = ((inputs - centre) / scale).transpose(2, 0, 1)
+        design = np.concatenate([np.ones((*design.shape[:2], 1)), design], axis=2)  # (d, K, 1 + p)
+        weights = np.linalg.pinv(design, rcond=1e-5) @ moves.T[:, :, None]
+        residual = np.abs((design @ weights)[:, :, 0].T - moves).max()
+        if residual > tolerance[step]:
+            return None
+        known = np.linalg.matrix_rank(design, tol=1e-4) == design.shape[2]
+        fits.append((centre, scale, weights[:, :, 0], known, inputs[:, 0].min(axis=0), inputs[:, 0].max(axis=0)))
+
+    def predict(releases: Vector, moves: Vector, values: Vector) -> Vector:
+        out = np.full(moves.shape, np.nan)
+        for step, (centre, scale, weights, known, low, high) in enumerate(fits):
+            inputs = _inputs((releases, moves, values), step)
+            value = weights[:, 0] + ((inputs - centre) / scale * weights[:, 1:].T).sum(axis=0)
+            # No release beyond those that it was learned on: a rule that looks affine may bend there (clamped moves).
+            inside = (releases[step] >= low) & (releases[step] <= high) & known
+            out[step] = np.where(inside, value, np.nan)
+        return out
+
+    return predict
+
+
+def _adam(runs: Runs, tolerance: Vector, batch: float) -> Rule | None:
+    """Adam or AdamW: the decay rates that fit best, and a learning rate and weight decay for each step."""
+    if any(not np.isfinite(part).all() for run in runs for part in run):
+        return None
+    values = np.stack([run[2] for run in runs], axis=1)
+    moves = np.stack([run[1] for run in runs], axis=1)  # (STEPS, K, d)
+    best: tuple[float, tuple[float, float], Vector] | None = None
+    for decays in itertools.product(FIRST_DECAYS, SECOND_DECAYS):
+        directions = np.stack([_direction(run[0] / batch, *decays) for run in runs], axis=1)
+        rates = np.stack([_rates(directions[step], values[step], moves[step]) for step in range(STEPS)])
+        fitted = rates[:, 0, None, None] * directions + rates[:, 1, None, None] * values
+        off = float((np.abs(fitted - moves).max(axis=(1, 2)) / tolerance).max())
+        if best is None or off < best[0]:
+            best = off, decays, rates
+    if best is None or best[0] > 1:
+        return None
+    _, decays, rates = best
+
+    def predict(releases: Vector, moves: Vector, values: Vector) -> Vector:
+        return np.asarray(rates[:, :1] * _direction(releases / batch, *decays) + rates[:, 1:] * values)
+
+    return predict
+
+
+def _direction(releases: Vector, first: float, second: float) -> Vector:
+    """Adam's bias-corrected step for each of the releases (STEPS, d), without the learning rate."""
+    mean, square = np.zeros(releases.shape[1]), np.zeros(releases.shape[1])
+    out = np.empty_like(releases)
+    for step, release in enumerate(releases):
+        mean = first * mean + (1 - first) * release
+        square = second * square + (1 - second) * release**2
+        corrected = np.sqrt(square / (1 - second ** (step + 1))) + 1e-8
+        out[step] = mean / (1 - first ** (step + 1)) / corrected
+    return out
+
+
+def _rates(direction: Vector, values: Vector, moves: Vector) -> Vector:
+    """Least squares of a step's moves on Adam's direction and the present values: (2,)."""
+    design = np.stack([direction.reshape(-1), values.reshape(-1)], axis=1)
+    return np.asarray(np.linalg.lstsq(design, moves.reshape(-1), rcond=None)[0])

@@ -1,0 +1,148 @@
+"""Whole trainings on fixed batches: the noise of every step, two histories, and steps that branch off from them.
+
+Under one noise seed an empty batch releases the noise of its step and nothing else, whatever the parameters. So the
+releases of a training on empty batches alone are the noise of every step, and what any other training releases under
+that seed, minus that noise, is its clipped sum: exactly, at every step, without a second trainer at equal parameters.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+
+from attacks.contract.guard import MethodFailure
+from attacks.contract.probe import Observation, Probe, Records, Vector
+
+STEPS = 24
+STAGES = {"in the middle": 12, "late": 24}  # step of a history that is branched; "early" is step 1
+NOISE_STEPS, LONGEST, FAST = 24, 120, 0.004
+MOST_HELD = 40_000_000  # numbers of the noise of every step
+LARGEST = 64  # a batch this large costs little; larger ones are looked at up to REACH x the expected size
+REACH = 3.0
+
+# Sizes of the batches of a history; "large" and "expected" follow the claim. A unit comes again and again.
+PATTERN = (1, "expected", 2, 0, "large", 0, 5, 1, "expected", 0, 2, "large", 1, 0, "expected", 5, 1, 0, "large", 2)
+
+
+class Training:
+    """Batches of two histories over `records`, none of which holds the unit `outside`."""
+
+    def __init__(self, probe: Probe, outside: int, longest: int) -> None:
+        self.probe, self.outside = probe, outside
+        expected = probe.claim.expected_batch_size
+        poisson = probe.claim.sampling == "poisson"
+        self.wanted = max(1, math.ceil(REACH * expected if poisson else expected))
+        self.copies, self.records = 1, probe.own
+        self._enlarge()
+        order = np.random.default_rng([probe.seed, 23]).permutation(len(self.records.items))
+        self.pool = [int(index) for index in order if index != outside]
+        self.largest = min(len(self.pool), max(self.wanted, LARGEST if poisson else 6))
+        self.longest = longest
+
+    def _enlarge(self) -> None:
+        """Repeat the records, as units of their own, where they are fewer than the largest batch."""
+        own = self.probe.own
+        copies = math.ceil(self.wanted / len(own.items))
+        if copies > 1:
+            records = Records(f"own records x {copies}", own.items * copies)
+            # A trainer may hold no more than its declared public size.
+            with contextlib.suppress(MethodFailure):
+                self.probe.observe([0, len(own.items)], records=records)
+                self.copies, self.records = copies, records
+
+    def beside(self, neighbour: Records | None) -> Records:
+        """The records of the trainings, with the first copy of the own ones changed into a neighbour of theirs."""
+        if neighbour is None:
+            return self.records
+        if self.copies == 1:
+            return neighbour
+        return Records(f"{neighbour.name}, x {self.copies}", neighbour.items + self.probe.own.items * (self.copies - 1))
+
+    @property
+    def reached(self) -> bool:
+        """Whether the largest batch is as large as the claim's."""
+        return self.largest >= math.ceil(self.probe.claim.expected_batch_size) - 1
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Batch sizes that are looked at: 1, 2, 4, ... up to the largest."""
+        sizes = [1]
+        while sizes[-1] < self.largest:
+            sizes.append(min(2 * sizes[-1], self.largest))
+        return sizes
+
+    @cached_property
+    def batches(self) -> list[list[int]]:
+        """STEPS batches of several sizes."""
+        return self._batches(0)
+
+    @cached_property
+    def others(self) -> list[list[int]]:
+        """The same sizes with other units."""
+        return self._batches(len(self.pool) // 2)
+
+    def _batches(self, first: int) -> list[list[int]]:
+        expected = round(self.probe.claim.expected_batch_size)
+        large = min(self.largest, max(5, math.ceil(2.5 * self.probe.claim.expected_batch_size)))
+        rolled = [*self.pool[first:], *self.pool[:first]]
+        batches, start = [], 0
+        for step in range(STEPS):
+            size = PATTERN[step % len(PATTERN)]
+            if size == "large":
+                size = large if step != 4 else self.largest
+            elif size == "expected":
+                size = min(self.largest, max(1, expected))
+            start = start if isinstance(size, int) and size <= 2 else start + 3  # small batches meet the same units
+            batches.append([rolled[(start + place) % len(rolled)] for place in range(min(int(size), len(rolled)))])
+        return batches
+
+    @cached_property
+    def noise(self) -> list[Observation]:
+        """The training on empty batches under the first noise seed: the noise of every step.
+
+        As long as the longest sweep, and as all claimed steps where steps are quick.
+        """
+        return self.probe.course([[]] * self._length)
+
+    @cached_property
+    def _length(self) -> int:
+        subject = self.probe.build(self.probe.own)
+        subject.ask("step", [])
+        began = time.process_time()
+        for _ in range(3):
+            self.probe.watch(subject, [])
+        quick = (time.process_time() - began) / 3 < FAST
+        held = max(NOISE_STEPS, MOST_HELD // max(1, sum(value.size for value in self.probe.start.values())))
+        return min(held, max(NOISE_STEPS, self.longest + 1, LONGEST if quick else 0))
+
+    @cached_property
+    def first(self) -> list[Observation]:
+        """The first history."""
+        return self.probe.course(self.batches, records=self.records)
+
+    @cached_property
+    def second(self) -> list[Observation]:
+        """The second history."""
+        return self.probe.course(self.others, records=self.records)
+
+    def at(
+        self, step: int, batch: Sequence[int], *, records: Records | None = None, noise: int | None = 0
+    ) -> Observation:
+        """The release of `batch` in step `step` of the first history; `records`: a neighbour of the own ones."""
+        earlier = self.batches[: step - 1]
+        return self.probe.observe(batch, records=self.beside(records), noise=noise, earlier=earlier)
+
+    def signal(self, step: int, seen: Observation) -> Vector:
+        """Clipped sum: release minus noise, on the blocks that were noised in both; others count as they are."""
+        return seen.vector - self.noise[step - 1].vector
+
+    def slack(self, step: int, *seen: Observation) -> float:
+        """Rounding of a signal."""
+        return self.probe.slack(self.noise[step - 1], *seen)
+
+    def comparable(self, step: int, *seen: Observation) -> bool:
+        """Whether the same blocks were noised in all of them (which ones may follow earlier releases)."""
+        return all(item.noised == self.noise[step - 1].noised for item in seen)
