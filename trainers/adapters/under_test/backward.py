@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 Gradient = dict[str, Tensor]
+_NORMAL = (torch.normal, torch.randn, torch.randn_like, Tensor.normal_)
 _BACKWARD = (Tensor.backward, torch.autograd.grad, torch.autograd.backward)
 
 
@@ -22,12 +23,13 @@ class Passes(TorchFunctionMode):
     """A mode that is active around the foreign code; it looks during `watching()` only.
 
     count: backward passes that reached one of the parameters. values: what each of them started from. kept: the
-    gradients of each (if asked to keep them). reached: names that each of them reached.
+    gradients of each (if asked to keep them). reached: names that each of them reached. drawn: whether anything normal
+    was drawn.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.count, self.drawn = 0, False
         self.values: list[float] = []
         self.kept: list[Gradient] = []
         self.reached: list[set[str]] = []
@@ -44,7 +46,7 @@ class Passes(TorchFunctionMode):
         keep: bool = False,
     ) -> Iterator[None]:
         """Record the passes of one step. canaries: pass number (from 0) -> gradient that replaces its own."""
-        self.count, self.values, self.kept, self.reached = 0, [], [], []
+        self.count, self.values, self.kept, self.reached, self.drawn = 0, [], [], [], False
         self._canaries, self._keep, self._watches, self._root = canaries or {}, keep, True, None
         hooks = [tensor.register_hook(self._hook(name)) for name, tensor in parameters.items() if tensor.requires_grad]
         try:
@@ -74,6 +76,7 @@ class Passes(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        self.drawn = self.drawn or func in _NORMAL
         if self._watches and func in _BACKWARD and args:
             roots = [args[0]] if isinstance(args[0], Tensor) else list(args[0])
             self._root = sum(float(root.detach().sum()) for root in roots if isinstance(root, Tensor))

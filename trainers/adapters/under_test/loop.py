@@ -55,7 +55,9 @@ class Loop:
         self._thread = threading.Thread(target=wrap(_runner(body, self.feed)), daemon=True, name=f"dpaudit-{name}")
 
     def start(self) -> None:
-        """Run up to the first request for a batch."""
+        """Run up to the first request for a batch; does nothing later."""
+        if self._state != "new":
+            return
         self._state = "running"
         self._thread.start()
         self._wait()
@@ -64,8 +66,7 @@ class Loop:
 
     def advance(self, batches: Sequence[Batch]) -> None:
         """One logical batch, as the physical batches that the loop takes it in. Raises what the loop raises."""
-        if self._state == "new":
-            self.start()
+        self.start()
         if self._state != "waiting":
             raise UsageError(f"{self.name}: the loop is over; accepted: a loop that goes on while the loader has batches")
         self._state = "running"

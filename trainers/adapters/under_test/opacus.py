@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dpaudit.claims import StepClaim
@@ -18,14 +17,9 @@ from dpaudit.documents import Relation
 from dpaudit.errors import UsageError, rejected
 from trainers.adapters.under_test.base import Extras, Gradient, Records, RecordSource, Scratch, Source, UnderTest, names, trained
 from trainers.adapters.under_test.loop import Feed
+from trainers.adapters.under_test.rows import GHOST_INJECT, Rows, hook_step
 
 Build = Callable[[list[Any]], Any]
-
-GHOST_INJECT = (
-    "ghost clipping keeps no gradient of a single record (no grad_sample), so a canary gradient has nowhere to go; "
-    "this closes the white-box game. grad_sample_mode='hooks' or 'functorch' opens it"
-)
-
 
 class Parts(SimpleNamespace):
     """What `build` returned, by kind: module, optimizer, loader, accountant, and all of it as the train function takes it."""
@@ -93,15 +87,13 @@ class OpacusTrainer(UnderTest):
             raise rejected("build", "a loader without a batch sampler", "a map-style data set in a DataLoader with batches")
         self._draws: Any = None
         self._parameters = trained(parts.module)
-        self._rows: list[Mapping[str, Tensor]] = []
-        self._seen_rows: Gradient | None = None
-        self._keep_rows = False
         if loud and parts.ghost:  # to read gradients off: nothing is clipped
             parts.model.max_grad_norm = 1e30
         if plan.public_size is not None:
             plan.public(self)
         self._claim = plan.claim_of(self)
-        self._hook_step()
+        self._own = Rows(self._parameters, parts.ghost)
+        hook_step(parts.optimizer, self._own)
         self._loop = self._make_loop(plan.train)
         if parts.ghost:
             self._refuse("inject", GHOST_INJECT)
@@ -118,26 +110,6 @@ class OpacusTrainer(UnderTest):
             train(*returned)
 
         return self._in_thread(body)
-
-    def _hook_step(self) -> None:
-        """`optimizer.step`, on this object alone: canary rows in, gradients out, then the step as it is."""
-        optimizer, own = self._parts.optimizer, _Rows(self._parameters, self._parts.ghost)
-        original = optimizer.step
-        self._own = own
-
-        def step(closure: Callable[[], Any] | None = None) -> Any:
-            if closure is None:
-                own.before_step()
-                return original()
-
-            def with_rows() -> Any:
-                loss = closure()
-                own.before_step()
-                return loss
-
-            return original(with_rows)
-
-        optimizer.step = step
 
     def _advance(self, chosen: list[int], injected: list[Mapping[str, Tensor]], *, keep: bool = False) -> None:
         self._own.rows, self._own.keep, self._own.seen = injected, keep, None
@@ -198,36 +170,6 @@ class OpacusTrainer(UnderTest):
         """The owner's."""
         assert self._extras.load is not None
         self._extras.load(self._parts.returned, path)
-
-
-class _Rows:
-    """Per-record gradients at the moment of optimizer.step()."""
-
-    def __init__(self, parameters: Mapping[str, Tensor], ghost: bool) -> None:
-        self.parameters, self.ghost = parameters, ghost
-        self.rows: list[Mapping[str, Tensor]] = []
-        self.keep, self.seen = False, None  # type: tuple[bool, Gradient | None]
-
-    def before_step(self) -> None:
-        """Read what is there, then append the canaries (to the first physical batch of a logical one)."""
-        if self.keep and self.seen is None:
-            self.seen = self._first()
-        rows, self.rows = self.rows, []
-        for name, parameter in self.parameters.items() if rows else ():
-            held = getattr(parameter, "grad_sample", None)
-            if held is None:
-                continue
-            last = held[-1] if isinstance(held, list) else held
-            joined = torch.cat([last, torch.stack([row[name] for row in rows]).to(last)])
-            parameter.grad_sample = [*held[:-1], joined] if isinstance(held, list) else joined  # type: ignore[attr-defined]
-
-    def _first(self) -> Gradient:
-        found = {}
-        for name, parameter in self.parameters.items():
-            held = parameter.grad if self.ghost else getattr(parameter, "grad_sample", None)
-            if held is not None:
-                found[name] = held.detach().clone() if self.ghost else (held[-1] if isinstance(held, list) else held)[0].clone()
-        return found
 
 
 class OpacusPlan:
