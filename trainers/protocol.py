@@ -16,6 +16,8 @@ norm). For `zeroth-order` the private quantity is one number per direction: `rel
 (under names that are no parameters) or rank-one tensors named and shaped like the parameters, with `direction()`
 giving the public direction of the last step. For `correlated` noise `mixing(steps)` may return the (steps, steps)
 matrix M whose row t makes the noise of step t out of white noise of standard deviation sigma * C.
+
+A trainer may say in `unavailable` (method name -> reason) why it does not offer an optional method.
 """
 
 from collections.abc import Mapping, Sequence
@@ -113,6 +115,13 @@ class Full(Trainer, Protocol):
 
     def mixing(self, steps: int) -> Tensor:
         """Correlated noise only: lower-triangular (steps, steps) matrix from white noise to the noise of each step."""
+
+
+def lacking(trainer: object, name: str) -> str:
+    """Why an optional method is not offered: what the trainer's own `unavailable` (name -> reason) says, if it has one."""
+    reasons = getattr(trainer, "unavailable", None)
+    said = reasons.get(name) if isinstance(reasons, Mapping) else None
+    return f"no {name}(): {said}" if isinstance(said, str) else f"the trainer offers no {name}()"
 
 
 class Factory(Protocol):

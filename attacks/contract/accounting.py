@@ -40,7 +40,7 @@ def epsilon(bench: Bench) -> Check:
     """After one step (an empty one where that works) and after twenty."""
     probe = bench.probe
     if "epsilon" not in probe.offered:
-        return skipped(EPSILON, "the trainer offers no epsilon()", EPSILON_WHY)
+        return skipped(EPSILON, probe.lacking["epsilon"], EPSILON_WHY)
     delta = probe.claim.delta or DEFAULT_DELTA
     needed = {steps: spent(probe, steps, delta) for steps in (1, STEPS)}
     if any(value is None for value in needed.values()):
@@ -113,7 +113,7 @@ def resume(bench: Bench) -> Iterator[Check]:
     probe = bench.probe
     why = None
     if not {"save", "load"} <= probe.offered:
-        why = "the trainer offers no save() and load()"
+        why = probe.lacking["load" if "save" in probe.offered else "save"]
     elif bench.empty_problem is not None:
         why = f"needs an empty batch: {bench.empty_problem}"
     if why is not None:

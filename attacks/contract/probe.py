@@ -16,7 +16,7 @@ from torch import Tensor
 from attacks.contract.guard import TIME_LIMIT, MethodFailure, call
 from dpaudit.claims import StepClaim
 from dpaudit.errors import UsageError
-from trainers.protocol import OPTIONAL, REQUIRED
+from trainers.protocol import OPTIONAL, REQUIRED, lacking
 
 Vector = npt.NDArray[np.float64]
 
@@ -162,6 +162,7 @@ class Probe:
             raise MethodFailure("parameters()", f"holds {numbers:,} trained numbers; accepted: {wanted}")
         self.precision = float(torch.finfo(torch.float32).eps)
         self.offered = frozenset(name for name in OPTIONAL if first.offers(name))
+        self.lacking = {name: lacking(first.trainer, name) for name in OPTIONAL if name not in self.offered}
         self.extremes = self._extremes(first)
         self.deterministic = self._deterministic()
 

@@ -41,7 +41,7 @@ def checks(bench: Bench) -> Iterator[Check]:
     """All checks of this module."""
     named = ((TWICE, TWICE_WHY), (MARGINALS, MARGINALS_WHY), (SPREAD, SPREAD_WHY), (EPOCH, EPOCH_WHY))
     if "sample" not in bench.probe.offered:
-        yield from (skipped(name, "the trainer offers no sample()", why) for name, why in named)
+        yield from (skipped(name, bench.probe.lacking["sample"], why) for name, why in named)
         return
     drawn, twice = draw(bench)
     yield judged(TWICE, twice == 0, f"{twice} of {len(drawn)} batches name a unit twice", "none", TWICE_WHY)

@@ -64,7 +64,9 @@ def trained(module: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {name: value for name, value in module.named_parameters() if value.requires_grad}
     kept = module.state_dict(keep_vars=True)
     found |= {
-        name: value for name, value in module.named_buffers() if name in kept and value is not None and value.is_floating_point()
+        name: value
+        for name, value in module.named_buffers()
+        if name in kept and value is not None and value.is_floating_point()
     }
     return found
 

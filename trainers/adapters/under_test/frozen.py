@@ -82,7 +82,7 @@ class Streams:
 
     def seed(self, value: int) -> None:
         """All three, while active."""
-        torch.manual_seed(value)
+        _seed_torch(value)
         np.random.seed(value % 2**32)
         random.seed(value)
 
@@ -95,6 +95,13 @@ class Streams:
         if noise_seed is None and torch.initial_seed() != self.mark:
             return
         self.seed(secrets.randbits(62) if noise_seed is None else seed_of("noise", noise_seed))
+
+
+def _seed_torch(value: int) -> None:
+    """torch.manual_seed for the devices in use; it takes a stack trace for those that are not, at every call."""
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(value)
 
 
 def _states() -> tuple[Any, Any, Any]:
@@ -122,7 +129,7 @@ class FrozenNoise(TorchFunctionMode):
         """A new step, on the thread whose streams are active."""
         self.step = step
         self._counts.clear()
-        torch.manual_seed(self.mark)
+        _seed_torch(self.mark)
         np.random.seed(seed_of("numpy", self.noise_seed, step) % 2**32)
         random.seed(seed_of("python", self.noise_seed, step))
 

@@ -70,10 +70,12 @@ class FunctionTrainer(UnderTest):
             result = self._looked_at([*batch, *carriers], list(injected))
         if self._sees is not None and injected:
             self._sees.check()
-        self._state = self._state if result is None else result  # None: changed in place
+        changed = result is not None and result is not self._state  # None: changed in place
+        self._state = result if changed else self._state
         if carriers and self._passes.count != len(batch) + len(carriers):
             raise UsageError(f"inject: {self._passes.count} backward passes for {len(batch) + len(carriers)} records")
-        self._parameters = self._where.get(self._state)
+        if changed or not self._where.of_modules:
+            self._parameters = self._where.get(self._state)
         self._read_released([*batch, *carriers])
 
     def _looked_at(self, batch: list[Any], canaries: list[Mapping[str, Tensor]]) -> Any:
@@ -120,13 +122,16 @@ class FunctionTrainer(UnderTest):
             )
         unknown = sorted(set(seen) - set(self._parameters))
         if unknown:
-            raise rejected("released", unknown[0], f"arrays named like the parameters: {', '.join(list(self._parameters)[:6])}")
+            raise rejected(
+                "released", unknown[0], f"arrays named like the parameters: {', '.join(list(self._parameters)[:6])}"
+            )
         self._last = {name: seen.get(name) for name in self._parameters}
 
     def assign(self, parameters: Mapping[str, Tensor]) -> None:
         """Into the state."""
         self._state = self._where.put(self._state, parameters)
-        self._parameters = self._where.get(self._state)
+        if not self._where.of_modules:
+            self._parameters = self._where.get(self._state)
 
     def gradient(self, record: Any) -> Mapping[str, Tensor]:
         """One record's gradient before clipping, as the step itself computes it in a batch of one."""
@@ -197,7 +202,9 @@ class FunctionPlan:
 
     def trainer(self, records: Records | None, seed: int, noise_seed: int | None) -> FunctionTrainer:
         """A fresh one."""
-        trainer = FunctionTrainer(self, self.source.own() if records is None else records, seed=seed, noise_seed=noise_seed)
+        trainer = FunctionTrainer(
+            self, self.source.own() if records is None else records, seed=seed, noise_seed=noise_seed
+        )
         why = self._why_not()
         if why is not None:
             trainer._refuse("inject", why)

@@ -28,7 +28,7 @@ from trainers.adapters.under_test.base import (
     UnderTest,
     trained,
 )
-from trainers.adapters.under_test.loop import Feed
+from trainers.adapters.under_test.loop import NEVER, Feed
 from trainers.adapters.under_test.rows import GHOST_INJECT, Rows, dp_optimizer, hook_step, is_ghost
 
 LEAST_STEPS = 64  # of one train(): audits make that many whatever the arguments say
@@ -44,7 +44,9 @@ class HuggingFaceTrainer(UnderTest):
 
     kind = "train()"
 
-    def __init__(self, plan: "HuggingFacePlan", records: Records, *, seed: int, noise_seed: int | None) -> None:
+    def __init__(
+        self, plan: "HuggingFacePlan", records: Records, *, seed: int, noise_seed: int | None, least: int = LEAST_STEPS
+    ) -> None:
         super().__init__(records, seed=seed, noise_seed=noise_seed, extras=plan.extras)
         self._plan, self._claim = plan, plan.claim
         with self._streams.active():
@@ -56,7 +58,9 @@ class HuggingFaceTrainer(UnderTest):
             raise UsageError("make_trainer: the model of the Trainer has no parameter with requires_grad")
         self._rows: Rows | None = None
         self._sampler = np.random.default_rng([seed, 3])
-        self._loop = self._in_thread(_body(self.trainer, self._releases, self._passes, self._opacus))
+        self._loop = self._in_thread(
+            _body(self.trainer, self._releases, self._passes, self._opacus, max(least, plan.claim.steps or 1))
+        )
         if plan.epsilon is None:
             self._refuse("epsilon", "no epsilon=(trainer, delta) was given")
         if plan.sample is None and self._claim.sampling not in ("poisson", "full"):
@@ -144,20 +148,26 @@ def _checked(trainer: Any, count: int) -> None:
         raise rejected("make_trainer", found, "one example a record, in their order (no packing, no streaming)")
 
 
-def _body(trainer: Any, releases: Any, passes: Any, optimizer_ready: Callable[[Any], None]) -> Callable[[Feed], None]:
+def _body(
+    trainer: Any, releases: Any, passes: Any, optimizer_ready: Callable[[Any], None], least: int
+) -> Callable[[Feed], None]:
     """train() with its loader fed by us. Holds the Trainer, not the trainer under test."""
     ready = weakref.WeakMethod(optimizer_ready)  # type: ignore[arg-type]
 
     def body(feed: Feed) -> None:
+        from transformers import trainer_callback
+
         loader = trainer.get_train_dataloader()
-        feed.length = max(LEAST_STEPS, len(loader))
+        feed.length = max(least, len(loader))
         # A plain loader: accelerate's fetches a batch ahead, and would hide where a step ends.
         fed = DataLoader(_data_of(loader, trainer), batch_sampler=feed, collate_fn=_collate_of(loader, trainer))  # type: ignore[arg-type]
         trainer.get_train_dataloader = lambda: fed
         arguments = trainer.args
         arguments.disable_tqdm, arguments.logging_steps = True, 10**9
+        for callback in ("ProgressCallback", "PrinterCallback"):
+            trainer.remove_callback(getattr(trainer_callback, callback))
         arguments.save_strategy = type(arguments.save_strategy)("no")
-        arguments.max_steps = max(arguments.max_steps, LEAST_STEPS)
+        arguments.max_steps = max(arguments.max_steps, least)
         _settle_before_clipping(trainer, releases, passes)
         create = trainer.create_optimizer
 
@@ -204,10 +214,12 @@ def _settle_before_clipping(trainer: Any, releases: Any, passes: Any) -> None:
 class HuggingFacePlan:
     """All that the factory knows."""
 
-    def __init__(self, make_trainer: Callable[[list[Any]], Any], source: Source, claim: StepClaim, extras: Extras, **said: Any):
+    def __init__(
+        self, make_trainer: Callable[[list[Any]], Any], source: Source, claim: StepClaim, extras: Extras, **said: Any
+    ):
         self.make_trainer, self.source, self.claim, self.extras = make_trainer, source, claim, extras
         self.epsilon, self.sample = said["epsilon"], said["sample"]
-        self.scratch = Scratch(lambda records: HuggingFaceTrainer(self, records, seed=0, noise_seed=0))
+        self.scratch = Scratch(lambda records: HuggingFaceTrainer(self, records, seed=0, noise_seed=0, least=NEVER))
         self._refusal: tuple[str | None] | None = None
 
     def trainer(self, records: Records | None, seed: int, noise_seed: int | None) -> HuggingFaceTrainer:
@@ -269,7 +281,9 @@ def hf_trainer(
     extras = Extras(canaries, extreme_records, save, load)
     plan = HuggingFacePlan(make_trainer, Source(records), claim, extras, epsilon=epsilon, sample=sample)
 
-    def factory(records: Sequence[Any] | None = None, *, seed: int, noise_seed: int | None = None) -> HuggingFaceTrainer:
+    def factory(
+        records: Sequence[Any] | None = None, *, seed: int, noise_seed: int | None = None
+    ) -> HuggingFaceTrainer:
         return plan.trainer(records, seed, noise_seed)
 
     return factory

@@ -49,7 +49,9 @@ class Feed:
 class Loop:
     """One run of `body(feed)`. name: what the user calls it, for messages."""
 
-    def __init__(self, name: str, body: Callable[[Feed], Any], wrap: Callable[[Callable[[], None]], Callable[[], None]]):
+    def __init__(
+        self, name: str, body: Callable[[Feed], Any], wrap: Callable[[Callable[[], None]], Callable[[], None]]
+    ):
         self.name, self.feed = name, Feed()
         self._state = "new"  # new | waiting | running | over
         self._thread = threading.Thread(target=wrap(_runner(body, self.feed)), daemon=True, name=f"dpaudit-{name}")
@@ -68,7 +70,9 @@ class Loop:
         """One logical batch, as the physical batches that the loop takes it in. Raises what the loop raises."""
         self.start()
         if self._state != "waiting":
-            raise UsageError(f"{self.name}: the loop is over; accepted: a loop that goes on while the loader has batches")
+            raise UsageError(
+                f"{self.name}: the loop is over; accepted: a loop that goes on while the loader has batches"
+            )
         self._state = "running"
         self.feed.batches.put(batches)
         self._wait()

@@ -15,11 +15,22 @@ from torch import Tensor, nn
 from dpaudit.claims import StepClaim
 from dpaudit.documents import Relation
 from dpaudit.errors import UsageError, rejected
-from trainers.adapters.under_test.base import Extras, Gradient, Records, RecordSource, Scratch, Source, UnderTest, names, trained
+from trainers.adapters.under_test.base import (
+    Extras,
+    Gradient,
+    Records,
+    RecordSource,
+    Scratch,
+    Source,
+    UnderTest,
+    names,
+    trained,
+)
 from trainers.adapters.under_test.loop import Feed
 from trainers.adapters.under_test.rows import GHOST_INJECT, Rows, hook_step
 
 Build = Callable[[list[Any]], Any]
+
 
 class Parts(SimpleNamespace):
     """What `build` returned, by kind: module, optimizer, loader, accountant, and all of it as the train function takes it."""
@@ -63,7 +74,9 @@ def parts_of(returned: Any) -> Parts:
 def _accountant(optimizer: Any) -> Any:
     """The accountant behind the step hook that make_private attached (a closure over it); None where there is none."""
     hook = optimizer.step_hook
-    cells = dict(zip(hook.__code__.co_freevars, hook.__closure__ or (), strict=True)) if hasattr(hook, "__code__") else {}
+    cells = (
+        dict(zip(hook.__code__.co_freevars, hook.__closure__ or (), strict=True)) if hasattr(hook, "__code__") else {}
+    )
     owner = cells["self"].cell_contents if "self" in cells else None
     return owner if hasattr(owner, "get_epsilon") else None
 
@@ -84,7 +97,9 @@ class OpacusTrainer(UnderTest):
         parts = self._parts
         self._sampler = parts.loader.batch_sampler
         if self._sampler is None:
-            raise rejected("build", "a loader without a batch sampler", "a map-style data set in a DataLoader with batches")
+            raise rejected(
+                "build", "a loader without a batch sampler", "a map-style data set in a DataLoader with batches"
+            )
         self._draws: Any = None
         self._parameters = trained(parts.module)
         if loud and parts.ghost:  # to read gradients off: nothing is clipped
@@ -306,7 +321,14 @@ def opacus_loop(
     Raises UsageError (one line) for what `build` returns instead.
     """
     extras = Extras(canaries, extreme_records, save, load)
-    said = {"claim": claim, "delta": delta, "steps": steps, "unit": unit, "relation": relation, "public_size": public_size}
+    said = {
+        "claim": claim,
+        "delta": delta,
+        "steps": steps,
+        "unit": unit,
+        "relation": relation,
+        "public_size": public_size,
+    }
     plan = OpacusPlan(build, Source(records), train, extras, **said)
 
     def factory(records: Sequence[Any] | None = None, *, seed: int, noise_seed: int | None = None) -> OpacusTrainer:

@@ -15,6 +15,7 @@ from trainers.adapters.under_test.base import trained
 from trainers.adapters.under_test.frozen import seed_of
 
 NAMES = ("params", "parameters", "weights", "model", "theta")
+_CLOSED = (nn.Module, Tensor, torch.optim.Optimizer, type)
 Selector = str | Callable[[Any], Any] | None
 
 
@@ -22,7 +23,7 @@ def objects(state: Any) -> Iterator[tuple[trees.Path, Any]]:
     """Leaves of the state; of an object of a class of one's own its attributes too."""
     for path, leaf in trees.items(state):
         yield path, leaf
-        if hasattr(leaf, "__dict__") and not isinstance(leaf, nn.Module | Tensor | type) and not callable(leaf):
+        if hasattr(leaf, "__dict__") and not isinstance(leaf, _CLOSED) and not callable(leaf):
             for name, value in vars(leaf).items():
                 yield from ((((*path, name, *below)), item) for below, item in trees.items(value))
 
@@ -85,7 +86,9 @@ class Where:
 def _prefix(state: Any, selector: str | None) -> trees.Path:
     paths = [path for path, leaf in trees.items(state) if trees.is_floating(leaf)]
     if not paths:
-        raise UsageError("init: the state holds no floating array and no torch module; accepted: parameters=(a path into it)")
+        raise UsageError(
+            "init: the state holds no floating array and no torch module; accepted: parameters=(a path into it)"
+        )
     if selector is not None:
         prefix = tuple(selector.split("."))
         if not any(path[: len(prefix)] == prefix for path in paths):

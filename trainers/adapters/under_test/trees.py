@@ -47,7 +47,9 @@ def is_floating(value: Any) -> bool:
     """An array of real numbers."""
     if isinstance(value, Tensor):
         return value.is_floating_point()
-    return is_array(value) and np.issubdtype(np.dtype(np.float32) if "bfloat16" in str(value.dtype) else value.dtype, np.floating)
+    return is_array(value) and np.issubdtype(
+        np.dtype(np.float32) if "bfloat16" in str(value.dtype) else value.dtype, np.floating
+    )
 
 
 def is_key(value: Any) -> bool:
@@ -90,7 +92,10 @@ def name_of(path: Path) -> str:
 
 def _children(tree: Any) -> Mapping[str, Any] | None:
     if isinstance(tree, Mapping):
-        return {str(key): value for key, value in tree.items()}
+        # An optimizer's state is keyed by parameters: no names.
+        return (
+            {str(key): value for key, value in tree.items()} if all(type(key) in (str, int) for key in tree) else None
+        )
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return dict(zip(tree._fields, tree, strict=True))
     if isinstance(tree, list | tuple):
@@ -122,7 +127,9 @@ def stacked(rows: list[Any], below: Any) -> Any:
     names = {name_of(path) for path, leaf in items(below) if is_floating(leaf)}
     missing = {name for row in rows for name in row} - names
     if missing:
-        raise UsageError(f"per_record_gradients: no {sorted(missing)[0]!r} in the gradients; accepted: the parameters' tree")
+        raise UsageError(
+            f"per_record_gradients: no {sorted(missing)[0]!r} in the gradients; accepted: the parameters' tree"
+        )
 
     def extended(path: Path, leaf: Any) -> Any:
         name = name_of(path)
