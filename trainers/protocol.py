@@ -20,6 +20,7 @@ matrix M whose row t makes the noise of step t out of white noise of standard de
 `step` is given sets of indices: a trainer whose own sampler never repeats an index need not cope with a repeated one. A
 fault may start late (after a warm-up, when a unit comes a second time, in a batch that is larger than one physical
 batch) or exist only in production (`noise_seed=None`); the step contract looks there too.
+A trainer may say in `unavailable` (method name -> reason) why it does not offer an optional method.
 """
 
 from collections.abc import Mapping, Sequence
@@ -121,6 +122,13 @@ class Full(Trainer, Protocol):
 
     def mixing(self, steps: int) -> Tensor:
         """Correlated noise only: lower-triangular (steps, steps) matrix from white noise to the noise of each step."""
+
+
+def lacking(trainer: object, name: str) -> str:
+    """Why an optional method is not offered: what the trainer's own `unavailable` (name -> reason) says, if it has one."""
+    reasons = getattr(trainer, "unavailable", None)
+    said = reasons.get(name) if isinstance(reasons, Mapping) else None
+    return f"no {name}(): {said}" if isinstance(said, str) else f"the trainer offers no {name}()"
 
 
 class Factory(Protocol):

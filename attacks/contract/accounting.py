@@ -36,7 +36,7 @@ def epsilon(bench: Bench) -> Check:
     """After one step (an empty one where that works), after twenty, and after many where steps are quick."""
     probe = bench.probe
     if "epsilon" not in probe.offered:
-        return skipped(EPSILON, "the trainer offers no epsilon()", EPSILON_WHY)
+        return skipped(EPSILON, probe.lacking["epsilon"], EPSILON_WHY)
     delta = probe.claim.delta or DEFAULT_DELTA
     counts = [1, STEPS]
     if bench.empty_problem is None and len(bench.training.noise) > MANY:

@@ -19,7 +19,7 @@ from attacks.contract.guard import TIME_LIMIT, MethodFailure, call
 from attacks.contract.subject import Subject, flat, short
 from attacks.contract.subject import Vector as Vector
 from dpaudit.errors import UsageError
-from trainers.protocol import OPTIONAL
+from trainers.protocol import OPTIONAL, lacking
 
 # What a released number may lose, in units of its type's own precision (float32: 1e-6, some operations on 2^-23), and
 # what a contribution may differ by, relatively.
@@ -109,6 +109,7 @@ class Probe:
         self.start = first.parameters()
         self.precision = float(torch.finfo(torch.float32).eps)
         self.offered = frozenset(name for name in OPTIONAL if first.offers(name))
+        self.lacking = {name: lacking(first.trainer, name) for name in OPTIONAL if name not in self.offered}
         self.extremes = self._extremes(first)
         self.copyable = self._copyable(first)
         self.deterministic = self._deterministic()

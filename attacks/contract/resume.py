@@ -42,7 +42,10 @@ def checks(bench: Bench) -> Iterator[Check]:
     """Empty steps, a few on data, a checkpoint, a fresh trainer that loads it, and one more empty step."""
     probe = bench.probe
     if not {"save", "load"} <= probe.offered:
-        yield from (skipped(name, "the trainer offers no save() and load()", why) for name, why in NAMES)
+        yield from (
+            skipped(name, bench.probe.lacking["load" if "save" in bench.probe.offered else "save"], why)
+            for name, why in NAMES
+        )
         return
     empty = bench.empty_problem is None
     batches = [[]] * (EMPTY if empty else 0) + [batch for batch in bench.training.batches if batch][:BEFORE]

@@ -37,7 +37,7 @@ def checks(bench: Bench) -> Iterator[Check]:
     """All checks of this module: each on the draws of a fresh trainer, and on those of one that trains."""
     named = ((TWICE, TWICE_WHY), (MARGINALS, MARGINALS_WHY), (SPREAD, SPREAD_WHY), (EPOCH, EPOCH_WHY))
     if bench.draws is None:
-        yield from (skipped(name, "the trainer offers no sample()", why) for name, why in named)
+        yield from (skipped(name, bench.probe.lacking["sample"], why) for name, why in named)
         return
     both = (("fresh", bench.draws), (f"after {PLAYED} steps", draw(bench.probe, playing=PLAYED)))
     twice = [f"{when} {found.twice} of {len(found.drawn)}" for when, found in both]

@@ -60,7 +60,7 @@ def repeated(bench: Bench) -> Check:
     """The same index twice, where the trainer's own sampler does that: `step` is handed sets otherwise."""
     probe, picks = bench.probe, bench.picks
     if not bench.repeats:
-        why = "the trainer offers no sample()" if bench.repeats is None else "the trainer's sampler repeats no index"
+        why = bench.probe.lacking["sample"] if bench.repeats is None else "the trainer's sampler repeats no index"
         return skipped(REPEATED, f"{why}, and batches are sets", REPEATED_WHY)
     tried = [(unit, None) for unit in picks.group] + [(picks.place, item.records) for item in bench.usable]
     worst = 0.0
@@ -85,7 +85,7 @@ CONTAINED_WHY = (
 def contained(bench: Bench) -> Check:
     """Every extreme record is survived."""
     if not bench.stand_ins:
-        return skipped(CONTAINED, "the trainer offers no extreme_records()", CONTAINED_WHY)
+        return skipped(CONTAINED, bench.probe.lacking["extreme_records"], CONTAINED_WHY)
     bad = [f"extreme record {item.number}: {item.problem}" for item in bench.stand_ins if item.problem is not None]
     measured = "; ".join(bad[:2]) if bad else f"{len(bench.stand_ins)} extreme records survived, all finite"
     return judged(CONTAINED, not bad, measured, "finite, and no exception", CONTAINED_WHY)
@@ -103,7 +103,7 @@ def upwards(bench: Bench) -> Check:
     """Contribution against the unit's own gradient, smallest gradients first."""
     probe, picks = bench.probe, bench.picks
     if "gradient" not in probe.offered:
-        return skipped(UPWARDS, "the trainer offers no gradient()", UPWARDS_WHY)
+        return skipped(UPWARDS, bench.probe.lacking["gradient"], UPWARDS_WHY)
     norms = bench.norms
     candidates = sorted((index for index in norms if index != picks.anchor), key=lambda index: norms[index])
     worst, slack = 0.0, 2 * bench.slack()
@@ -127,7 +127,7 @@ def injected(bench: Bench) -> Check:
 
     probe, picks = bench.probe, bench.picks
     if "inject" not in probe.offered:
-        return skipped(INJECTED, "the trainer offers no inject()", INJECTED_WHY)
+        return skipped(INJECTED, bench.probe.lacking["inject"], INJECTED_WHY)
     subject = probe.build()
     rng = np.random.default_rng([probe.seed, 11])
     huge = {

@@ -40,7 +40,7 @@ def why_not(setting: Setting) -> str | None:
     """None when the game can be played; otherwise why not."""
     step = setting.step_claim
     if not setting.first.offers("inject"):
-        return "the trainer offers no inject()"
+        return setting.first.lacking("inject")
     if step.mechanism != "gaussian" or step.sampling not in ("poisson", "full"):
         return (
             f"{step.mechanism} noise with {step.sampling} batches; the game knows gaussian noise with poisson or full"

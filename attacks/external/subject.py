@@ -16,7 +16,7 @@ from torch import Tensor
 from attacks.contract.guard import MethodFailure, call
 from dpaudit import untrusted
 from dpaudit.claims import StepClaim
-from trainers.protocol import OPTIONAL, REQUIRED
+from trainers.protocol import OPTIONAL, REQUIRED, lacking
 
 _MISSING = object()
 
@@ -48,6 +48,10 @@ class Subject:
         """Whether all of these optional methods are there."""
         assert set(names) <= set(OPTIONAL)
         return all(callable(getattr(self.trainer, name, None)) for name in names)
+
+    def lacking(self, name: str) -> str:
+        """Why an optional method is not there."""
+        return lacking(self.trainer, name)
 
     def _ask(self, name: str, *arguments: Any) -> Any:
         return call(f"{name}()", getattr(self.trainer, name), *arguments, limit=self.limit)

@@ -113,8 +113,7 @@ def _choose(setting: Setting) -> _Games:
         )
 
     if _wanted(options, "canaries"):
-        why = None if first.offers("canaries", "score") else "the trainer offers no canaries(n, seed) and score(record)"
-        why = why or setting.drives
+        why = _records_missing(setting) or setting.drives
         if why is None:
             games.candidates = canaries.draw(setting, options.count or canaries.DEFAULT_COUNT)
         else:
@@ -126,8 +125,7 @@ def _choose(setting: Setting) -> _Games:
         else:
             skip("white-box game", why)
     if options.runs is not None:
-        why = None if first.offers("canaries", "score") else "the trainer offers no canaries(n, seed) and score(record)"
-        why = why or setting.drives
+        why = _records_missing(setting) or setting.drives
         if why is None:
             games.runs = options.runs
         else:
@@ -137,6 +135,12 @@ def _choose(setting: Setting) -> _Games:
         if size > MOST_NUMBERS:
             skip("step contract", f"{size:,} trained numbers; the contract takes at most {MOST_NUMBERS:,}")
     return games
+
+
+def _records_missing(setting: Setting) -> str | None:
+    """Why no game with records can be played."""
+    missing = next((name for name in ("canaries", "score") if not setting.first.offers(name)), None)
+    return None if missing is None else setting.first.lacking(missing)
 
 
 def _wanted(options: TrainerOptions, name: str) -> bool:

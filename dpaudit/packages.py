@@ -1,0 +1,95 @@
+"""Our packages beside a repository's own of the same names.
+
+`trainers`, `attacks` and `reports` are common names, and one process holds one module a name. Where the user's code has
+packages of these names too, both sets are kept, and each is in place while its own code runs: ours inside `ours()`,
+the user's inside `theirs()` (every call into foreign code: attacks.contract.guard). Where there are none, both do nothing.
+"""
+
+import contextlib
+import importlib
+import importlib.machinery
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+OWN = ("trainers", "attacks", "reports")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class _Shelf:
+    """The set of modules that is not in place."""
+
+    apart = False  # whether there are two sets
+    now = "ours"
+    modules: dict[str, ModuleType] = {}
+
+
+@contextlib.contextmanager
+def ours() -> Iterator[None]:
+    """Inside, our packages are imported by their names. For doors that users' code comes in by."""
+    if not _Shelf.apart and _foreign(sys.path):
+        _Shelf.apart, _Shelf.modules = True, {}
+        _Shelf.now = "theirs"
+        if any(_is_ours(sys.modules.get(name)) for name in OWN):  # ours came first; the user's are not imported yet
+            _Shelf.now = "ours"
+    with _in_place("ours"):
+        yield
+
+
+@contextlib.contextmanager
+def theirs() -> Iterator[None]:
+    """Inside, the user's packages are. For calls into foreign code."""
+    with _in_place("theirs"):
+        yield
+
+
+def keep_apart(folder: Path) -> None:
+    """Called with ours imported: from now on a `trainers/` or the like in `folder` is the user's own."""
+    if not _Shelf.apart and _foreign([str(folder)]):
+        _Shelf.apart, _Shelf.now, _Shelf.modules = True, "ours", {}
+
+
+@contextlib.contextmanager
+def _in_place(which: str) -> Iterator[None]:
+    if not _Shelf.apart or _Shelf.now == which:
+        yield
+        return
+    _swap()
+    try:
+        yield
+    finally:
+        _swap()
+
+
+def _swap() -> None:
+    names = [name for name in sys.modules if name.partition(".")[0] in OWN]
+    taken = {name: sys.modules.pop(name) for name in names}
+    sys.modules.update(_Shelf.modules)
+    _Shelf.modules = taken
+    _Shelf.now = "theirs" if _Shelf.now == "ours" else "ours"
+    root = str(ROOT)
+    if _Shelf.now == "ours":
+        sys.path.insert(0, root)
+    else:
+        sys.path.remove(root)
+    # Finders remember what a folder holds by its time of change only; the caches of both sets stay right.
+
+
+def _foreign(path: list[str]) -> bool:
+    """Whether somebody else's package of one of these names is imported, or would be."""
+    for name in OWN:
+        module = sys.modules.get(name)
+        if module is not None and not _is_ours(module):
+            return True
+        if module is None or path is not sys.path:
+            spec = importlib.machinery.PathFinder.find_spec(name, path)
+            places = list(spec.submodule_search_locations or [spec.origin or ""]) if spec is not None else []
+            if places and not any(Path(place).resolve().is_relative_to(ROOT / name) for place in places):
+                return True
+    return False
+
+
+def _is_ours(module: ModuleType | None) -> bool:
+    places = getattr(module, "__path__", None) or [getattr(module, "__file__", None) or ""]
+    return module is not None and any(Path(place).resolve().is_relative_to(ROOT) for place in places)
