@@ -33,9 +33,9 @@ from dpaudit.accounting.pld import (
     discrete_losses,
     epsilon,
     epsilon_after,
-    noise_multiplier_for,
 )
 from dpaudit.accounting.repetition import Repetitions, TunedEpsilon, draw_runs, tuning
+from dpaudit.accounting.search import noise_multiplier_for
 
 __all__ = [
     "Direction",

@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dpaudit.accounting.events import DpSgd, check_delta, neighbouring, sensitivity
-from dpaudit.accounting.pld import trivial
+from dpaudit.accounting.events import DpSgd, check_delta, neighbouring, sensitivity, trivial
 from dpaudit.accounting.schemes import composed_as
 from dpaudit.documents import CrossCheck
 

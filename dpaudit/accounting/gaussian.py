@@ -27,4 +27,6 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     high = 1.0
     while gaussian_delta(mu, high) > delta:
         high *= 2
-    return float(brentq(lambda epsilon: gaussian_delta(mu, epsilon) - delta, 0.0, high, xtol=1e-12))
+    found = float(brentq(lambda epsilon: gaussian_delta(mu, epsilon) - delta, 0.0, high, xtol=1e-300, rtol=1e-13))
+    # The two terms of delta cancel for a small mu: never below the root.
+    return found * (1.0 + 1e-12 + 1e-15 / min(mu, 1.0))

@@ -11,18 +11,15 @@ A release of rows is never covered under add-remove: a published row shows that 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 
 from scipy.optimize import brentq
 
 from dpaudit.accounting.events import DpSgd, Noise, Scheme, check_delta, sensitivity
 from dpaudit.accounting.gaussian import gaussian_epsilon
-from dpaudit.accounting.pld import COARSE, FINE, composition, epsilon, grid_of, trivial
-from dpaudit.accounting.schemes import composed_as
+from dpaudit.accounting.pld import COARSE, together
+from dpaudit.accounting.search import noise_multiplier_for
 from dpaudit.documents import EpsilonAt, Relation
 from dpaudit.errors import rejected
-
-_LARGEST_SIGMA = 1e6
 
 
 def release_event(multiplier: float, relation: Relation) -> DpSgd:
@@ -41,8 +38,7 @@ def release_event(multiplier: float, relation: Relation) -> DpSgd:
 
 def joint_epsilon(events: Sequence[DpSgd], delta: float) -> float:
     """eps of all `events` together at `delta`; an upper bound, as each alone. inf when one has no noise."""
-    check_delta(delta)
-    return _joint(tuple(composed_as(event) for event in events), float(delta), FINE)
+    return together(events, delta)
 
 
 def joint_curve(events: Sequence[DpSgd], deltas: Sequence[float]) -> tuple[EpsilonAt, ...]:
@@ -60,9 +56,11 @@ def joint_after(training: DpSgd, others: Sequence[DpSgd], steps: int, delta: flo
     if steps >= training.steps:
         return total
     stride = max(1, math.ceil(training.steps / 20))
-    rounded = min(training.steps, math.ceil(max(steps, 0) / stride) * stride)
-    spent = tuple(composed_as(event) for event in (replace(training, steps=rounded), *others))
-    return min(_joint(spent, float(delta), COARSE), total)
+    spent = 0.0
+    for passed in range(0, stride * math.ceil(max(steps, 0) / stride) + 1, stride):
+        before = replace(training, steps=min(passed, training.steps))
+        spent = max(spent, together([before, *others], delta, COARSE))
+    return min(spent, total)
 
 
 def noise_multiplier_beside(
@@ -84,32 +82,16 @@ def noise_multiplier_beside(
     alone = joint_epsilon(others, delta)
     if alone >= epsilon:
         raise rejected("fusion.multiplier", others[0].noise_multiplier, _enough(others, epsilon, delta, alone))
-
-    def spent(sigma: float, grid: float) -> float:
-        training = DpSgd(sigma, sample_rate, steps, relation, noise, sampling)
-        return _joint(tuple(composed_as(event) for event in (training, *others)), float(delta), grid)
-
-    high = 1.0
-    while spent(high, COARSE) > epsilon:
-        high *= 2
-        if high > _LARGEST_SIGMA:
-            raise rejected("fusion.multiplier", others[0].noise_multiplier, _enough(others, epsilon, delta, alone))
-    low = high / 2
-    while spent(low, COARSE) <= epsilon:
-        low, high = low / 2, low
-    logarithm = brentq(
-        lambda x: math.log(spent(math.exp(x), COARSE) / epsilon), math.log(low), math.log(high), xtol=1e-4
+    return noise_multiplier_for(
+        epsilon=epsilon,
+        delta=delta,
+        sample_rate=sample_rate,
+        steps=steps,
+        relation=relation,
+        noise=noise,
+        sampling=sampling,
+        beside=others,
     )
-    sigma = math.exp(logarithm) * 1.0002
-    for _ in range(200):
-        if spent(sigma, FINE) <= epsilon:
-            break
-        sigma *= 1.0005
-    else:
-        raise rejected("epsilon", epsilon, f"a target that can be resolved at delta={delta}")
-    while spent(sigma / 1.001, FINE) <= epsilon:
-        sigma /= 1.001
-    return sigma
 
 
 def _enough(others: Sequence[DpSgd], epsilon: float, delta: float, alone: float) -> str:
@@ -120,19 +102,3 @@ def _enough(others: Sequence[DpSgd], epsilon: float, delta: float, alone: float)
         f"more than {moved / float(mu):.4g} for eps = {epsilon:g} at delta = {delta:g} "
         f"(the release alone costs {alone:.4g})"
     )
-
-
-@lru_cache(maxsize=4096)
-def _joint(events: tuple[DpSgd, ...], delta: float, wished: float) -> float:
-    costly = [event for event in events if trivial(event) is None]
-    if any(trivial(event) == math.inf for event in events):
-        return math.inf
-    if not costly:
-        return 0.0
-    if len(costly) == 1:
-        return epsilon(costly[0], delta)
-    grid = max(grid_of(event, wished) for event in costly)
-    joined = composition(costly[0], grid)
-    for event in costly[1:]:
-        joined = joined.compose(composition(event, grid))
-    return float(joined.get_epsilon_for_delta(delta))

@@ -1,53 +1,71 @@
 """eps by privacy-loss distributions: the number that a claim quotes.
 
-dp-accounting's PLD with pessimistic discretisation ("connect the dots", Doroshenko et al. 2022): an upper bound on the
-true eps, tight to about 1e-4.
+Never below the truth: the lattice is pessimistic, the convolution exact in the tail, and truncation and rounding are
+allowed for (dpaudit.accounting.steps and .composition say how). Tight: the lattice is chosen to cost a stated share of
+eps (`FINE`), which takes about sqrt(T) points. Where that would be too many the grid gets coarser, and the number is the
+smaller one of this bound and Rényi DP's. Without subsampling it is the Gaussian's closed form.
 """
 
 import importlib.metadata
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import brentq
 from scipy.special import ndtri
 
-from dpaudit.accounting.events import (
-    Direction,
-    DpSgd,
-    Noise,
-    PrivacyLosses,
-    Scheme,
-    check_delta,
-    neighbouring,
-    sensitivity,
+from dpaudit.accounting.composition import (
+    LOST,
+    Composed,
+    Parts,
+    chernoff,
+    compose,
+    epsilon_of,
+    parts_of,
+    saddle,
+    spacing,
+    tilt,
+    tilted_range,
 )
+from dpaudit.accounting.events import Direction, DpSgd, PrivacyLosses, check_delta, trivial
 from dpaudit.accounting.gaussian import gaussian_epsilon
-from dpaudit.accounting.schemes import composed_as, fixed_size_deltas, moved
-from dpaudit.documents import EpsilonAt, Relation
+from dpaudit.accounting.schemes import composed_as, moved
+from dpaudit.accounting.steps import directions, largest_loss
+from dpaudit.documents import EpsilonAt
 from dpaudit.errors import rejected
 
-FINE = 1e-4  # discretisation of the loss; 1e-5 changes the sixth digit and takes ten times as long
-COARSE = 1e-3  # for searching and for progress bars: still an upper bound
-_POINTS = {FINE: 500_000, COARSE: 20_000}  # at most about this many loss values; beyond, the grid gets coarser
+FINE = 2e-4  # of eps that the lattice may cost
+COARSE = 3e-3  # for searching and for progress bars: still an upper bound
+# Points of a lattice: up to the first number a grid finer than needed costs little, beyond the second it gets coarser.
+_POINTS = {FINE: (1 << 16, 1 << 21), COARSE: (1 << 11, 1 << 19)}
+_WHOLE_POINTS = {FINE: (1 << 17, 1 << 18), COARSE: (1 << 14, 1 << 16)}
 _PROGRESS_POINTS = 50
 # Losses of one step, and of all of them, beyond which a claim says nothing: grids that wide fail in memory or overflow,
 # so the closed form without amplification takes over, an upper bound for every scheme.
 _WIDEST_STEP, _WIDEST = 1e5, 1e7
+_TAIL = 1e-16  # probability at either end of a whole distribution that is cut off, as an infinite loss above
+_TYPICAL = 1e-5  # delta at whose eps a whole distribution is as tight as `FINE` says
+
+Steps = tuple[tuple[DpSgd, int], ...]  # one step of each mechanism, and how often
 
 
 def accountant_name() -> str:
-    """Name and version for the claim, e.g. 'dp-accounting 0.6.0 PLD'."""
-    return f"dp-accounting {importlib.metadata.version('dp-accounting')} PLD"
+    """Name and version for the claim, e.g. 'dpaudit 0.1.0 PLD'."""
+    return f"dpaudit {importlib.metadata.version('dpaudit')} PLD"
 
 
 def epsilon(event: DpSgd, delta: float) -> float:
-    """eps of `event` at `delta`: dp-accounting's PLD, pessimistic. inf when there is no noise."""
+    """eps of `event` at `delta`: the smallest of the bounds that are proven for it. inf when there is no noise."""
+    return together([event], delta)
+
+
+def together(events: Sequence[DpSgd], delta: float, tolerance: float = FINE) -> float:
+    """eps of several mechanisms on the same people, under one relation."""
     check_delta(delta)
-    return _epsilon(composed_as(event), float(delta), FINE)
+    return _together(tuple(composed_as(event) for event in events), float(delta), tolerance)
 
 
 def curve(event: DpSgd, deltas: "npt.ArrayLike") -> tuple[EpsilonAt, ...]:
@@ -61,9 +79,9 @@ def curve(event: DpSgd, deltas: "npt.ArrayLike") -> tuple[EpsilonAt, ...]:
 def epsilon_after(event: DpSgd, steps: int, delta: float) -> float:
     """eps spent after the first `steps` of `event`: an upper bound for a progress bar and the ledger.
 
-    At `event.steps` it is exactly `epsilon(event, delta)`. Before, the step count is rounded up to one of fifty
-    and the grid of the PLD is coarser; both can only raise the value, which never exceeds `epsilon(event, delta)`
-    and never decreases with `steps`.
+    At `event.steps` it is exactly `epsilon(event, delta)`. Before, the step count is rounded up to one of fifty and the
+    grid of the losses is coarser; both can only raise the value, which never exceeds `epsilon(event, delta)` and never
+    decreases with `steps`.
     """
     check_delta(delta)
     if steps <= 0:
@@ -71,60 +89,18 @@ def epsilon_after(event: DpSgd, steps: int, delta: float) -> float:
     if steps >= event.steps:
         return epsilon(replace(event, steps=steps), delta)
     stride = max(1, math.ceil(event.steps / _PROGRESS_POINTS))
-    rounded = min(event.steps, math.ceil(steps / stride) * stride)
-    total = epsilon(event, delta)
-    if trivial(event) is not None or _hopeless(composed_as(event), delta) is not None:
-        return total
-    spent = composed_as(replace(event, steps=rounded))
-    return min(_epsilon_on(spent, float(delta), grid_of(composed_as(event), COARSE)), total)
+    spent = 0.0
+    # The largest so far: every count of steps has a grid of its own, so a later value could be smaller by its tolerance.
+    for passed in range(stride, stride * math.ceil(steps / stride) + 1, stride):
+        spent = max(spent, together([replace(event, steps=min(passed, event.steps))], delta, COARSE))
+    return min(spent, epsilon(event, delta))
 
 
-def noise_multiplier_for(
-    *,
-    epsilon: float,
-    delta: float,
-    sample_rate: float,
-    steps: int,
-    relation: Relation = "add-remove",
-    noise: Noise = "gaussian",
-    sampling: Scheme = "poisson",
-) -> float:
-    """The smallest sigma (to 1e-3, relative) whose PLD eps at `delta` is at most `epsilon`.
-
-    Searched on a coarse grid, decided on the final one: the eps of the returned sigma never exceeds the target.
-    """
-    if not (math.isfinite(epsilon) and epsilon > 0):
-        raise rejected("epsilon", epsilon, "a finite number > 0")
-    check_delta(delta)
-    if steps < 1 or not 0 < sample_rate <= 1:
-        field, value = ("steps", steps) if steps < 1 else ("sample-rate", sample_rate)
-        raise rejected(field, value, "more than 0 (and a sample rate of at most 1)")
-
-    def eps(sigma: float, grid: float) -> float:
-        return _epsilon(composed_as(DpSgd(sigma, sample_rate, steps, relation, noise, sampling)), float(delta), grid)
-
-    def log_excess(log_sigma: float) -> float:
-        return math.log(max(eps(math.exp(log_sigma), COARSE), 1e-300) / epsilon)
-
-    enough = _enough(epsilon, delta, composed_as(DpSgd(1.0, sample_rate, steps, relation, noise, sampling)))
-    low, high = _bracket(enough, lambda sigma: eps(sigma, COARSE) > epsilon)
-    # Right up to the coarse discretisation. The final grid decides: out until it holds, in while it still does.
-    high = math.exp(brentq(log_excess, math.log(low), math.log(high), xtol=1e-4, rtol=1e-8)) * 1.0002
-    for _ in range(200):
-        if eps(high, FINE) <= epsilon:
-            break
-        high *= 1.0005
-    else:
-        raise rejected("epsilon", epsilon, f"a target that {accountant_name()} can resolve at delta={delta}")
-    while eps(high / 1.001, FINE) <= epsilon:
-        high /= 1.001
-    return high
-
-
-def discrete_losses(event: DpSgd, direction: Direction) -> PrivacyLosses:
+def discrete_losses(event: DpSgd, direction: Direction, tolerance: float = FINE) -> PrivacyLosses:
     """The composed privacy-loss distribution of `event`, for the claim test.
 
-    Pessimistic: its hockey-stick divergence is an upper bound at every eps. Under replace both directions are equal.
+    Pessimistic: its hockey-stick divergence is an upper bound at every eps, rounding included, so what is judged by it
+    is given more room than the mechanism leaves. Under replace both directions are equal.
     """
     if direction not in get_args(Direction):
         raise rejected("direction", direction, get_args(Direction))
@@ -133,26 +109,96 @@ def discrete_losses(event: DpSgd, direction: Direction) -> PrivacyLosses:
         return PrivacyLosses(np.zeros(1), np.ones(1), 0.0)
     if event.noise_multiplier == 0 or _hopeless(event, 0.5) is not None:
         return PrivacyLosses(np.zeros(0), np.zeros(0), 1.0)
-    composed = composition(event, grid_of(event, FINE))
-    pmf = (composed._pmf_remove if direction == "remove" else composed._pmf_add).to_dense_pmf()
-    losses = (pmf._lower_loss + np.arange(pmf.size)) * pmf._discretization
-    # The FFT leaves values of about -1e-17 where the probability is zero.
-    probabilities = np.clip(np.asarray(pmf._probs, dtype=np.float64), 0.0, None)
-    return PrivacyLosses(losses, probabilities, float(pmf._infinity_mass))
+    steps = _steps_of((event,))
+    if direction not in directions(steps[0][0]):
+        direction = "remove"  # the same distribution
+    composed = _whole(steps, direction, tolerance)
+    # What rounding may have taken from all places together counts as infinite losses.
+    lost = composed.infinite + composed.tilted.size * composed.allowance
+    scale = math.exp(composed.log_scale + composed.relative)
+    return PrivacyLosses(composed.losses + composed.slack, composed.tilted * scale, min(1.0, lost * scale))
 
 
-def trivial(event: DpSgd) -> float | None:
-    """eps where nothing has to be computed: 0 when nothing is released, inf without noise."""
-    if event.sample_rate == 0 or event.steps == 0:
+@lru_cache(maxsize=4096)
+def _together(events: tuple[DpSgd, ...], delta: float, tolerance: float) -> float:
+    known = [trivial(event) for event in events]
+    if any(value == math.inf for value in known):
+        return math.inf
+    costly = tuple(event for event, value in zip(events, known, strict=True) if value is None)
+    hopeless = [_hopeless(event, delta / len(costly)) for event in costly]
+    if any(value is not None for value in hopeless):
+        # Sequential composition, each at its share of delta.
+        rest = [event for event, value in zip(costly, hopeless, strict=True) if value is None]
+        return sum(value for value in hopeless if value is not None) + sum(
+            _together((event,), delta / len(costly), tolerance) for event in rest
+        )
+    steps = _steps_of(costly)
+    if not steps:
         return 0.0
-    return math.inf if event.noise_multiplier == 0 else None
+    if len(steps) == 1 and steps[0] == (replace(steps[0][0], sample_rate=1.0, noise="gaussian"), 1):
+        return gaussian_epsilon(moved(steps[0][0]) / steps[0][0].noise_multiplier, delta)
+    return _by_losses(steps, delta, tolerance)
 
 
-def _epsilon(event: DpSgd, delta: float, wished: float) -> float:
-    known = trivial(event)
-    if known is None:
-        known = _hopeless(event, delta)
-    return known if known is not None else _epsilon_on(event, delta, grid_of(event, wished))
+def _steps_of(events: tuple[DpSgd, ...]) -> Steps:
+    """The steps to convolve: all Gaussians without subsampling are one Gaussian, exactly."""
+    full = [event for event in events if event.sample_rate == 1 and event.noise == "gaussian"]
+    steps = [(replace(event, steps=1), event.steps) for event in events if event not in full]
+    if full:
+        mu = math.sqrt(sum(event.steps * (moved(event) / event.noise_multiplier) ** 2 for event in full))
+        steps.append((DpSgd(moved(full[0]) / mu, 1.0, 1, full[0].relation), 1))
+    return tuple(steps)
+
+
+def _by_losses(steps: Steps, delta: float, tolerance: float) -> float:
+    """The larger eps of both directions; the one that is clearly smaller at a coarse look is not looked at again."""
+    orders = sorted({direction for step, _ in steps for direction in directions(step)}, reverse=True)
+    if len(orders) == 1 or tolerance != FINE:
+        return max(_one_direction(steps, direction, delta, tolerance) for direction in orders)
+    rough = {direction: _one_direction(steps, direction, delta, COARSE) for direction in orders}
+    first, second = sorted(orders, key=lambda direction: -rough[direction])
+    value = _one_direction(steps, first, delta, tolerance)
+    return value if rough[second] <= value else max(value, _one_direction(steps, second, delta, tolerance))
+
+
+@lru_cache(maxsize=4096)
+def _one_direction(steps: Steps, direction: Direction, delta: float, tolerance: float) -> float:
+    cut = 0.5 * LOST * delta
+    parts = parts_of(steps, direction, cut)
+    guess, best = saddle(parts, math.log(delta))
+    guess = max(guess, 0.0)
+    top = chernoff(parts, math.log(cut))[0]
+    theta, (low, high) = tilt(parts, best, guess)
+    high = max(high, top, 1e-12)
+    wished = spacing(parts, best, tolerance * max(guess, 0.02 * top))
+    least, most = _POINTS[tolerance]
+    grid = max(min(wished, (high - low) / least), (high - low) / most)
+    value = epsilon_of(compose(parts, grid, theta, (min(low, guess), high), cut), delta, guess)
+    if grid > wished:
+        value = min(value, _renyi(steps, delta))
+    return min(value, sum(part.times * largest_loss(part.step, direction) for part in parts))
+
+
+def _renyi(steps: Steps, delta: float) -> float:
+    """eps by Rényi DP where the grid is coarser than wished; inf where it says nothing."""
+    from dpaudit.accounting.cross_checks import rdp_epsilon
+
+    if len(steps) > 1:
+        return math.inf
+    found = rdp_epsilon(replace(steps[0][0], steps=steps[0][1]), delta)
+    return math.inf if found is None else found
+
+
+@lru_cache(maxsize=8)
+def _whole(steps: Steps, direction: Direction, tolerance: float) -> Composed:
+    """The distribution of all losses, not tilted."""
+    parts = parts_of(steps, direction, _TAIL)
+    low, high = tilted_range(parts, 0.0, _TAIL)
+    guess, theta = saddle(parts, math.log(_TYPICAL))
+    grid = spacing(parts, theta, tolerance * max(guess, 0.02 * high))
+    least, most = _WHOLE_POINTS[tolerance]
+    grid = max(min(grid, (high - low) / least), (high - low) / most)
+    return compose(parts, grid, 0.0, (low, high), _TAIL)
 
 
 def _hopeless(event: DpSgd, delta: float) -> float | None:
@@ -160,88 +206,9 @@ def _hopeless(event: DpSgd, delta: float) -> float | None:
     mu, count = moved(event) / event.noise_multiplier, event.sample_rate * event.steps
     if event.noise == "laplace":
         return mu * event.steps if mu > _WIDEST_STEP or mu * max(1.0, count) > _WIDEST else None
+    if event.sample_rate == 1 and math.isfinite(mu * mu * event.steps):
+        return None  # closed form
     loss = mu * mu / 2
-    if loss * max(1.0, count) <= _WIDEST and (loss <= _WIDEST_STEP or event.sample_rate == 1):
+    if loss * max(1.0, count) <= _WIDEST and loss <= _WIDEST_STEP:
         return None
     return loss * event.steps + mu * math.sqrt(event.steps) * float(-ndtri(delta))
-
-
-@lru_cache(maxsize=4096)
-def _epsilon_on(event: DpSgd, delta: float, grid: float) -> float:
-    return float(composition(event, grid).get_epsilon_for_delta(delta))
-
-
-@lru_cache(maxsize=8)
-def _mechanism(step: DpSgd, grid: float) -> Any:
-    """The losses of a single step."""
-    from dp_accounting.pld import pld_pmf, privacy_loss_distribution
-
-    if step.sampling == "fixed":
-        top, deltas = fixed_size_deltas(step.noise_multiplier, step.sample_rate, grid)
-        return privacy_loss_distribution.PrivacyLossDistribution(
-            pld_pmf.create_pmf_pessimistic_connect_dots_fixed_gap(grid, -top, top, deltas)
-        )
-    if step.noise == "laplace":  # takes no relation: the sensitivity is stated here (and DpSgd refuses what is unknown)
-        return privacy_loss_distribution.from_laplace_mechanism(
-            step.noise_multiplier,
-            sensitivity=sensitivity(step.relation),
-            sampling_prob=step.sample_rate,
-            value_discretization_interval=grid,
-        )
-    return privacy_loss_distribution.from_gaussian_mechanism(
-        step.noise_multiplier,
-        sampling_prob=step.sample_rate,
-        value_discretization_interval=grid,
-        neighboring_relation=neighbouring(step.relation),
-    )
-
-
-@lru_cache(maxsize=2)
-def composition(event: DpSgd, grid: float) -> Any:
-    if event.sample_rate == 1 and event.noise == "gaussian":
-        # Without subsampling T Gaussians are one Gaussian with sigma / sqrt(T), exactly.
-        return _mechanism(
-            replace(event, noise_multiplier=event.noise_multiplier / math.sqrt(event.steps), steps=1), grid
-        )
-    single = _mechanism(replace(event, steps=1), grid)
-    return single if event.steps == 1 else single.self_compose(event.steps)
-
-
-@lru_cache(maxsize=256)
-def _width(event: DpSgd) -> float:
-    """How wide the composed distribution is, from a rough one."""
-    mu = moved(event) / event.noise_multiplier
-    if event.sample_rate == 1 and event.noise == "gaussian":
-        mu *= math.sqrt(event.steps)  # a single mechanism then, whose grid has to be as coarse as it is wide
-    # One step without subsampling: from the mean mu^2/2 ten standard deviations mu either way.
-    # A Laplace loss lies within mu of 0.
-    widest = 2 * mu if event.noise == "laplace" else mu * mu / 2 + 20 * mu
-    rough = max(min(1e-2, widest / 100), widest / 20_000)
-    composed = composition(event, rough)
-    return float(rough * max(composed._pmf_remove.to_dense_pmf().size, composed._pmf_add.to_dense_pmf().size))
-
-
-def grid_of(event: DpSgd, wished: float) -> float:
-    """The discretisation: as wished, finer for tiny losses, coarser where it would take too many points."""
-    width = _width(event)
-    return min(max(wished, width / _POINTS[wished]), max(width / 20_000, 1e-9))
-
-
-def _enough(epsilon: float, delta: float, event: DpSgd) -> float:
-    """A sigma that is always enough, by the closed form without amplification (Laplace: T pure guarantees add up)."""
-    if event.noise == "laplace":
-        return moved(event) * event.steps / epsilon
-    mu = brentq(lambda m: gaussian_epsilon(m, delta) - epsilon, 1e-9, 10 * (math.sqrt(2 * epsilon) + epsilon + 10))
-    return float(moved(event) * math.sqrt(event.steps) / mu)
-
-
-def _bracket(high: float, exceeds: Any) -> tuple[float, float]:
-    """(low, high) with eps(low) > target >= eps(high) on the search grid."""
-    for _ in range(40):
-        if not exceeds(high):
-            break
-        high *= 1.01
-    low = high / 1.5
-    while not exceeds(low):
-        low, high = low / 1.5, low
-    return low, high

@@ -27,8 +27,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from dpaudit.accounting.cross_checks import quiet, rdp_epsilon, rdp_relation, rdp_step
-from dpaudit.accounting.events import DpSgd, check_delta
-from dpaudit.accounting.pld import trivial
+from dpaudit.accounting.events import DpSgd, check_delta, trivial
 from dpaudit.accounting.schemes import composed_as
 from dpaudit.errors import UsageError, rejected
 
