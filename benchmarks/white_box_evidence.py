@@ -2,11 +2,11 @@
 
     python benchmarks/white_box_evidence.py --out benchmarks/results/white_box_evidence.csv     # about 15 minutes
 
-For each setting (sigma, q, T) a pool of candidates is simulated for each true noise (times the claim), and games of 1,000
-candidates are drawn from it with replacement and judged as dpaudit judges them. `auditor`: share of auditors of a correct
-claim who refute it at some moment of up to ten games with fresh coins. `kl`: mean log evidence of all canaries at 0.9
-times the noise; refuting by them alone takes 6.9 + 0.8 nats. `counts`: power of the order-statistics test of the same
-claim, with the best number of guesses.
+For each setting (sigma, q, T) a pool of candidates is simulated for each true noise (times the claim), and games of
+1,000 candidates are drawn from it with replacement and judged as dpaudit judges them. `auditor`: share of auditors of a
+correct claim who refute it at some moment of up to ten games with fresh coins. `kl`: mean log evidence of all canaries
+at 0.9 times the noise; refuting by them alone takes 6.9 + 0.8 nats. `counts`: power of the order-statistics test of the
+same claim, with the best number of guesses.
 """
 
 import argparse
@@ -35,7 +35,8 @@ CANARIES, ALPHA, GAMES, POOL_NUMBERS = 1000, 0.001, 2000, 8_000_000
 
 
 def games(channel: Channel, scale: float, rng: np.random.Generator, canaries: int) -> tuple[np.ndarray, np.ndarray]:
-    """(GAMES, 2) log evidence: of all canaries alone (with what is kept), and of the whole game with spare directions."""
+    """(GAMES, 2) log evidence: of all canaries alone (with what is kept), and of the whole game with spare
+    directions."""
     size = int(np.clip(POOL_NUMBERS // channel.steps, 4000, 40_000))
     seen, coins = simulate(channel, size, rng, scale=scale)
     pool = Posteriors.of(seen, channel)

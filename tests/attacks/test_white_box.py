@@ -1,4 +1,4 @@
-"""The white-box game: exact law of the scores, claims tested on real (tiny) runs, refusals."""
+"""The white-box game: exact law of what is seen, controls, claims tested on real (tiny) runs, audits that add up."""
 
 import json
 import subprocess
@@ -7,29 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from attacks.white_box import (
-    PARAMETERS_PER_CANARY,
-    Directions,
-    GradientGame,
-    audit_twin,
-    loud,
-    loud_of,
-    loud_tests,
-    train_twin,
-)
 from scipy.stats import kstest
 
-from attacks import white_box
 from attacks.audit import audit
-from attacks.canaries import ALL, Plan
+from attacks.games import twins
+from attacks.games.controls import Arrived, Liveness, judge_liveness
+from attacks.games.gradients import PARAMETERS_PER_CANARY, Directions, GradientGame
+from attacks.games.played import Played
 from attacks.options import Options
 from attacks.training import start_run
-from dpaudit import accounting
 from dpaudit.config import RunConfig, resolve
-from dpaudit.documents import Claim
+from dpaudit.documents import AuditDocument, GameDocument, Test
 from dpaudit.errors import UsageError
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
@@ -59,12 +49,22 @@ def game(**changes: Any) -> GradientGame:
     return GradientGame(20, Key.from_seed(1), **values)
 
 
+def played(config: RunConfig, place: Path, **changes: Any) -> Played:
+    values: dict[str, Any] = {"count": COUNT, "confidence": 0.95, "alpha": 1e-6} | changes
+    return twins.play_white_box(config, place, **values)[0]
+
+
+def deciding(part: Played) -> list[Test]:
+    return [test for test in part.tests if test.e_value is not None]
+
+
 def test_directions_are_orthonormal_and_room_is_required() -> None:
     mine = game()
     rows = mine.rows(400)
     assert len(rows) == int(mine.members.sum())
-    gram = mine._directions @ mine._directions.T
-    torch.testing.assert_close(gram, torch.eye(20), atol=1e-5, rtol=0)
+    vectors = mine._vectors
+    assert len(vectors) == 20 + mine.spare and mine.spare >= 100
+    torch.testing.assert_close(vectors @ vectors.T, torch.eye(len(vectors)), atol=1e-5, rtol=0)
     norms = rows.norm(dim=1)
     assert set(np.round(norms.numpy(), 3).tolist()) == {0.5, 50.0}
     with pytest.raises(UsageError, match=r"--count: got 20; accepted: at most 19"):
@@ -72,142 +72,177 @@ def test_directions_are_orthonormal_and_room_is_required() -> None:
 
 
 def test_scores_are_the_log_likelihood_ratio_of_the_claimed_mechanism() -> None:
-    """Against a direct computation, and E_out[exp(score)] = 1 as any likelihood ratio must have."""
+    """Against a direct computation over the densities; and the spare directions add up the squares of the noise."""
     rng, mine = np.random.default_rng(0), game()
     mine.rows(400)
-    expected = np.zeros(20)
+    expected, squares = np.zeros(20), 0.0
     for step in range(1, 6):
         known = {"b": torch.tensor(rng.normal(size=(300,)), dtype=torch.float32), "a": torch.zeros(10, 10)}
         noise = {
             name: torch.tensor(rng.normal(size=tuple(value.shape)) * 0.65).float() for name, value in known.items()
         }
         noisy = {name: (known[name] + noise[name]) / 7.0 for name in known}
-        mine.observe(step, noisy, known)
+        mine.observe(step, noisy, known, np.array([], dtype=int))
         flat = torch.cat([noise["a"].flatten(), noise["b"].flatten()])
-        for index in range(20):
-            z = float(mine._directions[index] @ flat) / 0.5
-            density = np.exp(-((z - np.array([0.0, 1.0])) ** 2) / (2 * 1.3**2))
-            expected[index] += np.log(0.6 + 0.4 * density[1] / density[0])
-    np.testing.assert_allclose(mine.scores, expected, rtol=1e-3, atol=1e-4)
+        z = (mine._vectors @ flat).numpy() / 0.5
+        density = np.exp(-((z[:20, None] - np.array([0.0, 1.0])) ** 2) / (2 * 1.3**2))
+        expected += np.log(0.6 + 0.4 * density[:, 1] / density[:, 0])
+        squares += float((z[20:] ** 2).sum()) / 1.3**2
+    np.testing.assert_allclose(mine.scores(), expected, rtol=1e-3, atol=1e-4)
+    assert mine._squares == pytest.approx(squares, rel=1e-4)
 
 
 @pytest.mark.parametrize("directions", ["orthogonal", "dirac", "random"])
 def test_directions_are_unit_vectors_and_meet_as_they_say(directions: Directions) -> None:
     mine = game(directions=directions)
     mine.rows(4000)
-    gram = (mine._directions @ mine._directions.T).numpy()
+    gram = (mine._vectors @ mine._vectors.T).numpy()
     np.testing.assert_allclose(np.diag(gram), 1.0, atol=1e-5)
-    meeting = np.abs(gram - np.eye(20)).max()
-    assert meeting < 1e-5 if directions != "random" else 1e-3 < meeting < 6 / 4000**0.5
+    meeting = np.abs(gram - np.eye(len(gram))).max()
+    assert meeting < 1e-5 if directions != "random" else 1e-3 < meeting < 6.5 / 4000**0.5
     if directions == "dirac":
-        assert (mine._directions != 0).sum() == 20
+        assert (mine._vectors != 0).sum() == len(gram)
+    assert mine.exact == (directions != "random")
     assert mine.kind == ("gradient" if directions == "orthogonal" else f"gradient-{directions}")
 
 
-def test_only_separate_canaries_that_every_step_shows_are_decided_by_order_statistics(
-    tiny: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    "least, most, elsewhere, outcome",
+    [
+        (1.0, 1.0, 0.0, "earned"),
+        (0.0, 0.0, 0.0, "failed"),
+        (-1.0, 1.0, 0.0, "failed"),  # a turned sign
+        (0.4, 1.0, 0.0, "failed"),
+        (0.9, 1.0, 0.0, "not earned"),
+        (1.0, 100.0, 0.0, "not earned"),
+        (1.0, 1.0, 0.3, "not earned"),
+        (float("nan"), 1.0, 0.0, "failed"),
+    ],
+)
+def test_liveness(least: float, most: float, elsewhere: float, outcome: str) -> None:
+    moved = np.array([least, most, elsewhere, 0.0])
+    found = judge_liveness([Liveness.of(moved, np.array([0, 1]), "step 1")], Arrived(), 1.0)
+    assert [(item.name, item.outcome) for item in found] == [("liveness", outcome)]
+
+
+@pytest.mark.parametrize(
+    "share, outcome", ((1.0, "earned"), (0.0, "failed"), (0.3, "failed"), (0.7, "not earned"), (1.4, "not earned"))
+)
+def test_arrival_over_the_whole_game(share: float, outcome: str) -> None:
+    """A channel that dies late or lets a part through; 4,000 arrivals at sigma = 1, limits of 4.5 standard errors."""
+    arrived = Arrived()
+    arrived.add(share + np.random.default_rng(1).normal(size=4000))
+    assert judge_liveness([], arrived, 1.0)[0].outcome == outcome
+    few = Arrived()
+    few.add(np.ones(5))
+    assert judge_liveness([], few, 1.0)[0].outcome == "not earned"
+    assert judge_liveness([], Arrived(), 1.0)[0].outcome == "not earned"
+
+
+def test_where_the_channel_is_not_known_coins_are_counted_and_no_power_is_stated(tiny: Path, tmp_path: Path) -> None:
     """And from the final update alone members are told apart: AUC of 0.5 +- 6 standard errors would be chance."""
     noise = ("privacy.noise-multiplier=0.3", "training.batch-size=120", "training.optimizer=sgd")
     decided = {}
     for directions, final in (("random", False), ("dirac", False), ("orthogonal", True)):
-        twin = train_twin(
-            config(tiny, *noise), tmp_path / f"{directions}{final}", count=200, directions=directions, final=final
-        )  # type: ignore[arg-type]
-        part = audit_twin(twin, confidence=0.95, alpha=1e-6)
-        deciding = [test for test in part.tests if test.decides and test.p_value is not None]
-        assert [test.n for test in deciding] == [200, 100]  # all, and those that arrive at 100 C
-        assert all(test.p_value is not None and test.p_value > 1e-6 for test in deciding)
-        assert deciding[0].bound == deciding[1].bound
-        decided[directions, final] = deciding[0].bound
+        words: dict[str, Any] = {"count": 200, "directions": directions, "final": final}
+        part = played(config(tiny, *noise), tmp_path / f"{directions}{final}", **words)
+        assert part.validity.sound
+        found = deciding(part)
+        assert all(float(test.e_value or 0) * test.share < 1e6 for test in found)
+        decided[directions, final] = found[0].bound
+        assert (found[0].power is not None) == (directions == "dirac")
         assert part.scores[0].auc > 0.5 + 6 * 0.29 / 100**0.5 * 0.82
         assert all("final update" in test.statistic for test in part.tests) == final
-    assert decided == {("random", False): "f-dp", ("dirac", False): "order-statistic", ("orthogonal", True): "f-dp"}
+    assert decided == {("random", False): "f-dp", ("dirac", False): "exact likelihood", ("orthogonal", True): "f-dp"}
 
 
-def test_a_correct_run_is_not_refuted_and_half_the_noise_is(tiny: Path, tmp_path: Path) -> None:
-    """At level 1e-6 (the false-alarm rate of this test); half the noise is found far beyond it."""
-    values, members = {}, {}
-    for name, scale in (("correct", 1.0), ("half", 0.5)):
-        twin = train_twin(
-            config(tiny, f"planted.noise-scale={scale}", "training.batch-size=400", "privacy.noise-multiplier=3"),
-            tmp_path / name,
-            count=COUNT,
-        )
-        part = audit_twin(twin, confidence=0.95, alpha=1e-6)
-        deciding = [test for test in part.tests if test.decides and test.p_value is not None]
-        assert [(test.bound, test.n) for test in deciding] == [
-            ("order-statistic", COUNT),
-            ("order-statistic", COUNT // 2),
-        ]
-        values[name] = deciding[0].p_value
-        members[name] = part
-    other = train_twin(config(tiny, "seed=4", "training.steps=1"), tmp_path / "other", count=COUNT)
-    (tmp_path / "correct" / "private" / "scores.parquet").write_bytes(
-        other.scores.read_bytes()
-    )  # the same ids, other coins
-    mixed = audit_twin(RunFolder.open(tmp_path / "correct"), confidence=0.95, alpha=1e-6)
-    assert not mixed.validity.sound and not mixed.tests and "scores of another run" in mixed.validity.checks[0].measured
-    assert values["correct"] is not None and values["correct"] > 1e-6
-    assert values["half"] is not None and values["half"] < 1e-6
-    bound = {test.bound: test for test in members["half"].tests if test.assumes == "none"}["steinke"]
-    assert 0 < float(bound.epsilon_lower or 0) <= float(bound.ceiling or 0)
+def test_a_correct_run_is_not_refuted_and_less_noise_is(tiny: Path, tmp_path: Path) -> None:
+    """At level 1e-6 (the false-alarm rate of this test); nine tenths of the noise are found far beyond it. The bound
+    within DP-SGD(q, T) lies below the claim and near it, and above it where noise is missing."""
+    values = {}
+    for name, scale in (("correct", 1.0), ("ninety", 0.9), ("half", 0.5)):
+        settings = (f"planted.noise-scale={scale}", "training.batch-size=400", "privacy.noise-multiplier=2")
+        part = played(config(tiny, *settings), tmp_path / name)
+        tests = deciding(part)
+        assert [test.bound for test in tests] == ["exact likelihood", "exact likelihood", "chi-square"]
+        values[name] = sum(test.share * float(test.e_value or 0) for test in tests)
+        within = next(test for test in part.tests if test.assumes == "dp-sgd(q,T)")
+        free = next(test for test in part.tests if test.bound == "steinke")
+        assert 0 <= float(free.epsilon_lower or 0) <= float(free.ceiling or 0)
+        assert 0 < float(within.epsilon_lower or 0) <= float(within.ceiling or 0)
+        earned = {control.name: control.outcome for control in part.controls}
+        assert earned["liveness"] == "earned"
+        assert (earned["noise level"] == "earned") == (name == "correct")
+        assert (tests[0].power is not None) == (name == "correct")
+    assert values["correct"] < 1e6 < values["ninety"] < values["half"]
 
 
-def test_loud_canaries_are_judged_by_themselves() -> None:
-    """Where clipping lets 100 C through and drowns the rest, ranks of all together find nothing and the loud half does:
-    a true claim gives p <= 1e-6 at most once in a million games."""
-    rng = np.random.default_rng(3)
-    members = rng.random(600) < 0.5
-    mine = loud(600)
-    scores = np.where(mine, 100.0 * members, 0.0) + rng.normal(size=600)
-    epsilon = accounting.epsilon(accounting.DpSgd(1.0, 0.2, 10, "add-remove"), 1e-5)
-    claim = Claim(
-        epsilon=epsilon, delta=1e-5, relation="add-remove", unit="image", sampling="poisson", noise_multiplier=1.0,
-        sample_rate=0.2, steps=10, max_grad_norm=1.0,
-    )  # fmt: skip
-    together = white_box.tests_of(scores, members, claim, Plan({ALL: (150, 150)}, 1), confidence=0.95, alpha=0.05)
-    alone = loud_tests(scores[mine], members[mine], claim, 1, (75, 75), alpha=0.05)
-    worst = [test.p_value for test in (*together, *alone) if test.decides and test.p_value is not None]
-    assert len(worst) == 2 and worst[0] > 1e-6 and worst[1] < 1e-15
-    frame = pd.DataFrame({"id": [f"gradient-{index:05d}" for index in range(600)]}).sample(frac=1, random_state=0)
-    assert np.array_equal(loud_of(frame), mine[frame.index.to_numpy()])  # whatever the order of the rows
-    assert loud_tests(np.empty(0), np.empty(0, bool), claim, 1, (0, 0), alpha=0.05) == ()
-
-
-def test_residuals_of_candidates_left_out_are_pure_noise(tiny: Path, tmp_path: Path, monkeypatch) -> None:
+def test_what_is_seen_of_candidates_left_out_is_pure_noise(tiny: Path, tmp_path: Path, monkeypatch) -> None:
     """What the auditor sees of a canary whose coin fell tails is N(0, sigma^2), whatever the records do."""
-    seen: list[np.ndarray] = []
-    plain = GradientGame.observe
-
-    def spy(self, step, noisy, known):  # type: ignore[no-untyped-def]
-        rest = torch.cat([(noisy[name] * self.expected_batch_size - known[name]).flatten() for name in sorted(noisy)])
-        seen.append((self._directions @ rest).double().numpy()[~self.members] / self.max_grad_norm)
-        plain(self, step, noisy, known)
-
-    monkeypatch.setattr(GradientGame, "observe", spy)
-    train_twin(config(tiny), tmp_path / "twin", count=COUNT)
-    assert kstest(np.concatenate(seen), "norm").pvalue > 1e-7
+    games: list[GradientGame] = []
+    monkeypatch.setattr(twins, "read_game", lambda game, *_, **__: games.append(game))
+    twins.play_white_box(config(tiny), tmp_path / "twin", count=COUNT, confidence=0.95, alpha=1e-6)
+    mine = games[0]
+    assert len(mine.liveness) == 3 and all(item.least == pytest.approx(1.0, abs=1e-3) for item in mine.liveness)
+    assert kstest(mine.seen()[~mine.members].ravel() / mine.noise_multiplier, "norm").pvalue > 1e-7
 
 
-def test_audit_command_with_white_box(tiny: Path, tmp_path: Path) -> None:
-    run = start_run(config(tiny), tmp_path / "run")
-    done = subprocess.run(
-        [str(DPAUDIT), "audit", str(run.path), "--white-box", "--count", "100", "--json"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout)
-    assert document["verdict"] in ("inconclusive", "not refuted")
-    assert document["run"]["audits"] == "the training procedure, not these weights"
-    powers = [test["power"] for test in document["tests"] if test["power"] is not None]
-    assert powers and (document["verdict"] == "not refuted") == (powers[0] >= 0.8)
+def test_audits_add_up_and_lose_nothing(tiny: Path, tmp_path: Path) -> None:
+    """The whole command: white box, then canaries, then again; what was found stays, and what was taken out is
+    noticed."""
+    run = start_run(config(tiny, "planted.noise-scale=0.5"), tmp_path / "run")
+
+    def command(*flags: str) -> tuple[int, dict[str, Any], str]:
+        words = [str(DPAUDIT), "audit", str(run.path), "--count", "100", "--json", *flags]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+        return done.returncode, json.loads(done.stdout) if done.stdout else {}, done.stderr
+
+    code, first, errors = command("--white-box")
+    assert (code, first["verdict"]) == (1, "refuted"), errors
+    assert first["run"]["about"] == "procedure" and len(first["games"]) == 1
+    code, second, errors = command("--white-box", "--canaries")
+    assert (code, second["verdict"]) == (1, "refuted"), errors
+    assert "played already" in errors and [game["game"] for game in second["games"]] == ["white-box", "canaries"]
+    assert second["tests"][: len(first["tests"])] == first["tests"]
     twin = RunFolder(run.path / "twin-white-box")
-    twin.coins.write_bytes(twin.coins.read_bytes() + b"x")
-    edited = audit(run.path, Options(audits=("white-box",)))
-    assert edited.verdict == "invalid" and not edited.tests
+    twin.coins.write_bytes(b"x")  # the twin is no part of the evidence any more
+    code, third, errors = command("--white-box", "--again")
+    assert code == 1 and len(third["games"]) == 3, errors
+    assert (run.path / "twin-white-box-2").is_dir()
+    assert third["games"][2]["coins_sha256"] != third["games"][0]["coins_sha256"]
+    games = sorted(run.games.iterdir())
+    for game in games[:2]:
+        kept = game.read_bytes()
+        game.unlink()
+        code, _, errors = command("--fusion")
+        assert code == 2 and len(errors.strip().splitlines()) == 1 and "missing" in errors
+        game.write_bytes(kept.replace(b'"n": 100', b'"n": 101'))
+        assert command("--fusion")[0] == 2
+        game.write_bytes(kept)
+    run.audit.unlink()  # killed between the two writes: made again from the games
+    code, last, errors = command("--fusion")
+    assert code == 1 and last["verdict"] == "refuted" and len(last["games"]) == 4, errors
+
+
+def test_an_audit_of_version_1_stays(tiny: Path, tmp_path: Path) -> None:
+    """A folder audited before games were recorded: its refutation and its tests are the first game of the record."""
+    run = start_run(config(tiny), tmp_path / "run")
+    old = {
+        "schema_version": 1, "verdict": "refuted", "reasons": ["p = 1e-12"], "claim": None, "alternative": None,
+        "alpha": 0.001, "family_confidence": 0.95, "validity": {"sound": True, "checks": []},
+        "run": {"name": "run", "method": "dual-priv", "config_sha256": "0" * 64,
+                "audits": "the training procedure, not these weights"},
+        "tests": [{"name": "white box", "statistic": "s", "bound": "order-statistic", "assumes": "claimed-mechanism",
+                   "selection": "fixed", "confidence": 0.999, "delta": 1e-5, "n": 100, "guesses": 50,
+                   "epsilon_lower": None, "ceiling": None, "p_value": 1e-12, "power": 0.99}],
+    }  # fmt: skip
+    document = AuditDocument.model_validate(old)
+    with run.lock():
+        run.write(document)
+    found = audit(run.path, Options(audits=("fusion",)))
+    assert found.verdict == "refuted" and [entry.game for entry in found.games] == ["earlier audit", "token path"]
+    first = GameDocument.read(run.games / "01-earlier-audit.json")
+    assert first.about == "procedure" and first.tests[0].power is None and first.tests[0].p_value == 1e-12
 
 
 def test_a_run_without_a_claim_has_no_mechanism_to_audit(tiny: Path, tmp_path: Path) -> None:
