@@ -33,10 +33,10 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
-from attacks.canary_audit import audit_canaries
-from attacks.membership.audit import view_of
 
 from attacks.canaries import check_coins
+from attacks.games.canaries import play_canaries
+from attacks.games.members import view_of
 from attacks.membership.records import study_records
 from attacks.membership.references import load_study
 from attacks.membership.selection import area
@@ -109,7 +109,7 @@ def row(arm: str, seed: int) -> dict[str, object]:
         run = start_run(config, Path(folder) / "run")
         trained = time.process_time() - began
         claim = ClaimDocument.read(run.claim).claim
-        part = audit_canaries(run, claim=claim, delta=DELTA, confidence=CONFIDENCE, alpha=0.001, device="cpu")
+        part = play_canaries(run, claim=claim, delta=DELTA, confidence=CONFIDENCE, alpha=0.001, device="cpu")
         assert part.validity.sound, part.validity
         coins = check_coins(run.coins, LedgerDocument.read(run.ledger).coins_sha256)
         view = view_of(run, study_records(run), load_study(run, 0), "cpu", coins.plan.tie_seed)

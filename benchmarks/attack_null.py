@@ -26,11 +26,11 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
-from attacks.canary_audit import bound_tests, claim_tests
-from attacks.membership.audit import Settings, report
 from scipy.stats import binom
 
 from attacks.canaries import Plan, draw_game
+from attacks.games.members import Settings, report
+from attacks.games.reading import bound_tests, claim_tests
 from attacks.membership.members import coins as fair_coins
 from attacks.membership.stacked import Shared, Trial, losses_under, train_stack
 from attacks.membership.table import attacks, score_all

@@ -1,4 +1,4 @@
-"""attacks.audit and attacks.canary_audit: from scores to verdict, and the command on a tiny run."""
+"""attacks.audit and attacks.games: from scores to verdict, and the command on a tiny run."""
 
 import io
 import json
@@ -14,15 +14,17 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pytest
-from attacks.canary_audit import bound_tests, claim_tests, summaries
 from PIL import Image
 
-from attacks import audit as auditing
-from attacks.audit import alternative, audit, headline, twin_config
+from attacks.audit import audit
 from attacks.canaries import ALL, Plan
+from attacks.games.canaries import summaries
+from attacks.games.gradients import wrong_claim
+from attacks.games.reading import bound_tests, claim_tests
+from attacks.games.twins import canary_twin
 from attacks.options import Options
 from attacks.training import start_run
-from dpaudit import accounting
+from dpaudit import accounting, verdict
 from dpaudit.bounds import steinke
 from dpaudit.cli.app import run as command_line
 from dpaudit.config import resolve
@@ -117,7 +119,7 @@ def test_the_claim_is_tested_with_the_same_guesses_and_its_power_is_not_claimed(
 
 
 def test_the_alternative_is_said_with_its_figures() -> None:
-    text = alternative(claim_of(2.0))
+    text = wrong_claim(claim_of(2.0), 0.3)
     weaker = accounting.epsilon(accounting.DpSgd(1.4, 0.2, 50, "add-remove"), 1e-5)
     assert "30% smaller" in text and "1.4 instead of 2" in text and f"eps {weaker:.3g}" in text
 
@@ -196,7 +198,7 @@ def test_the_installed_command_prints_one_document_and_leaves_it_in_the_release(
     assert [test.name for test in document.tests][:4] == ["canaries: all kinds", *(f"canaries: {k}" for k in KINDS)]
     assert {thumbnail.kind for thumbnail in document.gallery} == {"noise", "new-token"}
     assert document.fusion is not None
-    assert document.run is not None and document.run.audits == "these weights"
+    assert document.run is not None and document.run.about == "weights"
     assert document.run.command == "dpaudit audit dp-sgd --json --confidence 0.9"
     assert str(run.parent) not in done.stdout
     scores = pd.read_parquet(run / "private" / "scores.parquet")
@@ -206,15 +208,15 @@ def test_the_installed_command_prints_one_document_and_leaves_it_in_the_release(
 
 
 def test_for_people_and_with_gates(run: Path, typed: Callable[..., Outcome]) -> None:
+    gate = typed(run, "--fusion", "--fail-above", "1")
+    assert gate.code == 0 and "no bound was computed" in gate.stderr and "--strict" in gate.stderr
+    assert "eps >=" not in gate.stdout
     done = typed(run, "--canaries", "--strict")
     assert done.code == 3
     assert done.stdout.rstrip().endswith("An audit can refute a claim; it can never prove privacy.")
     assert f"next      dpaudit audit {run} --white-box" in done.stdout
     assert "verdict   inconclusive" in done.stdout
     assert "ceiling" in done.stdout
-    gate = typed(run, "--fusion", "--fail-above", "1")
-    assert gate.code == 0 and "no bound was computed" in gate.stderr
-    assert "eps >=" not in gate.stdout
 
 
 def test_edited_coins_make_the_game_invalid_and_no_number_is_printed(run: Path, typed: Callable[..., Outcome]) -> None:
@@ -250,7 +252,7 @@ def test_a_run_without_canaries_gets_a_twin(tiny: Path, vqa: Path, tmp_path: Pat
     assert audit(path, Options(), log=lines.append).tests == ()
     assert "--canaries" in " ".join(lines)
     document = audit(path, Options(audits=("canaries",), count=12))
-    assert document.run is not None and document.run.audits == "the training procedure, not these weights"
+    assert document.run is not None and document.run.about == "procedure"
     assert document.tests[0].n == 12
     assert "these weights" in document.reasons[-1]
     twin = RunFolder.open(path / "twin-canaries")
@@ -296,7 +298,8 @@ def test_a_leak_between_records_makes_the_claim_unsupported(run: Path, monkeypat
     leak = FusionAudit(
         training="UNACCOUNTED", release="not released", reducer="none", first_leaking_stage="loss", checks=()
     )
-    monkeypatch.setattr(auditing, "_fusion", lambda run, log: leak)
+    monkeypatch.setattr("attacks.fusion.audit.audit_fusion", lambda run, log: leak)
+    monkeypatch.setattr("attacks.fusion.audit.record", lambda run, result: None)
     document = audit(run, Options(audits=("fusion",)))
     assert document.verdict == "unsupported"
     assert any(row.status == "UNACCOUNTED" for row in document.ledger)
@@ -304,12 +307,13 @@ def test_a_leak_between_records_makes_the_claim_unsupported(run: Path, monkeypat
 
 def test_a_twin_of_a_set_without_reserve_leaves_out_mislabelled(tiny: Path, vqa: Path) -> None:
     plain = resolve({}, [*settings(tiny, vqa), "data.reserve=0"])
-    assert twin_config(plain, 10).canaries.kinds == ("noise", "new-token")
-    assert twin_config(resolve({}, ["seed=1"]), 10).canaries.kinds == KINDS
+    assert canary_twin(plain, 10).canaries.kinds == ("noise", "new-token")
+    assert canary_twin(resolve({}, ["seed=1"]), 10).canaries.kinds == KINDS
 
 
 def test_the_headline_is_the_best_bound_that_assumes_nothing(run: Path) -> None:
     document = audit(run, Options(audits=("canaries",)))
     bounds = [float(test.epsilon_lower or 0) for test in document.tests if test.bound == "steinke"]
-    assert headline(document) == max(bounds)
+    best = verdict.headline(document)
+    assert best is not None and best.epsilon_lower == max(bounds)
     assert Plan.default({"noise": 5}, 0).guesses[ALL] == (1, 1)

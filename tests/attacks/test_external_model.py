@@ -102,7 +102,7 @@ def options(folder: Path, **changes: Any) -> ModelOptions:
 def test_a_memorising_model_is_refuted(trained: Path, tmp_path: Path) -> None:
     document = audit_model(options(trained), tmp_path / "out")
     assert document.verdict == "refuted", document.reasons
-    assert document.run is not None and document.run.audits == "these weights"
+    assert document.run is not None and document.run.about == "weights"
     assert document.run.coins_sha256 == atomic.sha256_file(trained / "coins.csv")
     assert document.scores[0].auc > 0.8
     written = AuditDocument.read(tmp_path / "out" / "release" / "audit.json")

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from attacks.membership.audit import Settings, audit_membership
 from safetensors.numpy import load
 
 from attacks.audit import audit
+from attacks.games.members import Settings, play_membership
 from attacks.membership.hygiene import look_alikes, overlap_check, require_disjoint
 from attacks.membership.members import MemberGame, coins, distinct, member_twin
 from attacks.membership.records import study_records
@@ -62,7 +62,7 @@ def test_the_command_audits_real_records_by_a_twin(run: Path, monkeypatch: pytes
     monkeypatch.setattr("attacks.membership.hygiene.MOST_BITS", 64)
     monkeypatch.setattr("attacks.membership.hygiene.MOST_GREY", 255.0)
     document = audit(run, Options(audits=("mia",), references=3), log=lines.append)
-    assert document.run is not None and document.run.audits == "the training procedure, not these weights"
+    assert document.run is not None and document.run.about == "procedure"
     names = {test.name for test in document.tests}
     assert names == {"membership: record", "membership: reference trainings"}
     bound = next(test for test in document.tests if test.bound == "steinke")
@@ -167,7 +167,7 @@ def test_edited_coins_changed_data_and_foreign_scores_void_the_game(run: Path, m
     twin = RunFolder(run / MEMBER_TWIN)
 
     def reason() -> str:
-        part = audit_membership(twin, settings())
+        part = play_membership(twin, settings())
         assert not part.validity.sound and part.tests == () and part.scores == () and part.attacks == ()
         return part.validity.checks[-1].explanation
 
@@ -241,7 +241,7 @@ def test_a_run_with_canaries_is_audited_itself(tiny: Path, tmp_path: Path) -> No
     wanted = config(tiny, "canaries.count=10", 'canaries.kinds=["blank","rare-answer"]')
     run = start_run(wanted, tmp_path / "run")
     document = audit(run.path, Options(audits=("mia",)))
-    assert document.run is not None and document.run.audits == "these weights"
+    assert document.run is not None and document.run.about == "weights"
     assert document.tests == () and document.scores == ()
     assert any(check.name == "number of candidates" for check in document.validity.checks)
     assert not (run.path / MEMBER_TWIN).exists()

@@ -4,9 +4,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pytest
-from attacks.canary_audit import bound_tests, too_small
 
 from attacks.canaries import ALL, GUESSED
+from attacks.games.reading import bound_tests, too_small
 from attacks.membership.members import KIND, member_plan
 from attacks.membership.selection import COMBINED, area, choose, halves, report_plan
 from dpaudit.bounds import steinke

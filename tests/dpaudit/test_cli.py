@@ -174,4 +174,4 @@ def test_run_in_process(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_document_kind_is_unique() -> None:
-    assert len({document.kind for document in DOCUMENTS}) == len(DOCUMENTS)
+    assert len({document.named() for document in DOCUMENTS}) == len(DOCUMENTS)

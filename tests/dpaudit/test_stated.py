@@ -7,9 +7,9 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from dpaudit import stated
-from dpaudit.claims import decide
 from dpaudit.config import resolve
-from dpaudit.documents import Claim, EpsilonAt, Validity
+from dpaudit.documents import Claim, EpsilonAt
+from dpaudit.verdict import decide
 
 
 def claim(**fields: object) -> Claim:
@@ -86,10 +86,7 @@ def test_absurd_mechanisms_cost_a_lot_and_no_time(fields: dict[str, object]) -> 
 
 def test_the_judge_calls_it_unsupported() -> None:
     small = claim(epsilon=2.0)
-    sound = Validity(sound=True, checks=())
-    verdict, reasons = decide(
-        claim=small, alpha=0.001, family_confidence=0.95, validity=sound, tests=(), ledger=stated.rows(small)
-    )
+    verdict, reasons = decide(claim=small, alpha=0.001, games=[], ledger=stated.rows(small))
     assert verdict == "unsupported" and "costs more than the eps" in " ".join(reasons)
 
 

@@ -37,7 +37,7 @@ NEEDS_ROOM = ("open", "write", "fsync", "mkdir", "rename")
 WARM = (
     "torch", "transformers.models.llava.modeling_llava", "peft", "opacus", "pyarrow.parquet", "pandas",
     "sklearn.datasets", "dp_accounting", "attacks.audit", "attacks.training", "attacks.fusion.audit",
-    "attacks.white_box", "attacks.external.trainer", "reports.html", "reports.benchmark", "dpaudit.cli.app",
+    "attacks.games.twins", "attacks.external.trainer", "reports.html", "reports.benchmark", "dpaudit.cli.app",
     "dpaudit.cli.train", "dpaudit.cli.audit", "dpaudit.cli.report", "dpaudit.cli.benchmark",
 )  # fmt: skip
 

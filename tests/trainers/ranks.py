@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attacks.white_box import GradientGame
 from safetensors.torch import save_file
 
+from attacks.games.gradients import GradientGame
 from attacks.training import resume_run, start_run
 from dpaudit.config import RunConfig, resolve
 from dpaudit.errors import DpauditError
@@ -73,12 +73,12 @@ def twin(tiny: Path, out: Path, *extra: str) -> None:
     if group.first:
         run.config.write_text(config.to_yaml())
     model = VisionLanguageModel.load(str(tiny), device="cpu")
-    hook: Any = {"injection": game, "after_step": game.observe} if group.first else {}
+    hook: Any = {"injection": game} if group.first else {}
     from trainers.plan import Inserted
 
     train(config, run, key=key, dataset=data(), model=model, inserted=Inserted(12), group=group, **hook)
     if group.first:
-        (out / "scores.json").write_text(json.dumps(game.scores.tolist()))
+        (out / "scores.json").write_text(json.dumps(game.scores().tolist()))
 
 
 def resume(tiny: Path, out: Path, *extra: str) -> None:

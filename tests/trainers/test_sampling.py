@@ -9,7 +9,6 @@ from typing import cast
 
 import numpy as np
 import pytest
-from attacks.white_box import train_twin
 from scipy.stats import binom
 
 from attacks.audit import Options
@@ -19,6 +18,7 @@ from attacks.contract.bench import Bench
 from attacks.contract.draws import draw
 from attacks.contract.guard import TIME_LIMIT
 from attacks.contract.probe import Probe
+from attacks.games.twins import play_white_box
 from attacks.options import prepare
 from attacks.training import start_run
 from dpaudit import accounting
@@ -111,9 +111,8 @@ def test_games_that_rest_on_poisson_batches_refuse(tiny: Path, tmp_path: Path, s
     with pytest.raises(UsageError, match=f"^--white-box: training.sampling={scheme}; accepted: poisson"):
         prepare(run, Options(audits=("white-box",)))
     with pytest.raises(UsageError, match=r"^--white-box: training.sampling"):
-        train_twin(
-            config.model_copy(update={"data": config.data.model_copy(update={"limit": 10})}), tmp_path / "twin", count=4
-        )
+        few = config.model_copy(update={"data": config.data.model_copy(update={"limit": 10})})
+        play_white_box(few, tmp_path / "twin", count=4, confidence=0.95, alpha=0.001)
     claim = ClaimDocument.read(run.claim).claim
     assert claim is not None
     event = claimed_event(claim)
