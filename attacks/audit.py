@@ -195,7 +195,7 @@ def _with_canaries(session: _Session) -> tuple[RunFolder, About, bool]:
                 twin = start_run(twin.read_config(), place, reporter=session.reporter)
         return twin, "procedure", True
     place = twins.free(session.run, TWIN)
-    wanted = twins.canary_twin(config, options.count or config.canaries.count or TWIN_COUNT)
+    wanted = twins.canary_twin(twins.config_of(config, place), options.count or config.canaries.count or TWIN_COUNT)
     session.log(
         f"training a twin with {wanted.canaries.count} canary candidates in {place}: audits {ABOUT['procedure']}"
     )
@@ -213,7 +213,7 @@ def _membership(session: _Session) -> None:
         again = any(game.game == "membership" for game in session.games)
         place = run.path / MEMBER_TWIN if not again else twins.free(run, MEMBER_TWIN)
         supplied, about = place.exists(), "procedure"
-        run = member_twin(config, place, reporter=session.reporter, log=session.log)
+        run = member_twin(twins.config_of(config, place), place, reporter=session.reporter, log=session.log)
     claim = ClaimDocument.read(run.claim).claim
     with session.run.lock():
         settings = Settings(
@@ -238,7 +238,7 @@ def _white_box(session: _Session) -> None:
     place = twins.free(session.run, WHITE_BOX_TWIN)
     session.log(f"training a twin with {count} gradient canaries in {place}: audits {ABOUT['procedure']}")
     played, claim = twins.play_white_box(
-        session.config,
+        twins.config_of(session.config, place),
         place,
         count=count,
         confidence=session.confidence,

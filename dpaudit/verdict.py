@@ -94,7 +94,7 @@ def marked(tests: Sequence[Test], alpha: float) -> tuple[Test, ...]:
 
 def evidence(games: Sequence[GameDocument]) -> Evidence:
     """Of games in the order of play."""
-    own, products, sums = [], [], dict[str, float]()
+    own, products, sums, staked_shares = [], [], dict[str, float](), dict[str, float]()
     for game in games:
         staked = [test for test in game.tests if counts(test)] if game.validity.sound else []
         total = sum(test.share * float(test.e_value or 0.0) for test in staked)
@@ -102,7 +102,9 @@ def evidence(games: Sequence[GameDocument]) -> Evidence:
         if staked:
             coins = f"{game.coins_sha256 or game.name}: {game.coins}"
             sums[coins] = sums.get(coins, game.kept) + total
-        products.append(sum(_log(value) for value in sums.values()))
+            staked_shares[coins] = staked_shares.get(coins, game.kept) + sum(test.share for test in staked)
+        # Shares above 1 can only come from one game recorded twice: a weighted mean is still an e-value.
+        products.append(sum(_log(value / max(1.0, staked_shares[coins])) for coins, value in sums.items()))
     return Evidence(tuple(own), tuple(products))
 
 

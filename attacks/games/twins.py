@@ -4,6 +4,7 @@ A twin lies in the run's folder under the first name that is free; nothing that 
 twin that was not trained by this audit is never taken for one that was.
 """
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +27,15 @@ def free(run: RunFolder, name: str) -> Path:
     """The first of NAME, NAME-2, NAME-3, … in the run's folder that does not exist."""
     numbered = (run.path / (name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
     return next(path for path in numbered if not path.exists() and not path.is_symlink())
+
+
+def config_of(config: RunConfig, place: Path) -> RunConfig:
+    """The configuration of a twin in `place`: a seed gives every twin coins and noise of its own, which the product of
+    their evidence needs."""
+    if config.seed is None:
+        return config
+    digest = hashlib.sha256(f"{config.seed}: {place.name}".encode()).digest()
+    return config.model_copy(update={"seed": int.from_bytes(digest[:4], "big") >> 1})
 
 
 def latest(run: RunFolder, name: str) -> Path | None:

@@ -44,7 +44,9 @@ _ROUNDED = 1e-8  # of the tilted sum that very negative losses may add when they
 _OFF_CENTRE, _ROUNDING = 10.0, 3e-9
 # From so many steps on, losses of at most so many grid steps are transformed term by term, in so many terms at most.
 _MANY, _BULK, _TERMS = 20_000, 2_000, 4_000_000
-_FFT = 12.0  # units of roundoff per halving in an FFT; Higham's constant for radix 2 is 7, mixed radices differ a little
+_FFT = (
+    12.0  # units of roundoff per halving in an FFT; Higham's constant for radix 2 is 7, mixed radices differ a little
+)
 
 
 @dataclass(frozen=True)
@@ -253,9 +255,7 @@ def _tilted(single: Lattice, theta: float) -> tuple[Floats, float, float]:
     return weights / total, top + math.log(total), float(np.max(np.abs(exponents[seen])))
 
 
-def _transform(
-    tilted: Floats, first: int, size: int, times: int
-) -> tuple[npt.NDArray[np.complex128], Floats]:
+def _transform(tilted: Floats, first: int, size: int, times: int) -> tuple[npt.NDArray[np.complex128], Floats]:
     """(z - 1, bound on its error), (size // 2 + 1,) each, for the transform z of probabilities at first, first + 1, ...
 
     T multiplies the error. With many steps only small frequencies keep a power that is not 0, and a step's loss is

@@ -20,7 +20,6 @@ from scipy.special import ndtri
 from dpaudit.accounting.composition import (
     LOST,
     Composed,
-    Parts,
     chernoff,
     compose,
     epsilon_of,

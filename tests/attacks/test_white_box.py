@@ -193,7 +193,8 @@ def test_audits_add_up_and_lose_nothing(tiny: Path, tmp_path: Path) -> None:
     run = start_run(config(tiny, "planted.noise-scale=0.5"), tmp_path / "run")
 
     def command(*flags: str) -> tuple[int, dict[str, Any], str]:
-        words = [str(DPAUDIT), "audit", str(run.path), "--count", "100", "--json", *flags]
+        count = [] if "--fusion" in flags else ["--count", "30"]
+        words = [str(DPAUDIT), "audit", str(run.path), *count, "--json", *flags]
         done = subprocess.run(words, capture_output=True, text=True, timeout=300)
         return done.returncode, json.loads(done.stdout) if done.stdout else {}, done.stderr
 
@@ -216,7 +217,7 @@ def test_audits_add_up_and_lose_nothing(tiny: Path, tmp_path: Path) -> None:
         game.unlink()
         code, _, errors = command("--fusion")
         assert code == 2 and len(errors.strip().splitlines()) == 1 and "missing" in errors
-        game.write_bytes(kept.replace(b'"n": 100', b'"n": 101'))
+        game.write_bytes(kept.replace(b'"n": 30', b'"n": 31'))
         assert command("--fusion")[0] == 2
         game.write_bytes(kept)
     run.audit.unlink()  # killed between the two writes: made again from the games

@@ -160,6 +160,12 @@ def test_games_with_fresh_coins_multiply_and_games_on_the_same_coins_add() -> No
     assert decided(*[a_game(a_test(e_value=11.0), coins=str(n), number=n) for n in (1, 2, 3)]) == "refuted"
 
 
+def test_one_game_recorded_twice_is_not_counted_twice() -> None:
+    """The same coins with all of their evidence staked again: the mean of both, never the product or the sum."""
+    found = verdict.evidence([a_game(a_test(e_value=600.0)), a_game(a_test(e_value=600.0), number=2)])
+    assert found.products == pytest.approx([math.log(600), math.log(600)])
+
+
 def test_a_refutation_is_not_lost_by_later_games() -> None:
     quiet = a_game(a_test(e_value=1e-9), number=2, coins="b")
     assert decided(a_game(REFUTING), quiet) == "refuted"
