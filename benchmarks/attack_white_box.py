@@ -96,7 +96,7 @@ def row(fault: str, seed: int, count: int) -> dict[str, object]:
         part, claim = play_white_box(config, Path(folder) / "twin", count=count, confidence=confidence, alpha=ALPHA)
     game = part.document("white-box", number=1, previous_sha256=None, about="procedure", claim=claim, alpha=ALPHA)
     found, _ = verdict.decide(claim=claim, alpha=ALPHA, games=[game])
-    tests = {test.bound: test for test in part.tests if test.decides}
+    tests = {test.bound: test for test in reversed(part.tests) if test.decides}  # of two, the first: all canaries
     within = next((test for test in part.tests if test.assumes == "dp-sgd(q,T)"), None)
     coins = tests.get("exact likelihood")
     return {
