@@ -166,7 +166,9 @@ def _as_audit(document: ScoresDocument) -> AuditDocument:
     return AuditDocument(**shared, alternative=None)
 
 
-_FIELDS: tuple[tuple[str, frozenset[str]], ...] = (
+SHOWN = ("audit", "scores", "bugs", "check")
+# Version 1 documents do not say what they are; these fields tell them apart.
+_FIELDS_OF_VERSION_1: tuple[tuple[str, frozenset[str]], ...] = (
     ("audit", frozenset({"verdict", "tests", "validity", "alternative"})),
     ("scores", frozenset({"verdict", "tests", "validity"})),
     ("bugs", frozenset({"bugs", "caught"})),
@@ -175,7 +177,7 @@ _FIELDS: tuple[tuple[str, frozenset[str]], ...] = (
 
 
 def _kind(path: Path) -> str:
-    """Which document a file holds, by the fields that only this one has; UsageError for any other JSON."""
+    """Which document a file says that it is; UsageError for any other JSON."""
     try:
         if path.stat().st_size > MOST_BYTES:
             raise UsageError(f"{path}: larger than any document of dpaudit")
@@ -184,8 +186,12 @@ def _kind(path: Path) -> str:
         raise UsageError(f"{path}: can't be read ({error}); accepted: {ACCEPTED}") from error
     except (json.JSONDecodeError, RecursionError) as error:
         raise UsageError(f"{path}: not JSON, or cut off; accepted: {ACCEPTED}") from error
-    fields = set(tree) if isinstance(tree, dict) else set()
-    found = next((kind for kind, needed in _FIELDS if needed <= fields), None)
-    if found is None:
+    if not isinstance(tree, dict):
         raise UsageError(f"{path}: not a document that a report shows; accepted: {ACCEPTED}")
-    return found
+    said = tree.get("kind")
+    if said is None and tree.get("schema_version") == 1:
+        said = next((kind for kind, needed in _FIELDS_OF_VERSION_1 if needed <= set(tree)), None)
+    if said in SHOWN:
+        return str(said)
+    what = "says no kind" if said is None else f"is of kind {clean(said, 40)!r}"
+    raise UsageError(f"{path}: {what}, not a document that a report shows by itself; accepted: {ACCEPTED}")

@@ -39,6 +39,7 @@ from dpaudit.documents.claim import (
     LedgerStatus,
     Relation,
     Spent,
+    Stage,
 )
 from dpaudit.documents.environment import (
     DoctorDocument,
@@ -126,6 +127,7 @@ __all__ = [
     "ScoresDocument",
     "Sensitivity",
     "Spent",
+    "Stage",
     "TaskAbout",
     "Test",
     "Thumbnail",
