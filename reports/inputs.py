@@ -296,9 +296,9 @@ def _contradictions(run: RunReport, audit: AuditDocument | None) -> tuple[str, .
     claim = run.claim_document
     if audit is not None and claim is not None and audit.claim != claim.claim:
         notices.append("audit.json was made for another claim than the one in claim.json.")
-    if audit is not None and audit.run is not None:
-        if run.config is not None and audit.run.config_sha256 != run.config.sha256():
-            notices.append("audit.json was made for another configuration than the one in config.yaml.")
+    made_for = audit.run.config_sha256 if audit is not None and audit.run is not None else None
+    if run.config is not None and made_for is not None and made_for != run.config.sha256():
+        notices.append("audit.json was made for another configuration than the one in config.yaml.")
     coins = run.ledger_document.coins_sha256 if run.ledger_document is not None else None
     for game in run.games:  # a game on a twin has the twin's coins, which the twin's own ledger hashed
         if game.about == "weights" and None not in (coins, game.coins_sha256) and coins != game.coins_sha256:

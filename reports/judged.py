@@ -1,7 +1,7 @@
 """The judge, run again over what a run recorded: a page takes no verdict on trust.
 
-`audit.json` is a pure function of the recorded games, the claim and the run's ledger, so it is computed here anew. Where
-the two differ the page shows what the documents give, and a notice says what `audit.json` said.
+`audit.json` is a pure function of the recorded games, the claim and the run's ledger, so it is computed here anew.
+Where the two differ the page shows what the documents give, and a notice says what `audit.json` said.
 """
 
 import math
@@ -11,6 +11,7 @@ from pathlib import Path
 from attacks.fusion.verdicts import run_ledger
 from dpaudit import record, verdict
 from dpaudit.documents import AuditDocument, Claim, ClaimDocument, GameDocument, LedgerDocument, LedgerRow, RunInfo
+from reports.text import clean, plural
 
 CONFIDENCE = 0.95  # of all bounds, where no audit.json says it: the default of `dpaudit audit`
 # What the games alone determine, and a name for it.
@@ -70,11 +71,9 @@ def _claim(claim: ClaimDocument | None, audit: AuditDocument | None) -> Claim | 
     return audit.claim if audit is not None else None
 
 
-def _differences(
-    said: AuditDocument | None, found: AuditDocument, rows: tuple[LedgerRow, ...]
-) -> tuple[str, ...]:
+def _differences(said: AuditDocument | None, found: AuditDocument, rows: tuple[LedgerRow, ...]) -> tuple[str, ...]:
     if said is None:
-        return (f"There is no audit.json; the verdict here is that of the {len(found.games)} recorded game(s).",)
+        return (f"There is no audit.json; the verdict here is that of {plural(len(found.games), 'recorded game')}.",)
     notices = []
     if said.games and len(said.games) < len(found.games):
         notices.append(f"audit.json counts {len(said.games)} of {len(found.games)} recorded games; here all count.")
@@ -95,8 +94,8 @@ def _why(said: AuditDocument, rows: tuple[LedgerRow, ...]) -> str:
     if not said.games:
         return " (made before controls were required, so no power counts)"
     judged = {row.path for row in said.ledger}
-    added = [row.path for row in rows if row.status == "UNACCOUNTED" and row.path not in judged]
-    return f" (UNACCOUNTED in the ledger since: {', '.join(added)})" if added else ""
+    added = [clean(row.path, 60) for row in rows if row.status == "UNACCOUNTED" and row.path not in judged]
+    return f" (UNACCOUNTED in the ledger since: {', '.join(added[:5])})" if added else ""
 
 
 def _close(one: float | None, other: float | None) -> bool:

@@ -246,19 +246,22 @@ def ledger(rows: Sequence[LedgerRow], table: Sequence[TruthCase]) -> tuple[Ledge
     that would leave; it does not change that row's status, which is about the weights. A row that a run has no place
     for (a leak in a run without a reducer) is added.
     """
-    by_name = {case.case: case for case in table}
-    shared, own, too_far = by_name[SHARED], by_name[OWN], by_name[TOO_FAR]
-    token = shared if shared.applies else too_far if too_far.applies else own
-    decided: dict[Stage | None, tuple[TruthCase, LedgerStatus]] = {
-        "token reduction": (token, token.training or PER_EXAMPLE)
-    }
-    collides, masked, published = by_name[NOISE_COLLIDES], by_name[CLEAN_MASK], by_name[ACCOUNTED_RELEASE]
-    decided["fusion noise"] = (collides, UNACCOUNTED if collides.applies else PER_EXAMPLE)
-    decided["gradient pruning"] = (masked, UNACCOUNTED if masked.applies else "post-processing")
-    decided["released tokens"] = (published, published.release or UNACCOUNTED)
-    beside: dict[Stage | None, TruthCase] = {
-        "token reduction": by_name[LEAVES],
-        "fusion noise": by_name[NOISE_SHARED],
+    by_name = {case.case: case for case in table}  # a table from elsewhere, or of an earlier version, may have gaps
+    shared, too_far, own = (by_name.get(name) for name in (SHARED, TOO_FAR, OWN))
+    collides, masked, published = (by_name.get(name) for name in (NOISE_COLLIDES, CLEAN_MASK, ACCOUNTED_RELEASE))
+    token = next((case for case in (shared, too_far) if case is not None and case.applies), own)
+    decided: dict[Stage | None, tuple[TruthCase, LedgerStatus]] = {}
+    if token is not None:
+        decided["token reduction"] = (token, token.training or PER_EXAMPLE)
+    if collides is not None:
+        decided["fusion noise"] = (collides, UNACCOUNTED if collides.applies else PER_EXAMPLE)
+    if masked is not None:
+        decided["gradient pruning"] = (masked, UNACCOUNTED if masked.applies else "post-processing")
+    if published is not None:
+        decided["released tokens"] = (published, published.release or UNACCOUNTED)
+    beside: dict[Stage | None, TruthCase | None] = {
+        "token reduction": by_name.get(LEAVES),
+        "fusion noise": by_name.get(NOISE_SHARED),
     }
     out = []
     for row in rows:
@@ -267,11 +270,12 @@ def ledger(rows: Sequence[LedgerRow], table: Sequence[TruthCase]) -> tuple[Ledge
             continue
         case, status = decided[row.stage]
         evidence = f"{row.evidence.split(DECIDED)[0]}{DECIDED}{case.decided_by}: {case.evidence}"
-        if row.stage in beside:
-            evidence += _if_released(beside[row.stage])
+        released = beside.get(row.stage)
+        if released is not None:
+            evidence += _if_released(released)
         out.append(row.model_copy(update={"status": status, "evidence": evidence}))
     # Where the row of a stage is missing: the row to add, and what it says of itself.
-    missing: tuple[tuple[TruthCase, Stage, str, Stage, str], ...] = (
+    missing: tuple[tuple[TruthCase | None, Stage, str, Stage, str], ...] = (
         (shared, "token reduction", ISOLATION_ROW, "other", "One record reaches what the model computes of another."),
         (
             too_far,
@@ -291,7 +295,7 @@ def ledger(rows: Sequence[LedgerRow], table: Sequence[TruthCase]) -> tuple[Ledge
     )
     there = {row.stage for row in rows}
     for case, needed, path, stage, explanation in missing:
-        if case.applies and needed not in there:
+        if case is not None and case.applies and needed not in there:
             evidence = f"{case.decided_by}: {case.evidence}"
             out.append(_unaccounted(path, stage, explanation, evidence))
     return tuple(out)
