@@ -215,10 +215,10 @@ def power(run: RunReport) -> list[str]:
             )
     if run.claim is not None and not items:
         items.append("No test of this audit has earned power, so a wrong claim may have gone unnoticed.")
-    test = run.headline
-    if test is not None and test.ceiling is not None:
+    best = run.headline
+    if best is not None and best.ceiling is not None:
         items.append(
-            f"With every guess right, the headline bound would have been eps ≥ {number(test.ceiling)}: no larger leak "
+            f"With every guess right, the headline bound would have been eps ≥ {number(best.ceiling)}: no larger leak "
             "could have shown in it."
         )
     return items
