@@ -193,5 +193,5 @@ def _kind(path: Path) -> str:
         said = next((kind for kind, needed in _FIELDS_OF_VERSION_1 if needed <= set(tree)), None)
     if said in SHOWN:
         return str(said)
-    what = "says no kind" if said is None else f"is of kind {clean(said, 40)!r}"
+    what = "says no kind" if said is None else f"is of kind {clean(str(said), 40)!r}"
     raise UsageError(f"{path}: {what}, not a document that a report shows by itself; accepted: {ACCEPTED}")
