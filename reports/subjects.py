@@ -162,7 +162,7 @@ def _with_document(page: Page, path: Path, key: str) -> Page:
 
 def _as_audit(document: ScoresDocument) -> AuditDocument:
     """The same evidence in the form of an audit: scores from elsewhere come without ledger, run and alternative."""
-    shared: dict[str, Any] = {name: getattr(document, name) for name in ScoresDocument.model_fields}
+    shared: dict[str, Any] = {name: getattr(document, name) for name in ScoresDocument.model_fields if name != "kind"}
     return AuditDocument(**shared, alternative=None)
 
 
