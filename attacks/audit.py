@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+from attacks.fusion.verdicts import run_ledger
 from attacks.games import twins
 from attacks.games.canaries import play_canaries
 from attacks.games.gradients import DEFAULT_COUNT, Directions
@@ -27,10 +28,8 @@ from dpaudit.documents import (
     AuditDocument,
     ClaimDocument,
     ContractAudit,
-    FusionAudit,
     GameDocument,
     LedgerDocument,
-    LedgerRow,
     RunInfo,
 )
 from dpaudit.executors import Executor
@@ -155,7 +154,7 @@ def assemble(run: RunFolder, games: list[GameDocument], options: Options) -> Aud
         alpha=options.alpha,
         confidence=options.confidence,
         games=games,
-        ledger=(*_ledger(ledger.rows, fusion), *stated.rows(claim, run.read_config())),
+        ledger=(*run_ledger(ledger.rows, fusion), *stated.rows(claim, run.read_config())),
     )
 
 
@@ -284,19 +283,3 @@ def contract(config: RunConfig, log: Callable[[str], None]) -> ContractAudit:
     small = config.model_copy(update={"training": training, "privacy": privacy})
     found = check(factory_for(small, few))
     return ContractAudit(verdict=found.verdict, checks=found.checks)
-
-
-def _ledger(rows: tuple[LedgerRow, ...], fusion: FusionAudit | None) -> tuple[LedgerRow, ...]:
-    """The run's ledger, with the token path as its tests decided it instead of as construction promises."""
-    if fusion is None:
-        return rows
-    from attacks.fusion.verdicts import ledger
-
-    decided = ledger(rows, fusion.cases) if fusion.cases else rows
-    if fusion.training != "UNACCOUNTED" or any(row.status == "UNACCOUNTED" for row in decided):
-        return decided
-    # Whatever a part of the audit found, the verdict must see it.
-    explanation = f"One record reaches what the model computes about another, first at {fusion.first_leaking_stage}."
-    evidence = "; ".join(f"{check.name}: {check.measured}" for check in fusion.checks if check.status == "fail")
-    row = LedgerRow(path="isolation of records", status="UNACCOUNTED", explanation=explanation, evidence=evidence)
-    return (*decided, row)

@@ -141,6 +141,7 @@ def tuning_row(
     if accounted is not None:
         return LedgerRow(
             path="hyper-parameter tuning",
+            stage="tuning",
             status="accounted",
             explanation=f"Published is {what}, compared on private data. The number of runs was drawn at random "
             "beforehand and only the best run leaves, which costs what is stated instead of the eps of a single run.",
@@ -148,6 +149,7 @@ def tuning_row(
         )
     return LedgerRow(
         path="hyper-parameter tuning",
+        stage="tuning",
         status="UNACCOUNTED",
         explanation=f"Published is {what}, compared on private data. The choice itself depends on that data, and no "
         "single run's eps covers it.",

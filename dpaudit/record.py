@@ -7,6 +7,7 @@ whole (docs/threat-model.md).
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from dpaudit import atomic, checksums
 from dpaudit.documents import AuditDocument, GameDocument
@@ -15,16 +16,23 @@ from dpaudit.evidence import calibrate
 from dpaudit.runs import RunFolder
 from dpaudit.verdict import wanted
 
+GAMES = "games"
+
 
 def read(run: RunFolder) -> tuple[GameDocument, ...]:
     """All games of a run; an audit of version 1 stands as the first of them. UsageError for a broken chain."""
-    folder = run.games
+    return read_release(run.release)
+
+
+def read_release(release: Path) -> tuple[GameDocument, ...]:
+    """`read` where only the released part of a run is at hand."""
+    folder, counted = release / GAMES, release / "audit.json"
     paths = sorted(folder.glob("[0-9][0-9]*.json")) if folder.is_dir() else []
-    listed = {name for name in checksums.read(run.release / checksums.SUMS) if name.startswith(f"{folder.name}/")}
+    listed = {name for name in checksums.read(release / checksums.SUMS) if name.startswith(f"{folder.name}/")}
     missing = sorted(listed - {f"{folder.name}/{path.name}" for path in paths})
     if missing:
         raise UsageError(
-            f"{run.release / missing[0]}: missing; a game that was played can't be taken back, restore it from a copy"
+            f"{release / missing[0]}: missing; a game that was played can't be taken back, restore it from a copy"
         )
     games: list[GameDocument] = []
     for path in paths:
@@ -35,7 +43,7 @@ def read(run: RunFolder) -> tuple[GameDocument, ...]:
                 f"{path}: does not follow the game before it (edited, or one taken out); restore {folder} from a copy"
             )
         games.append(game)
-    audit = AuditDocument.read(run.audit) if run.audit.is_file() else None
+    audit = AuditDocument.read(counted) if counted.is_file() else None
     if audit is None:
         return tuple(games)
     if not games and not audit.games:
@@ -44,7 +52,7 @@ def read(run: RunFolder) -> tuple[GameDocument, ...]:
     lost = [entry.name for entry in audit.games if entry.sha256 not in written]
     if lost:
         raise UsageError(
-            f"{folder / lost[0]}.json: missing or edited, but {run.audit.name} counts it; restore it from a copy"
+            f"{folder / lost[0]}.json: missing or edited, but {counted.name} counts it; restore it from a copy"
         )
     return tuple(games)
 

@@ -74,6 +74,11 @@ def counts(test: Test) -> bool:
     return test.decides and not test.estimate and test.e_value is not None
 
 
+def powerful(test: Test) -> bool:
+    """Whether a deciding test has earned the power that "not refuted" needs."""
+    return counts(test) and test.power_low is not None and test.power_low >= POWER_NEEDED
+
+
 def marked(tests: Sequence[Test], alpha: float) -> tuple[Test, ...]:
     """The tests with level, `refutes`, and power withdrawn where their own p-value contradicts it."""
     found = []
@@ -138,7 +143,7 @@ def decide(
     if gaps:
         return "unsupported", ("The proof behind the claim does not apply to what the code does.", *gaps)
     tests = [test for game in games if _speaks_of(claim, game) for test in marked(game.tests, alpha) if counts(test)]
-    powered = [test for test in tests if test.power_low is not None and test.power_low >= POWER_NEEDED]
+    powered = [test for test in tests if powerful(test)]
     above = [test for game in games for test in game.tests if _above(test, claim)]
     if above:
         shown = "; ".join(f"{t.name}: eps >= {float(t.epsilon_lower or 0):.3g} at {t.confidence:.4g}" for t in above)
@@ -305,15 +310,30 @@ def headline(document: AuditDocument | ScoresDocument) -> Test | None:
     The best of several is valid because all bounds hold at once (`confidence_of`); where version 1 documents did not
     share one error budget, the first stands instead.
     """
-    bounds = [
+    bounds = _headlines(document)
+    if not bounds:
+        return None
+    return max(bounds, key=lambda test: float(test.epsilon_lower or 0.0)) if _fit(document, bounds) else bounds[0]
+
+
+def headline_confidence(document: AuditDocument | ScoresDocument) -> float | None:
+    """Confidence of the headline bound: that of all bounds together, since it is the best of them."""
+    bounds = _headlines(document)
+    if not bounds:
+        return None
+    return document.family_confidence if _fit(document, bounds) else bounds[0].confidence
+
+
+def _headlines(document: AuditDocument | ScoresDocument) -> list[Test]:
+    return [
         test
         for test in document.tests
         if test.epsilon_lower is not None and test.decides and not test.estimate and test.assumes in HEADLINE
     ]
-    if not bounds:
-        return None
-    fits = sum(1 - test.confidence for test in bounds) <= 1 - document.family_confidence + 1e-9
-    return max(bounds, key=lambda test: float(test.epsilon_lower or 0.0)) if fits else bounds[0]
+
+
+def _fit(document: AuditDocument | ScoresDocument, bounds: Sequence[Test]) -> bool:
+    return sum(1 - test.confidence for test in bounds) <= 1 - document.family_confidence + 1e-9
 
 
 def within_mechanism(document: AuditDocument | ScoresDocument) -> Test | None:

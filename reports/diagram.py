@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 from dpaudit.config import RunConfig
-from dpaudit.documents import Claim, LedgerRow, Test
+from dpaudit.documents import Claim, LedgerRow, Stage, Test
 from reports.text import clean, number
 
 WIDTH, BOX_X, BOX_WIDTH, BOX_HEIGHT, TOP = 336, 46, 258, 40, 8
@@ -23,13 +23,15 @@ STATUS_CLASS = {
     "UNACCOUNTED": "unaccounted",
 }
 _SEVERITY = ("UNACCOUNTED", "accounted", "per-example preprocessing", "post-processing")
-# Words that name a stage in a row's `path`, first match wins: 'token pruning and fusion' is about tokens and
-# 'gradient-update pruning' about the update. Canaries travel like any record, and a planted fault is one of the noise.
-_STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("fusion", ("fusion", "reducer", "token reduction", "token pruning", "visual token")),
-    ("update", ("prun", "update")),
-    ("gradients", ("gradient", "canar", "planted")),
-)
+# Which arrow stands for a stage; 'other': none. Canaries travel like any record.
+_ARROWS: dict[Stage | None, str] = {
+    "token reduction": "fusion",
+    "fusion noise": "fusion",
+    "released tokens": "fusion",
+    "gradient pruning": "update",
+    "gradients": "gradients",
+    "canaries": "gradients",
+}
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,9 @@ class Box:
 
 def stage_rows(ledger: Sequence[LedgerRow]) -> dict[str, tuple[LedgerRow, ...]]:
     """Ledger rows by stage of the path; 'other' holds the rows that no arrow stands for."""
-    stages: dict[str, list[LedgerRow]] = {name: [] for name in (*(name for name, _ in _STAGES), "other")}
+    stages: dict[str, list[LedgerRow]] = {name: [] for name in ("fusion", "update", "gradients", "other")}
     for row in ledger:
-        path = row.path.lower()
-        stage = next((name for name, words in _STAGES if any(word in path for word in words)), "other")
-        stages[stage].append(row)
+        stages[_ARROWS.get(row.stage, "other")].append(row)
     return {name: tuple(rows) for name, rows in stages.items()}
 
 
@@ -109,7 +109,7 @@ def _pruning(config: RunConfig | None) -> str:
 
 
 _LABELS = {
-    "accounted": ("accounted", "the noise pays for it"),
+    "accounted": ("accounted", "covered by the stated eps"),
     "post-processing": ("post-processing", "works on noisy values only"),
     "per-example preprocessing": ("per-example", "each record on its own"),
     "UNACCOUNTED": ("UNACCOUNTED", "no noise covers this"),

@@ -8,9 +8,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from dpaudit.documents import Metric, RocPoint, ScoreSummary
+from dpaudit.documents import ABOUT, GameDocument, Metric, RocPoint, ScoreSummary
 from reports import figures, utility
 from reports.diagram import diagram
+from reports.games import mechanism, score_summaries
 from reports.inputs import Curve, RunReport
 from reports.subjects import Page, SweepReport
 from reports.svg import StyleSheet
@@ -22,13 +23,16 @@ MOST_GAMES = 4
 
 @dataclass(frozen=True)
 class ScoreFigures:
-    """The two figures of a game and the numbers of their data tables."""
+    """The two figures of a game and the numbers of their data tables. spoken: what they speak of, in words; claimed:
+    whether the claim's limit is drawn."""
 
     summary: ScoreSummary
     histogram: Markup
     roc: Markup
     bins: tuple[tuple[float, float, int, int], ...]
     banded: bool
+    spoken: str
+    claimed: bool
 
     def points(self, most: int) -> tuple[RocPoint, ...]:
         """At most about `most` points of the curve, evenly thinned; the page's JSON has all."""
@@ -69,8 +73,8 @@ def draw(page: Page, tables: Sequence[utility.TaskTable], styles: StyleSheet) ->
         key = run.key.lower()
         if run.audit is not None and run.audit.scores:
             scores[run.key] = tuple(
-                _score_figures(run, summary, f"{key}-{index}", styles)
-                for index, summary in enumerate(run.audit.scores[:MOST_GAMES])
+                _score_figures(run, summary, game, f"{key}-{index}", styles)
+                for index, (summary, game) in enumerate(score_summaries(run)[:MOST_GAMES])
             )
         if run.curves:
             curves[run.key] = tuple(
@@ -82,13 +86,18 @@ def draw(page: Page, tables: Sequence[utility.TaskTable], styles: StyleSheet) ->
     return Drawings(diagrams, scores, tuple(found for found in frontiers if found is not None), curves)
 
 
-def _score_figures(run: RunReport, summary: ScoreSummary, key: str, styles: StyleSheet) -> ScoreFigures:
+def _score_figures(
+    run: RunReport, summary: ScoreSummary, game: GameDocument | None, key: str, styles: StyleSheet
+) -> ScoreFigures:
+    claim = game.claim if game is not None else run.claim
     return ScoreFigures(
         summary=summary,
         histogram=figures.histogram(summary, key=f"scores-{key}", styles=styles),
-        roc=figures.roc(summary, run.claim, key=f"roc-{key}", styles=styles),
+        roc=figures.roc(summary, claim, key=f"roc-{key}", styles=styles),
         bins=tuple(zip(summary.edges, summary.edges[1:], summary.counts_in, summary.counts_out, strict=False)),
         banded=any(point.tpr_low is not None and point.tpr_high is not None for point in summary.roc),
+        spoken="" if game is None else f" (game {game.name}: {ABOUT[game.about]}; {mechanism(claim)})",
+        claimed=claim is not None,
     )
 
 

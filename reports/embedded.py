@@ -8,7 +8,7 @@ from markupsafe import Markup
 from pydantic import Field
 
 from dpaudit import __version__
-from dpaudit.documents import Document, LedgerStatus, Metric, Number, Part, Verdict
+from dpaudit.documents import SCHEMA_VERSION, Document, LedgerStatus, Metric, Number, Part, Verdict
 from reports import utility
 from reports.inputs import RunReport
 from reports.subjects import BugsReport, CheckReport, Page
@@ -162,7 +162,12 @@ def embed(page: Page, *, scores: bool, documents: bool, changes: Sequence[Change
             own = (run.claim_document, run.ledger_document, run.audit, run.benchmark, run.environment)
             entry["documents"] = {d.kind: _trimmed(d, scores) for d in own if d is not None}
         entries.append(entry)
-    report: dict[str, Any] = {"kind": "report", "schema_version": 1, "dpaudit": __version__, "runs": entries}
+    report: dict[str, Any] = {
+        "kind": "report",
+        "schema_version": SCHEMA_VERSION,
+        "dpaudit": __version__,
+        "runs": entries,
+    }
     if page.sweeps:
         report["sweeps"] = [_sweep(item.document.model_dump(mode="json"), documents) for item in page.sweeps]
     if page.checks or page.bugs:

@@ -19,9 +19,9 @@ import jinja2
 from markupsafe import Markup
 
 from dpaudit import __version__
-from dpaudit.documents import Thumbnail
+from dpaudit.documents import ABOUT, Thumbnail
 from dpaudit.errors import UsageError
-from reports import figures, prose, text, utility
+from reports import figures, games, prose, text, utility
 from reports.checklist import checklist
 from reports.diagram import evidence_bar, scale_top
 from reports.drawings import MOST_GAMES, Drawings, draw
@@ -54,7 +54,8 @@ CONTENTS = (
 class Detail:
     """How much of a page is written; less of it when many runs would make it too large.
 
-    cells: configurations of sweeps whose claim and ledger are described. games: score figures per run.
+    cells: configurations of sweeps whose claim and ledger are described. games: score figures per run, the one
+    that says most first.
     """
 
     scores_embedded: bool = True
@@ -62,13 +63,14 @@ class Detail:
     pictures: int = 24
     table_points: int = 40
     games: int = MOST_GAMES
+    histograms: bool = True
     cells: int = 12
 
     @property
     def left_out(self) -> tuple[str, ...]:
         if not self.documents_embedded:
             small = ["everything but the summary of each run", "cases of the token path that don't apply"]
-            small += ["figures of scores"] if not self.games else []
+            small += ["figures of scores"] if not self.games else ["histograms"] if not self.histograms else []
             return (", ".join(small) + ", to keep the page small",)
         notes = ["the pictures of canaries"]
         return (
@@ -82,7 +84,8 @@ DETAILS = (
     Detail(scores_embedded=False, pictures=3, table_points=10, games=1, cells=6),
     Detail(scores_embedded=False, pictures=0, table_points=5, games=1, cells=3),
     Detail(scores_embedded=False, documents_embedded=False, pictures=0, table_points=3, games=1, cells=1),
-    Detail(scores_embedded=False, documents_embedded=False, pictures=0, table_points=3, games=0, cells=1),
+    Detail(False, False, pictures=0, table_points=3, games=1, histograms=False, cells=1),
+    Detail(False, False, pictures=0, table_points=3, games=0, cells=1),
 )
 
 
@@ -161,6 +164,13 @@ def _render(
             checklist=[(group, list(lines)) for group, lines in groupby(checklist(described), lambda line: line.group)],
             ceiling_note=prose.ceiling_note,
             power=prose.power,
+            speaks_of=prose.speaks_of,
+            about=ABOUT,
+            game_rows=games.game_rows,
+            test_groups=games.test_groups,
+            score_summaries=games.score_summaries,
+            threshold=games.threshold,
+            next_step=games.next_step,
             picture=lambda encoded: _picture(encoded, STRIP_BYTES),
             limits=[*prose.limits(described), *prose.sweep_limits(page.sweeps)],
             figures=drawn,

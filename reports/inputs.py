@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 
 from pydantic import ValidationError
 
-from dpaudit import untrusted
+from dpaudit import untrusted, verdict
 from dpaudit.config import RunConfig, read_yaml, resolve
 from dpaudit.documents import (
     AuditDocument,
@@ -20,10 +20,11 @@ from dpaudit.documents import (
     ClaimDocument,
     Document,
     EnvironmentDocument,
+    GameDocument,
     LedgerDocument,
     LedgerRow,
     Part,
-    ScoresDocument,
+    RunInfo,
     ScoreSummary,
     Test,
     Thumbnail,
@@ -32,23 +33,23 @@ from dpaudit.documents import (
 from dpaudit.errors import UsageError
 from dpaudit.folders import require_plain
 from reports.integrity import notices
+from reports.judged import judge
 from reports.text import clean
 
 AnyDocument = TypeVar("AnyDocument", bound=Document)
-
-# Bounds that may be a headline: they assume nothing beyond the game, or only the claimed mechanism itself.
-HEADLINE_ASSUMPTIONS = ("none", "claimed-mechanism")
 
 UNSIGNED = "unsigned; stated by the owner"
 
 PRIVATE_CURVES = LedgerRow(
     path="report: training curves",
+    stage="report",
     status="UNACCOUNTED",
     explanation="This report shows exact training curves, which are computed from private records without noise.",
     evidence="Asked for with --include-private; the claim does not cover this page.",
 )
 PRIVATE_PICTURES = LedgerRow(
     path="report: pictures",
+    stage="report",
     status="UNACCOUNTED",
     explanation="This report shows pictures that were made from real data.",
     evidence="Asked for with --show-examples; the claim does not cover this page.",
@@ -87,10 +88,11 @@ class RunReport:
     config: RunConfig | None
     claim_document: ClaimDocument | None
     ledger_document: LedgerDocument | None
-    audit: AuditDocument | None
+    audit: AuditDocument | None  # of a run folder: as the recorded games give it (reports.judged)
     benchmark: BenchmarkDocument | None
     environment: EnvironmentDocument | None
     files: tuple[ReleasedFile, ...]
+    games: tuple[GameDocument, ...] = ()
     notices: tuple[str, ...] = ()
     curves: tuple[Curve, ...] = ()
     private_gallery: tuple[Thumbnail, ...] = ()
@@ -135,36 +137,16 @@ class RunReport:
     @property
     def headline(self) -> Test | None:
         """The test behind the headline bound."""
-        return headline(self.audit) if self.audit is not None else None
+        return verdict.headline(self.audit) if self.audit is not None else None
 
     @property
     def headline_confidence(self) -> float | None:
-        test = self.headline
-        if test is None or self.audit is None:
-            return None
-        return self.audit.family_confidence if shares_budget(self.audit) else test.confidence
+        return verdict.headline_confidence(self.audit) if self.audit is not None else None
 
-
-def headline(audit: AuditDocument | ScoresDocument) -> Test | None:
-    """The best deciding bound that assumes at most the claimed mechanism; None without one.
-
-    Taking the best of several is valid only because deciding tests share one error budget, so this is checked
-    (`shares_budget`); where the budget does not hold, the first deciding test stands instead.
-    """
-    tests = [test for test in _deciding(audit) if test.epsilon_lower is not None]
-    if not tests:
-        return None
-    return max(tests, key=lambda test: test.epsilon_lower or 0.0) if shares_budget(audit) else tests[0]
-
-
-def shares_budget(audit: AuditDocument | ScoresDocument) -> bool:
-    """Do the error probabilities of the deciding bounds add up to no more than the document's?"""
-    spent = sum(1 - test.confidence for test in _deciding(audit) if test.epsilon_lower is not None)
-    return spent <= 1 - audit.family_confidence + 1e-9
-
-
-def _deciding(audit: AuditDocument | ScoresDocument) -> tuple[Test, ...]:
-    return tuple(t for t in audit.tests if t.decides and not t.estimate and t.assumes in HEADLINE_ASSUMPTIONS)
+    @property
+    def within_mechanism(self) -> Test | None:
+        """The best bound within DP-SGD of the claimed q and T."""
+        return verdict.within_mechanism(self.audit) if self.audit is not None else None
 
 
 class Gallery(Part):
@@ -247,26 +229,35 @@ def load_release(folder: Path, *, key: str, name: str) -> RunReport:
     """The release part of a run, in which only ordinary files may lie (dpaudit.folders)."""
     require_plain(folder)
     config = _config(folder / "config.yaml")
-    audit = _document(AuditDocument, folder / "audit.json")
+    said = _document(AuditDocument, folder / "audit.json")
     claim = _document(ClaimDocument, folder / "claim.json")
-    if audit is not None:
-        for index, summary in enumerate(audit.scores):
+    ledger = _document(LedgerDocument, folder / "ledger.json")
+    info = RunInfo(
+        name=name,
+        method=config.method if config is not None else "unknown method",
+        config_sha256=config.sha256() if config is not None else "",
+        coins_sha256=ledger.coins_sha256 if ledger is not None else None,
+    )
+    judged = judge(folder, claim=claim, ledger=ledger, audit=said, run=info, config=config)
+    if judged.audit is not None:
+        for index, summary in enumerate(judged.audit.scores):
             check_summary(folder / "audit.json", f"scores.{index}", summary)
     run = RunReport(
         key=key,
         name=clean(name, 60),
         config=config,
         claim_document=claim,
-        ledger_document=_document(LedgerDocument, folder / "ledger.json"),
-        audit=audit,
+        ledger_document=ledger,
+        audit=judged.audit,
         benchmark=_document(BenchmarkDocument, folder / "benchmark.json"),
         environment=_document(EnvironmentDocument, folder / "environment.json"),
         files=_files(folder),
+        games=judged.games,
         place=place(folder / "audit.json"),
     )
     hashes = {file.name: file.sha256 for file in run.files}
     wrong = notices(folder, hashes, claim=run.claim, config=config)
-    return replace(run, notices=(*_contradictions(run), *wrong))
+    return replace(run, notices=(*judged.notices, *_contradictions(run, said), *wrong))
 
 
 def _config(path: Path) -> RunConfig | None:
@@ -304,18 +295,22 @@ def _files(folder: Path) -> tuple[ReleasedFile, ...]:
     return tuple(found)
 
 
-def _contradictions(run: RunReport) -> tuple[str, ...]:
-    """Places where the documents of one run don't fit each other: a reader must not take one for the other's."""
+def _contradictions(run: RunReport, audit: AuditDocument | None) -> tuple[str, ...]:
+    """Places where the documents of one run don't fit each other: a reader must not take one for the other's.
+
+    audit: audit.json as it is.
+    """
     notices = []
-    audit, claim = run.audit, run.claim_document
+    claim = run.claim_document
     if audit is not None and claim is not None and audit.claim != claim.claim:
         notices.append("audit.json was made for another claim than the one in claim.json.")
-    if audit is not None and audit.run is not None:
-        if run.config is not None and audit.run.config_sha256 != run.config.sha256():
-            notices.append("audit.json was made for another configuration than the one in config.yaml.")
-        coins = run.ledger_document.coins_sha256 if run.ledger_document is not None else None
-        if coins is not None and audit.run.coins_sha256 is not None and coins != audit.run.coins_sha256:
-            notices.append("The coins that were audited are not the ones that the ledger hashed before training.")
+    made_for = audit.run.config_sha256 if audit is not None and audit.run is not None else None
+    if run.config is not None and made_for is not None and made_for != run.config.sha256():
+        notices.append("audit.json was made for another configuration than the one in config.yaml.")
+    coins = run.ledger_document.coins_sha256 if run.ledger_document is not None else None
+    for game in run.games:  # a game on a twin has the twin's coins, which the twin's own ledger hashed
+        if game.about == "weights" and None not in (coins, game.coins_sha256) and coins != game.coins_sha256:
+            notices.append(f"The coins of game {game.name} are not the ones that the ledger hashed before training.")
     spent = run.ledger_document.spent if run.ledger_document is not None else None
     if spent is not None and spent.epsilon is not None and run.claim is not None and spent.delta == run.claim.delta:
         # The ledger is written in steps of its own; a hundredth covers the rounding of printed values.

@@ -7,12 +7,16 @@ a particular run.
 import math
 from collections.abc import Sequence
 
+from dpaudit import accounting
+from dpaudit.analysis.claim import claimed_event
 from dpaudit.documents import ABOUT, Claim, Test
+from dpaudit.verdict import NO_CONTROL, POWER_NEEDED, marked, powerful
 from reports.inputs import RunReport
 from reports.subjects import SweepReport
 from reports.text import clean, number, percent, plural
 
-POWER = 0.8  # of design: below it a test that finds nothing says nothing
+GROUPS = (2, 3, 5)  # units of one person whose cost is stated
+USELESS = 0.1  # a guarantee at such a delta is none
 LIMIT = "An audit can refute a claim; it can never prove privacy."
 
 _RELATION = {
@@ -30,14 +34,24 @@ VERDICT_MEANING = {
     "invalid": "The game itself is unsound, so no number of it counts.",
     "refuted": "The evidence contradicts the claim.",
     "unsupported": "A check of the training path failed: the proof behind the claim does not apply.",
-    "inconclusive": "Nothing contradicts the claim, and the audit was too weak to expect that something would.",
-    "not refuted": "Nothing contradicts the claim, and the audit would probably have noticed the stated alternative.",
+    "inconclusive": "This audit could not reliably have caught a wrong claim. Treat the claim as untested.",
+    "not refuted": "A test that could have found the stated wrong claim was run, and found nothing. No proof.",
     "no claim": "The run makes no privacy claim; the audit shows what leaks without one.",
 }
 
 
-def best_guess(epsilon: float, delta: float) -> float:
-    """The largest share of right guesses about one record's membership (fair coin) under (eps, delta)-DP.
+def best_guess(claim: Claim) -> float:
+    """The largest share of right guesses about one record's membership (fair coin) that the claim allows.
+
+    Of the claimed mechanism where it is stated (dpaudit.accounting.best_guess), and never more than (eps, delta) allow.
+    """
+    event = claimed_event(claim) if claim.token_multiplier is None else None
+    stated = stated_guess(claim.epsilon, claim.delta)
+    return stated if event is None else min(stated, accounting.best_guess(event))
+
+
+def stated_guess(epsilon: float, delta: float) -> float:
+    """The largest share of right guesses about one record's membership (fair coin) under (eps, delta)-DP alone.
 
     The rates of any test obey FNR + e^eps FPR >= 1 - delta and FPR + e^eps FNR >= 1 - delta (Kairouz, Oh, Viswanath
     2015, theorem 2.1); their sum gives FPR + FNR >= 2 (1 - delta) / (1 + e^eps), and accuracy = 1 - (FPR + FNR) / 2.
@@ -84,9 +98,40 @@ def _meaning(claim: Claim, unit: str) -> str:
     return (
         f"In words: whether or not one {unit} took part changes the probability of any outcome by a factor of at most "
         f"e^eps = {number(factor)}, apart from {number(claim.delta)}. Someone who must guess from the release whether "
-        f"it took part is right at most {percent(best_guess(claim.epsilon, claim.delta), 2)} of the time; a coin "
-        "flip is right 50 % of the time."
+        f"it took part is right at most {percent(best_guess(claim))} of the time{_guess_source(claim)}; a coin flip is "
+        "right 50 % of the time."
     )
+
+
+def _guess_source(claim: Claim) -> str:
+    if claim.token_multiplier is None and claimed_event(claim) is not None:
+        return " (by the claimed mechanism)"
+    return " (by eps and delta alone)"
+
+
+def group_sentence(claim: Claim) -> str:
+    """What several units of one person cost, from the mechanism where it is stated (dpaudit.accounting.groups)."""
+    unit = clean(claim.unit, 120)
+    first = f"Anyone who contributes more than one {unit} is protected less, by more than k × eps for k of them"
+    if math.isinf(claim.epsilon):
+        return f"Anyone who contributes more than one {unit}: nothing is promised."
+    event = claimed_event(claim) if claim.token_multiplier is None else None
+    losses = {
+        k: accounting.stated_group_loss(claim.epsilon, claim.delta, k)
+        if event is None
+        else accounting.group_loss(event, k, claim.delta)
+        for k in GROUPS
+    }
+    parts = []
+    for k, loss in losses.items():
+        if loss.delta >= USELESS:
+            parts.append(f"nothing useful is known for {k}")
+        elif loss.delta > claim.delta:
+            parts.append(f"{k} cost eps up to {number(loss.epsilon)}, at delta = {number(loss.delta)} only")
+        else:
+            parts.append(f"{k} cost eps up to {number(loss.epsilon)}")
+    by = "by the group lemma" if any(loss.rule == "group lemma" for loss in losses.values()) else "by the mechanism"
+    return f"{first}. At delta = {number(claim.delta)}, {by}: {'; '.join(parts)}."
 
 
 def _mechanism(claim: Claim, unit: str) -> str:
@@ -117,9 +162,8 @@ def not_covered(run: RunReport) -> list[str]:
     claim = run.claim
     if claim is None:
         return []
-    unit = clean(claim.unit, 120)
     items = [
-        f"Anyone who contributes more than one {unit}: k of them are protected by about k × eps only.",
+        group_sentence(claim),
         f"Anything beyond “{clean(claim.release, 120)}”: intermediate checkpoints, gradients, fused tokens, exact "
         "training curves and logs.",
         "What the base model learned before this fine-tuning, and the accuracy figures below: they are computed on "
@@ -128,8 +172,7 @@ def not_covered(run: RunReport) -> list[str]:
     ]
     if claim.relation != "replace":
         items.insert(1, "Replacing one record by another: that costs up to twice the eps of adding or removing one.")
-    tuning = [row for row in run.ledger if "tuning" in row.path.lower() or "hyper" in row.path.lower()]
-    if not tuning:
+    if all(row.stage != "tuning" for row in run.ledger):
         items.insert(2, "The choice of hyper-parameters: the ledger has no row about it.")
     return items
 
@@ -139,35 +182,59 @@ def ceiling_note(test: Test, claim: Claim | None) -> str | None:
     if test.epsilon_lower is None or test.ceiling is None:
         return None
     if math.isfinite(test.ceiling) and test.epsilon_lower >= test.ceiling - 1e-6 * max(1.0, test.ceiling):
-        return "at its ceiling: more canaries needed"
+        return "Every guess was right; the leak may exceed what this test measures: more canaries needed."
     if claim is not None and test.ceiling < claim.epsilon:
-        return f"ceiling below the claimed {number(claim.epsilon)}: can't refute it by this bound"
+        return f"This test cannot measure above {number(test.ceiling)}, so it cannot check {number(claim.epsilon)}."
     return None
+
+
+def looked_for(run: RunReport) -> list[tuple[str, str | None, Sequence[Test]]]:
+    """(prefix, wrong claim, tests) of each game; of a bare document all tests together."""
+    if run.audit is None:
+        return []
+    if not run.games:
+        return [("", run.audit.alternative, run.audit.tests)]
+    return [(f"{game.name}, ", game.alternative, marked(game.tests, run.audit.alpha)) for game in run.games]
 
 
 def power(run: RunReport) -> list[str]:
     """What the audit could have detected: its power against the stored alternative, and its ceiling."""
     if run.audit is None:
         return []
-    known = [test for test in run.audit.tests if test.power is not None and test.decides]
-    alternative = clean(run.audit.alternative, 160) if run.audit.alternative is not None else None
-    items = [
-        f"{clean(test.name, 80)}: had the alternative been true ({alternative or 'not stated'}), this test would have "
-        f"noticed it with probability {percent(test.power, 0)} at level {number(run.audit.alpha)}"
-        + ("." if (test.power or 0.0) >= POWER else f"; a verdict of “not refuted” needs {percent(POWER, 0)}.")
-        for test in known
-    ]
-    if run.claim is not None and not known:
+    items = []
+    for name, alternative, tests in looked_for(run):
+        said = clean(alternative, 160) if alternative is not None else "not stated"
+        for test in tests:
+            if test.power is None:
+                continue
+            low = f" (at least {percent(test.power_low, 0)})" if test.power_low is not None else ""
+            items.append(
+                f"{name}{clean(test.name, 80)}: had the wrong claim been true ({said}), this game would have refuted "
+                f"it with probability {percent(test.power, 0)}{low}, earned by {clean(test.control or NO_CONTROL, 200)}"
+                + ("." if powerful(test) else f"; a verdict of “not refuted” needs {percent(POWER_NEEDED, 0)}.")
+            )
+    if run.claim is not None and not items:
+        items.append("No test of this audit has earned power, so a wrong claim may have gone unnoticed.")
+    best = run.headline
+    if best is not None and best.ceiling is not None:
         items.append(
-            "No test of this audit knows its power, so a claim that is a little wrong may have gone unnoticed."
-        )
-    test = run.headline
-    if test is not None and test.ceiling is not None:
-        items.append(
-            f"With every guess right, the headline bound would have been eps ≥ {number(test.ceiling)}: no larger leak "
+            f"With every guess right, the headline bound would have been eps ≥ {number(best.ceiling)}: no larger leak "
             "could have shown in it."
         )
     return items
+
+
+def speaks_of(run: RunReport) -> list[str]:
+    """What the games of a run speak of: its weights, or a twin that was trained the same way."""
+    if run.audit is None:
+        return []
+    abouts: dict[str, list[str]] = {}
+    for entry in run.audit.games:
+        if entry.game not in ("token path", "step contract"):
+            abouts.setdefault(entry.about, []).append(entry.game)
+    if not abouts and run.audit.run is not None:
+        return [] if run.audit.run.about == "weights" else [f"the audit is about {ABOUT[run.audit.run.about]}."]
+    return [f"{', '.join(dict.fromkeys(games))}: about {ABOUT[about]}." for about, games in abouts.items()]
 
 
 def sweep_limits(sweeps: Sequence[SweepReport]) -> list[str]:
@@ -213,8 +280,7 @@ def limits(runs: Sequence[RunReport]) -> list[str]:
                 f"{run.key} is a file of scores from elsewhere: that its coins were fair, independent and drawn before "
                 "training is its owner's word."
             )
-        if run.audit is not None and run.audit.run is not None and run.audit.run.about != "weights":
-            items.append(f"Run {run.key}: the audit is about {ABOUT[run.audit.run.about]}.")
+        items += [f"Run {run.key}: {said}" for said in speaks_of(run)]
     unmeasured = [run.key for run in runs if run.benchmark is None and run.source == "run"]
     if unmeasured:
         items.append(f"No accuracy was measured for run {', '.join(unmeasured)}.")

@@ -162,11 +162,13 @@ def _with_document(page: Page, path: Path, key: str) -> Page:
 
 def _as_audit(document: ScoresDocument) -> AuditDocument:
     """The same evidence in the form of an audit: scores from elsewhere come without ledger, run and alternative."""
-    shared: dict[str, Any] = {name: getattr(document, name) for name in ScoresDocument.model_fields}
+    shared: dict[str, Any] = {name: getattr(document, name) for name in ScoresDocument.model_fields if name != "kind"}
     return AuditDocument(**shared, alternative=None)
 
 
-_FIELDS: tuple[tuple[str, frozenset[str]], ...] = (
+SHOWN = ("audit", "scores", "bugs", "check")
+# Version 1 documents do not say what they are; these fields tell them apart.
+_FIELDS_OF_VERSION_1: tuple[tuple[str, frozenset[str]], ...] = (
     ("audit", frozenset({"verdict", "tests", "validity", "alternative"})),
     ("scores", frozenset({"verdict", "tests", "validity"})),
     ("bugs", frozenset({"bugs", "caught"})),
@@ -175,15 +177,19 @@ _FIELDS: tuple[tuple[str, frozenset[str]], ...] = (
 
 
 def _kind(path: Path) -> str:
-    """Which document a file holds, by the fields that only this one has; UsageError for any other JSON."""
+    """Which document a file says that it is; UsageError for any other JSON."""
     try:
         tree = untrusted.read_json(path, MOST_BYTES)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: can't be read ({error}); accepted: {ACCEPTED}") from error
     except ValueError as error:
         raise UsageError(f"{path}: not JSON, or cut off; accepted: {ACCEPTED}") from error
-    fields = set(tree) if isinstance(tree, dict) else set()
-    found = next((kind for kind, needed in _FIELDS if needed <= fields), None)
-    if found is None:
+    if not isinstance(tree, dict):
         raise UsageError(f"{path}: not a document that a report shows; accepted: {ACCEPTED}")
-    return found
+    said = tree.get("kind")
+    if said is None and tree.get("schema_version") == 1:
+        said = next((kind for kind, needed in _FIELDS_OF_VERSION_1 if needed <= set(tree)), None)
+    if said in SHOWN:
+        return str(said)
+    what = "says no kind" if said is None else f"is of kind {clean(str(said), 40)!r}"
+    raise UsageError(f"{path}: {what}, not a document that a report shows by itself; accepted: {ACCEPTED}")

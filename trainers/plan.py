@@ -172,6 +172,7 @@ def ledger_rows(config: RunConfig, dataset: Dataset, plan: Plan, inserted: Inser
         rows.append(
             LedgerRow(
                 path="gradient-update pruning",
+                stage="gradient pruning",
                 status="post-processing",
                 explanation="Which blocks are updated is decided from the gradient after the noise was added."
                 if config.pruning.by != "previous"
@@ -185,6 +186,7 @@ def ledger_rows(config: RunConfig, dataset: Dataset, plan: Plan, inserted: Inser
         rows.append(
             LedgerRow(
                 path="canaries",
+                stage="canaries",
                 status="accounted" if plan.claim else "UNACCOUNTED",
                 explanation="Test records that a fair coin inserts or leaves out; each is one unit like any other. "
                 + inserted.about,
@@ -197,6 +199,7 @@ def ledger_rows(config: RunConfig, dataset: Dataset, plan: Plan, inserted: Inser
         rows.append(
             LedgerRow(
                 path="planted fault",
+                stage="gradients",
                 status="UNACCOUNTED",
                 explanation="This run deliberately adds less noise than it claims, to test the audit.",
                 evidence=f"planted.noise-scale = {config.planted.noise_scale:g}",
@@ -209,6 +212,7 @@ def _gradient_row(config: RunConfig, plan: Plan) -> LedgerRow:
     if plan.claim is None:
         return LedgerRow(
             path="gradients",
+            stage="gradients",
             status="UNACCOUNTED",
             explanation="Gradients of private records are used without clipping or noise.",
             evidence="method non-private",
@@ -220,6 +224,7 @@ def _gradient_row(config: RunConfig, plan: Plan) -> LedgerRow:
     precision = SECURE_PRECISION if config.privacy.noise == "secure" else FINITE_PRECISION
     return LedgerRow(
         path="gradients",
+        stage="gradients",
         status="accounted",
         explanation=f"{what}, summed over a random batch and noised; the sum is divided by the public expected batch "
         f"size. {precision}" + ("" if config.seed is None else f" {SEEDED[0].upper()}{SEEDED[1:]}."),
@@ -235,6 +240,7 @@ def _token_rows(config: RunConfig, plan: Plan) -> list[LedgerRow]:
         return released
     pruned = LedgerRow(
         path="token pruning and fusion",
+        stage="token reduction",
         status="per-example preprocessing",
         explanation="The visual tokens of a picture are chosen and fused from that picture alone, before its gradient "
         "is clipped. "
@@ -250,6 +256,7 @@ def _token_rows(config: RunConfig, plan: Plan) -> list[LedgerRow]:
         return [pruned, *released]
     noise = LedgerRow(
         path="fusion noise",
+        stage="fusion noise",
         status="per-example preprocessing",
         explanation="Noise on the fused tokens is a random augmentation of each picture. It buys no differential "
         "privacy and is not counted as any.",
@@ -266,6 +273,7 @@ def _released_rows(config: RunConfig, plan: Plan) -> list[LedgerRow]:
     return [
         LedgerRow(
             path="released visual tokens",
+            stage="released tokens",
             status="accounted",
             explanation="All visual tokens of a unit are clipped together and noised once; training uses the noisy "
             "ones in every step. They may leave the trust boundary. Which units there are, and how many pictures each "

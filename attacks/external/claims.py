@@ -80,6 +80,7 @@ def ledger_rows(claim: Claim) -> tuple[LedgerRow, ...]:
     return (
         LedgerRow(
             path=ROW,
+            stage="gradients",
             status="accounted" if enough else "UNACCOUNTED",
             explanation="Clipped gradients with noise, by what the trainer says of itself; the audits test whether it "
             "does so. The proof is for real-valued noise: finite precision and timing are not covered."

@@ -95,7 +95,7 @@ def audit_fusion(
         released=released,
         publishing=publishing,
         leaves=publish is not None,
-        tuning=next((row for row in rows if row.path == verdicts.TUNING_ROW), None),
+        tuning=next((row for row in rows if row.stage == "tuning"), None),
     )
     table = verdicts.cases(found)
     carries = carried_by(run, config, dataset, device, log)

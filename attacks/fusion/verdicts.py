@@ -6,11 +6,21 @@ apply is listed too, with the test that ruled it out, so that a reader sees what
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from attacks.fusion import noise
-from attacks.fusion.isolation import Isolation
-from attacks.fusion.published import published_name
-from dpaudit.documents import Check, LedgerRow, LedgerStatus, ReleaseAudit, Sensitivity, TruthCase
+from dpaudit.documents import (
+    Check,
+    FusionAudit,
+    LedgerRow,
+    LedgerStatus,
+    ReleaseAudit,
+    Sensitivity,
+    Stage,
+    TruthCase,
+)
+
+if TYPE_CHECKING:  # a reader of documents merges ledgers without torch
+    from attacks.fusion.isolation import Isolation
 
 PER_EXAMPLE: LedgerStatus = "per-example preprocessing"
 ACCOUNTED: LedgerStatus = "accounted"
@@ -26,11 +36,9 @@ NOISE_COLLIDES = "fusion noise taken from the gradient noise"
 CLEAN_MASK = "blocks chosen from the clean gradient"
 TUNED = "K, layer or noise tuned on private data"
 
-TOKEN_ROW = "token pruning and fusion"
 NOISE_ROW = "fusion noise"
-RELEASE_ROW = "released visual tokens"
 MASK_ROW = "gradient-update pruning"
-TUNING_ROW = "hyper-parameter tuning"
+ISOLATION_ROW = "isolation of records"
 DECIDED = ". Decided by "
 
 
@@ -38,7 +46,7 @@ DECIDED = ". Decided by "
 class Findings:
     """All answers of the tests on one run. `leaves`: the run publishes tokens through accounted fusion."""
 
-    isolation: Isolation
+    isolation: "Isolation"
     noise: tuple[Check, ...]
     mask: Check
     sensitivity: tuple[Sensitivity, ...]
@@ -159,6 +167,8 @@ def _accounted(found: Findings) -> TruthCase:
 
 
 def _noise_shared(found: Findings) -> TruthCase:
+    from attacks.fusion import noise
+
     bad = failed(found.noise, noise.RELEASE_CHECKS)
     return TruthCase(
         case=NOISE_SHARED,
@@ -171,6 +181,9 @@ def _noise_shared(found: Findings) -> TruthCase:
 
 
 def _noise_collides(found: Findings) -> TruthCase:
+    from attacks.fusion import noise
+    from attacks.fusion.published import published_name
+
     names = (noise.APART, published_name(noise.APART))
     mine = [check for check in (*found.noise, *found.publishing) if check.name in names]
     return TruthCase(
@@ -233,34 +246,73 @@ def ledger(rows: Sequence[LedgerRow], table: Sequence[TruthCase]) -> tuple[Ledge
     that would leave; it does not change that row's status, which is about the weights. A row that a run has no place
     for (a leak in a run without a reducer) is added.
     """
-    by_name = {case.case: case for case in table}
-    shared, own, too_far = by_name[SHARED], by_name[OWN], by_name[TOO_FAR]
-    token = shared if shared.applies else too_far if too_far.applies else own
-    decided: dict[str, tuple[TruthCase, LedgerStatus]] = {TOKEN_ROW: (token, token.training or PER_EXAMPLE)}
-    collides, masked, published = by_name[NOISE_COLLIDES], by_name[CLEAN_MASK], by_name[ACCOUNTED_RELEASE]
-    decided[NOISE_ROW] = (collides, UNACCOUNTED if collides.applies else PER_EXAMPLE)
-    decided[MASK_ROW] = (masked, UNACCOUNTED if masked.applies else "post-processing")
-    decided[RELEASE_ROW] = (published, published.release or UNACCOUNTED)
-    beside = {TOKEN_ROW: by_name[LEAVES], NOISE_ROW: by_name[NOISE_SHARED]}
+    by_name = {case.case: case for case in table}  # a table from elsewhere, or of an earlier version, may have gaps
+    shared, too_far, own = (by_name.get(name) for name in (SHARED, TOO_FAR, OWN))
+    collides, masked, published = (by_name.get(name) for name in (NOISE_COLLIDES, CLEAN_MASK, ACCOUNTED_RELEASE))
+    token = next((case for case in (shared, too_far) if case is not None and case.applies), own)
+    decided: dict[Stage | None, tuple[TruthCase, LedgerStatus]] = {}
+    if token is not None:
+        decided["token reduction"] = (token, token.training or PER_EXAMPLE)
+    if collides is not None:
+        decided["fusion noise"] = (collides, UNACCOUNTED if collides.applies else PER_EXAMPLE)
+    if masked is not None:
+        decided["gradient pruning"] = (masked, UNACCOUNTED if masked.applies else "post-processing")
+    if published is not None:
+        decided["released tokens"] = (published, published.release or UNACCOUNTED)
+    beside: dict[Stage | None, TruthCase | None] = {
+        "token reduction": by_name.get(LEAVES),
+        "fusion noise": by_name.get(NOISE_SHARED),
+    }
     out = []
     for row in rows:
-        if row.path not in decided:
+        if row.stage not in decided:
             out.append(row)
             continue
-        case, status = decided[row.path]
+        case, status = decided[row.stage]
         evidence = f"{row.evidence.split(DECIDED)[0]}{DECIDED}{case.decided_by}: {case.evidence}"
-        if row.path in beside:
-            evidence += _if_released(beside[row.path])
+        released = beside.get(row.stage)
+        if released is not None:
+            evidence += _if_released(released)
         out.append(row.model_copy(update={"status": status, "evidence": evidence}))
-    missing = (
-        (shared, TOKEN_ROW, "isolation of records", "One record reaches what the model computes about another."),
-        (too_far, TOKEN_ROW, "sensitivity of the clipped sum", "One unit moves the sum further than its clip norm."),
-        (collides, NOISE_ROW, NOISE_ROW, "The fusion noise repeats the gradient noise."),
-        (masked, MASK_ROW, MASK_ROW, "The update mask follows the gradient before the noise."),
+    # Where the row of a stage is missing: the row to add, and what it says of itself.
+    missing: tuple[tuple[TruthCase | None, Stage, str, Stage, str], ...] = (
+        (shared, "token reduction", ISOLATION_ROW, "other", "One record reaches what the model computes of another."),
+        (
+            too_far,
+            "token reduction",
+            "sensitivity of the clipped sum",
+            "other",
+            "One unit moves the sum further than its clip norm.",
+        ),
+        (collides, "fusion noise", NOISE_ROW, "fusion noise", "The fusion noise repeats the gradient noise."),
+        (
+            masked,
+            "gradient pruning",
+            MASK_ROW,
+            "gradient pruning",
+            "The update mask follows the gradient before the noise.",
+        ),
     )
-    there = {row.path for row in rows}
-    for case, needed, path, explanation in missing:
-        if case.applies and needed not in there:
+    there = {row.stage for row in rows}
+    for case, needed, path, stage, explanation in missing:
+        if case is not None and case.applies and needed not in there:
             evidence = f"{case.decided_by}: {case.evidence}"
-            out.append(LedgerRow(path=path, status=UNACCOUNTED, explanation=explanation, evidence=evidence))
+            out.append(_unaccounted(path, stage, explanation, evidence))
     return tuple(out)
+
+
+def run_ledger(rows: Sequence[LedgerRow], fusion: FusionAudit | None) -> tuple[LedgerRow, ...]:
+    """A run's ledger with the token path as its tests decided it instead of as construction promises."""
+    if fusion is None:
+        return tuple(rows)
+    decided = ledger(rows, fusion.cases) if fusion.cases else tuple(rows)
+    if fusion.training != UNACCOUNTED or any(row.status == UNACCOUNTED for row in decided):
+        return decided
+    # Whatever a part of the audit found, the verdict must see it.
+    explanation = f"One record reaches what the model computes about another, first at {fusion.first_leaking_stage}."
+    evidence = "; ".join(f"{check.name}: {check.measured}" for check in fusion.checks if check.status == "fail")
+    return (*decided, _unaccounted(ISOLATION_ROW, "other", explanation, evidence))
+
+
+def _unaccounted(path: str, stage: Stage, explanation: str, evidence: str) -> LedgerRow:
+    return LedgerRow(path=path, stage=stage, status=UNACCOUNTED, explanation=explanation, evidence=evidence)

@@ -20,6 +20,7 @@ form. No module outside may import dp-accounting or read its private attributes.
 from dpaudit.accounting.cross_checks import cross_check, prv_epsilon, rdp_epsilon
 from dpaudit.accounting.events import Direction, DpSgd, Noise, PrivacyLosses, Scheme, sensitivity
 from dpaudit.accounting.gaussian import gaussian_delta, gaussian_epsilon
+from dpaudit.accounting.groups import GroupLoss, best_guess, group_loss, stated_group_loss
 from dpaudit.accounting.joint import (
     joint_after,
     joint_curve,
@@ -40,12 +41,14 @@ from dpaudit.accounting.search import noise_multiplier_for
 __all__ = [
     "Direction",
     "DpSgd",
+    "GroupLoss",
     "Noise",
     "PrivacyLosses",
     "Repetitions",
     "Scheme",
     "TunedEpsilon",
     "accountant_name",
+    "best_guess",
     "cross_check",
     "curve",
     "discrete_losses",
@@ -54,6 +57,7 @@ __all__ = [
     "epsilon_after",
     "gaussian_delta",
     "gaussian_epsilon",
+    "group_loss",
     "joint_after",
     "joint_curve",
     "joint_epsilon",
@@ -63,5 +67,6 @@ __all__ = [
     "rdp_epsilon",
     "release_event",
     "sensitivity",
+    "stated_group_loss",
     "tuning",
 ]

@@ -104,16 +104,14 @@ def _together(chains: Sequence[Sequence[list[str]]]) -> None:
 def _summary(paths: Sequence[Path]) -> None:
     from dpaudit.documents import AuditDocument, BenchmarkDocument
     from dpaudit.runs import RunFolder
+    from dpaudit.verdict import headline
 
     rows = [("run", "claim", "audited eps >=", "ceiling", "verdict", "exact match")]
     base = None
     for path in paths:
         run = RunFolder(path)
         audit, bench = AuditDocument.read(run.audit), BenchmarkDocument.read(run.benchmark)
-        headline = max(
-            (test for test in audit.tests if test.decides and test.epsilon_lower is not None),
-            key=lambda test: float(test.epsilon_lower or 0),
-        )
+        best = headline(audit)
         task, metrics = next(iter(bench.tasks.items()))
         base = bench.base[task]["exact_match"].value if bench.base else base
         claim = "none" if audit.claim is None else f"eps {float(audit.claim.epsilon):g}"
@@ -121,8 +119,8 @@ def _summary(paths: Sequence[Path]) -> None:
             (
                 path.name,
                 claim,
-                f"{float(headline.epsilon_lower or 0):.2f}",
-                f"{float(headline.ceiling or 0):.2f}",
+                "-" if best is None or best.epsilon_lower is None else f"{best.epsilon_lower:.2f}",
+                "-" if best is None or best.ceiling is None else f"{best.ceiling:.2f}",
                 audit.verdict,
                 f"{metrics['exact_match'].value:.3f}",
             )

@@ -39,6 +39,7 @@ from dpaudit.documents.claim import (
     LedgerStatus,
     Relation,
     Spent,
+    Stage,
 )
 from dpaudit.documents.environment import (
     DoctorDocument,
@@ -128,6 +129,7 @@ __all__ = [
     "ScoresDocument",
     "Sensitivity",
     "Spent",
+    "Stage",
     "TaskAbout",
     "Test",
     "Thumbnail",

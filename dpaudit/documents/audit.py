@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from dpaudit import checksums
 from dpaudit.documents.base import Document, Number, Part
-from dpaudit.documents.claim import Claim, LedgerRow
+from dpaudit.documents.claim import Claim, LedgerRow, with_stages
 from dpaudit.documents.games import Check, Control, ScoreSummary, Test, Validity, Verdict
 from dpaudit.documents.token_path import FusionAudit
 
@@ -196,3 +196,8 @@ class AuditDocument(Document):
     exposure: tuple[Extraction, ...] = Field(default=(), description="Of inserted secrets; descriptive.")
     regeneration: tuple[Regeneration, ...] = Field(default=(), description="From half of a record; descriptive.")
     run: RunInfo | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _version_1(cls, tree: Any) -> Any:
+        return with_stages(tree, "ledger")

@@ -2,9 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dpaudit import checksums
 from dpaudit.documents.base import Document, Number, Part
@@ -13,6 +13,37 @@ from dpaudit.untrusted import read_json
 
 Relation = Literal["add-remove", "zero-out", "replace"]
 LedgerStatus = Literal["accounted", "post-processing", "per-example preprocessing", "UNACCOUNTED"]
+# Which part of a training a ledger row speaks of; readers branch on this and never on the row's name.
+Stage = Literal[
+    "gradients",
+    "canaries",
+    "token reduction",
+    "fusion noise",
+    "released tokens",
+    "gradient pruning",
+    "tuning",
+    "preprocessing",
+    "data size",
+    "report",
+    "other",
+]
+# Version 1 had names only. These are all that dpaudit gave to rows; any other row stays without a stage.
+_STAGES_OF_VERSION_1: dict[str, Stage] = {
+    "gradients": "gradients",
+    "training steps": "gradients",
+    "planted fault": "gradients",
+    "canaries": "canaries",
+    "token pruning and fusion": "token reduction",
+    "fusion noise": "fusion noise",
+    "released visual tokens": "released tokens",
+    "gradient-update pruning": "gradient pruning",
+    "hyper-parameter tuning": "tuning",
+    "grouping into units": "preprocessing",
+    "size of the training set": "data size",
+    "limit on the training set": "data size",
+    "report: training curves": "report",
+    "report: pictures": "report",
+}
 
 
 class EpsilonAt(Part):
@@ -73,6 +104,18 @@ class LedgerRow(Part):
     status: LedgerStatus
     explanation: str = Field(description="One or two sentences for a reader who is no expert.")
     evidence: str = Field(description="The test, formula or setting that decides the status, with its figures.")
+    stage: Stage | None = Field(default=None, description="Which part of the training it speaks of.")
+
+
+def with_stages(tree: Any, field: str) -> Any:
+    """A document's JSON with the stages that version 1 did not write; other versions are returned as they are."""
+    if not isinstance(tree, dict) or tree.get("schema_version") != 1 or not isinstance(tree.get(field), list | tuple):
+        return tree
+    rows = [
+        {"stage": _STAGES_OF_VERSION_1.get(str(row.get("path"))), **row} if isinstance(row, dict) else row
+        for row in tree[field]
+    ]
+    return {**tree, field: rows}
 
 
 class Spent(Part):
@@ -93,6 +136,11 @@ class LedgerDocument(Document):
     spent: Spent | None
     config_sha256: str | None = Field(default=None, description="Hash of release/config.yaml when training started.")
     sha256: str | None = Field(default=None, description="Hash of all the rest: a damaged ledger can't be taken up.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _version_1(cls, tree: Any) -> Any:
+        return with_stages(tree, "rows")
 
     def sealed(self) -> Self:
         """This ledger with the hash of its content."""

@@ -107,7 +107,7 @@ def disclosure(page: Page) -> DisclosureDocument:
 
 
 def _deployment(run: RunReport, claim: Claim) -> Deployment:
-    tuning = [row.status for row in run.ledger if "tuning" in row.path.lower()]
+    tuning = [row.status for row in run.ledger if row.stage == "tuning"]
     test = run.headline
     info = run.audit.run if run.audit is not None else None
     return Deployment(

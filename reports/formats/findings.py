@@ -2,8 +2,9 @@
 
 A finding is `pass`, `fail` (a gate should stop), `warn` (a person should look) or `skip` (not made, or can't say). What
 counts as failing follows the verdicts: a refuted, unsupported or invalid claim, a failed check, a private path that is
-UNACCOUNTED beside a claim, and a planted bug that slipped through. An inconclusive audit is a warning: the contract's
-exit code for it is 0 unless `--strict`.
+UNACCOUNTED beside a claim, and a planted bug that slipped through. Of the tests the judge alone says which refutes
+(dpaudit.verdict); one that refutes nothing passes where it had earned power, and is not decided elsewhere. An
+inconclusive audit is a warning: nothing was tested, and the exit code for it is 0 unless `--strict`.
 """
 
 import math
@@ -13,11 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from dpaudit.documents import Check, CheckDocument, Test
+from dpaudit.verdict import exceeds, powerful
 from reports import prose
 from reports.embedded import Change
 from reports.inputs import RunReport
 from reports.subjects import BugsReport, Page, SweepReport
-from reports.text import clean, number, p_value
+from reports.text import clean, confidence, number, p_value, percent
 
 Outcome = Literal["pass", "fail", "warn", "skip"]
 
@@ -45,7 +47,7 @@ class Finding:
 RULES: dict[str, str] = {
     "claim": "The claimed privacy guarantee against the audit's evidence",
     "claim-test": "A statistical test of the claim itself",
-    "bound": "A lower bound on eps against the claimed eps",
+    "bound": "The headline lower bound on eps beside the claimed eps; it informs and refutes nothing by itself",
     "documents": "The documents of a run fit each other",
     "game": "The game is sound: coins, records and guesses",
     "token-path": "One record's tokens do not reach another record",
@@ -87,7 +89,12 @@ def _run(run: RunReport) -> Iterator[Finding]:
         outcome, meaning = _verdict(run)
         reasons = " ".join(clean(reason, 400) for reason in run.audit.reasons)
         yield finding("claim", "claim", outcome, f"{run.audit.verdict}. {meaning} {reasons}".strip(), prose.LIMIT)
-        yield from (_test(run, test) for test in run.audit.tests if test.decides and not test.estimate)
+        yield from (
+            _test(run, test)
+            for test in run.audit.tests
+            if test.decides and not test.estimate and test.refutes is not None
+        )
+        yield from _bound(run)
         fusion = run.audit.fusion.checks if run.audit.fusion is not None else ()
         contract = run.audit.contract.checks if run.audit.contract is not None else ()
         groups = (("game", run.audit.validity.checks), ("token-path", fusion), ("step-contract", contract))
@@ -113,20 +120,29 @@ def _verdict(run: RunReport) -> tuple[Outcome, str]:
 
 
 def _test(run: RunReport, test: Test) -> Finding:
-    """A test of the claim fails below its level; a bound fails above the claimed eps; both are part of the verdict."""
-    assert run.audit is not None
-    claimed = run.claim.epsilon if run.claim is not None else math.inf
+    """A test of the claim, as the judge marked it."""
     name = f"{clean(test.name, 120)} ({clean(test.bound, 60)})"
-    if test.p_value is not None:
-        refuted = test.p_value < run.audit.alpha
-        said = f" ({clean(test.statement, 300)})" if test.statement is not None else ""
-        text = f"p = {p_value(test.p_value)} at level {number(run.audit.alpha)}{said}"
-        return Finding(run.name, run.place, "claim-test", name, "fail" if refuted else "pass", text, "")
-    if test.epsilon_lower is None:
-        return Finding(run.name, run.place, "bound", name, "skip", "no bound was computed", "")
-    above = test.epsilon_lower > claimed
-    text = f"eps ≥ {number(test.epsilon_lower)}, ceiling {number(test.ceiling)}, claimed {number(claimed)}"
-    return Finding(run.name, run.place, "bound", name, "fail" if above else "pass", text, "")
+    said = f" ({clean(test.statement, 300)})" if test.statement is not None else ""
+    shown = f", p = {p_value(test.p_value)}" if test.p_value is not None else ""
+    able = f"power {percent(test.power, 0)}" if test.power is not None else "no power earned"
+    text = f"e = {number(test.e_value)}{shown}{said}; refutes by itself at level {number(test.level)}; {able}"
+    outcome: Outcome = "fail" if test.refutes else "pass" if powerful(test) else "skip"
+    return Finding(run.name, run.place, "claim-test", name, outcome, text, clean(test.control or "", 300))
+
+
+def _bound(run: RunReport) -> Iterator[Finding]:
+    """The headline bound: above the claim it deserves a look, below it nothing follows."""
+    test = run.headline
+    if test is None or run.audit is None:
+        return
+    name = f"{clean(test.name, 120)} ({clean(test.bound, 60)})"
+    claimed = run.claim.epsilon if run.claim is not None else math.inf
+    outcome: Outcome = "warn" if exceeds(run.audit, claimed) else "skip"
+    text = (
+        f"eps ≥ {number(test.epsilon_lower)} with confidence {confidence(run.headline_confidence)}, ceiling "
+        f"{number(test.ceiling)}, claimed {number(claimed)}"
+    )
+    yield Finding(run.name, run.place, "bound", name, outcome, text, "")
 
 
 def of_contract(document: CheckDocument, name: str, place: str = "") -> tuple[Finding, ...]:

@@ -14,9 +14,9 @@ from dpaudit.documents import AuditDocument, BenchmarkDocument, ClaimDocument, L
 from dpaudit.errors import EnvironmentFailure, UsageError
 from dpaudit.ledger import tuning_row
 from dpaudit.runs import RunFolder
+from dpaudit.verdict import headline
 from reports import groups
 from reports.benchmark import ANSWERS
-from reports.inputs import headline
 from reports.sweep import table
 from reports.sweep.document import Averaged, State, SweepCell, SweepDocument, SweepRow
 from reports.sweep.grid import Cell, Plan, Point

@@ -13,7 +13,7 @@ from attacks.fusion.isolation import Isolation, audit_isolation
 from attacks.fusion.noise import audit_noise
 from attacks.fusion.path import TokenPath
 from dpaudit.config import resolve
-from dpaudit.documents import Check, LedgerRow, ReleaseAudit, Sensitivity, TruthCase
+from dpaudit.documents import Check, LedgerRow, LedgerStatus, ReleaseAudit, Sensitivity, Stage, TruthCase
 from dpaudit.ledger import tuning_row
 from dpaudit.randomness import Key
 from tests.attacks.fusion_paths import token_path
@@ -25,6 +25,7 @@ from trainers.run import Trainer
 from trainers.vlm import VisionLanguageModel
 
 OWN, SHARED = verdicts.OWN, verdicts.SHARED
+TOKEN_ROW = "token pruning and fusion"
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +46,17 @@ def sound(tiny: Path, units: Sequence[Unit]) -> tuple[Isolation, tuple[Check, ..
 
 MASK = Check(name="update mask follows the noisy gradient", status="pass", measured="x", allowed="", explanation="")
 RELEASED = ReleaseAudit(delta=1e-5, tokens=9, noiseless=6, epsilon=float("inf"), statement="6 of 9 carry no noise")
+
+
+def row(stage: Stage, path: str, status: LedgerStatus, evidence: str) -> LedgerRow:
+    return LedgerRow(path=path, stage=stage, status=status, explanation="", evidence=evidence)
+
+
 ROWS = (
-    LedgerRow(path=verdicts.TOKEN_ROW, status="per-example preprocessing", explanation="", evidence="by construction"),
-    LedgerRow(path=verdicts.NOISE_ROW, status="per-example preprocessing", explanation="", evidence="std 0.1"),
-    LedgerRow(path=verdicts.MASK_ROW, status="post-processing", explanation="", evidence="keeps 0.8"),
-    LedgerRow(path="gradients", status="accounted", explanation="", evidence="sigma 1"),
+    row("token reduction", TOKEN_ROW, "per-example preprocessing", "by construction"),
+    row("fusion noise", verdicts.NOISE_ROW, "per-example preprocessing", "std 0.1"),
+    row("gradient pruning", verdicts.MASK_ROW, "post-processing", "keeps 0.8"),
+    row("gradients", "gradients", "accounted", "sigma 1"),
 )
 
 
@@ -87,7 +94,7 @@ def test_dual_priv_as_published(sound: tuple[Isolation, tuple[Check, ...]]) -> N
     assert verdicts.release_status(table) == "UNACCOUNTED"
     rows = {row.path: row for row in verdicts.ledger(ROWS, table)}
     assert rows["gradients"] == ROWS[3]
-    token = rows[verdicts.TOKEN_ROW]
+    token = rows[TOKEN_ROW]
     assert token.status == "per-example preprocessing"
     assert "by construction. Decided by isolation" in token.evidence and "comparisons" in token.evidence
     assert "correlation" in rows[verdicts.NOISE_ROW].evidence
@@ -119,7 +126,7 @@ def test_a_sensitivity_above_its_bound_decides(sound: tuple[Isolation, tuple[Che
     table = verdicts.cases(findings(sound, sensitivity=(fine, wrong), leaves=True))
     assert {verdicts.TOO_FAR, verdicts.ACCOUNTED_RELEASE} == applying(table)
     assert verdicts.training_status(table) == "UNACCOUNTED" and verdicts.release_status(table) == "UNACCOUNTED"
-    row = {row.path: row for row in verdicts.ledger(ROWS, table)}[verdicts.TOKEN_ROW]
+    row = {row.path: row for row in verdicts.ledger(ROWS, table)}[TOKEN_ROW]
     assert row.status == "UNACCOUNTED"
     assert "fails, up to 8.000 of its bound (add-remove, C = 0.3, a long record)" in row.evidence
     added = verdicts.ledger(ROWS[2:], table)[-1]  # a run without a reducer
@@ -142,8 +149,8 @@ class Expected:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("batch-count", Expected(SHARED, "UNACCOUNTED", {verdicts.TOKEN_ROW: "UNACCOUNTED"})),
-        ("padded-positions", Expected(SHARED, "UNACCOUNTED", {verdicts.TOKEN_ROW: "UNACCOUNTED"})),
+        ("batch-count", Expected(SHARED, "UNACCOUNTED", {TOKEN_ROW: "UNACCOUNTED"})),
+        ("padded-positions", Expected(SHARED, "UNACCOUNTED", {TOKEN_ROW: "UNACCOUNTED"})),
         (
             "noise-shared-over-batch",
             Expected(verdicts.NOISE_SHARED, "per-example preprocessing", {verdicts.NOISE_ROW: "per-example preproc"}),
@@ -241,7 +248,7 @@ def test_accounted_fusion_stands_and_falls_with_its_checks(
     assert applying(table) == {OWN, verdicts.ACCOUNTED_RELEASE}
     assert verdicts.release_status(table) == release
     assert verdicts.training_status(table) == "per-example preprocessing"
-    row = LedgerRow(path=verdicts.RELEASE_ROW, status="accounted", explanation="", evidence="mu = 1")
+    row = LedgerRow(path="tokens", stage="released tokens", status="accounted", explanation="", evidence="mu = 1")
     assert verdicts.ledger([row], table)[0].status == release
 
 

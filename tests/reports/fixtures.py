@@ -2,12 +2,14 @@
 
 import base64
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from dpaudit import checksums
+from attacks.fusion.verdicts import OWN, run_ledger
+from dpaudit import checksums, verdict
 from dpaudit.config import RunConfig, resolve
 from dpaudit.documents import (
     AuditDocument,
@@ -16,9 +18,11 @@ from dpaudit.documents import (
     CheckDocument,
     Claim,
     ClaimDocument,
+    Control,
     EnvironmentDocument,
     EpsilonAt,
     FusionAudit,
+    GameDocument,
     LedgerDocument,
     LedgerRow,
     MaskLeak,
@@ -69,6 +73,7 @@ def ledger_rows(method: str) -> tuple[LedgerRow, ...]:
         return (
             LedgerRow(
                 path="gradients",
+                stage="gradients",
                 status="UNACCOUNTED",
                 explanation="Gradients of private records change the weights without noise.",
                 evidence="method=non-private adds no noise",
@@ -77,12 +82,14 @@ def ledger_rows(method: str) -> tuple[LedgerRow, ...]:
     rows = [
         LedgerRow(
             path="gradients",
+            stage="gradients",
             status="accounted",
             explanation="Each image's gradient is clipped, summed and noised before anything else sees it.",
             evidence="Gaussian, sigma 1.519, C 1, Poisson q 0.1549, 194 steps: eps 8 at delta 1e-05",
         ),
         LedgerRow(
             path="answer vocabulary",
+            stage="preprocessing",
             status="post-processing",
             explanation="The tokenizer is public; nothing is derived from private answers.",
             evidence="byte-level vocabulary shipped with the package",
@@ -93,6 +100,7 @@ def ledger_rows(method: str) -> tuple[LedgerRow, ...]:
             1,
             LedgerRow(
                 path="token fusion",
+                stage="token reduction",
                 status="per-example preprocessing",
                 explanation="Tokens of an image are pruned and fused from that image alone, before clipping.",
                 evidence="isolation test: 0 of 6 stages moved when another record changed",
@@ -102,6 +110,7 @@ def ledger_rows(method: str) -> tuple[LedgerRow, ...]:
             2,
             LedgerRow(
                 path="gradient pruning",
+                stage="gradient pruning",
                 status="post-processing",
                 explanation="Blocks are chosen by the noisy gradient.",
                 evidence="80 % of 28 blocks are kept, by magnitude of the released gradient",
@@ -145,7 +154,7 @@ def sensitivity() -> tuple[Sensitivity, ...]:
 
 def cases() -> tuple[TruthCase, ...]:
     rows = (
-        ("each image pruned and fused from itself", True, "per-example preprocessing", None),
+        (OWN, True, "per-example preprocessing", None),
         ("tokens published with the paper's noise", False, None, "UNACCOUNTED"),
     )
     return tuple(
@@ -184,7 +193,31 @@ def released() -> ReleaseAudit:
     )
 
 
-def audit(method: str) -> AuditDocument:
+def claim_test(**changes: object) -> Test:
+    """The test of the claim in the canary game: it decides, and no control has earned it any power."""
+    fields: dict[str, object] = {
+        "name": "canaries: all kinds",
+        "statistic": "loss of the base model minus loss",
+        "bound": "f-dp",
+        "assumes": "claimed-mechanism",
+        "selection": "fixed: 60 top, 60 bottom",
+        "confidence": 0.95,
+        "delta": 1e-5,
+        "n": 300,
+        "guesses": 120,
+        "correct": 66,
+        "epsilon_lower": None,
+        "ceiling": None,
+        "p_value": 0.43,
+        "statement": "chance of as many correct guesses if the claim holds",
+        "e_value": 0.4,
+        "share": 0.45,
+    }
+    return Test.model_validate(fields | changes)
+
+
+def canary_game(method: str, **changes: object) -> GameDocument:
+    """The canaries of the run's own weights."""
     caught = method == "non-private"
     bound = 3.41 if caught else 0.0 if method == "dp-sgd" else 0.12
     tests = [
@@ -202,9 +235,10 @@ def audit(method: str) -> AuditDocument:
             epsilon_lower=bound,
             ceiling=3.41 if caught else 3.66,
             p_value=None,
-            power=None if caught else 0.04,
         )
     ]
+    if not caught:
+        tests.append(claim_test())
     for kind in ("mislabelled", "noise", "new-token"):
         tests.append(
             Test(
@@ -241,48 +275,105 @@ def audit(method: str) -> AuditDocument:
             explanation="A classifier that never sees the model can't tell members from others.",
         ),
     )
-    fusion = FusionAudit(
-        training="per-example preprocessing" if method == "dual-priv" else "not run",
-        release="not released",
-        reducer="visionzip" if method == "dual-priv" else "none",
-        sensitivity=sensitivity() if method == "dual-priv" else (),
-        released=released() if method == "dual-priv" else None,
-        cases=cases() if method == "dual-priv" else (),
-        checks=(
-            Check(
-                name="selection",
-                status="pass",
-                measured="0",
-                allowed="0",
-                explanation="No token of an image moved when another image changed.",
-            ),
-        )
-        if method == "dual-priv"
-        else (),
-    )
-    return AuditDocument(
-        verdict="no claim" if caught else "inconclusive",
-        reasons=(
-            ("The run makes no claim; its canaries were found: eps is at least 3.41.",)
-            if caught
-            else (
-                "No test contradicts the claim.",
-                "The largest eps that this game could have shown is 3.66, below the claimed 8.",
-            )
-        ),
-        claim=None if caught else claim(),
-        alternative=None if caught else "true sigma 30 % smaller than claimed",
-        alpha=0.001,
-        family_confidence=0.95,
-        tests=tuple(tests),
-        validity=Validity(sound=True, checks=checks),
-        ledger=ledger_rows(method),
-        fusion=fusion,
-        scores=(
+    fields: dict[str, object] = {
+        "game": "canaries",
+        "number": 1,
+        "previous_sha256": None,
+        "about": "weights",
+        "claim": None if caught else claim(),
+        "alternative": None if caught else "true sigma 30 % smaller than claimed",
+        "coins_sha256": COINS,
+        "alpha": 0.001,
+        "tests": tuple(tests),
+        "validity": Validity(sound=True, checks=checks),
+        "scores": (
             score_summary("canaries: all kinds", 3.2 if caught else 0.2),
             score_summary("canaries: noise", 4.0 if caught else 0.1, n=50, seed=1),
         ),
-        gallery=thumbnails(),
+        "gallery": thumbnails(),
+    }
+    return GameDocument.model_validate(fields | changes)
+
+
+def token_game() -> GameDocument:
+    check = Check(
+        name="selection",
+        status="pass",
+        measured="0",
+        allowed="0",
+        explanation="No token of an image moved when another image changed.",
+    )
+    fusion = FusionAudit(
+        training="per-example preprocessing",
+        release="not released",
+        reducer="visionzip",
+        sensitivity=sensitivity(),
+        released=released(),
+        cases=cases(),
+        checks=(check,),
+    )
+    shared = {"number": 2, "previous_sha256": None, "about": "weights", "coins_sha256": None, "alpha": 0.001}
+    return GameDocument.model_validate({"game": "token path", "claim": claim(), "fusion": fusion, **shared})
+
+
+def white_box_game(*, e_value: float = 0.5, power: float | None = 0.97, number: int = 2) -> GameDocument:
+    """A twin's game: sigma, q, T and coins of its own."""
+    theirs = claim().model_copy(update={"noise_multiplier": 1.198, "sample_rate": 0.119, "steps": 168})
+    test = claim_test(
+        name="white box: all canaries",
+        bound="exact likelihood",
+        guesses=None,
+        correct=None,
+        e_value=e_value,
+        power=power,
+        power_low=None if power is None else power - 0.02,
+        control="liveness, noise level" if power is not None else "noise level: the channel is blurred",
+    )
+    within = claim_test(
+        name="white box: all canaries",
+        bound="exact likelihood",
+        assumes="dp-sgd(q,T)",
+        epsilon_lower=7.7,
+        ceiling=9.9,
+        e_value=None,
+        p_value=None,
+        decides=False,
+    )
+    control = Control(name="liveness", outcome="earned", measured="1.000 C", allowed="1 C", explanation="It arrives.")
+    shared = {"number": number, "previous_sha256": None, "about": "procedure", "coins_sha256": "ab" * 32}
+    return GameDocument.model_validate(
+        {
+            "game": "white-box",
+            "claim": theirs,
+            "alternative": "the true sigma is 10 % smaller than claimed",
+            "alpha": 0.001,
+            "tests": (test, within),
+            "controls": (control,),
+            "scores": (score_summary("white box", 1.4, seed=5),),
+            **shared,
+        }
+    )
+
+
+def chained(games: Sequence[GameDocument]) -> tuple[GameDocument, ...]:
+    """The same games numbered and chained in this order."""
+    done: list[GameDocument] = []
+    for game in games:
+        before = done[-1].sha256() if done else None
+        done.append(game.model_copy(update={"number": len(done) + 1, "previous_sha256": before}))
+    return tuple(done)
+
+
+def games(method: str) -> tuple[GameDocument, ...]:
+    own = (canary_game(method), token_game()) if method == "dual-priv" else (canary_game(method),)
+    return chained(own)
+
+
+def audit(method: str, played: Sequence[GameDocument] | None = None) -> AuditDocument:
+    """What the judge makes of the games."""
+    played = games(method) if played is None else played
+    fusion = next((game.fusion for game in played if game.fusion is not None), None)
+    return verdict.document(
         run=RunInfo(
             name=method,
             method=method,
@@ -290,7 +381,26 @@ def audit(method: str) -> AuditDocument:
             coins_sha256=COINS,
             command=f"dpaudit audit runs/{method} --canaries",
         ),
+        claim=None if method == "non-private" else claim(),
+        alpha=0.001,
+        confidence=0.95,
+        games=played,
+        ledger=(() if method == "non-private" else run_ledger(ledger_rows(method), fusion)) or ledger_rows(method),
     )
+
+
+def write_audit(run: Path, method: str, played: Sequence[GameDocument] | None = None) -> AuditDocument:
+    """Games, chained, and the audit.json that they give."""
+    played = games(method) if played is None else chained(played)
+    folder = run / "release" / "games"
+    folder.mkdir(exist_ok=True)
+    for old in folder.iterdir():
+        old.unlink()
+    for game in played:
+        (folder / f"{game.name}.json").write_text(game.to_json())
+    document = audit(method, played)
+    (run / "release" / "audit.json").write_text(document.to_json())
+    return document
 
 
 def thumbnails() -> tuple[Thumbnail, ...]:
@@ -368,7 +478,7 @@ def write_run(
     )
     (release / "environment.json").write_text(environment(method).to_json())
     if with_audit:
-        (release / "audit.json").write_text(audit(method).to_json())
+        write_audit(folder, method)
     if with_benchmark:
         level = {"non-private": 0.942, "dp-sgd": 0.861, "dual-priv": 0.847}[method]
         (release / "benchmark.json").write_text(benchmark(level).to_json())

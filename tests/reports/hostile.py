@@ -64,7 +64,10 @@ def write_hostile_run(parent: Path, name: str) -> Path:
     """A dual-priv run whose every free text is hostile, its name included."""
     run = fixtures.write_run(parent, "dual-priv", name=name)
     release = run / "release"
-    (release / "audit.json").write_text(tainted(fixtures.audit("dual-priv")).to_json())
+    played = [tainted(game) for game in fixtures.games("dual-priv")]
+    document: AuditDocument = tainted(fixtures.write_audit(run, "dual-priv", played))
+    places = [entry.model_copy(update={"name": game.name}) for entry, game in zip(document.games, played, strict=True)]
+    (release / "audit.json").write_text(document.model_copy(update={"games": tuple(places)}).to_json())
     environment: EnvironmentDocument = tainted(fixtures.environment("dual-priv"))
     (release / "environment.json").write_text(environment.to_json())
     rows = [LedgerRow(path=text, status="UNACCOUNTED", explanation=text, evidence=text) for text in HOSTILE]

@@ -2,15 +2,17 @@
 
 import math
 import re
+from statistics import NormalDist
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpaudit.accounting import gaussian_epsilon
 from dpaudit.documents import LedgerRow, Metric
 from reports.diagram import boxes, diagram, evidence_bar, scale_top, stage_rows, worst
 from reports.figures import FrontierPoint, allowed_tpr, frontier, histogram, roc
-from reports.prose import best_guess, ceiling_note
+from reports.prose import best_guess, ceiling_note, group_sentence, stated_guess
 from reports.svg import StyleSheet
 from tests.reports.fixtures import audit, claim, config, ledger_rows, score_summary
 
@@ -31,9 +33,33 @@ def test_best_guess_is_the_maximum_over_the_curve(epsilon: float) -> None:
     delta = 1e-5
     grid = [i / 20000 for i in range(20001)]
     best = max((1 + allowed_tpr(fpr, epsilon, delta) - fpr) / 2 for fpr in grid)
-    assert best <= best_guess(epsilon, delta) + 1e-12
-    assert best == pytest.approx(best_guess(epsilon, delta), abs=5e-4)
-    assert best_guess(0.0, 0.0) == 0.5 and best_guess(math.inf, 1e-5) == 1.0
+    assert best <= stated_guess(epsilon, delta) + 1e-12
+    assert best == pytest.approx(stated_guess(epsilon, delta), abs=5e-4)
+    assert stated_guess(0.0, 0.0) == 0.5 and stated_guess(math.inf, 1e-5) == 1.0
+
+
+def test_a_guess_follows_from_the_mechanism_and_never_exceeds_eps_and_delta() -> None:
+    full = claim().model_copy(update={"sampling": "full", "sample_rate": None, "steps": 4, "noise_multiplier": 2.0})
+    assert best_guess(full) == pytest.approx(NormalDist().cdf(0.5))  # one Gaussian with mu = sqrt(4) / 2
+    small = full.model_copy(update={"epsilon": 0.5})
+    assert best_guess(small) == stated_guess(0.5, 1e-5) < best_guess(full)
+    unknown = full.model_copy(update={"noise_multiplier": None})
+    assert best_guess(unknown) == stated_guess(8.0, 1e-5)
+    tokens = full.model_copy(update={"token_multiplier": 1.0})  # sigma alone does not cover what is published
+    assert best_guess(tokens) == stated_guess(8.0, 1e-5)
+
+
+def test_several_units_cost_more_than_their_number_times_eps() -> None:
+    full = claim().model_copy(
+        update={"sampling": "full", "sample_rate": None, "steps": 4, "noise_multiplier": 2.0, "epsilon": 4.377}
+    )
+    said = group_sentence(full)
+    figures = [float(value) for value in re.findall(r"\d cost eps up to ([\d.]+)", said)]
+    assert figures == pytest.approx([gaussian_epsilon(float(k), 1e-5) for k in (2, 3, 5)], rel=5e-3)
+    assert all(value > k * 4.377 for value, k in zip(figures, (2, 3, 5), strict=True)) and "by the mechanism" in said
+    alone = group_sentence(full.model_copy(update={"noise_multiplier": None, "epsilon": 1.0}))
+    assert "by the group lemma" in alone and "2 cost eps up to 2, at delta = 3.72e-5 only" in alone  # 1 + e
+    assert "nothing useful is known for 5" in group_sentence(full.model_copy(update={"noise_multiplier": None}))
 
 
 TEXT = re.compile(r'<text[^>]*? x="([\d.]+)" y="([\d.]+)"[^>]*>([^<]+)</text>')
@@ -86,25 +112,26 @@ def test_frontier_draws_every_run_and_no_claim_at_the_right() -> None:
 
 
 def test_rows_find_their_arrow() -> None:
-    def row(path: str, status: str = "accounted") -> LedgerRow:
-        return LedgerRow.model_validate({"path": path, "status": status, "explanation": "e", "evidence": "v"})
+    def row(path: str, stage: str | None, status: str = "accounted") -> LedgerRow:
+        told = {"path": path, "stage": stage, "status": status, "explanation": "e", "evidence": "v"}
+        return LedgerRow.model_validate(told)
 
     stages = stage_rows(
         [
-            row("gradients"),
-            row("token pruning and fusion", "per-example preprocessing"),
-            row("fusion noise", "per-example preprocessing"),
-            row("gradient-update pruning", "post-processing"),
-            row("canaries"),
-            row("planted fault", "UNACCOUNTED"),
-            row("size of the training set"),
-            row("tokenizer vocabulary", "UNACCOUNTED"),
+            row("gradients", "gradients"),
+            row("token pruning and fusion", "token reduction", "per-example preprocessing"),
+            row("fusion noise", "fusion noise", "per-example preprocessing"),
+            row("gradient-update pruning", "gradient pruning", "post-processing"),
+            row("canaries", "canaries"),
+            row("planted fault", "gradients", "UNACCOUNTED"),
+            row("size of the training set", "data size"),
+            row("gradients of the tokenizer", None, "UNACCOUNTED"),  # a name decides nothing
         ]
     )
     assert [r.path for r in stages["fusion"]] == ["token pruning and fusion", "fusion noise"]
     assert [r.path for r in stages["update"]] == ["gradient-update pruning"]
     assert [r.path for r in stages["gradients"]] == ["gradients", "canaries", "planted fault"]
-    assert [r.path for r in stages["other"]] == ["size of the training set", "tokenizer vocabulary"]
+    assert [r.path for r in stages["other"]] == ["size of the training set", "gradients of the tokenizer"]
     assert worst(stages["gradients"]) == "UNACCOUNTED" and worst(()) is None
 
 
@@ -139,9 +166,9 @@ def test_evidence_bar_is_to_scale() -> None:
 
 def test_ceiling_notes() -> None:
     test = audit("non-private").tests[0]
-    assert ceiling_note(test, None) == "at its ceiling: more canaries needed"
+    assert "more canaries needed" in (ceiling_note(test, None) or "")
     low = test.model_copy(update={"epsilon_lower": 1.0})
     assert ceiling_note(low, None) is None
-    assert "ceiling below the claimed 8" in (ceiling_note(low, claim()) or "")
+    assert "cannot check 8" in (ceiling_note(low, claim()) or "")
     assert ceiling_note(low, claim(2.0)) is None
     assert ceiling_note(low.model_copy(update={"epsilon_lower": None}), claim()) is None

@@ -21,7 +21,14 @@ from reports.embedded import Change
 from reports.formats.findings import RULES, Finding, counts, findings
 from reports.formats.markdown import escape
 from reports.subjects import load_page
-from tests.reports.fixtures import check_document, write_run, write_three
+from tests.reports.fixtures import (
+    canary_game,
+    check_document,
+    claim_test,
+    write_audit,
+    write_run,
+    write_three,
+)
 from tests.reports.hostile import HOSTILE, write_hostile_run
 from tests.reports.sweep.fakes import FakeExecutor, write_sweep
 from tests.reports.test_subjects import write_documents
@@ -129,21 +136,20 @@ def test_a_page_of_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_refuted_claim_and_an_unaccounted_path_fail(tmp_path: Path) -> None:
     run = write_run(tmp_path, "dp-sgd", name="mine")
-    path = run / "release" / "audit.json"
-    tree = json.loads(path.read_text())
-    tree["verdict"] = "refuted"
-    tree["tests"][0].update(p_value=1e-6, statement="chance of so many right guesses")
-    tree["tests"].append({**tree["tests"][0], "name": "bound", "p_value": None, "epsilon_lower": 9.0, "ceiling": 10.0})
-    path.write_text(json.dumps(tree))
+    game = canary_game("dp-sgd")
+    bound = game.tests[0].model_copy(update={"name": "bound", "epsilon_lower": 9.0, "ceiling": 10.0})
+    quiet = claim_test(name="quiet", e_value=1.0, p_value=1e-9)  # a small p-value alone decides nothing
+    tests = (bound, claim_test(e_value=1e5, p_value=0.9), quiet, *game.tests[2:])
+    write_audit(run, "dp-sgd", [game.model_copy(update={"tests": tests})])
     ledger = run / "release" / "ledger.json"
     rows = json.loads(ledger.read_text())
     rows["rows"].append({"path": "vocabulary", "status": "UNACCOUNTED", "explanation": "e", "evidence": "v"})
     ledger.write_text(json.dumps(rows))
     found = {(f.rule, f.name): f.outcome for f in findings(load_page([run]))}
     assert found["claim", "claim"] == "fail" and found["ledger", "vocabulary"] == "fail"
-    assert (
-        found["claim-test", "canaries: all kinds (steinke)"] == "fail" and found["bound", "bound (steinke)"] == "fail"
-    )
+    assert found["claim-test", "canaries: all kinds (f-dp)"] == "fail"
+    assert found["claim-test", "quiet (f-dp)"] == "skip"
+    assert found["bound", "bound (steinke)"] == "warn"  # above the claim; a bound refutes nothing by itself
     # tests outside the error budget decide nothing here either
     assert not any("mislabelled" in name for _, name in found)
 

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import html
 import json
+import math
 import re
 import subprocess
 import sys
@@ -12,13 +13,24 @@ from pathlib import Path
 
 import pytest
 
-from dpaudit.documents import AuditDocument, Thumbnail
+from dpaudit.documents import AuditDocument, LedgerDocument, Thumbnail
 from dpaudit.errors import UsageError
+from dpaudit.ledger import tuning_row
 from reports.embedded import ReportDocument
 from reports.html import SIZE_LIMIT, render
 from reports.inputs import Gallery, load_runs
 from reports.subjects import load_page
-from tests.reports.fixtures import audit, thumbnails, write_run, write_sums, write_three
+from tests.reports.fixtures import (
+    audit,
+    canary_game,
+    thumbnails,
+    token_game,
+    white_box_game,
+    write_audit,
+    write_run,
+    write_sums,
+    write_three,
+)
 from tests.reports.hostile import HOSTILE, write_hostile_run
 
 DPAUDIT = Path(sys.executable).parent / "dpaudit"
@@ -95,10 +107,10 @@ def test_says_what_an_auditor_needs(three: tuple[list[Path], str]) -> None:
         "eps = 8 at delta = 1e-5",
         "image (with all its questions)",
         "(add-remove)",
-        "right at most 99.97 % of the time",
+        "right at most 96.5 % of the time (by the claimed mechanism)",
         "dp-accounting 0.6.0 PLD",
-        "at its ceiling: more canaries needed",
-        "ceiling below the claimed 8",
+        "Every guess was right; the leak may exceed what this test measures",
+        "This test cannot measure above 3.66, so it cannot check 8.",
         "keeps 79 % of the gain",  # (0.861 - 0.552) / (0.942 - 0.552) = 0.792
         "This run makes no privacy claim.",
         "true sigma 30 % smaller than claimed",
@@ -110,6 +122,9 @@ def test_says_what_an_auditor_needs(three: tuple[list[Path], str]) -> None:
         "above the bound",
         "6.2 to 6.6",
         "tokens published with the paper's noise does not apply",
+        "No test of this audit has earned power",
+        "dpaudit audit dp-sgd --white-box tests the noise itself",
+        "--strict turns an inconclusive audit into exit code 3",
     ):
         assert words in text, words
 
@@ -120,11 +135,14 @@ def test_embedded_json_is_the_documents(three: tuple[list[Path], str]) -> None:
     runs = data["runs"]
     assert isinstance(runs, list) and [run["summary"]["key"] for run in runs] == ["A", "B", "C"]
     for path, run in zip(paths, runs, strict=True):
-        files = {file.name: file for file in (path / "release").iterdir()}
+        release = path / "release"
+        files = {file.relative_to(release).as_posix(): file for file in release.rglob("*") if file.is_file()}
         assert run["files"] == {name: hashlib.sha256(f.read_bytes()).hexdigest() for name, f in files.items()}
         own = json.loads(files["audit.json"].read_text())
         own.pop("gallery")
-        (own["fusion"]["released"] or {}).pop("strip_png_base64", None)  # pictures are on the page, not in its data
+        ((own["fusion"] or {}).get("released") or {}).pop(
+            "strip_png_base64", None
+        )  # pictures are on the page, not in its data
         assert run["documents"]["audit"] == own
         assert run["documents"]["ledger"] == json.loads(files["ledger.json"].read_text())
 
@@ -182,8 +200,7 @@ def test_contradictions_between_documents_are_notices(tmp_path: Path) -> None:
 
 
 def test_headline_is_the_best_deciding_bound_within_the_budget(tmp_path: Path) -> None:
-    document = audit("non-private")
-    first = document.tests[0]
+    first = audit("non-private").tests[0]
     free = first.model_copy(update={"name": "free", "decides": False, "epsilon_lower": 9.0})
     guess = first.model_copy(update={"name": "estimate", "estimate": True, "epsilon_lower": 9.0})
     family = first.model_copy(update={"name": "gaussian", "assumes": "gaussian", "epsilon_lower": 9.0})
@@ -194,8 +211,7 @@ def test_headline_is_the_best_deciding_bound_within_the_budget(tmp_path: Path) -
 
     def headline(*tests: object) -> tuple[str, float | None]:
         run = write_run(tmp_path, "non-private", name=f"r{len(list(tmp_path.iterdir()))}")
-        text = document.model_copy(update={"tests": tuple(tests)}).to_json()
-        (run / "release" / "audit.json").write_text(text)
+        write_audit(run, "non-private", [canary_game("non-private", tests=tuple(tests))])
         loaded = load_runs([run])[0]
         assert loaded.headline is not None
         return loaded.headline.name, loaded.headline_confidence
@@ -247,10 +263,11 @@ def test_a_foreign_document_is_one_clear_line(tmp_path: Path, file: str, content
 )
 def test_impossible_scores_are_refused(tmp_path: Path, change: dict[str, object], words: str) -> None:
     run = write_run(tmp_path, "dp-sgd")
-    document = audit("dp-sgd")
-    broken = document.scores[0].model_copy(update=change)
-    raw = document.model_copy(update={"scores": (broken,)}).model_dump(mode="python")
-    (run / "release" / "audit.json").write_text(json.dumps(raw))
+    game = canary_game("dp-sgd")
+    broken = game.scores[0].model_copy(update=change)
+    raw = game.model_copy(update={"scores": (broken,)}).model_dump(mode="python")
+    (run / "release" / "audit.json").unlink()
+    (run / "release" / "games" / "01-canaries.json").write_text(json.dumps(raw))
     with pytest.raises(UsageError, match=words):
         load_runs([run])
 
@@ -287,3 +304,109 @@ def test_release_alone_is_enough(tmp_path: Path) -> None:
     run = write_run(tmp_path, "dp-sgd")
     assert page_of(run / "release") == page_of(run)
     assert AuditDocument.read(run / "release" / "audit.json").verdict == "inconclusive"
+
+
+def test_a_page_judges_the_recorded_games_again(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "dp-sgd")
+    path = run / "release" / "audit.json"
+    path.write_text(path.read_text().replace('"verdict": "inconclusive"', '"verdict": "not refuted"'))
+    loaded = load_runs([run])[0]
+    assert loaded.verdict == "inconclusive"
+    assert loaded.notices == ("audit.json says “not refuted”; its documents give “inconclusive”.",)
+    write_audit(run, "dp-sgd")
+    path.write_text(path.read_text().replace('"auc": 0.', '"auc": 0.1'))
+    assert load_runs([run])[0].notices == ("audit.json differs from what its documents give: summaries of scores.",)
+    path.unlink()  # killed between the game and the audit
+    loaded = load_runs([run])[0]
+    assert loaded.verdict == "inconclusive" and "There is no audit.json" in loaded.notices[0]
+
+
+def test_a_row_that_came_after_the_audit_counts_and_is_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "dp-sgd")
+    ledger = LedgerDocument.read(run / "release" / "ledger.json")
+    later = ledger.model_copy(update={"rows": (*ledger.rows, tuning_row(5))})
+    (run / "release" / "ledger.json").write_text(later.to_json())
+    loaded = load_runs([run])[0]
+    assert loaded.verdict == "unsupported"
+    assert "since: hyper-parameter tuning" in loaded.notices[0]
+
+
+def test_a_game_that_is_gone_or_edited_is_one_line(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "dp-sgd")
+    write_audit(run, "dp-sgd", [canary_game("dp-sgd"), white_box_game()])
+    place = run / "release" / "games" / "01-canaries.json"
+    whole = place.read_text()
+    place.unlink()
+    with pytest.raises(UsageError, match="02-white-box"):
+        load_runs([run])
+    place.write_text(whole.replace("0.43", "0.44"))
+    with pytest.raises(UsageError, match="02-white-box"):
+        load_runs([run])
+    place.write_text(whole)
+    (run / "release" / "games" / "02-white-box.json").unlink()
+    with pytest.raises(UsageError, match="02-white-box"):
+        load_runs([run])
+
+
+def test_a_twin_has_coins_of_its_own_and_the_run_may_not(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "dp-sgd")
+    write_audit(run, "dp-sgd", [canary_game("dp-sgd"), white_box_game()])
+    assert load_runs([run])[0].notices == ()
+    write_audit(run, "dp-sgd", [canary_game("dp-sgd", coins_sha256="cd" * 32)])
+    assert any("coins of game 01-canaries" in notice for notice in load_runs([run])[0].notices)
+
+
+def test_every_figure_says_what_it_speaks_of_and_the_deciding_one_stays(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "dp-sgd")
+    document = write_audit(run, "dp-sgd", [canary_game("dp-sgd"), white_box_game()])
+    assert document.verdict == "not refuted"
+    page = page_of(run)
+    text = visible(page)
+    assert "canaries: about these weights." in text
+    assert "white-box: about the training procedure, not these weights." in text
+    own = "(game 02-white-box: the training procedure, not these weights; sigma 1.198, q 0.119, T 168)"
+    assert f"Scores in “white box” {own}" in text and f"ROC of “white box” {own}" in text
+    assert "02-white-box says most" in text and "97 % liveness: earned (1.000 C)" in text
+    assert "Next:" not in text and "within DP-SGD of the claimed q and T: eps ≥ 7.7 (ceiling 9.9)" in text
+    assert f"of {-math.log(0.001):.3g} 97 %" in text
+    many = [run]
+    for index in range(11):
+        other = write_run(tmp_path, "dual-priv", name=f"run-{index}")
+        write_audit(other, "dual-priv", [canary_game("dual-priv"), token_game(), white_box_game()])
+        many.append(other)
+    small, detail = render(load_page(many), title="T")
+    assert len(small.encode()) < SIZE_LIMIT and not detail.documents_embedded
+    assert visible(small).count("ROC of “white box”") == (12 if detail.games else 0)
+    assert "ROC of “canaries" not in visible(small)
+
+
+def test_a_refuting_game_is_the_one_that_decides(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "dp-sgd")
+    write_audit(run, "dp-sgd", [canary_game("dp-sgd"), white_box_game(e_value=1e9, power=None)])
+    text = visible(page_of(run))
+    assert load_runs([run])[0].verdict == "refuted" and "02-white-box says most" in text and "refutes level" in text
+
+
+def test_an_audit_of_version_1_is_read_and_earns_no_power(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "dp-sgd")
+    tree = json.loads(audit("dp-sgd").to_json())
+    for name in ("kind", "games", "controls", "log_evidence"):
+        del tree[name]
+    for test in tree["tests"]:
+        for name in ("power_low", "e_value", "share", "level", "refutes", "control"):
+            del test[name]
+        test["power"] = 0.99
+    tree["run"]["audits"] = "these weights"
+    del tree["run"]["about"]
+    for row in tree["ledger"]:
+        del row["stage"]
+    tree |= {"schema_version": 1, "verdict": "not refuted"}
+    for game in (run / "release" / "games").iterdir():
+        game.unlink()
+    (run / "release" / "audit.json").write_text(json.dumps(tree))
+    loaded = load_runs([run])[0]
+    assert loaded.verdict == "inconclusive" and "before controls were required" in loaded.notices[0]
+    bare = tmp_path / "told.json"
+    bare.write_text(json.dumps(tree))
+    stages = {row.path: row.stage for row in load_page([bare]).runs[0].ledger}
+    assert stages["gradients"] == "gradients" and stages["answer vocabulary"] is None

@@ -17,7 +17,16 @@ from reports.changes import compare, read_earlier
 from reports.checklist import QUESTIONS, answers, checklist
 from reports.html import SIZE_LIMIT, render
 from reports.subjects import Page, load_page
-from tests.reports.fixtures import audit, benchmark, check_document, write_run, write_three
+from tests.reports.fixtures import (
+    audit,
+    benchmark,
+    canary_game,
+    check_document,
+    claim_test,
+    write_audit,
+    write_run,
+    write_three,
+)
 from tests.reports.sweep.fakes import FakeExecutor, write_sweep
 from tests.reports.test_html import Balance, embedded, visible
 
@@ -52,7 +61,8 @@ def bugs_document() -> BugsDocument:
 
 def scores_document() -> ScoresDocument:
     whole = audit("dp-sgd").model_dump()
-    return ScoresDocument.model_validate({name: whole[name] for name in ScoresDocument.model_fields})
+    shared = {name: whole[name] for name in ScoresDocument.model_fields if name != "kind"}
+    return ScoresDocument.model_validate(shared)
 
 
 def write_documents(folder: Path) -> list[Path]:
@@ -137,8 +147,11 @@ def test_bare_documents_make_a_page(tmp_path: Path) -> None:
         ('{"verdict": "pa', "not JSON, or cut off"),
         ("[]", "not a document that a report shows"),
         ('{"name": "package", "version": 1}', "not a document that a report shows"),
-        ('{"verdict": "pass", "checks": 3}', "not a check document: checks"),
-        ('{"verdict": "refuted", "tests": [], "validity": {}}', "not a scores document"),
+        ('{"kind": "check", "verdict": "pass", "checks": 3}', "not a check document: checks"),
+        ('{"schema_version": 1, "verdict": "refuted", "tests": [], "validity": {}}', "not a scores document"),
+        ('{"schema_version": 2, "verdict": "pass", "checks": []}', "says no kind"),  # only version 1 may say none
+        ('{"kind": "game", "verdict": "pass", "checks": []}', "is of kind 'game'"),
+        ('{"kind": ["audit"], "schema_version": 1}', "is of kind"),
         ("[" * 100_000, "not JSON, or cut off"),
         (b"\xff\xfe\x00", "can't be read"),
         ("", "not JSON, or cut off"),
@@ -240,12 +253,11 @@ def test_better_and_worse_are_told_apart(tmp_path: Path) -> None:
     check.write_text(check_document().to_json())
     old = page_file(tmp_path / "old.html", run, gone, check)
 
-    def worse_audit(tree: dict[str, Any]) -> None:
-        tree["verdict"] = "refuted"
-        tree["tests"][0]["epsilon_lower"] = 2.5
-        tree["validity"]["checks"][0]["status"] = "fail"
-
-    rewrite(run / "release" / "audit.json", worse_audit)
+    before = canary_game("dp-sgd")
+    more = (before.tests[0].model_copy(update={"epsilon_lower": 2.5}), claim_test(e_value=1e5), *before.tests[2:])
+    failed = before.validity.checks[0].model_copy(update={"status": "fail"})
+    checks = before.validity.model_copy(update={"checks": (failed, *before.validity.checks[1:])})
+    write_audit(run, "dp-sgd", [before.model_copy(update={"tests": more, "validity": checks})])
     rewrite(
         run / "release" / "ledger.json",
         lambda tree: tree["rows"].append(
@@ -271,7 +283,7 @@ def test_better_and_worse_are_told_apart(tmp_path: Path) -> None:
     assert said["gone", "run"] == "changed"
     page = load_page([run, check])
     text = visible(render(page, title="T", changes=changes, against="old.html")[0])
-    assert "Changes since old.html" in text and "verdict inconclusive refuted worse" in text
+    assert "Changes since old.html" in text and "verdict inconclusive invalid worse" in text
 
 
 @pytest.mark.parametrize(

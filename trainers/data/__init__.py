@@ -52,6 +52,7 @@ def _size_row(config: DataConfig, dataset: Dataset) -> tuple[LedgerRow, ...]:
     return (
         LedgerRow(
             path="size of the training set",
+            stage="data size",
             status="accounted",
             explanation="The exact number of training units sets the sampling rate and the expected batch size. It is "
             "made public by declaration: the claim protects what a unit contains, taken that this number is known. "
@@ -68,6 +69,7 @@ def _limit_row(config: DataConfig) -> tuple[LedgerRow, ...]:
     return (
         LedgerRow(
             path="limit on the training set",
+            stage="data size",
             status="per-example preprocessing",
             explanation="Only the first units of the data take part. The claim is about the set after this cut: a unit "
             "removed before it would let the next one in, which is a replacement and not a removal.",

@@ -213,6 +213,7 @@ def _ledger(config: DataConfig) -> tuple[LedgerRow, ...]:
     return (
         LedgerRow(
             path="grouping into units",
+            stage="preprocessing",
             status="per-example preprocessing",
             explanation="Questions about the same picture are put together, so that one unit holds all that one person "
             "contributes. Nothing else (vocabulary, answer list, normalisation) is computed from the rows.",

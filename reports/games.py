@@ -1,0 +1,126 @@
+"""The games of a run as a page shows them: what each was played on, what it could have found, and what it found."""
+
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dpaudit.documents import ABOUT, Claim, GameDocument, GameEntry, ScoreSummary, Test
+from dpaudit.verdict import marked
+from reports.inputs import RunReport
+from reports.text import clean, number, percent
+
+WITHOUT_COINS = ("token path", "step contract")  # checks that toss no coins and so hold no evidence
+
+
+@dataclass(frozen=True)
+class GameRow:
+    """One game in words. decides: the one on which the verdict rests, as far as it rests on one."""
+
+    entry: GameEntry
+    about: str
+    mechanism: str
+    power: str
+    controls: tuple[str, ...]
+    decides: bool
+
+
+def game_rows(run: RunReport) -> tuple[GameRow, ...]:
+    """The games with coins, in the order of play."""
+    if run.audit is None:
+        return ()
+    played = {game.name: game for game in run.games}
+    first = decider(run)
+    return tuple(
+        GameRow(
+            entry=entry,
+            about=ABOUT[entry.about] + (" (a twin that was supplied)" if entry.supplied else ""),
+            mechanism=mechanism(entry.claim),
+            power="not earned" if entry.power is None else percent(entry.power, 0),
+            controls=_controls(played.get(entry.name)),
+            decides=entry.name == first,
+        )
+        for entry in _with_coins(run)
+    )
+
+
+def _with_coins(run: RunReport) -> list[GameEntry]:
+    assert run.audit is not None
+    return [entry for entry in run.audit.games if entry.game not in WITHOUT_COINS]
+
+
+def mechanism(claim: Claim | None) -> str:
+    """sigma, q and T of what was attacked; a twin has its own."""
+    if claim is None:
+        return "no claim"
+    parts = [f"sigma {number(claim.noise_multiplier, 4)}"] if claim.noise_multiplier is not None else []
+    parts += [f"q {number(claim.sample_rate, 4)}"] if claim.sample_rate is not None else []
+    parts += [f"T {claim.steps:,}"] if claim.steps is not None else []
+    return ", ".join(parts) or f"eps {number(claim.epsilon)} at {number(claim.delta)} alone"
+
+
+def _controls(game: GameDocument | None) -> tuple[str, ...]:
+    if game is None:
+        return ()
+    if game.controls:
+        return tuple(f"{item.name}: {item.outcome} ({clean(item.measured, 160)})" for item in game.controls)
+    return tuple(dict.fromkeys(clean(test.control, 200) for test in game.tests if test.control is not None))
+
+
+def decider(run: RunReport) -> str | None:
+    """The game that says most: where the claim is refuted the largest evidence, else the largest earned power."""
+    if run.audit is None:
+        return None
+    entries = _with_coins(run)
+    if run.audit.verdict == "refuted":
+        return max(entries, key=lambda entry: entry.log_evidence).name if entries else None
+    earned = [entry for entry in entries if entry.power is not None]
+    return max(earned, key=lambda entry: entry.power or 0.0).name if earned else None
+
+
+def score_summaries(run: RunReport) -> tuple[tuple[ScoreSummary, GameDocument | None], ...]:
+    """Summaries with the game that each belongs to, the deciding game's first; of a bare document without games."""
+    if run.audit is None:
+        return ()
+    if not run.games:
+        return tuple((summary, None) for summary in run.audit.scores)
+    latest = {game.game: game for game in run.games if game.scores}
+    first = decider(run)
+    ordered = sorted(latest.values(), key=lambda game: game.name != first)
+    return tuple((summary, game) for game in ordered for summary in game.scores)
+
+
+def test_groups(run: RunReport) -> tuple[tuple[str | None, Sequence[Test]], ...]:
+    """(name of the game, its tests as the judge marks them); one group without a name for a bare document."""
+    if run.audit is None:
+        return ()
+    if not run.games:
+        return ((None, run.audit.tests),) if run.audit.tests else ()
+    return tuple((game.name, marked(game.tests, run.audit.alpha)) for game in run.games if game.tests)
+
+
+def threshold(run: RunReport) -> str:
+    """The log evidence that refutes."""
+    return number(-math.log(run.audit.alpha)) if run.audit is not None else "–"
+
+
+def next_step(run: RunReport) -> tuple[str, str] | None:
+    """(command, why) for a run whose audit could not tell; None where there is nothing to play."""
+    name = shlex.quote(run.name)
+    if run.audit is None:
+        return (f"dpaudit audit {name}", "plays all games that this run allows") if run.source == "run" else None
+    if run.verdict != "inconclusive":
+        return None
+    if run.source == "scores":
+        return "dpaudit scores FILE --control KNOWN", "with scores of a game with a known leak the power can be earned"
+    if run.source == "audit" or run.claim is None:
+        return None
+    played = {entry.game for entry in run.audit.games}
+    if "white-box" in played:
+        return (
+            f"dpaudit audit {name} --white-box --again",
+            "plays once more with fresh coins; evidence of all games multiplies",
+        )
+    if run.claim.sampling == "poisson":
+        return f"dpaudit audit {name} --white-box", "tests the noise itself, in a twin of the training"
+    return f"dpaudit audit {name} --contract", "tests one step of the training code"

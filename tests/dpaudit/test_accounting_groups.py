@@ -1,0 +1,73 @@
+"""Several units of one person, and the best guess, against closed forms and integrals."""
+
+import math
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+from scipy.stats import binom, norm
+
+from dpaudit.accounting import (
+    DpSgd,
+    best_guess,
+    epsilon,
+    gaussian_epsilon,
+    group_loss,
+    stated_group_loss,
+)
+
+DELTA = 1e-5
+
+
+def mixture_delta(sigma: float, rate: float, units: int, eps: float) -> float:
+    """The larger hockey-stick divergence of one step, by integrating the densities."""
+    x = np.linspace(-12 * sigma, units + 12 * sigma, 400_001)
+    inside = sum(binom.pmf(j, units, rate) * norm.pdf(x, j, sigma) for j in range(units + 1))
+    outside = norm.pdf(x, 0, sigma)
+    ways = ((inside, outside), (outside, inside))
+    return max(float(np.trapezoid(np.maximum(p - math.exp(eps) * q, 0.0), x)) for p, q in ways)
+
+
+@pytest.mark.parametrize("units", [1, 2, 5])
+def test_one_sampled_step_is_the_mixture_of_gaussians(units: int) -> None:
+    found = group_loss(DpSgd(0.8, 0.2, 1), units, DELTA)
+    assert found.rule == "mechanism" and found.delta == DELTA
+    assert mixture_delta(0.8, 0.2, units, found.epsilon) <= DELTA * 1.001  # an upper bound ...
+    assert mixture_delta(0.8, 0.2, units, 0.98 * found.epsilon) > DELTA  # ... and a tight one
+
+
+def test_one_unit_costs_what_the_accountant_says_and_more_cost_more_than_their_share() -> None:
+    event = DpSgd(1.5, 0.1, 40)
+    own = epsilon(event, DELTA)
+    losses = [group_loss(event, units, DELTA).epsilon for units in (1, 2, 3)]
+    assert own <= losses[0] <= 1.01 * own
+    assert losses[1] > 2 * own and losses[2] > 3 * own
+
+
+@pytest.mark.parametrize(("relation", "moved"), [("add-remove", 1.0), ("zero-out", 1.0), ("replace", 2.0)])
+def test_everybody_in_every_step_is_one_gaussian(relation: str, moved: float) -> None:
+    event = DpSgd(6.0, 1.0, 9, relation)  # type: ignore[arg-type]
+    assert group_loss(event, 3, DELTA).epsilon == pytest.approx(gaussian_epsilon(3 * moved * 3 / 6.0, DELTA))
+    assert best_guess(event) == pytest.approx(NormalDist().cdf(moved * 3 / 6.0 / 2))
+    shuffled = DpSgd(6.0, 0.1, 90, relation, sampling="shuffle")  # type: ignore[arg-type]
+    assert group_loss(shuffled, 3, DELTA) == group_loss(event, 3, DELTA)
+
+
+def test_the_group_lemma_holds_where_no_pair_is_known() -> None:
+    event = DpSgd(4.0, 0.1, 20, "replace")
+    found = group_loss(event, 2, DELTA)
+    half = found.epsilon / 2
+    own = DELTA * (math.exp(half) - 1) / (math.exp(2 * half) - 1)
+    assert found.rule == "group lemma" and found.delta == DELTA
+    assert epsilon(event, own) <= half * 1.001 <= epsilon(event, own) * 1.01
+    stated = stated_group_loss(1.0, DELTA, 2)
+    assert stated.epsilon == 2.0 and stated.delta == pytest.approx(DELTA * (1 + math.e))
+    assert stated_group_loss(0.0, DELTA, 4).delta == pytest.approx(4 * DELTA)
+    assert stated_group_loss(400.0, DELTA, 5).delta == 1.0
+
+
+def test_the_best_guess_of_one_sampled_step() -> None:
+    """Total variation of q N(1) + (1 - q) N(0) against N(0) is q times that of the two Gaussians."""
+    apart = 0.3 * (2 * NormalDist().cdf(0.5 / 0.7) - 1)
+    assert best_guess(DpSgd(0.7, 0.3, 1)) == pytest.approx((1 + apart) / 2, abs=1e-4)
+    assert best_guess(DpSgd(0.0, 0.3, 1)) == 1.0 and best_guess(DpSgd(1.0, 0.3, 0)) == 0.5
