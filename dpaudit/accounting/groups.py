@@ -18,12 +18,14 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
+import numpy as np
 from scipy.stats import binom
 
-from dpaudit.accounting.events import SMALLEST_DELTA, DpSgd
+from dpaudit.accounting.events import SMALLEST_DELTA, DpSgd, trivial
 from dpaudit.accounting.gaussian import gaussian_delta, gaussian_epsilon
-from dpaudit.accounting.pld import COARSE, _epsilon_on, _width, composition, grid_of, trivial
+from dpaudit.accounting.pld import COARSE, discrete_losses, together
 from dpaudit.accounting.schemes import composed_as, moved
+from dpaudit.accounting.steps import directions
 
 _WIDEST = 30.0  # standard deviations of one step; beyond, the loss distribution of a group says nothing worth its cost
 
@@ -59,7 +61,7 @@ def _sampled(step: DpSgd, units: int, delta: float) -> float:
     rate = step.sample_rate
     # One unit that moves k C and is there whenever one of the k is: wider than the mixture, so its grid serves.
     wide = replace(step, noise_multiplier=step.noise_multiplier / units, sample_rate=1 - (1 - rate) ** units)
-    width = _width(wide)
+    width = 2 * together([wide], 1e-10, COARSE)
     single = privacy_loss_distribution.from_mixture_gaussian_mechanism(
         step.noise_multiplier,
         sensitivities=list(range(units + 1)),
@@ -72,13 +74,11 @@ def _sampled(step: DpSgd, units: int, delta: float) -> float:
 
 def _by_lemma(step: DpSgd, units: int, delta: float) -> GroupLoss:
     """The smallest eps whose group delta, with the mechanism's own delta at that eps, stays within `delta`."""
-    grid = grid_of(step, COARSE)
-
     def holds(epsilon: float) -> bool | None:
         own = delta / _factor(epsilon, units)
-        return _epsilon_on(step, own, grid) <= epsilon if own >= SMALLEST_DELTA else None
+        return together([step], own, COARSE) <= epsilon if own >= SMALLEST_DELTA else None
 
-    low = _epsilon_on(step, delta, grid)
+    low = together([step], delta, COARSE)
     high = max(low, 1e-6)
     while not (answer := holds(high)):
         if answer is None or high > 1e3:  # the mechanism's curve is not known so far out
@@ -115,5 +115,9 @@ def best_guess(event: DpSgd) -> float:
         return (1 + gaussian_delta(mu * math.sqrt(step.steps), 0.0)) / 2
     if mu > _WIDEST:
         return 1.0
-    apart = float(composition(step, grid_of(step, COARSE)).get_delta_for_epsilon(0.0))
+    both = [discrete_losses(step, direction, COARSE) for direction in directions(step)]
+    apart = max(
+        float(np.sum(item.probabilities * np.clip(-np.expm1(-item.losses), 0.0, None))) + item.infinity_mass
+        for item in both
+    )
     return min(1.0, (1 + apart) / 2)
