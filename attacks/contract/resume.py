@@ -45,7 +45,9 @@ def checks(bench: Bench) -> Iterator[Check]:
         yield from (skipped(name, "the trainer offers no save() and load()", why) for name, why in NAMES)
         return
     empty = bench.empty_problem is None
-    batches = [[]] * (EMPTY if empty else 0) + [batch for batch in bench.training.batches if batch][:BEFORE]
+    batches: list[list[int]] = [[]] * (EMPTY if empty else 0) + [batch for batch in bench.training.batches if batch][
+        :BEFORE
+    ]
     earlier: list[list[Vector]] = []
     later: list[Vector] = []
     eps: list[tuple[float, float]] = []
