@@ -91,7 +91,8 @@ def equal_parameters(bench: Bench) -> Check:
     size, worst, where, tried = probe.claim.max_grad_norm, 0.0, "", 0
     meant = _weights(bench)
     for step in (2, *STAGES.values()):
-        for batch in (list(bench.picks.group), [bench.picks.group[0]]):
+        # Without copies every history is repeated step by step for each of its branches.
+        for batch in (list(bench.picks.group), [bench.picks.group[0]])[: 2 if probe.copyable else 1]:
             seen = _after(bench, _paths(bench, step), batch, meant)
             if seen is None:
                 why = "the trainer offers neither assign() nor save() and load(), so parameters can't be made equal"
