@@ -49,18 +49,18 @@ _MISSING = object()
 @contextlib.contextmanager
 def whole_copies() -> Iterator[None]:
     """Inside the block `copy.deepcopy` copies parameters, optimisers and generators with all that they hold."""
-    changed = ((nn.Parameter, _parameter), (torch.optim.Optimizer, _optimizer))
+    changed: tuple[tuple[type, Any], ...] = ((nn.Parameter, _parameter), (torch.optim.Optimizer, _optimizer))
     before = [vars(kind).get("__deepcopy__", _MISSING) for kind, _ in changed]
     table: dict[type, Any] = copy._deepcopy_dispatch  # type: ignore[attr-defined]
     table[torch.Generator] = _generator
     try:
         for kind, function in changed:
-            kind.__deepcopy__ = function  # type: ignore[attr-defined]
+            setattr(kind, "__deepcopy__", function)  # noqa: B010
         yield
     finally:
         del table[torch.Generator]
         for (kind, _), old in zip(changed, before, strict=True):
             if old is _MISSING:
-                del kind.__deepcopy__  # type: ignore[attr-defined]
+                delattr(kind, "__deepcopy__")
             else:
-                kind.__deepcopy__ = old  # type: ignore[attr-defined]
+                setattr(kind, "__deepcopy__", old)  # noqa: B010

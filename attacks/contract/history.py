@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from attacks.contract.bench import Bench
+from attacks.contract.bench import Bench, finite
 from attacks.contract.draws import ask
 from attacks.contract.probe import Observation, Records, Vector
 from attacks.contract.result import frozen, judged, skipped
@@ -86,23 +86,21 @@ EQUAL_WHY = (
 
 @frozen(EQUAL, EQUAL_WHY)
 def equal_parameters(bench: Bench) -> Check:
-    """One batch after three histories (two of data, one of empty batches), with the parameters set alike before it."""
-    probe, training = bench.probe, bench.training
+    """One batch after several histories, with the parameters set alike before it."""
+    probe = bench.probe
     size, worst, where, tried = probe.claim.max_grad_norm, 0.0, "", 0
     meant = _weights(bench)
     for step in (2, *STAGES.values()):
-        idle = [] if bench.empty_problem is None else training.batches[0]
-        empty: list[list[int]] = [idle] * (step - 1)
-        paths = [path[: step - 1] for path in (training.batches, training.others, empty)]
-        for batch in (list(bench.picks.group), [bench.picks.group[0]]):
-            seen = _after(bench, paths, batch, meant)
+        # Without copies every history is repeated step by step for each of its branches.
+        for batch in (list(bench.picks.group), [bench.picks.group[0]])[: 2 if probe.copyable else 1]:
+            seen = _after(bench, _paths(bench, step), batch, meant)
             if seen is None:
                 why = "the trainer offers neither assign() nor save() and load(), so parameters can't be made equal"
                 if "assign" in probe.offered:
                     why = "assign() does not change what the next step releases, so nothing can be compared"
                 return skipped(EQUAL, why, EQUAL_WHY)
             for one, two in pairwise(seen):
-                if one.noised == two.noised and all(np.isfinite(item.vector).all() for item in (one, two)):
+                if one.noised == two.noised and finite(one) and finite(two):
                     tried += 1
                     gap = probe.size(one.vector - two.vector) - 2 * probe.slack(one, two)
                     if gap > worst:
@@ -121,21 +119,37 @@ def _weights(bench: Bench) -> dict[str, Vector]:
     return meant if all(np.isfinite(value).all() for value in meant.values()) else bench.probe.start
 
 
+History = tuple[list[list[int]], Records | None]  # batches, and a neighbouring data set that holds an extreme record
+
+
+def _paths(bench: Bench, step: int) -> list[History]:
+    """Histories of `step` - 1 steps: two of data, one of empty batches, and three that end with what is extreme."""
+    training, picks = bench.training, bench.picks
+    idle = [] if bench.empty_problem is None else training.batches[0]
+    paths: list[History] = [(part[: step - 1], None) for part in (training.batches, training.others)]
+    paths.append(([idle] * (step - 1), None))
+    before = training.batches[: step - 2]
+    paths += [([*before, [picks.group[0]]], None), ([*before, sorted(training.pool[: training.largest])], None)]
+    if bench.usable:
+        paths.append(([*before, [picks.place]], bench.usable[0].records))
+    return paths
+
+
 def _after(
-    bench: Bench, paths: Sequence[list[list[int]]], batch: list[int], meant: dict[str, Vector]
+    bench: Bench, paths: Sequence[History], batch: list[int], meant: dict[str, Vector]
 ) -> list[Observation] | None:
     """The release of `batch` after each path at equal parameters; None if these can't be set."""
-    probe, records = bench.probe, bench.training.records
-    subjects = [probe.grown(tuple(map(tuple, path)), records) for path in paths]
-    effective = all(subject.put(meant) for subject in subjects) and _heard(bench, paths[0], batch, meant)
+    probe, training = bench.probe, bench.training
+    subjects = [probe.grown(tuple(map(tuple, path)), training.beside(records)) for path, records in paths]
+    effective = all(subject.put(meant) for subject in subjects) and _heard(bench, paths[0][0], batch, meant)
     if not effective:
         if not {"save", "load"} <= probe.offered:
             return None
         with tempfile.TemporaryDirectory(prefix="dpaudit-check-") as folder:
-            path = Path(folder) / "checkpoint"
-            subjects[0].ask("save", path)
+            file = Path(folder) / "checkpoint"
+            subjects[0].ask("save", file)
             for subject in subjects:
-                subject.ask("load", path)
+                subject.ask("load", file)
     return [probe.watch(subject, batch) for subject in subjects]
 
 

@@ -62,7 +62,8 @@ def source(target: str, factory: Callable[..., Any] | None) -> FactorySource:
     while isinstance(value, functools.partial):
         value = value.func
     if value is None:
-        guess = Path(*target.partition(":")[0].split(".")).with_suffix(".py") if target else Path()
+        module = target.partition(":")[0]
+        guess = Path(*module.split(".")).with_suffix(".py") if module.replace(".", "").isidentifier() else Path()
         return FactorySource(name=target, file=guess.as_posix() if guess.is_file() else None)
     try:
         value = value if inspect.isclass(value) or inspect.isroutine(value) else type(value)

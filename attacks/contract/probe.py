@@ -183,7 +183,7 @@ class Probe:
             subject.ask("step", list(part))
             self.steps += 1
         if self.copyable and noise is not None and len(path) > 1:
-            if len(self._grown) >= 12:
+            if len(self._grown) >= 24:
                 del self._grown[next(iter(self._grown))]
             self._grown[key] = subject.twin()
         return subject
@@ -309,11 +309,11 @@ class Probe:
         return max(self.precision, watcher.coarsest)
 
 
-class _Types(TorchDispatchMode):
+class _Types(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the coarsest floating-point type of a result."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.coarsest = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -57,7 +57,7 @@ def unseeded(bench: Bench) -> Check:
             process.wait()
     others = [answer for answer in answers if not isinstance(answer, str)]
     problems = [answer for answer in answers if isinstance(answer, str)]
-    results = [_independent(bench, [*empty, *others]) if empty.size else _differ(bench, batch)]
+    results = [_independent(bench, [*np.nan_to_num(empty), *others]) if empty.size else _differ(bench, batch)]
     if empty.size and not draws.unknown:
         results += _as_claimed(bench, draws, batch, empty)
     bad = [said for fine, said in results if not fine]
@@ -76,16 +76,29 @@ def _released(bench: Bench) -> tuple[Vector, Vector]:
     first, rest = [], []
     for _ in range(TRAINERS):
         subject = probe.build(probe.own, None)
-        first.append(probe.watch(subject, list(bench.picks.group)).vector)
+        first.append(_row(probe.watch(subject, list(bench.picks.group))))
         if bench.empty_problem is None:
-            rest.append(np.stack([probe.watch(subject, []).vector for _ in range(STEPS - 1)]))
+            rest.append(np.stack([_row(probe.watch(subject, [])) for _ in range(STEPS - 1)]))
     return np.stack(first), np.stack(rest) if rest else np.zeros((0, 0, 0))
+
+
+def _row(seen: Observation) -> Vector:
+    """What was released, NaN where a block was not noised."""
+    known = [
+        np.full(seen.moved[name].size if name in seen.moved else 1, np.nan) if value is None else value
+        for name, value in sorted(seen.released.items())
+    ]
+    return np.concatenate(known)
 
 
 def _differ(bench: Bench, batch: Vector) -> tuple[bool, str]:
     """Without empty batches: releases of one batch are the same only where the noise is."""
     pairs = [(a, b) for b in range(len(batch)) for a in range(b)]
-    equal = [pair for pair in pairs if np.linalg.norm(batch[pair[0]] - batch[pair[1]]) < 1e-3 * bench.probe.std]
+    equal = [
+        pair
+        for pair in pairs
+        if np.linalg.norm(np.nan_to_num(batch[pair[0]] - batch[pair[1]])) < 1e-3 * bench.probe.std
+    ]
     return not equal, f"{len(equal)} of {len(pairs)} pairs of trainers released the same"
 
 
@@ -126,7 +139,7 @@ def _as_claimed(bench: Bench, draws: Draws, batch: Vector, empty: Vector) -> lis
     if probe.mechanism == "correlated":
         return []
     alpha = stats.ALPHA / TESTS
-    values = empty[empty != 0] / probe.std
+    values = empty[~np.isnan(empty)] / probe.std
     by_step = {
         f"step {step + 2}": squares(empty[:, step].reshape(-1) / probe.std, laplace) for step in range(STEPS - 1)
     }
@@ -134,7 +147,7 @@ def _as_claimed(bench: Bench, draws: Draws, batch: Vector, empty: Vector) -> lis
     results = [(fine, f"{said})")]
     p, _ = law_of(probe, values)
     results.append((p > alpha, f"the noise has another law (p = {p:.2g})"))
-    blocks = _blocks(bench.probe.observe([]), empty)
+    blocks = _blocks(bench.probe.observe([]), np.nan_to_num(empty))
     if len(blocks) > 1 and probe.mechanism != "zeroth-order":
         pairs: list[Pair] = []
         for place, one in enumerate(sorted(blocks)):

@@ -48,7 +48,9 @@ def checks(bench: Bench) -> Iterator[Check]:
         )
         return
     empty = bench.empty_problem is None
-    batches = [[]] * (EMPTY if empty else 0) + [batch for batch in bench.training.batches if batch][:BEFORE]
+    batches: list[list[int]] = [[]] * (EMPTY if empty else 0) + [batch for batch in bench.training.batches if batch][
+        :BEFORE
+    ]
     earlier: list[list[Vector]] = []
     later: list[Vector] = []
     eps: list[tuple[float, float]] = []

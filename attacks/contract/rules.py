@@ -36,7 +36,9 @@ def misses(bench: Bench) -> Iterator[Miss]:
         tolerance = 10 * AGREEMENT * np.max([np.abs(run[1]).max(axis=1) for run in runs], axis=0)
         tolerance = tolerance + 4e-7 * float(np.abs(start).max(initial=0.0)) + 1e-300
         rule = _affine(runs, tolerance) or _adam(runs, tolerance, bench.probe.claim.expected_batch_size)
-        for number, series in enumerate(judge) if rule is not None else ():
+        if rule is None:
+            continue
+        for number, series in enumerate(judge):
             releases, moves, values = _run(series, name, start)
             if not np.isfinite(releases).all():
                 continue
