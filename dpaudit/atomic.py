@@ -60,13 +60,15 @@ def _sync_folder(folder: Path) -> None:
 def require_ordinary(path: Path) -> None:
     """UsageError where something else than an ordinary file is at `path`: a rename would put a file in its place.
 
-    A link is judged by what it leads to: /dev/stdout is a link, and `os.replace` would take it away for everybody.
+    A link is judged by what it leads to, and by where it lies: /dev/stdout is a link, which may well lead to an ordinary
+    file, and `os.replace` would take it away for everybody.
     """
     try:
-        mode = path.stat().st_mode
-    except OSError:
+        mode, place = path.stat().st_mode, path.parent.resolve()
+    except (OSError, RuntimeError):
         return  # nothing there, or a reason that writing will name
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+    system = any(place.is_relative_to(folder) for folder in ("/dev", "/proc", "/sys"))
+    if (system and not place.is_relative_to("/dev/shm")) or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise UsageError(f"{path}: is a device, pipe or socket; accepted: the name of a file")
 
 
