@@ -60,7 +60,7 @@ def _sync_folder(folder: Path) -> None:
 def require_ordinary(path: Path) -> None:
     """UsageError where something else than an ordinary file is at `path`: a rename would put a file in its place.
 
-    A link is judged by what it leads to, and by where it lies: /dev/stdout is a link, which may well lead to an ordinary
+    A link is judged by what it leads to, and by where it lies: /dev/stdout is one that may well lead to an ordinary
     file, and `os.replace` would take it away for everybody.
     """
     try:
