@@ -7,7 +7,6 @@ attacks find.
 
 import math
 from dataclasses import dataclass
-from typing import cast
 
 from dpaudit import accounting
 from dpaudit.config import RunConfig
@@ -61,7 +60,7 @@ def _events(claim: Claim) -> list[accounting.DpSgd] | str:
     if steps > MOST_STEPS or not math.isfinite(sigma):
         return "sigma is not finite" if steps <= MOST_STEPS else f"more than {MOST_STEPS:,} steps"
     noise = "laplace" if "laplace" in (claim.noise, claim.mechanism) else "gaussian"
-    scheme = cast(accounting.Scheme, "poisson" if sampling == "full" else sampling)
+    scheme: accounting.Scheme = "poisson" if sampling == "full" else sampling
     try:
         events = [accounting.DpSgd(float(sigma), float(rate), steps, claim.relation, noise, scheme)]  # type: ignore[arg-type]
         if claim.token_multiplier is not None:
