@@ -37,6 +37,7 @@ _WHY = {
     errno.ENAMETOOLONG: "the name is too long",
     errno.EFBIG: "the file would be larger than this system allows",
     errno.ELOOP: "a symbolic link is in its place",
+    errno.EMLINK: "it is a hard link: what is written here would change another file too",
     errno.ENXIO: "no ordinary file is in its place",
 }
 
@@ -75,12 +76,14 @@ def require_ordinary(path: Path) -> None:
 def open_own(path: Path, flags: int, mode: int = 0o600) -> int:
     """A descriptor of one of our own files, such as a log: never through a link, never a device or a pipe.
 
-    OSError as from `os.open`: ELOOP for a link, ENXIO for what is no ordinary file.
+    OSError as from `os.open`: ELOOP for a link, ENXIO for what is no ordinary file, EMLINK for one with further names.
     """
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    info = os.fstat(descriptor)
+    wrong = errno.ENXIO if not stat.S_ISREG(info.st_mode) else errno.EMLINK if info.st_nlink > 1 else 0
+    if wrong:
         os.close(descriptor)
-        raise OSError(errno.ENXIO, os.strerror(errno.ENXIO), str(path))
+        raise OSError(wrong, os.strerror(wrong), str(path))
     return descriptor
 
 

@@ -38,7 +38,7 @@ def binding(key: Key, config_sha256: str, units: Sequence[Unit], model: VisionLa
 
 
 def check(path: Path, ours: Mapping[str, str]) -> bytes:
-    """UsageError unless the key in `path` was drawn for exactly what `ours` hashes; b"", as `Group.from_first` takes."""
+    """UsageError unless the key in `path` was drawn for what `ours` hashes; returns b"", for `Group.from_first`."""
     theirs = bound_of(path)
     if theirs is None:
         raise UsageError(f"{path}: names no data that it was drawn for, so it can't be used again; start a new run")
