@@ -38,6 +38,7 @@ _WHY = {
     errno.ENAMETOOLONG: "the name is too long",
     errno.EFBIG: "the file would be larger than this system allows",
     errno.ELOOP: "a symbolic link is in its place",
+    errno.EMLINK: "it is a hard link: what is written here would change another file too",
     errno.ENXIO: "no ordinary file is in its place",
 }
 
@@ -61,25 +62,29 @@ def _sync_folder(folder: Path) -> None:
 def require_ordinary(path: Path) -> None:
     """UsageError where something else than an ordinary file is at `path`: a rename would put a file in its place.
 
-    A link is judged by what it leads to: /dev/stdout is a link, and `os.replace` would take it away for everybody.
+    A link is judged by what it leads to, and by where it lies: /dev/stdout is one that may well lead to an ordinary
+    file, and `os.replace` would take it away for everybody.
     """
     try:
-        mode = path.stat().st_mode
-    except OSError:
+        mode, place = path.stat().st_mode, path.parent.resolve()
+    except (OSError, RuntimeError):
         return  # nothing there, or a reason that writing will name
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+    system = any(place.is_relative_to(folder) for folder in ("/dev", "/proc", "/sys"))
+    if (system and not place.is_relative_to("/dev/shm")) or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise UsageError(f"{path}: is a device, pipe or socket; accepted: the name of a file")
 
 
 def open_own(path: Path, flags: int, mode: int = 0o600) -> int:
     """A descriptor of one of our own files, such as a log: never through a link, never a device or a pipe.
 
-    OSError as from `os.open`: ELOOP for a link, ENXIO for what is no ordinary file.
+    OSError as from `os.open`: ELOOP for a link, ENXIO for what is no ordinary file, EMLINK for one with further names.
     """
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    info = os.fstat(descriptor)
+    wrong = errno.ENXIO if not stat.S_ISREG(info.st_mode) else errno.EMLINK if info.st_nlink > 1 else 0
+    if wrong:
         os.close(descriptor)
-        raise OSError(errno.ENXIO, os.strerror(errno.ENXIO), str(path))
+        raise OSError(wrong, os.strerror(wrong), str(path))
     return descriptor
 
 

@@ -71,8 +71,10 @@ def _events(claim: Claim) -> list[accounting.DpSgd] | str:
 
 
 def rows(claim: Claim | None, config: RunConfig | None = None) -> tuple[LedgerRow, ...]:
-    """UNACCOUNTED rows, each of which leaves the claim unsupported: an eps that is too small, another configuration's
-    claim. None where all that can be computed fits."""
+    """UNACCOUNTED rows, each of which leaves the claim unsupported: too small an eps, another configuration's claim.
+
+    No row where all that can be computed fits; `cost(claim).why` says where nothing can.
+    """
     if claim is None:
         return ()
     found = []

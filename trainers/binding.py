@@ -37,8 +37,8 @@ def binding(key: Key, config_sha256: str, units: Sequence[Unit], model: VisionLa
     }
 
 
-def check(path: Path, ours: Mapping[str, str]) -> None:
-    """UsageError unless the key in `path` was drawn for exactly what `ours` hashes."""
+def check(path: Path, ours: Mapping[str, str]) -> bytes:
+    """UsageError unless the key in `path` was drawn for what `ours` hashes; returns b"", for `Group.from_first`."""
     theirs = bound_of(path)
     if theirs is None:
         raise UsageError(f"{path}: names no data that it was drawn for, so it can't be used again; start a new run")
@@ -48,6 +48,7 @@ def check(path: Path, ours: Mapping[str, str]) -> None:
                 f"{path}: its noise was drawn for {what}; on this the two releases would differ by private gradients "
                 "without noise; restore what was trained on, or start a new run in another folder"
             )
+    return b""
 
 
 def identity(ours: Mapping[str, str]) -> str:

@@ -258,12 +258,7 @@ def train(
     group.agree("data", "\n".join(unit.id for unit in units).encode())
     bound = binding.binding(key, config_sha256(run), units, model) if group.first else {}
     if resume:
-
-        def checked() -> bytes:
-            binding.check(run.noise_key, bound)
-            return b""
-
-        group.from_first(checked)
+        group.from_first(lambda: binding.check(run.noise_key, bound))
     reporter.phase(f"encoding {sum(len(unit.pictures) for unit in units)} pictures")
     features = cache_of(run, config.training.feature_cache, model, warn=reporter.phase) if group.first else None
     trainer = Trainer.build(config, plan, key, model, group.own(units), features, group)

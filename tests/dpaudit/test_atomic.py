@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from dpaudit import atomic
 from dpaudit.documents import BoundDocument
-from dpaudit.errors import EnvironmentFailure
+from dpaudit.errors import EnvironmentFailure, UsageError
 
 FRAME = pd.DataFrame({"id": ["a", "b"], "member": [True, False]})
 DOCUMENT = BoundDocument(method="steinke", epsilon_lower=1.0, ceiling=2.0, confidence=0.95, delta=1e-5, assumes="none")
@@ -184,3 +184,21 @@ def test_hashes(tmp_path: Path) -> None:
     assert atomic.sha256_bytes(b"abc") == atomic.sha256_file(tmp_path / "abc") == expected
     with pytest.raises(EnvironmentFailure):
         atomic.sha256_file(tmp_path / "missing")
+
+
+def test_our_own_files_are_opened_through_no_link(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("precious\n")
+    (tmp_path / "soft").symlink_to(tmp_path / "victim")
+    os.link(tmp_path / "victim", tmp_path / "hard")
+    os.mkfifo(tmp_path / "pipe")
+    for name, why in (("soft", "symbolic link"), ("hard", "hard link"), ("pipe", "no ordinary file")):
+        with pytest.raises(EnvironmentFailure, match=why):
+            atomic.append_line(tmp_path / name, "x")
+    assert (tmp_path / "victim").read_text() == "precious\n"
+    atomic.write_text(tmp_path / "hard", "mine\n")  # a new file takes the place of the name
+    assert (tmp_path / "victim").read_text() == "precious\n"
+    with pytest.raises(UsageError, match="device, pipe or socket"):
+        atomic.write_text(tmp_path / "pipe", "x")
+    for name in ("/dev/null", "/dev/stdout", "/proc/self/fd/1"):  # asked only: for root a mistake would be lasting
+        with pytest.raises(UsageError, match="device, pipe or socket"):
+            atomic.require_ordinary(Path(name))

@@ -1,6 +1,7 @@
 """Jobs on a two-node Ray cluster: the results of local processes, also when a node is killed in the middle."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -19,6 +20,9 @@ from dpaudit.executors_ray import RayExecutor
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
 
+# As dpaudit does for --address, and before Ray is imported: the nodes ask for a token, and we present it.
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ.setdefault("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)
 ray = pytest.importorskip("ray", reason="Ray is not installed (pip install 'dpaudit[ray]'): NO CLUSTER TEST WAS RUN")
 SQUARE = "tests.dpaudit.ray_jobs:square"
 
@@ -151,3 +155,29 @@ def test_what_no_node_can_offer_is_refused_at_once(cluster: Any) -> None:
 def test_bad_settings(setting: str, value: float) -> None:
     with pytest.raises(UsageError, match=setting.replace("_", "-")):
         RayExecutor(**{setting: value})  # type: ignore[arg-type]
+
+
+_ALONE = """
+import json, os
+import psutil
+from dpaudit.executors_ray import RayExecutor
+with RayExecutor().connection():
+    servers = psutil.Process().children(recursive=True)
+    mine = {process.pid for process in servers} | {os.getpid()}
+    found = [c.laddr.ip for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.pid in mine]
+    modes = {p.name(): p.environ().get("RAY_AUTH_MODE") for p in servers if p.name() in ("gcs_server", "raylet")}
+print(json.dumps({"addresses": found, "modes": modes, "token": len(os.environ["RAY_AUTH_TOKEN"])}))
+"""
+
+
+def test_ray_on_this_machine_is_for_this_machine_and_this_process(tmp_path: Path) -> None:
+    """Left to itself Ray listens on all interfaces; whoever gets in runs code."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    typed = [sys.executable, "-c", _ALONE]
+    done = subprocess.run(typed, env=environment | {"HOME": str(tmp_path)}, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert len(told["addresses"]) >= 4
+    assert all(address.removeprefix("::ffff:").startswith("127.") for address in told["addresses"]), told
+    assert told["modes"] == {"gcs_server": "token", "raylet": "token"} and told["token"] == 64
+    assert not (tmp_path / ".ray").exists(), "the token stays in memory"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from dpaudit import checksums
 from tests.faults import harness
 from tests.faults.scenarios import DUAL_PRIV, SETTINGS, write_data
 from tests.tiny import save_tiny_llava
@@ -224,6 +225,22 @@ def test_a_lost_key_is_not_replaced(bench: Bench) -> None:
     remove(KEY)(run)
     ended = bench.run(["train", "--resume", str(run)])
     assert ended.code == 2 and "noise.key: missing, though 3 steps" in ended.line and key(run) is None
+
+
+def test_an_edited_configuration_with_its_hashes_made_again(bench: Bench) -> None:
+    """Clipping to another C under the same noise: the difference is private gradients just as well."""
+    run = bench.root / "case"
+    shutil.copytree(bench.root / "killed", run)
+    config, listed = run / "release" / "config.yaml", run / "release" / checksums.SUMS
+    text = config.read_text()
+    config.write_text(text.replace("max-grad-norm: 1.0", "max-grad-norm: 0.5"))
+    assert config.read_text() != text
+    found = checksums.digest(config.read_bytes())
+    listed.write_text(checksums.write(checksums.read(listed) | {"config.yaml": found}))
+    ledger = json.loads((run / LEDGER).read_bytes()) | {"config_sha256": found}
+    (run / LEDGER).write_text(json.dumps(ledger | {"sha256": checksums.seal(ledger)}))
+    ended = bench.run(["train", "--resume", str(run)])
+    assert ended.code == 2 and "another configuration" in ended.line and not weights(run), ended.err
 
 
 def test_a_copy_goes_on_as_the_original_does(bench: Bench) -> None:
