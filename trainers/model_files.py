@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dpaudit import online, untrusted
-from dpaudit.errors import UsageError, rejected
+from dpaudit.errors import EnvironmentFailure, UsageError, rejected
 from trainers import limited
 
 CONFIG, TOKENIZER, INDEX = "config.json", "tokenizer.json", "model.safetensors.index.json"
@@ -78,12 +78,9 @@ def find(source: str, flag: str, fetch: bool) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=list(WANTED), local_files_only=not fetch))
     except LocalEntryNotFoundError:
-        why = (
-            "can't be loaded: the hub is out of reach"
-            if fetch
-            else "which is not in the local cache; --online fetches it"
-        )
-        raise UsageError(f"{flag}: got {source!r}, {why}") from None
+        if fetch:
+            raise EnvironmentFailure(f"{flag}: got {source!r}; the hub is out of reach") from None
+        raise UsageError(f"{flag}: got {source!r}, which is not in the local cache; --online fetches it") from None
     except (HfHubHTTPError, OSError, ValueError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UsageError(f"{flag}: got {source!r}, which can't be loaded: {first:.200}") from None

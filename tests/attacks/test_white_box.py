@@ -30,7 +30,7 @@ from attacks.white_box import (
 from dpaudit import accounting
 from dpaudit.config import RunConfig, resolve
 from dpaudit.documents import Claim
-from dpaudit.errors import UsageError
+from dpaudit.errors import InvalidGame, UsageError
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
 from tests.tiny import save_tiny_llava
@@ -152,6 +152,14 @@ def test_a_correct_run_is_not_refuted_and_half_the_noise_is(tiny: Path, tmp_path
     assert values["half"] is not None and values["half"] < 1e-6
     bound = {test.bound: test for test in members["half"].tests if test.assumes == "none"}["steinke"]
     assert 0 < float(bound.epsilon_lower or 0) <= float(bound.ceiling or 0)
+
+
+@pytest.mark.parametrize("name", ["gradient-99999999999", "gradient--1", "gradient-x", "canary-000001", "", "9" * 5000])
+def test_an_id_of_no_gradient_canary_is_an_invalid_game(name: str) -> None:
+    """No array of the size that an id asks for is made."""
+    frame = pd.DataFrame({"id": ["gradient-00000", name]})
+    with pytest.raises(InvalidGame, match="not that of a gradient canary"):
+        loud_of(frame)
 
 
 def test_loud_canaries_are_judged_by_themselves() -> None:
