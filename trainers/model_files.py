@@ -73,7 +73,7 @@ def find(source: str, flag: str, fetch: bool) -> Path:
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
         raise rejected(flag, source, "an existing folder, or a hub id such as llava-hf/llava-1.5-7b-hf")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
         return Path(snapshot_download(source, allow_patterns=list(WANTED), local_files_only=not fetch))
@@ -81,9 +81,12 @@ def find(source: str, flag: str, fetch: bool) -> Path:
         if fetch:
             raise EnvironmentFailure(f"{flag}: got {source!r}; the hub is out of reach") from None
         raise UsageError(f"{flag}: got {source!r}, which is not in the local cache; --online fetches it") from None
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (RepositoryNotFoundError, HFValidationError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UsageError(f"{flag}: got {source!r}, which can't be loaded: {first:.200}") from None
+        raise UsageError(f"{flag}: got {source!r}, which the hub does not have ({first:.200})") from None
+    except Exception as error:  # whatever the network, a proxy or the disk of the cache makes of it
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise EnvironmentFailure(f"{flag}: {source!r} can't be fetched from the hub ({first:.200})") from None
 
 
 def check(folder: Path, flag: str) -> ModelFiles:
