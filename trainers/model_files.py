@@ -89,6 +89,11 @@ def find(source: str, flag: str, fetch: bool) -> Path:
         raise EnvironmentFailure(f"{flag}: {source!r} can't be fetched from the hub ({first:.200})") from None
 
 
+def model_type(folder: Path, flag: str) -> str:
+    """What `config.json` calls the architecture; UsageError where it is damaged."""
+    return str(_object(folder, CONFIG, flag).get("model_type"))
+
+
 def check(folder: Path, flag: str) -> ModelFiles:
     """Raise UsageError, one line that begins with `flag`, unless every file is one that may be read."""
     names = _names(folder, flag)
