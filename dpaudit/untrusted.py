@@ -49,6 +49,7 @@ MOST_RELEASED = 1 << 32  # bytes of one file of a run's model: an adapter of ran
 MOST_TABLE = 1 << 28  # bytes that a table of ids, coins and scores may take once it is unpacked: millions of rows
 MOST_CSV = 1 << 26  # bytes of a table as text: two million rows; Parquet takes more
 MOST_LINE = 1 << 16  # bytes of a line of it
+MOST_NAMES = 1000  # columns of it
 MOST_COLUMNS = 10_000
 MOST_DECODED = 3 << 29  # bytes that a decoder may take beyond what the process has: 1.5 GiB
 
@@ -374,6 +375,8 @@ def read_csv(path: Path, **options: Any) -> "pd.DataFrame":
     content = read_bytes(path, MOST_CSV)
     if re.search(rb"[^\r\n]{%d}" % MOST_LINE, content):
         raise ValueError(f"a line of more than {MOST_LINE} bytes")
+    if content.partition(b"\n")[0].count(b",") >= MOST_NAMES:
+        raise ValueError(f"more than {MOST_NAMES} columns")
     try:
         with bounded_memory(), warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dpaudit import online, untrusted
-from dpaudit.errors import UsageError, rejected
+from dpaudit.errors import EnvironmentFailure, UsageError, rejected
 from trainers import limited
 
 CONFIG, TOKENIZER, INDEX = "config.json", "tokenizer.json", "model.safetensors.index.json"
@@ -73,20 +73,25 @@ def find(source: str, flag: str, fetch: bool) -> Path:
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
         raise rejected(flag, source, "an existing folder, or a hub id such as llava-hf/llava-1.5-7b-hf")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
         return Path(snapshot_download(source, allow_patterns=list(WANTED), local_files_only=not fetch))
     except LocalEntryNotFoundError:
-        why = (
-            "can't be loaded: the hub is out of reach"
-            if fetch
-            else "which is not in the local cache; --online fetches it"
-        )
-        raise UsageError(f"{flag}: got {source!r}, {why}") from None
-    except (HfHubHTTPError, OSError, ValueError) as error:
+        if fetch:
+            raise EnvironmentFailure(f"{flag}: got {source!r}; the hub is out of reach") from None
+        raise UsageError(f"{flag}: got {source!r}, which is not in the local cache; --online fetches it") from None
+    except (RepositoryNotFoundError, HFValidationError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UsageError(f"{flag}: got {source!r}, which can't be loaded: {first:.200}") from None
+        raise UsageError(f"{flag}: got {source!r}, which the hub does not have ({first:.200})") from None
+    except Exception as error:  # whatever the network, a proxy or the disk of the cache makes of it
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise EnvironmentFailure(f"{flag}: {source!r} can't be fetched from the hub ({first:.200})") from None
+
+
+def model_type(folder: Path, flag: str) -> str:
+    """What `config.json` calls the architecture; UsageError where it is damaged."""
+    return str(_object(folder, CONFIG, flag).get("model_type"))
 
 
 def check(folder: Path, flag: str) -> ModelFiles:

@@ -104,9 +104,9 @@ class VisionLanguageModel:
         folder = REFERENCE if path is None else model_files.find(path, flag, model_files.may_fetch(fetch))
         # Whatever these libraries raise on a checked folder is about its files.
         with online.cut_off(), told_as(f"{flag}: got {path!r}, which can't be loaded"):
-            files = model_files.check(folder, f"{flag}:")
-            model_type = str(files.config.get("model_type"))
+            model_type = model_files.model_type(folder, f"{flag}:")
             architecture = getattr(transformers, family_class(model_type, path, flag).architecture)
+            files = model_files.check(folder, f"{flag}:")
             config = CONFIG_MAPPING[model_type].from_dict(dict(files.config))
             local: dict[str, Any] = {"local_files_only": True}
             if path is not None:

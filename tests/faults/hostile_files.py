@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file, save_file
 
-from dpaudit.config import LoraConfig
+from dpaudit.config import LoraConfig, resolve
+from dpaudit.runs import RunFolder
 from tests.attacks.test_external_model import random_answers, write_coins, write_records
 from tests.tiny import random_units, save_tiny_llava
 from tests.tiny_families import save_tiny_idefics3
@@ -55,6 +56,16 @@ def audit_words(place: Path, **changed: str) -> list[str]:
     } | changed  # fmt: skip
     paths = {name: str(place / value) if name != "epsilon" else value for name, value in named.items()}
     return ["audit", *(word for name, value in paths.items() for word in (f"--{name}", value)), "--device", "cpu"]
+
+
+def run_folder(place: Path, base: str) -> Path:
+    """A finished run, by all that its own files say, of the adapter in `place` on a base that it names."""
+    run = RunFolder.create(place / "run")
+    run.write_config(resolve({"model": {"path": base, "device": "cpu"}, "seed": 1}))
+    for file in (place / "adapter").iterdir():
+        shutil.copy(file, run.model / file.name)
+    run.finish_model()
+    return run.path
 
 
 # -- one thing wrong -------------------------------------------------------------------------------------------------

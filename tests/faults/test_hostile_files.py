@@ -224,7 +224,7 @@ def test_a_table_of_coins_that_unpacks_to_gigabytes_is_refused(place: Path) -> N
     assert (place / "coins.parquet").stat().st_size < 1 << 16
     refused(audit_words(place, coins="coins.parquet"), place, "unpacks to more than 256 MB")
     hands.named_again("id", "x" * (1 << 20), 60_000, "scores.parquet")(place)
-    refused(["scores", "scores.parquet"], place, "unpacks to more than 256 MB")
+    refused(["scores", "scores.parquet", "--delta", "1e-5"], place, "unpacks to more than 256 MB")
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "sparse"])
@@ -233,7 +233,7 @@ def test_no_command_waits_for_a_pipe_or_reads_a_device(place: Path, kind: str) -
     for name in ("scores.csv", "run.yaml", "grid.yaml", "audit.json"):
         hands.KINDS[kind](name)(place)
     for arguments in (
-        ["scores", "scores.csv"],
+        ["scores", "scores.csv", "--delta", "1e-5"],
         ["train", "-c", "run.yaml", "--dry-run"],
         ["sweep", "grid.yaml", "--dry-run"],
         ["report", "audit.json", "-o", "report.html"],
@@ -272,6 +272,41 @@ class Listener:
         return {**os.environ, **proxies, "HF_ENDPOINT": url, "HF_HOME": str(home), "NO_PROXY": "", "no_proxy": ""}
 
 
+RUN_CASES: dict[str, tuple[Damage, str]] = {
+    "xlora": (settings(ADAPTER, peft_type="XLORA", adapters={"0": "somebody/else"}), "peft_type: got 'XLORA'"),
+    "pattern": (settings(ADAPTER, target_modules="(([a-z_.0-9]+)*)*!"), "a pattern that takes more than"),
+    "pickle": (hands.pickled_only("adapter", Path("/nowhere")), "adapter_model.bin is a pickle"),
+    "base": (settings(CONFIG, attn_implementation="somebody/kernel"), "attn_implementation: got"),
+}
+
+
+@pytest.mark.parametrize("name", RUN_CASES)
+def test_a_hostile_run_is_refused(place: Path, name: str) -> None:
+    damage, message = RUN_CASES[name]
+    damage(place)
+    refused(["audit", str(hands.run_folder(place, str(place / "base"))), "--fusion"], place, message)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("online", [False, True])
+def test_the_hub_is_asked_for_a_run_only_where_the_auditor_says_so(place: Path, tmp_path: Path, online: bool) -> None:
+    listener = Listener()
+    run = hands.run_folder(place, "somebody/model")
+    shutil.rmtree(run / "private")  # as a release is handed over
+    words = ["audit", str(run), "--fusion", *(["--online"] if online else [])]
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("dpaudit")), *words],
+        env=listener.environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    told = done.stderr.splitlines()[-1]
+    assert told.startswith("dpaudit: model.path: got 'somebody/model'"), done.stderr
+    assert ("--online fetches it" in told) is not online
+    assert (listener.calls > 0) is online
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["adapter", "kernel", "base"])
 def test_nobody_is_asked(place: Path, tmp_path: Path, case: str) -> None:
@@ -288,6 +323,8 @@ def test_nobody_is_asked(place: Path, tmp_path: Path, case: str) -> None:
     done = subprocess.run(
         [str(program), *words], env=listener.environment(tmp_path), capture_output=True, text=True, timeout=300
     )
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("dpaudit: "), done.stderr
+    assert done.returncode == (4 if case == "base" else 2) and done.stderr.splitlines()[-1].startswith("dpaudit: "), (
+        done.stderr
+    )
     assert (listener.calls > 0) == (case == "base")
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10 < MEMORY

@@ -34,6 +34,7 @@ MAX_DECODED, MAX_PICTURE_RATIO = 1 << 30, 400
 MAX_REPEATED = 100  # a file whose rows name the same bytes again and again: above MAX_DECODED, at most so often
 ROWS_AT_ONCE = 8  # of a Parquet file: one picture stored once and named by every row is copied for each of them
 MAX_UNPACKED, MAX_RATIO = 1 << 28, 500  # a column of a Parquet file: above so many bytes, at most so much compressed
+MAX_KEY = 1000  # characters of an identifier
 MAX_CHARACTERS = {"question": 2000, "answer": 500, "kind": 100}
 # Decoders for other formats (EPS runs a program, for one) are never started on untrusted bytes.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
@@ -211,6 +212,8 @@ def key(source: Source, number: int, row: Row, field: str) -> str | int:
         raise source.fault(number, field, f"must be text or a whole number, got {found}")
     if value == "":
         raise source.fault(number, field, "empty")
+    if isinstance(value, str) and len(value) > MAX_KEY:
+        raise source.fault(number, field, f"{len(value)} characters; at most {MAX_KEY} are accepted")
     return value
 
 
