@@ -38,12 +38,12 @@ Floats = npt.NDArray[np.float64]
 
 LOST = 1e-5  # of delta that truncation may cost
 _WRAPPED = 1e-8  # tilted probability that may lie outside the window
-_ROUNDED = 1e-8  # of the tilted sum that very negative losses may add when they are rounded up
+_ROUNDED = 1e-14  # of the tilted sum that very negative losses may add when they are rounded up
 # How much smaller than the largest the tilted probabilities at eps may be, in e-folds: so much that the allowance for
 # rounding, about 3e-12 T of the largest, stays below a thousandth of them.
 _OFF_CENTRE, _ROUNDING = 10.0, 3e-9
-# From so many steps on, losses of at most so many grid steps are transformed term by term, in so many terms at most.
-_MANY, _BULK, _TERMS = 20_000, 2_000, 4_000_000
+# Losses of at most so many grid steps are transformed term by term, in so many terms at most.
+_BULK, _TERMS = 2_000, 4_000_000
 _FFT = 12.0  # units of roundoff per halving in an FFT; Higham's constant for radix 2 is 7, mixed radices differ a little
 
 
@@ -67,6 +67,11 @@ class Part:
             weight = self.times * np.cumsum(p[order]) * np.exp(np.minimum(theta * losses[order], 0.0))
         beyond = np.nonzero((weight > _ROUNDED) | (losses[order] >= 0))[0]
         return float(losses[order][beyond[0] - 1]) if beyond.size and beyond[0] > 0 else -math.inf
+
+    def width(self, theta: float) -> float:
+        """The range of one step's losses, from the floor on."""
+        losses, _ = self.points()
+        return float(losses.max()) - max(float(losses.min()), self.floor(theta))
 
     def lattice(self, grid: float, theta: float) -> Lattice:
         return lattice(self.step, self.direction, grid, self.reach, self.floor(theta))
@@ -124,6 +129,22 @@ def chernoff(parts: Parts, log_probability: float) -> tuple[float, float]:
 
     theta = _least(parts, reached)
     return reached(theta), theta
+
+
+def renyi(parts: Parts, delta: float) -> float:
+    """eps by Rényi DP of the steps themselves, no lattice: delta <= E e^(theta (L - eps)) theta^theta / (1+theta)^(1+theta).
+
+    The factor is the largest value of e^(-theta x) (1 - e^-x) (Canonne, Kamath and Steinke 2020, proposition 12).
+    """
+    total = sum(part.times for part in parts)
+
+    def reached(theta: float) -> float:
+        found = moments(parts, theta)
+        rounding = total * UNIT * (32.0 + 8.0 * theta * found.bulk / total) + 8.0 * UNIT * abs(found.log_moment)
+        factor = theta * math.log(theta) - (1.0 + theta) * math.log1p(theta)
+        return (found.log_moment + rounding - math.log(delta * (1.0 - LOST)) + factor) / theta
+
+    return max(0.0, reached(_least(parts, reached)))
 
 
 def saddle(parts: Parts, log_delta: float) -> tuple[float, float]:
@@ -189,6 +210,12 @@ def _least(parts: Parts, value: Callable[[float], float]) -> float:
     return float(scale * math.exp(found.x))
 
 
+def grid_of(parts: Parts, theta: float, wished: float, window: tuple[float, float], counts: tuple[int, int]) -> float:
+    """The grid: as wished, but finer where that takes few points and coarser where it takes many (counts of points)."""
+    width = max(window[1] - window[0], *(0.5 * part.width(theta) for part in parts))
+    return max(min(wished, width / counts[0]), width / counts[1])
+
+
 def spacing(parts: Parts, theta: float, tolerance: float) -> float:
     """A grid that raises eps by about `tolerance`: it adds v to the variance, which costs (1 + theta) v / 2."""
     found = moments(parts, theta)
@@ -198,8 +225,9 @@ def spacing(parts: Parts, theta: float, tolerance: float) -> float:
 
 @dataclass(frozen=True)
 class Composed:
-    """The sum of losses from `first` * grid on: tilted probabilities (n,), each at most `allowance` too small.
+    """The sum of losses from `first` * grid on: tilted probabilities (n,).
 
+    Rounding made each of them at most `allowance`, and all of them together at most `together`, too small.
     P(l) = exp(log_scale - theta l) r(l), all of it wrong by at most a factor exp(`relative`). `infinite`: P(loss = inf)
     with everything above the window. `slack`: by how much all losses may be too small.
     """
@@ -210,6 +238,7 @@ class Composed:
     theta: float
     log_scale: float
     allowance: float
+    together: float
     relative: float
     infinite: float
     slack: float
@@ -219,28 +248,38 @@ class Composed:
         return (self.first + np.arange(self.tilted.size)) * self.grid
 
 
-def compose(parts: Parts, grid: float, theta: float, window: tuple[float, float], beyond: float) -> Composed:
-    """All parts convolved on a window of losses (low, high); `beyond` bounds P(sum > high)."""
+def compose(
+    parts: Parts, grid: float, theta: float, window: tuple[float, float], beyond: float, *, careful: bool = False
+) -> Composed:
+    """All parts convolved on a window of losses (low, high); `beyond` bounds P(sum > high).
+
+    careful: with a smaller allowance for rounding where most losses are small, for a tenth of a second.
+    """
     low, first = window[0], math.floor(window[0] / grid)
     size = next_fast_len(max(16, math.ceil((window[1] - low) / grid) + 2), real=True)
     logarithm, log_scale = np.zeros(size // 2 + 1, dtype=np.complex128), 0.0
-    factors: list[tuple[Floats, Floats, int]] = []
+    factors: list[_Factor] = []
     relative, infinite, slack = 1e-9, 0.0, 0.0
     for part in parts:
         single = part.lattice(grid, theta)
         tilted, log_norm, exponent = _tilted(single, theta)
-        change, error = _transform(tilted, single.first, size, part.times)
+        change, norm, terms = _transform(tilted, single.first, size, part.times if careful else 0)
         log_z = _log1p(change)
         logarithm += part.times * log_z
-        factors.append((np.abs(1.0 + change), error + 4.0 * UNIT * np.minimum(np.abs(log_z), 700.0), part.times))
+        modulus = np.abs(1.0 + change)
+        terms = terms + 4.0 * UNIT * modulus * np.minimum(np.abs(log_z), 700.0)
+        factors.append(_Factor(modulus, norm, terms, part.times))
         log_scale += part.times * log_norm
         relative += part.times * (single.relative + UNIT * (8.0 + exponent))
         infinite += part.times * single.infinite
         slack += part.times * single.slack
     result = irfft(np.exp(logarithm), size)
-    allowance = _rounding(factors, size) + _FFT * math.log2(size) * UNIT * float(np.linalg.norm(result))
+    each, together = _rounding(factors, size)
+    inverse = _FFT * math.log2(size) * UNIT * float(np.linalg.norm(result))
+    each, together = each + inverse, together + math.sqrt(size) * inverse
     tilted = np.clip(np.roll(result, -first), 0.0, None)
-    return Composed(grid, first, tilted, theta, log_scale, allowance, relative, min(1.0, infinite + beyond), slack)
+    infinite = min(1.0, infinite + beyond)
+    return Composed(grid, first, tilted, theta, log_scale, each, together, relative, infinite, slack)
 
 
 def _tilted(single: Lattice, theta: float) -> tuple[Floats, float, float]:
@@ -253,36 +292,48 @@ def _tilted(single: Lattice, theta: float) -> tuple[Floats, float, float]:
     return weights / total, top + math.log(total), float(np.max(np.abs(exponents[seen])))
 
 
+@dataclass(frozen=True)
+class _Factor:
+    """|z|, and bounds on its error: `norm` in the Euclidean norm over all frequencies plus `terms` at each of them."""
+
+    modulus: Floats
+    norm: float
+    terms: Floats
+    times: int
+
+
 def _transform(
     tilted: Floats, first: int, size: int, times: int
-) -> tuple[npt.NDArray[np.complex128], Floats]:
-    """(z - 1, bound on its error), (size // 2 + 1,) each, for the transform z of probabilities at first, first + 1, ...
+) -> tuple[npt.NDArray[np.complex128], float, Floats]:
+    """(z - 1, bounds on its error as in `_Factor`) for the transform z of probabilities at first, first + 1, ...
 
-    T multiplies the error. With many steps only small frequencies keep a power that is not 0, and a step's loss is
+    T multiplies the error. times: T, or 0 for the FFT alone. With many steps only small frequencies keep a power that is not 0, and a step's loss is
     nearly always a few grid steps; there those probabilities are summed term by term, p_j (e^(-i w j) - 1), whose error
     is as small as the terms, and only the others go through the FFT, whose error is relative to their norm.
     """
     places = first + np.arange(tilted.size)
-    change, error = _fft(places, tilted, size)
-    if times < _MANY:
-        return change, error
-    active = np.nonzero(times * np.log(np.abs(1.0 + change) + error) > -80.0)[0]
+    change, norm, total = _fft(places, tilted, size)
+    terms = np.full(change.size, 8.0 * UNIT * total)
+    if times == 0:
+        return change, norm, terms
+    active = np.nonzero(times * np.log(np.abs(1.0 + change) + norm + terms) > -80.0)[0]
     near = np.abs(places) <= min(_BULK, _TERMS // max(1, 2 * active.size))
     if 2.0 * float(tilted[near].sum()) < float(tilted.sum()):
-        return change, error
-    rest, wrong = _fft(places[~near], tilted[~near], size)
+        return change, norm, terms
+    rest, norm, total = _fft(places[~near], tilted[~near], size)
     exact, roundings = _term_by_term(places[near], tilted[near], (2.0 * math.pi / size) * active)
-    change[active], error[active] = rest[active] + exact, wrong[active] + roundings
-    return change, error
+    change[active], terms[active] = rest[active] + exact, 8.0 * UNIT * total + roundings
+    return change, norm, terms
 
 
-def _fft(places: npt.NDArray[np.int64], values: Floats, size: int) -> tuple[npt.NDArray[np.complex128], Floats]:
-    """The transform minus the sum of the values, folded to `size` places, and a bound on its error."""
+def _fft(
+    places: npt.NDArray[np.int64], values: Floats, size: int
+) -> tuple[npt.NDArray[np.complex128], float, float]:
+    """(transform minus the sum of the values, bound on the norm of its error, the sum), folded to `size` places."""
     folded = np.bincount(places % size, values, minlength=size)
-    total, norm = float(folded.sum()), float(np.linalg.norm(folded))
-    error = UNIT * (_FFT * math.log2(size) * math.sqrt(size) * norm + 8.0 * total)
-    change = rfft(folded) - total
-    return change, np.full(change.size, error)
+    total = float(folded.sum())
+    norm = UNIT * _FFT * math.log2(size) * math.sqrt(size) * float(np.linalg.norm(folded))
+    return rfft(folded) - total, norm, total
 
 
 def _term_by_term(
@@ -298,23 +349,30 @@ def _term_by_term(
 
 
 def _log1p(change: npt.NDArray[np.complex128]) -> npt.NDArray[np.complex128]:
-    """ln(1 + w), also for small w (numpy's adds 1 first)."""
+    """ln(1 + w), for small w (numpy's adds 1 first) and for w near -1."""
     with np.errstate(divide="ignore"):
-        real = 0.5 * np.log1p(np.maximum(change.real * (2.0 + change.real) + change.imag**2, -1.0))
+        near = 0.5 * np.log1p(np.maximum(change.real * (2.0 + change.real) + change.imag**2, -0.9))
+        modulus = np.abs(1.0 + change)
+        real = np.where(modulus > 0.5, near, np.log(modulus))
     return np.asarray(np.maximum(real, -1e5) + 1j * np.arctan2(change.imag, 1.0 + change.real), dtype=np.complex128)
 
 
-def _rounding(factors: list[tuple[Floats, Floats, int]], size: int) -> float:
-    """A bound on the error of each composed probability, from moduli |z| of the factors and bounds on their errors."""
-    total = 0.0
+def _rounding(factors: list[_Factor], size: int) -> tuple[float, float]:
+    """Bounds on the error of each composed probability, and on the sum of all errors.
+
+    The sum of n numbers is at most sqrt(n) times their norm, which is that of the transform's error over sqrt(n).
+    """
+    each = together = 0.0
     with np.errstate(over="ignore", under="ignore"):
-        for index, (_, error, times) in enumerate(factors):
-            rest = times * error
-            for other, (modulus, wrong, count) in enumerate(factors):
-                rest = rest * (modulus + wrong) ** (count - 1 if other == index else count)
+        for index, factor in enumerate(factors):
+            rest = np.full(size // 2 + 1, float(factor.times))
+            for other, beside in enumerate(factors):
+                power = beside.times - 1 if other == index else beside.times
+                rest *= (beside.modulus + beside.norm + beside.terms) ** power
             # Half of the transform is stored; the other half has the same moduli.
-            total += 2.0 * float(rest.sum()) / size
-    return total
+            each += 2.0 * float(((factor.norm + factor.terms) * rest).sum()) / size
+            together += factor.norm * float(rest.max()) + math.sqrt(2.0) * float(np.linalg.norm(factor.terms * rest))
+    return each, together
 
 
 def epsilon_of(composed: Composed, delta: float, target: float) -> float:

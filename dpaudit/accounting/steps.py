@@ -336,8 +336,8 @@ def _mixture_loss(g: Floats, rate: float) -> Floats:
     """ln(1 - q + q e^g)."""
     if rate == 1:
         return np.asarray(g, dtype=np.float64)
-    near = np.log1p(rate * np.expm1(np.minimum(g, 30.0)))
-    return np.where(g < 30.0, near, np.logaddexp(math.log1p(-rate), math.log(rate) + g))
+    near = np.log1p(rate * np.expm1(np.clip(g, -1.0, 30.0)))
+    return np.where((g > -1.0) & (g < 30.0), near, np.logaddexp(math.log1p(-rate), math.log(rate) + g))
 
 
 def _unmixed(losses: Floats, rate: float) -> Floats:

@@ -2,12 +2,13 @@
 
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import typer
 from rich.console import Console
 
-from dpaudit.documents import Document, Verdict
+if TYPE_CHECKING:  # half of the time that `dpaudit --help` takes
+    from dpaudit.documents import Document, Verdict
 
 DONE, REFUTED, USAGE, INCONCLUSIVE, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
@@ -28,12 +29,12 @@ def log(text: str) -> None:
     stderr.print(text, markup=False, soft_wrap=True)
 
 
-def emit(document: Document) -> None:
+def emit(document: "Document") -> None:
     """Print the one JSON document."""
     sys.stdout.write(document.to_json())
 
 
-def verdict_exit_code(verdict: Verdict, *, strict: bool = False) -> int:
+def verdict_exit_code(verdict: "Verdict", *, strict: bool = False) -> int:
     """Exit code of a verdict: 1 refuted or unsupported, 3 invalid (always) or inconclusive (with --strict)."""
     if verdict in ("refuted", "unsupported"):
         return REFUTED
