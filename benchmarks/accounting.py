@@ -120,7 +120,9 @@ class Contour:
 
         def saddle(eps: float) -> tuple[float, float]:
             bounds = (-9 - math.log(spread), 9 - math.log(spread))
-            found = minimize_scalar(lambda x: exponent(x, eps), bounds=bounds, method="bounded", options={"xatol": 1e-4})
+            found = minimize_scalar(
+                lambda x: exponent(x, eps), bounds=bounds, method="bounded", options={"xatol": 1e-4}
+            )
             return math.exp(found.x), float(found.fun)
 
         low, high = 0.0, spread

@@ -2,8 +2,8 @@
 
 Never below the truth: the lattice is pessimistic, the convolution exact in the tail, and truncation and rounding are
 allowed for (dpaudit.accounting.steps and .composition say how). Tight: the lattice is chosen to cost a stated share of
-eps (`FINE`), which takes about sqrt(T) points. Where that would be too many the grid gets coarser, and the number is the
-smaller one of this bound and Rényi DP's. Without subsampling it is the Gaussian's closed form.
+eps (`FINE`), which takes about sqrt(T) points. Where that would be too many the grid gets coarser. The number is the
+smallest of this bound, Rényi DP's and that of pure privacy; without subsampling it is the Gaussian's closed form.
 """
 
 import importlib.metadata
@@ -17,13 +17,13 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import ndtri
 
-from dpaudit.accounting.composition import (
+from dpaudit.accounting.composition import Composed, compose, epsilon_of
+from dpaudit.accounting.events import Direction, DpSgd, PrivacyLosses, check_delta, trivial
+from dpaudit.accounting.gaussian import gaussian_epsilon
+from dpaudit.accounting.moments import (
     LOST,
-    Composed,
     Parts,
     chernoff,
-    compose,
-    epsilon_of,
     grid_of,
     moments,
     parts_of,
@@ -33,8 +33,6 @@ from dpaudit.accounting.composition import (
     tilt,
     tilted_range,
 )
-from dpaudit.accounting.events import Direction, DpSgd, PrivacyLosses, check_delta, trivial
-from dpaudit.accounting.gaussian import gaussian_epsilon
 from dpaudit.accounting.schemes import composed_as, moved
 from dpaudit.accounting.steps import directions, largest_loss
 from dpaudit.documents import EpsilonAt
@@ -94,7 +92,7 @@ def epsilon_after(event: DpSgd, steps: int, delta: float) -> float:
         return epsilon(replace(event, steps=steps), delta)
     stride = max(1, math.ceil(event.steps / _PROGRESS_POINTS))
     spent = 0.0
-    # The largest so far: every count of steps has a grid of its own, so a later value could be smaller by its tolerance.
+    # The largest so far: every count of steps has a grid of its own, so a later value might be a hair smaller.
     for passed in range(stride, stride * math.ceil(steps / stride) + 1, stride):
         spent = max(spent, together([replace(event, steps=min(passed, event.steps))], delta, COARSE))
     return min(spent, epsilon(event, delta))
