@@ -49,7 +49,7 @@ NAMED = (  # found wrong once, in either direction
 )
 ALLOWED = 1.01
 UNRESOLVED = 1e-2
-MOST_NODES = 60_000
+MOST_NODES = 16_384
 
 
 def settings(rows: int) -> list[tuple[float, float, int, float, str]]:

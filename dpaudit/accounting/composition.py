@@ -120,11 +120,12 @@ class _Factor:
 
 
 def _transform(tilted: Floats, first: int, size: int, times: int) -> tuple[npt.NDArray[np.complex128], float, Floats]:
-    """(z - 1, bounds on its error as in `_Factor`) for the transform z of probabilities at first, first + 1, ...
+    """(z - 1, bounds on its error as in `_Factor`), z the transform of probabilities at first, first + 1, ...
 
-    times: T, or 0 for the FFT alone. T multiplies the error. With many steps only small frequencies keep a power that is
-    not 0, and a step's loss is nearly always a few grid steps; there those probabilities are summed term by term, p_j (e^(-i w j) - 1), whose error
-    is as small as the terms, and only the others go through the FFT, whose error is relative to their norm.
+    times: T, or 0 for the FFT alone. T multiplies the error. With many steps only small frequencies keep a power that
+    is not 0, and a step's loss is nearly always a few grid steps; there those probabilities are summed term by term,
+    p_j (e^(-i w j) - 1), whose error is as small as the terms, and only the others go through the FFT, whose error is
+    relative to their norm.
     """
     places = first + np.arange(tilted.size)
     change, norm, total = _fft(places, tilted, size)
