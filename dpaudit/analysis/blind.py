@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from scipy.special import ndtr
-from scipy.stats import rankdata
 
 BLOCKS = 5
 MOST_RECORDS = 20_000  # a guard, not a benchmark: beyond it a random part is enough
@@ -28,6 +27,7 @@ class Blind:
 
 def baseline(features: npt.NDArray[np.float64], members: npt.NDArray[np.bool_], *, rng: np.random.Generator) -> Blind:
     """features: (n, columns); members: (n,). Needs both classes; a block without both says nothing."""
+    from scipy.stats import rankdata  # half a second to import
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 

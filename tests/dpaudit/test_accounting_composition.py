@@ -108,7 +108,7 @@ def test_twenty_rows_of_the_table() -> None:
     """benchmarks/accounting.py computed `exact` without anything of dpaudit's accountant."""
     with TABLE.open() as file:
         rows = [row for row in csv.DictReader(file) if row["holds"] != "unresolved"]
-    assert len(rows) >= 200 and all(row["holds"] == "yes" for row in rows)
+    assert len(rows) >= 20 and all(row["holds"] == "yes" for row in rows)
     cheap = [row for row in rows if float(row["cpu_s"]) < 0.5]
     for row in [*rows[:3], *cheap[5 :: len(cheap) // 17][:17]]:
         event = DpSgd(float(row["sigma"]), float(row["q"]), int(row["T"]), row["relation"])  # type: ignore[arg-type]
