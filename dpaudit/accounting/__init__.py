@@ -1,9 +1,9 @@
 """eps from (sigma, q, T), sigma from eps, and the privacy-loss distributions behind both.
 
-The number is dp-accounting's privacy-loss distribution (`pld`); Rényi DP and Opacus' PRV are cross-checks
-(`cross_checks`). Poisson, fixed-size and shuffled batches are each accounted as what they are (`schemes`), and so is
-the choice of the best of several runs (`repetition`) and a release beside the training (`joint`). docs/accounting.md
-says it all for users.
+The number is that of a privacy-loss distribution and never below the truth (`steps`, `moments`, `composition`, `pld`,
+`search`); dp-accounting's Rényi DP and Opacus' PRV are cross-checks (`cross_checks`). Poisson, fixed-size and shuffled
+batches are each accounted as what they are (`schemes`), and so is the choice of the best of several runs (`repetition`)
+and a release beside the training (`joint`). docs/accounting.md says it all for users.
 
 This package owns the conventions of the neighbouring relations. `noise_multiplier` is always sigma / C: the noise's
 standard deviation on the *sum* over the clip norm, whatever the relation. What one unit can move is
@@ -12,9 +12,9 @@ standard deviation on the *sum* over the clip norm, whatever the relation. What 
     replace:             2C     (mu = 2 / sigma)
 
 dp-accounting 0.6 holds two conventions: its PLD takes sigma / C and doubles the sensitivity itself under REPLACE_ONE,
-its RDP takes sigma over the relation's own sensitivity and never doubles. Opacus knows no relation at all: its PRV is
-asked with the noise over what one unit moves. Tests hold every relation and accountant against the Gaussian's closed
-form. No module outside may import dp-accounting or read its private attributes.
+its RDP takes sigma over the relation's own sensitivity and never doubles; dpaudit asks its RDP alone. Opacus knows no
+relation at all: its PRV is asked with the noise over what one unit moves. Tests hold every relation and accountant
+against the Gaussian's closed form. No module outside may import dp-accounting or read its private attributes.
 """
 
 from dpaudit.accounting.cross_checks import cross_check, prv_epsilon, rdp_epsilon
@@ -29,6 +29,8 @@ from dpaudit.accounting.joint import (
     release_event,
 )
 from dpaudit.accounting.pld import (
+    COARSE,
+    FINE,
     accountant_name,
     curve,
     discrete_losses,
@@ -39,6 +41,8 @@ from dpaudit.accounting.repetition import Repetitions, TunedEpsilon, draw_runs, 
 from dpaudit.accounting.search import noise_multiplier_for
 
 __all__ = [
+    "COARSE",
+    "FINE",
     "Direction",
     "DpSgd",
     "GroupLoss",

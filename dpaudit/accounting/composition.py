@@ -2,8 +2,8 @@
 
 The loss of T steps is the sum of T independent losses, so its distribution p_T is a convolution power, computed by FFT.
 A plain FFT knows every probability to about 1e-16 *absolutely*, which drowns a delta of 1e-12 in noise. Here the
-distribution of one step is tilted first: r(l) = p(l) e^(theta l) / M, with theta chosen so that the tilted sum lies about
-the eps in question, and
+distribution of one step is tilted first: r(l) = p(l) e^(theta l) / M, with theta chosen so that the tilted sum lies
+about the eps in question, and
 
     p_T(l) = M^T e^(-theta l) r_T(l)
 
@@ -22,186 +22,29 @@ Everything that is not exact errs upwards:
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 from scipy.fft import irfft, next_fast_len, rfft
-from scipy.optimize import minimize_scalar
 
-from dpaudit.accounting.events import Direction, DpSgd
-from dpaudit.accounting.steps import UNIT, Lattice, lattice, points, reach_for
+from dpaudit.accounting.moments import Parts
+from dpaudit.accounting.steps import UNIT, Lattice
 
 Floats = npt.NDArray[np.float64]
 
-LOST = 1e-5  # of delta that truncation may cost
-_WRAPPED = 1e-8  # tilted probability that may lie outside the window
-_ROUNDED = 1e-8  # of the tilted sum that very negative losses may add when they are rounded up
-# How much smaller than the largest the tilted probabilities at eps may be, in e-folds: so much that the allowance for
-# rounding, about 3e-12 T of the largest, stays below a thousandth of them.
-_OFF_CENTRE, _ROUNDING = 10.0, 3e-9
-# From so many steps on, losses of at most so many grid steps are transformed term by term, in so many terms at most.
-_MANY, _BULK, _TERMS = 20_000, 2_000, 4_000_000
+# Losses of at most so many grid steps are transformed term by term, in so many terms at most.
+_BULK, _TERMS = 2_000, 4_000_000
 _FFT = (
     12.0  # units of roundoff per halving in an FFT; Higham's constant for radix 2 is 7, mixed radices differ a little
 )
 
 
 @dataclass(frozen=True)
-class Part:
-    """`times` equal steps in one direction; `reach`: standard deviations of the noise to look at."""
-
-    step: DpSgd
-    times: int
-    direction: Direction
-    reach: float
-
-    def points(self) -> tuple[Floats, Floats]:
-        return points(self.step, self.direction, self.reach)
-
-    def floor(self, theta: float) -> float:
-        """A loss below which one step's losses change nothing: T P(l < floor) e^(theta floor) is negligible."""
-        losses, p = self.points()
-        order = np.argsort(losses)
-        with np.errstate(under="ignore"):
-            weight = self.times * np.cumsum(p[order]) * np.exp(np.minimum(theta * losses[order], 0.0))
-        beyond = np.nonzero((weight > _ROUNDED) | (losses[order] >= 0))[0]
-        return float(losses[order][beyond[0] - 1]) if beyond.size and beyond[0] > 0 else -math.inf
-
-    def lattice(self, grid: float, theta: float) -> Lattice:
-        return lattice(self.step, self.direction, grid, self.reach, self.floor(theta))
-
-
-Parts = tuple[Part, ...]
-
-
-def parts_of(steps: tuple[tuple[DpSgd, int], ...], direction: Direction, lost: float) -> Parts:
-    """Steps with their multiplicities, one direction, looked at so far that the rest has at most probability `lost`."""
-    total = sum(times for _, times in steps)
-    return tuple(Part(step, times, direction, reach_for(lost / total)) for step, times in steps)
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Of the tilted sum of losses: ln E e^(theta L), mean, variance, and what a lattice does to it.
-
-    `bulk`: sum of T E|l|, `steps`: T; rounding l to multiples of h adds min(T h^2 / 6, h bulk) to the variance.
-    """
-
-    log_moment: float
-    mean: float
-    variance: float
-    bulk: float
-    steps: int
-
-
-@lru_cache(maxsize=4096)
-def moments(parts: Parts, theta: float) -> Moments:
-    """Of the steps themselves, not of a lattice, by quadrature."""
-    log_moment = mean = variance = bulk = 0.0
-    for part in parts:
-        losses, p = part.points()
-        exponents = theta * losses
-        top = max(0.0, float(exponents.max()) - 600.0)
-        weights = p * np.exp(exponents - top)
-        total = float(weights.sum())
-        # Near 1, through the difference from 1: T multiplies the rounding of what is left.
-        growth = float(p @ np.expm1(exponents)) + float(p.sum() - 1.0) if top == 0 and abs(total - 1) < 0.5 else None
-        log_moment += part.times * (math.log1p(growth) if growth is not None else math.log(total) + top)
-        weights /= total
-        centre = float(weights @ losses)
-        mean += part.times * centre
-        variance += part.times * float(weights @ (losses - centre) ** 2)
-        bulk += part.times * float(weights @ np.abs(losses))
-    return Moments(log_moment, mean, variance, bulk, sum(part.times for part in parts))
-
-
-def chernoff(parts: Parts, log_probability: float) -> tuple[float, float]:
-    """(l, theta): P(sum of losses >= l) <= e^log_probability by Markov's inequality for e^(theta L), least l found."""
-
-    def reached(theta: float) -> float:
-        return (moments(parts, theta).log_moment - log_probability) / theta
-
-    theta = _least(parts, reached)
-    return reached(theta), theta
-
-
-def saddle(parts: Parts, log_delta: float) -> tuple[float, float]:
-    """(eps, theta) about where delta(eps) = e^log_delta: the tilt that centres the integrand there.
-
-    delta = 1/(2 pi) int exp(K(s) - s eps) / (s (s + 1)) over a vertical line; its saddle on the real axis is at
-    eps = K'(theta) - 1/theta - 1/(theta + 1) (Alghamdi et al. 2023). An estimate, used to choose a tilt and a grid.
-    """
-
-    def at(log_theta: float) -> tuple[float, float]:
-        theta = math.exp(log_theta)
-        found = moments(parts, theta)
-        eps = found.mean - 1.0 / theta - 1.0 / (1.0 + theta)
-        spread = found.variance + theta**-2 + (1.0 + theta) ** -2
-        log_value = found.log_moment - theta * eps - math.log(theta) - math.log1p(theta) - 0.5 * math.log(2 * math.pi)
-        return eps, log_value - 0.5 * math.log(spread)
-
-    scale = -0.5 * math.log(max(moments(parts, 0.0).variance, 1e-24))
-    low, high = scale - 9.0, scale + 9.0
-    for _ in range(40):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if at(middle)[1] > log_delta else (low, middle)
-    return at(high)[0], math.exp(high)
-
-
-def tilted_range(parts: Parts, theta: float, probability: float) -> tuple[float, float]:
-    """(low, high) outside which the sum tilted by `theta` lies with about at most `probability` at either end."""
-    base = moments(parts, theta).log_moment + math.log(probability)
-
-    def reached(change: float) -> float:
-        return (moments(parts, theta + change).log_moment - base) / abs(change)
-
-    return -reached(-_least(parts, lambda x: reached(-x))), reached(_least(parts, reached))
-
-
-def tilt(parts: Parts, best: float, epsilon: float) -> tuple[float, tuple[float, float]]:
-    """(theta, window) for the FFT: at most `best`, where the tilted sum centres about `epsilon`, and a narrow window.
-
-    Heavy tails make the tilted distribution wide; less of a tilt makes it narrower and the rounding at eps larger,
-    which is allowed for.
-    """
-    least = moments(parts, best).log_moment - best * epsilon
-    steps = sum(part.times for part in parts)
-    most = min(_OFF_CENTRE, -math.log(_ROUNDING * steps)) if _ROUNDING * steps < 1 else 0.0
-    found: tuple[float, tuple[float, float]] | None = None
-    for share in (1.0, 0.85, 0.7, 0.5, 0.3):
-        theta = share * best
-        if found is not None and moments(parts, theta).log_moment - theta * epsilon - least > most:
-            break
-        window = tilted_range(parts, theta, _WRAPPED)
-        if found is None or window[1] - window[0] < found[1][1] - found[1][0]:
-            found = theta, window
-    assert found is not None
-    return found
-
-
-def _least(parts: Parts, value: Callable[[float], float]) -> float:
-    """theta > 0 with about the least value, looked for around the inverse of the sum's standard deviation."""
-    scale = 1.0 / max(math.sqrt(moments(parts, 0.0).variance), 1e-12)
-    found = minimize_scalar(
-        lambda x: value(scale * math.exp(x)), bounds=(-9.0, 9.0), method="bounded", options={"xatol": 1e-3}
-    )
-    return float(scale * math.exp(found.x))
-
-
-def spacing(parts: Parts, theta: float, tolerance: float) -> float:
-    """A grid that raises eps by about `tolerance`: it adds v to the variance, which costs (1 + theta) v / 2."""
-    found = moments(parts, theta)
-    added = 2.0 * tolerance / (1.0 + theta)
-    return max(math.sqrt(6.0 * added / found.steps), added / max(found.bulk, 1e-300))
-
-
-@dataclass(frozen=True)
 class Composed:
-    """The sum of losses from `first` * grid on: tilted probabilities (n,), each at most `allowance` too small.
+    """The sum of losses from `first` * grid on: tilted probabilities (n,).
 
+    Rounding made each of them at most `allowance`, and all of them together at most `together`, too small.
     P(l) = exp(log_scale - theta l) r(l), all of it wrong by at most a factor exp(`relative`). `infinite`: P(loss = inf)
     with everything above the window. `slack`: by how much all losses may be too small.
     """
@@ -212,6 +55,7 @@ class Composed:
     theta: float
     log_scale: float
     allowance: float
+    together: float
     relative: float
     infinite: float
     slack: float
@@ -221,28 +65,38 @@ class Composed:
         return (self.first + np.arange(self.tilted.size)) * self.grid
 
 
-def compose(parts: Parts, grid: float, theta: float, window: tuple[float, float], beyond: float) -> Composed:
-    """All parts convolved on a window of losses (low, high); `beyond` bounds P(sum > high)."""
+def compose(
+    parts: Parts, grid: float, theta: float, window: tuple[float, float], beyond: float, *, careful: bool = False
+) -> Composed:
+    """All parts convolved on a window of losses (low, high); `beyond` bounds P(sum > high).
+
+    careful: with a smaller allowance for rounding where most losses are small, for a tenth of a second.
+    """
     low, first = window[0], math.floor(window[0] / grid)
     size = next_fast_len(max(16, math.ceil((window[1] - low) / grid) + 2), real=True)
     logarithm, log_scale = np.zeros(size // 2 + 1, dtype=np.complex128), 0.0
-    factors: list[tuple[Floats, Floats, int]] = []
+    factors: list[_Factor] = []
     relative, infinite, slack = 1e-9, 0.0, 0.0
     for part in parts:
         single = part.lattice(grid, theta)
         tilted, log_norm, exponent = _tilted(single, theta)
-        change, error = _transform(tilted, single.first, size, part.times)
+        change, norm, terms = _transform(tilted, single.first, size, part.times if careful else 0)
         log_z = _log1p(change)
         logarithm += part.times * log_z
-        factors.append((np.abs(1.0 + change), error + 4.0 * UNIT * np.minimum(np.abs(log_z), 700.0), part.times))
+        modulus = np.abs(1.0 + change)
+        terms = terms + 4.0 * UNIT * modulus * np.minimum(np.abs(log_z), 700.0)
+        factors.append(_Factor(modulus, norm, terms, part.times))
         log_scale += part.times * log_norm
         relative += part.times * (single.relative + UNIT * (8.0 + exponent))
         infinite += part.times * single.infinite
         slack += part.times * single.slack
     result = irfft(np.exp(logarithm), size)
-    allowance = _rounding(factors, size) + _FFT * math.log2(size) * UNIT * float(np.linalg.norm(result))
+    each, together = _rounding(factors, size)
+    inverse = _FFT * math.log2(size) * UNIT * float(np.linalg.norm(result))
+    each, together = each + inverse, together + math.sqrt(size) * inverse
     tilted = np.clip(np.roll(result, -first), 0.0, None)
-    return Composed(grid, first, tilted, theta, log_scale, allowance, relative, min(1.0, infinite + beyond), slack)
+    infinite = min(1.0, infinite + beyond)
+    return Composed(grid, first, tilted, theta, log_scale, each, together, relative, infinite, slack)
 
 
 def _tilted(single: Lattice, theta: float) -> tuple[Floats, float, float]:
@@ -255,34 +109,45 @@ def _tilted(single: Lattice, theta: float) -> tuple[Floats, float, float]:
     return weights / total, top + math.log(total), float(np.max(np.abs(exponents[seen])))
 
 
-def _transform(tilted: Floats, first: int, size: int, times: int) -> tuple[npt.NDArray[np.complex128], Floats]:
-    """(z - 1, bound on its error), (size // 2 + 1,) each, for the transform z of probabilities at first, first + 1, ...
+@dataclass(frozen=True)
+class _Factor:
+    """|z|, and bounds on its error: `norm` in the Euclidean norm over all frequencies plus `terms` at each of them."""
 
-    T multiplies the error. With many steps only small frequencies keep a power that is not 0, and a step's loss is
-    nearly always a few grid steps; there those probabilities are summed term by term, p_j (e^(-i w j) - 1), whose error
-    is as small as the terms, and only the others go through the FFT, whose error is relative to their norm.
+    modulus: Floats
+    norm: float
+    terms: Floats
+    times: int
+
+
+def _transform(tilted: Floats, first: int, size: int, times: int) -> tuple[npt.NDArray[np.complex128], float, Floats]:
+    """(z - 1, bounds on its error as in `_Factor`), z the transform of probabilities at first, first + 1, ...
+
+    times: T, or 0 for the FFT alone. T multiplies the error. With many steps only small frequencies keep a power that
+    is not 0, and a step's loss is nearly always a few grid steps; there those probabilities are summed term by term,
+    p_j (e^(-i w j) - 1), whose error is as small as the terms, and only the others go through the FFT, whose error is
+    relative to their norm.
     """
     places = first + np.arange(tilted.size)
-    change, error = _fft(places, tilted, size)
-    if times < _MANY:
-        return change, error
-    active = np.nonzero(times * np.log(np.abs(1.0 + change) + error) > -80.0)[0]
+    change, norm, total = _fft(places, tilted, size)
+    terms = np.full(change.size, 8.0 * UNIT * total)
+    if times == 0:
+        return change, norm, terms
+    active = np.nonzero(times * np.log(np.abs(1.0 + change) + norm + terms) > -80.0)[0]
     near = np.abs(places) <= min(_BULK, _TERMS // max(1, 2 * active.size))
     if 2.0 * float(tilted[near].sum()) < float(tilted.sum()):
-        return change, error
-    rest, wrong = _fft(places[~near], tilted[~near], size)
+        return change, norm, terms
+    rest, norm, total = _fft(places[~near], tilted[~near], size)
     exact, roundings = _term_by_term(places[near], tilted[near], (2.0 * math.pi / size) * active)
-    change[active], error[active] = rest[active] + exact, wrong[active] + roundings
-    return change, error
+    change[active], terms[active] = rest[active] + exact, 8.0 * UNIT * total + roundings
+    return change, norm, terms
 
 
-def _fft(places: npt.NDArray[np.int64], values: Floats, size: int) -> tuple[npt.NDArray[np.complex128], Floats]:
-    """The transform minus the sum of the values, folded to `size` places, and a bound on its error."""
+def _fft(places: npt.NDArray[np.int64], values: Floats, size: int) -> tuple[npt.NDArray[np.complex128], float, float]:
+    """(transform minus the sum of the values, bound on the norm of its error, the sum), folded to `size` places."""
     folded = np.bincount(places % size, values, minlength=size)
-    total, norm = float(folded.sum()), float(np.linalg.norm(folded))
-    error = UNIT * (_FFT * math.log2(size) * math.sqrt(size) * norm + 8.0 * total)
-    change = rfft(folded) - total
-    return change, np.full(change.size, error)
+    total = float(folded.sum())
+    norm = UNIT * _FFT * math.log2(size) * math.sqrt(size) * float(np.linalg.norm(folded))
+    return rfft(folded) - total, norm, total
 
 
 def _term_by_term(
@@ -298,23 +163,30 @@ def _term_by_term(
 
 
 def _log1p(change: npt.NDArray[np.complex128]) -> npt.NDArray[np.complex128]:
-    """ln(1 + w), also for small w (numpy's adds 1 first)."""
+    """ln(1 + w), for small w (numpy's adds 1 first) and for w near -1."""
     with np.errstate(divide="ignore"):
-        real = 0.5 * np.log1p(np.maximum(change.real * (2.0 + change.real) + change.imag**2, -1.0))
+        near = 0.5 * np.log1p(np.maximum(change.real * (2.0 + change.real) + change.imag**2, -0.9))
+        modulus = np.abs(1.0 + change)
+        real = np.where(modulus > 0.5, near, np.log(modulus))
     return np.asarray(np.maximum(real, -1e5) + 1j * np.arctan2(change.imag, 1.0 + change.real), dtype=np.complex128)
 
 
-def _rounding(factors: list[tuple[Floats, Floats, int]], size: int) -> float:
-    """A bound on the error of each composed probability, from moduli |z| of the factors and bounds on their errors."""
-    total = 0.0
+def _rounding(factors: list[_Factor], size: int) -> tuple[float, float]:
+    """Bounds on the error of each composed probability, and on the sum of all errors.
+
+    The sum of n numbers is at most sqrt(n) times their norm, which is that of the transform's error over sqrt(n).
+    """
+    each = together = 0.0
     with np.errstate(over="ignore", under="ignore"):
-        for index, (_, error, times) in enumerate(factors):
-            rest = times * error
-            for other, (modulus, wrong, count) in enumerate(factors):
-                rest = rest * (modulus + wrong) ** (count - 1 if other == index else count)
+        for index, factor in enumerate(factors):
+            rest = np.full(size // 2 + 1, float(factor.times))
+            for other, beside in enumerate(factors):
+                power = beside.times - 1 if other == index else beside.times
+                rest *= (beside.modulus + beside.norm + beside.terms) ** power
             # Half of the transform is stored; the other half has the same moduli.
-            total += 2.0 * float(rest.sum()) / size
-    return total
+            each += 2.0 * float(((factor.norm + factor.terms) * rest).sum()) / size
+            together += factor.norm * float(rest.max()) + math.sqrt(2.0) * float(np.linalg.norm(factor.terms * rest))
+    return each, together
 
 
 def epsilon_of(composed: Composed, delta: float, target: float) -> float:

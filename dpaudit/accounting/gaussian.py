@@ -20,13 +20,15 @@ def gaussian_delta(mu: float, epsilon: float) -> float:
 def gaussian_epsilon(mu: float, delta: float) -> float:
     """The smallest eps >= 0 with gaussian_delta(mu, eps) <= delta; inf for mu = inf."""
     check_delta(delta)
-    if mu == math.inf:
+    if mu > 1e150:  # mu^2 / 2 overflows
         return math.inf
     if gaussian_delta(mu, 0.0) <= delta:
         return 0.0
     high = 1.0
     while gaussian_delta(mu, high) > delta:
         high *= 2
-    found = float(brentq(lambda epsilon: gaussian_delta(mu, epsilon) - delta, 0.0, high, xtol=1e-300, rtol=1e-13))
+    found = float(
+        brentq(lambda epsilon: gaussian_delta(mu, epsilon) - delta, 0.0, high, xtol=1e-300, rtol=1e-13, maxiter=1000)
+    )
     # The two terms of delta cancel for a small mu: never below the root.
     return found * (1.0 + 1e-12 + 1e-15 / min(mu, 1.0))

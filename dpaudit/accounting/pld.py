@@ -2,8 +2,8 @@
 
 Never below the truth: the lattice is pessimistic, the convolution exact in the tail, and truncation and rounding are
 allowed for (dpaudit.accounting.steps and .composition say how). Tight: the lattice is chosen to cost a stated share of
-eps (`FINE`), which takes about sqrt(T) points. Where that would be too many the grid gets coarser, and the number is the
-smaller one of this bound and Rényi DP's. Without subsampling it is the Gaussian's closed form.
+eps (`FINE`), which takes about sqrt(T) points. Where that would be too many the grid gets coarser. The number is the
+smallest of this bound, Rényi DP's and that of pure privacy; without subsampling it is the Gaussian's closed form.
 """
 
 import importlib.metadata
@@ -17,20 +17,22 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import ndtri
 
-from dpaudit.accounting.composition import (
+from dpaudit.accounting.composition import Composed, compose, epsilon_of
+from dpaudit.accounting.events import Direction, DpSgd, PrivacyLosses, check_delta, trivial
+from dpaudit.accounting.gaussian import gaussian_epsilon
+from dpaudit.accounting.moments import (
     LOST,
-    Composed,
+    Parts,
     chernoff,
-    compose,
-    epsilon_of,
+    grid_of,
+    moments,
     parts_of,
+    renyi,
     saddle,
     spacing,
     tilt,
     tilted_range,
 )
-from dpaudit.accounting.events import Direction, DpSgd, PrivacyLosses, check_delta, trivial
-from dpaudit.accounting.gaussian import gaussian_epsilon
 from dpaudit.accounting.schemes import composed_as, moved
 from dpaudit.accounting.steps import directions, largest_loss
 from dpaudit.documents import EpsilonAt
@@ -40,11 +42,12 @@ FINE = 2e-4  # of eps that the lattice may cost
 COARSE = 3e-3  # for searching and for progress bars: still an upper bound
 # Points of a lattice: up to the first number a grid finer than needed costs little, beyond the second it gets coarser.
 _POINTS = {FINE: (1 << 16, 1 << 21), COARSE: (1 << 11, 1 << 19)}
-_WHOLE_POINTS = {FINE: (1 << 17, 1 << 18), COARSE: (1 << 14, 1 << 16)}
+_WHOLE_POINTS = {FINE: (1 << 17, 1 << 18), COARSE: (1 << 16, 1 << 17)}
 _PROGRESS_POINTS = 50
 # Losses of one step, and of all of them, beyond which a claim says nothing: grids that wide fail in memory or overflow,
-# so the closed form without amplification takes over, an upper bound for every scheme.
+# so Rényi DP takes over, or the closed form without amplification, an upper bound for every scheme.
 _WIDEST_STEP, _WIDEST = 1e5, 1e7
+_MANY = 20_000  # steps from which on the careful convolution is tried at once
 _TAIL = 1e-16  # probability at either end of a whole distribution that is cut off, as an infinite loss above
 _TYPICAL = 1e-5  # delta at whose eps a whole distribution is as tight as `FINE` says
 
@@ -89,7 +92,7 @@ def epsilon_after(event: DpSgd, steps: int, delta: float) -> float:
         return epsilon(replace(event, steps=steps), delta)
     stride = max(1, math.ceil(event.steps / _PROGRESS_POINTS))
     spent = 0.0
-    # The largest so far: every count of steps has a grid of its own, so a later value could be smaller by its tolerance.
+    # The largest so far: every count of steps has a grid of its own, so a later value might be a hair smaller.
     for passed in range(stride, stride * math.ceil(steps / stride) + 1, stride):
         spent = max(spent, together([replace(event, steps=min(passed, event.steps))], delta, COARSE))
     return min(spent, epsilon(event, delta))
@@ -106,14 +109,14 @@ def discrete_losses(event: DpSgd, direction: Direction, tolerance: float = FINE)
     event = composed_as(event)
     if event.sample_rate == 0 or event.steps == 0:
         return PrivacyLosses(np.zeros(1), np.ones(1), 0.0)
-    if event.noise_multiplier == 0 or _hopeless(event, 0.5) is not None:
+    if event.noise_multiplier == 0 or _wide(event):
         return PrivacyLosses(np.zeros(0), np.zeros(0), 1.0)
     steps = _steps_of((event,))
     if direction not in directions(steps[0][0]):
         direction = "remove"  # the same distribution
     composed = _whole(steps, direction, tolerance)
     # What rounding may have taken from all places together counts as infinite losses.
-    lost = composed.infinite + composed.tilted.size * composed.allowance
+    lost = composed.infinite + composed.together
     scale = math.exp(composed.log_scale + composed.relative)
     return PrivacyLosses(composed.losses + composed.slack, composed.tilted * scale, min(1.0, lost * scale))
 
@@ -124,13 +127,9 @@ def _together(events: tuple[DpSgd, ...], delta: float, tolerance: float) -> floa
     if any(value == math.inf for value in known):
         return math.inf
     costly = tuple(event for event, value in zip(events, known, strict=True) if value is None)
-    hopeless = [_hopeless(event, delta / len(costly)) for event in costly]
-    if any(value is not None for value in hopeless):
+    if any(_wide(event) for event in costly):
         # Sequential composition, each at its share of delta.
-        rest = [event for event, value in zip(costly, hopeless, strict=True) if value is None]
-        return sum(value for value in hopeless if value is not None) + sum(
-            _together((event,), delta / len(costly), tolerance) for event in rest
-        )
+        return sum(_without_lattice(event, delta / len(costly)) for event in costly)
     steps = _steps_of(costly)
     if not steps:
         return 0.0
@@ -166,26 +165,38 @@ def _one_direction(steps: Steps, direction: Direction, delta: float, tolerance: 
     parts = parts_of(steps, direction, cut)
     guess, best = saddle(parts, math.log(delta))
     guess = max(guess, 0.0)
+    value = _on_lattice(parts, delta, tolerance, guess, best)
+    for _ in range(2):
+        # Rare large losses mislead the guess: once more with a grid that fits what was found.
+        if value > 0.6 * guess or guess == 0:
+            break
+        guess = value
+        value = min(value, _on_lattice(parts, delta, tolerance, guess, best))
+    pure = sum(part.times * largest_loss(part.step, direction) for part in parts)
+    return min(value, renyi(parts, delta), pure)
+
+
+def _on_lattice(parts: Parts, delta: float, tolerance: float, guess: float, best: float) -> float:
+    """eps with the tilts and transforms in turn, cheap ones first, until the allowance for rounding costs little."""
+    cut = 0.5 * LOST * delta
     top = chernoff(parts, math.log(cut))[0]
     theta, (low, high) = tilt(parts, best, guess)
-    high = max(high, top, 1e-12)
-    wished = spacing(parts, best, tolerance * max(guess, 0.02 * top))
-    least, most = _POINTS[tolerance]
-    grid = max(min(wished, (high - low) / least), (high - low) / most)
-    value = epsilon_of(compose(parts, grid, theta, (min(low, guess), high), cut), delta, guess)
-    if grid > wished:
-        value = min(value, _renyi(steps, delta))
-    return min(value, sum(part.times * largest_loss(part.step, direction) for part in parts))
-
-
-def _renyi(steps: Steps, delta: float) -> float:
-    """eps by Rényi DP where the grid is coarser than wished; inf where it says nothing."""
-    from dpaudit.accounting.cross_checks import rdp_epsilon
-
-    if len(steps) > 1:
-        return math.inf
-    found = rdp_epsilon(replace(steps[0][0], steps=steps[0][1]), delta)
-    return math.inf if found is None else found
+    window = (min(low, guess), max(high, top, 1e-12))
+    deviation = math.sqrt(moments(parts, 0.0).variance)
+    wished = spacing(parts, best, tolerance * max(guess, 1e-3 * deviation))
+    grid = grid_of(parts, theta, wished, window, _POINTS[tolerance])
+    value = math.inf
+    many = sum(part.times for part in parts) > _MANY
+    for tilted, careful in (*(() if many else ((theta, False),)), (theta, True), (best, True)):
+        if tilted != theta:
+            low, high = tilted_range(parts, tilted, _TAIL)
+            window = (min(low, guess), max(high, top))
+            grid = max(grid, (window[1] - window[0]) / (2 * _POINTS[tolerance][1]))
+        composed = compose(parts, grid, tilted, window, cut, careful=careful)
+        value = min(value, epsilon_of(composed, delta, guess))
+        if value - epsilon_of(replace(composed, allowance=0.0), delta, guess) <= 0.5 * tolerance * value:
+            break
+    return value
 
 
 @lru_cache(maxsize=8)
@@ -194,20 +205,28 @@ def _whole(steps: Steps, direction: Direction, tolerance: float) -> Composed:
     parts = parts_of(steps, direction, _TAIL)
     low, high = tilted_range(parts, 0.0, _TAIL)
     guess, theta = saddle(parts, math.log(_TYPICAL))
-    grid = spacing(parts, theta, tolerance * max(guess, 0.02 * high))
-    least, most = _WHOLE_POINTS[tolerance]
-    grid = max(min(grid, (high - low) / least), (high - low) / most)
+    wished = spacing(parts, theta, tolerance * max(guess, 1e-3 * math.sqrt(moments(parts, 0.0).variance)))
+    grid = grid_of(parts, 0.0, wished, (low, high), _WHOLE_POINTS[tolerance])
     return compose(parts, grid, 0.0, (low, high), _TAIL)
 
 
-def _hopeless(event: DpSgd, delta: float) -> float | None:
-    """mu^2 / 2 + z mu with P(N(0,1) > z) = delta, where the noise is too small to build a distribution of losses."""
-    mu, count = moved(event) / event.noise_multiplier, event.sample_rate * event.steps
+def _wide(event: DpSgd) -> bool:
+    """Whether the noise is too small to build a distribution of losses: a claim that says nothing."""
+    mu, count = moved(event) / event.noise_multiplier, max(1.0, event.sample_rate * event.steps)
+    loss = mu if event.noise == "laplace" else mu * mu / 2
+    if event.sample_rate == 1 and event.noise == "gaussian":
+        return not math.isfinite(loss * event.steps)  # has a closed form
+    return loss > _WIDEST_STEP or loss * count > _WIDEST
+
+
+def _without_lattice(event: DpSgd, delta: float) -> float:
+    """eps by Rényi DP, or without any amplification: mu^2 / 2 + z mu with P(N(0, 1) > z) = delta."""
+    mu = moved(event) / event.noise_multiplier
     if event.noise == "laplace":
-        return mu * event.steps if mu > _WIDEST_STEP or mu * max(1.0, count) > _WIDEST else None
-    if event.sample_rate == 1 and math.isfinite(mu * mu * event.steps):
-        return None  # closed form
-    loss = mu * mu / 2
-    if loss * max(1.0, count) <= _WIDEST and loss <= _WIDEST_STEP:
-        return None
-    return loss * event.steps + mu * math.sqrt(event.steps) * float(-ndtri(delta))
+        return mu * event.steps
+    value = mu * mu / 2 * event.steps + mu * math.sqrt(event.steps) * float(-ndtri(delta))
+    if mu * mu / 2 > _WIDEST_STEP:
+        return value
+    steps = ((replace(event, steps=1), event.steps),)
+    found = [renyi(parts_of(steps, order, 0.5 * LOST * delta), delta) for order in directions(event)]
+    return min(value, max(found))

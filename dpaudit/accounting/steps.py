@@ -9,11 +9,11 @@ under P and Q are differences of distribution functions:
         add      P = N(0)                    Q = (1-q) N(0) + q N(m)
         replace  P = (1-q) N(0) + q N(m)     Q = (1-q) N(0) + q N(-m)
     Laplace noise: the same with Laplace(0, 1) and shift m, whose loss stops at two atoms.
-    Subsets of fixed size: "remove" with twice the shift for losses above 0, mirrored below (dpaudit.accounting.schemes).
+    Subsets of fixed size: "remove" with twice the shift for losses above 0, mirrored below (schemes.py).
 
 `lattice` replaces each interval of losses by its two ends so that both of its probabilities are kept ("connect the
-dots", Doroshenko et al. 2022, arXiv 2207.04380): the result leaks at least as much as the step. Outputs beyond the reach
-count as infinite losses, at either end.
+dots", Doroshenko et al. 2022, arXiv 2207.04380): the result leaks at least as much as the step. Outputs beyond the
+reach count as infinite losses, at either end.
 
 Rounding. Every cell's probabilities are differences between the same two computed outputs, so an error in an output is
 an error in the loss there. `Lattice.slack` bounds by how much computed losses of one step may be too small, and
@@ -40,7 +40,10 @@ _NODES = 3000  # of the quadrature: the trapezoidal rule converges geometrically
 
 @dataclass(frozen=True)
 class Lattice:
-    """Losses (first + k) * grid with P-probabilities (k,), and P(loss = inf). `slack`, `relative`: bounds on rounding."""
+    """Losses (first + k) * grid with P-probabilities (k,), and P(loss = inf).
+
+    slack: by how much losses may be too small; relative: by what share probabilities may be.
+    """
 
     grid: float
     first: int
@@ -336,8 +339,8 @@ def _mixture_loss(g: Floats, rate: float) -> Floats:
     """ln(1 - q + q e^g)."""
     if rate == 1:
         return np.asarray(g, dtype=np.float64)
-    near = np.log1p(rate * np.expm1(np.minimum(g, 30.0)))
-    return np.where(g < 30.0, near, np.logaddexp(math.log1p(-rate), math.log(rate) + g))
+    near = np.log1p(rate * np.expm1(np.clip(g, -1.0, 30.0)))
+    return np.where((g > -1.0) & (g < 30.0), near, np.logaddexp(math.log1p(-rate), math.log(rate) + g))
 
 
 def _unmixed(losses: Floats, rate: float) -> Floats:

@@ -2,13 +2,15 @@
 
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import typer
 from rich.console import Console
 
 from dpaudit import printable
-from dpaudit.documents import AuditDocument, Document, ScoresDocument, Verdict
+
+if TYPE_CHECKING:  # half of the time that `dpaudit --help` takes
+    from dpaudit.documents import AuditDocument, Document, ScoresDocument, Verdict
 
 DONE, REFUTED, USAGE, INCONCLUSIVE, ENVIRONMENT, DEFECT, INTERRUPTED = 0, 1, 2, 3, 4, 70, 130
 
@@ -36,12 +38,12 @@ def log(text: str) -> None:
     stderr.print(printable.line(text), markup=False, soft_wrap=True)
 
 
-def emit(document: Document) -> None:
+def emit(document: "Document") -> None:
     """Print the one JSON document; what could move a cursor is escaped, which JSON reads as the same."""
     sys.stdout.write(printable.json_text(document.to_json()))
 
 
-def verdict_exit_code(verdict: Verdict, *, strict: bool = False) -> int:
+def verdict_exit_code(verdict: "Verdict", *, strict: bool = False) -> int:
     """Exit code of a verdict: 1 refuted or unsupported, 3 invalid (always) or inconclusive (with --strict)."""
     if verdict in ("refuted", "unsupported"):
         return REFUTED
@@ -50,7 +52,7 @@ def verdict_exit_code(verdict: Verdict, *, strict: bool = False) -> int:
     return DONE
 
 
-def exit_code(document: AuditDocument | ScoresDocument, *, strict: bool, fail_above: float | None) -> int:
+def exit_code(document: "AuditDocument | ScoresDocument", *, strict: bool, fail_above: float | None) -> int:
     """Exit code of a document: that of its verdict, and 1 where the best bound exceeds a gate's eps.
 
     An inconclusive audit says so on stderr: with exit code 0 a gate would be green on a test that saw nothing.

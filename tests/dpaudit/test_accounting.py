@@ -106,8 +106,7 @@ def test_losses_reproduce_eps_and_are_a_distribution(relation: Relation, directi
     losses = accounting.discrete_losses(event, direction)
     assert losses.losses.shape == losses.probabilities.shape and np.all(np.diff(losses.losses) > 0)
     assert np.all(losses.probabilities >= 0)
-    # dp-accounting cuts negative rounding errors to 0, which adds about 1e-8 a step in the direction "add".
-    assert -1e-12 <= losses.probabilities.sum() + losses.infinity_mass - 1 <= 5e-7
+    assert -1e-9 <= losses.probabilities.sum() + losses.infinity_mass - 1 <= 1e-8
     # Under Q a loss l has probability p exp(-l); exp(-l) magnifies that rounding.
     assert losses.probabilities @ np.exp(-losses.losses) <= 1 + 2e-5
     eps, delta = accounting.epsilon(event, 1e-5), 1e-5
@@ -143,7 +142,7 @@ def test_directions_name_the_right_distributions() -> None:
     add, remove = (accounting.discrete_losses(event, direction) for direction in ("add", "remove"))
     assert add.losses[add.probabilities > 1e-12].max() == pytest.approx(-math.log(1 - 0.3), abs=1e-3)
     assert remove.losses[remove.probabilities > 1e-12].max() > 2
-    assert remove.losses.min() == pytest.approx(math.log(1 - 0.3), abs=1e-3)
+    assert remove.losses[remove.probabilities > 1e-12].min() == pytest.approx(math.log(1 - 0.3), abs=1e-3)
 
 
 def test_losses_of_a_gaussian_have_its_moments() -> None:
@@ -240,7 +239,7 @@ def test_curve_and_name() -> None:
     points = accounting.curve(DpSgd(1.0, 0.1, 10), [1e-6, 1e-5, 1e-4])
     assert [point.delta for point in points] == [1e-6, 1e-5, 1e-4]
     assert points[0].epsilon > points[1].epsilon > points[2].epsilon
-    assert accounting.accountant_name() == "dp-accounting 0.6.0 PLD"
+    assert accounting.accountant_name() == "dpaudit 0.1.0 PLD"
 
 
 @pytest.mark.parametrize(
@@ -261,7 +260,7 @@ def test_bad_events_name_the_field(arguments: tuple[object, ...], field: str) ->
 
 
 def test_bad_targets_name_the_field() -> None:
-    for delta in (0.0, 1.0, -1.0, 1e-13, math.nan):
+    for delta in (0.0, 1.0, -1.0, 1e-31, math.nan):
         with pytest.raises(UsageError, match=r"^delta: got"):
             accounting.epsilon(DpSgd(1.0, 0.1, 1), delta)
     for target in (0.0, -1.0, math.inf, math.nan):
@@ -273,7 +272,7 @@ def test_bad_targets_name_the_field() -> None:
         accounting.noise_multiplier_for(epsilon=1.0, delta=1e-5, sample_rate=0.0, steps=1)
 
 
-@pytest.mark.parametrize("delta", [1e-5, 1e-9, 1e-12])
+@pytest.mark.parametrize("delta", [1e-5, 1e-12, 1e-30])
 def test_composition_stays_above_the_closed_form_down_to_the_smallest_delta(delta: float) -> None:
     """q just below 1 goes through the FFT, whose rounding must not push eps below the Gaussian's closed form."""
     truth = accounting.gaussian_epsilon(math.sqrt(50) / 3, delta)

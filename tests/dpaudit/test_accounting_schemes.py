@@ -201,4 +201,4 @@ def test_noise_too_small_for_a_grid_ends_in_the_closed_form(event: DpSgd) -> Non
         assert got == math.inf
     else:
         assert mu * mu / 2 < got < mu * mu / 2 + 5 * mu
-    assert accounting.epsilon_after(event, 3, 1e-5) == got
+    assert accounting.epsilon_after(event, 3, 1e-5) <= got
