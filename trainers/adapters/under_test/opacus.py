@@ -33,7 +33,7 @@ Build = Callable[[list[Any]], Any]
 
 
 class Parts(SimpleNamespace):
-    """What `build` returned, by kind: module, optimizer, loader, accountant, and all of it as the train function takes it."""
+    """What `build` returned, by kind, and all of it as the train function takes it."""
 
     returned: tuple[Any, ...]
     module: nn.Module

@@ -132,7 +132,7 @@ def eager() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _compiled() -> Iterator[None]:
-    """Inside `eager`: the function that is looked at may be compiled, its arguments and values are seen from outside."""
+    """Inside `eager`: the function that is looked at may be compiled, it is seen from outside."""
     jax = sys.modules.get("jax")
     with jax.disable_jit(False) if jax is not None else contextlib.nullcontext():
         yield
