@@ -356,6 +356,30 @@ def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_wrapped_method_is_put_back_as_it_was() -> None:
+    class Base:
+        share = 1.0
+
+        @classmethod
+        def noisy(cls, each: Any, rng: Any) -> Any:
+            return {"w": cls.share * np.ones(4)}
+
+        @classmethod
+        def step(cls, state: Any, batch: Any) -> Any:
+            cls.noisy(None, None)
+            return state
+
+    class Heir(Base):
+        share = 0.5
+
+    for owner in (Base, Heir, Base, Heir):
+        factory = step_function(init=start, step=owner.step, records=rows, claim=CLAIM, released=(owner, "noisy"))
+        trainer = factory(seed=0, noise_seed=0)
+        trainer.step([0])
+        assert torch.equal(trainer.released()["w"], torch.full((4,), owner.share, dtype=torch.float64))
+    assert isinstance(vars(Base)["noisy"], classmethod) and "noisy" not in vars(Heir)
+
+
 def test_trees_there_and_back() -> None:
     tree = {"a": [np.ones(2), torch.zeros(3)], "b": (np.float32(1.5), {"c": np.arange(2)}), "n": None}
     assert list(trees.tensors(tree)) == ["a.0", "a.1", "b.0"]

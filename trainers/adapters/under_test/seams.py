@@ -14,6 +14,7 @@ from dpaudit.errors import UsageError, rejected
 from trainers.adapters.under_test import trees
 
 Seam = tuple[Any, str]
+_ABSENT = object()
 
 
 def checked(argument: str, seam: Any) -> Seam:
@@ -114,12 +115,16 @@ def _once(argument: str, seam: Seam, called: int) -> None:
 @contextlib.contextmanager
 def _wrapped(seam: Seam, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
     owner, name = seam
-    original = getattr(owner, name)
-    setattr(owner, name, wrap(original))
+    # As it lies there (a classmethod, say), and not as it is looked up; an inherited one is not put into the heir.
+    raw = vars(owner).get(name, _ABSENT)
+    setattr(owner, name, wrap(getattr(owner, name)))
     try:
         yield
     finally:
-        setattr(owner, name, original)
+        if raw is _ABSENT:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, raw)
 
 
 @contextlib.contextmanager
