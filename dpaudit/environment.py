@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from dpaudit import __version__, untrusted
-from dpaudit.config import public_path
 from dpaudit.documents import Check, DoctorDocument, EnvironmentDocument
 
 # What results depend on; versions of the rest don't matter to a reader.
@@ -74,6 +73,8 @@ def public_command(arguments: Sequence[str]) -> str:
 
 
 def _cut(argument: str) -> str:
+    from dpaudit.config import public_path  # brings yaml, which is not in the core
+
     field, equals, value = argument.rpartition("=")
     return field + equals + ",".join(public_path(piece) or "" for piece in value.split(","))
 
@@ -95,21 +96,41 @@ def examine(folder: Path) -> DoctorDocument:
 
     folder: where runs would be written. Never raises for a broken machine: that is a failed check.
     """
-    probe = _probe()
+    requirements = importlib.metadata.requires("dpaudit") or []
+    core_only = versions(("torch",)) == {}
+    probe = {} if core_only else _probe()
     checks = (
         check_python(sys.version_info[:2]),
-        *check_packages(importlib.metadata.requires("dpaudit") or []),
-        check_torch(probe),
-        check_torchvision(probe),
-        check_imports(probe),
-        check_lmms_eval(versions(("lmms-eval",)).get("lmms-eval"), importlib.metadata.requires("dpaudit") or []),
-        check_base(Path(str(importlib.resources.files("trainers"))) / "public" / "base"),
+        *check_packages(requirements),
+        *((check_core_only(),) if core_only else _beyond_the_core(probe, requirements)),
         check_folder(folder),
         check_disk(shutil.disk_usage(_existing(folder)).free / 2**30),
         check_memory(_memory_gib()),
         check_chromium(shutil.which),
     )
     return DoctorDocument(healthy=all(check.status != "fail" for check in checks), checks=checks)
+
+
+def check_core_only() -> Check:
+    """Bounds, scores, plans and the Python door work; nothing else was installed, which is no defect."""
+    return _check(
+        "extras",
+        None,
+        "the core alone: no torch",
+        "optional",
+        "Training, audits, the step contract and reports need: pip install 'dpaudit[train]'",
+    )
+
+
+def _beyond_the_core(probe: dict[str, Any], requirements: Sequence[str]) -> tuple[Check, ...]:
+    return (
+        *check_packages(requirements, extra="train"),
+        check_torch(probe),
+        check_torchvision(probe),
+        check_imports(probe),
+        check_lmms_eval(versions(("lmms-eval",)).get("lmms-eval"), requirements),
+        check_base(Path(str(importlib.resources.files("trainers"))) / "public" / "base"),
+    )
 
 
 def _existing(folder: Path) -> Path:
@@ -158,15 +179,15 @@ def check_python(version: tuple[int, int]) -> Check:
     )
 
 
-def check_packages(requirements: Sequence[str]) -> tuple[Check, ...]:
-    """Every requirement of dpaudit itself (without extras) at a version in its range; one check for all.
+def check_packages(requirements: Sequence[str], extra: str = "") -> tuple[Check, ...]:
+    """Every requirement of dpaudit itself, or of one of its extras, at a version in its range; one check for all.
 
     The ranges are those of the installed package's metadata, so they are stated once, in pyproject.toml.
     """
     broken: list[str] = []
     wanted: list[str] = []
     count = 0
-    for name, specifier in _ranges(requirements, extra=""):
+    for name, specifier in _ranges(requirements, extra=extra):
         count += 1
         installed = versions((name,)).get(name)
         if installed is None or not _inside(installed, specifier):
@@ -174,7 +195,7 @@ def check_packages(requirements: Sequence[str]) -> tuple[Check, ...]:
             wanted.append(f"'{name}{specifier}'")
     return (
         _check(
-            "packages",
+            "packages" if not extra else f"extra {extra}",
             not broken,
             ", ".join(broken) or f"{count} packages in range",
             "every package in the tested range",

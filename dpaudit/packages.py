@@ -2,7 +2,8 @@
 
 `trainers`, `attacks` and `reports` are common names, and one process holds one module a name. Where the user's code has
 packages of these names too, both sets are kept, and each is in place while its own code runs: ours inside `ours()`,
-the user's inside `theirs()` (every call into foreign code: attacks.contract.guard). Where there are none, both do nothing.
+the user's inside `theirs()` (every call into foreign code: attacks.contract.guard). Where there are none, both do
+nothing.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import ClassVar
 
 OWN = ("trainers", "attacks", "reports")
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,7 +24,8 @@ class _Shelf:
 
     apart = False  # whether there are two sets
     now = "ours"
-    modules: dict[str, ModuleType] = {}
+    modules: ClassVar[dict[str, ModuleType]] = {}
+    root_first = False  # whether our folder was put first on sys.path by us
 
 
 @contextlib.contextmanager
@@ -71,9 +74,9 @@ def _swap() -> None:
     root = str(ROOT)
     if _Shelf.now == "ours":
         sys.path.insert(0, root)
-    else:
-        sys.path.remove(root)
-    # Finders remember what a folder holds by its time of change only; the caches of both sets stay right.
+    elif _Shelf.root_first:
+        sys.path.remove(root)  # the first of its name is the one that we put there
+    _Shelf.root_first = _Shelf.now == "ours"
 
 
 def _foreign(path: list[str]) -> bool:

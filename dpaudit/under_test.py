@@ -2,15 +2,15 @@
 
     from dpaudit.under_test import hf_trainer, opacus_loop, step_function
 
-`opacus_loop` takes what `make_private` returned and a train function, `hf_trainer` a Hugging Face Trainer with DP code of
-its own, `step_function` a step written by hand in torch, numpy or jax. The code is in trainers.adapters.under_test and is
-imported on first use, so that this module costs nothing.
+`opacus_loop` takes what `make_private` returned and a train function, `hf_trainer` a Hugging Face Trainer with DP code
+of its own, `step_function` a step written by hand in torch, numpy or jax. The code is in trainers.adapters.under_test
+and is imported on first use, so that this module costs nothing.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from dpaudit import packages
+from dpaudit import extras, packages
 
 if TYPE_CHECKING:
     from trainers.adapters.under_test import hf_trainer, opacus_loop, step_function
@@ -25,9 +25,7 @@ def __getattr__(name: str) -> Any:
         with packages.ours():
             module = importlib.import_module("trainers.adapters.under_test")
     except ModuleNotFoundError as error:
-        from dpaudit.environment import missing_package
-
-        raise missing_package(error, __name__) from None
+        raise (extras.missing(error, __name__) or error) from None
     return getattr(module, name)
 
 

@@ -125,7 +125,7 @@ class Full(Trainer, Protocol):
 
 
 def lacking(trainer: object, name: str) -> str:
-    """Why an optional method is not offered: what the trainer's own `unavailable` (name -> reason) says, if it has one."""
+    """Why an optional method is not offered: what the trainer's `unavailable` says, if it has one."""
     reasons = getattr(trainer, "unavailable", None)
     said = reasons.get(name) if isinstance(reasons, Mapping) else None
     return f"no {name}(): {said}" if isinstance(said, str) else f"the trainer offers no {name}()"

@@ -11,7 +11,7 @@ from attacks.bugs.game import release_game
 from attacks.contract import run_checks, verdict
 from attacks.contract.influence import Bench
 from attacks.contract.probe import Probe
-from trainers.adapters import compact, huggingface, opacus_loop, vlm, zeroth_order
+from trainers.adapters import compact, foreign, vlm, zeroth_order
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ CONTROLS: tuple[Control, ...] = (
     Control("full batch", compact.full_batch),
     Control("laplace noise, L1 clipping", compact.laplace),
     Control("dp-zo (zeroth-order)", zeroth_order.dp_zo),
-    Control("opacus loop", opacus_loop.factory),
-    Control("hugging face trainer", huggingface.factory, slow=True),
+    Control("opacus loop", foreign.opacus),
+    Control("hugging face trainer", foreign.hugging_face, slow=True),
     Control("vision-language dp-sgd", vlm.dp_sgd, slow=True),
     Control("vision-language dual-priv", vlm.dual_priv, slow=True),
     # what looks suspicious and is not

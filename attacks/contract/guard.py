@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dpaudit import packages
 from dpaudit.errors import UsageError
 
 TIME_LIMIT = 30.0  # seconds a call; a step of a small model takes milliseconds
@@ -80,7 +81,7 @@ def call(method: str, function: Callable[..., Any], *arguments: Any, limit: floa
     _Watched.deadline = time.monotonic() + limit
     _Watched.method = method
     try:
-        with time_limit(limit):
+        with time_limit(limit), packages.theirs():
             return function(*arguments, **options)
     except _Expired:
         raise MethodFailure(method, f"did not return within {limit:g} s (--time-limit)") from None

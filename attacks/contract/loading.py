@@ -14,6 +14,7 @@ from typing import Any
 
 from attacks.contract.guard import TIME_LIMIT, MethodFailure, call
 from dpaudit.documents import FactorySource
+from dpaudit import packages
 from dpaudit.errors import UsageError, rejected
 
 OWN = ("dpaudit", "trainers", "attacks", "reports")
@@ -26,6 +27,7 @@ def load_factory(target: str, *, limit: float = TIME_LIMIT) -> Callable[..., Any
         raise rejected("factory", target, "module:factory, for example my_training:make_trainer")
     for name in OWN:
         importlib.import_module(name)
+    packages.keep_apart(Path.cwd())
     here = str(Path.cwd())
     sys.path[:] = [here, *(entry for entry in sys.path if entry not in ("", here))]
     importlib.invalidate_caches()

@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from dpaudit import __version__, printable
+from dpaudit import __version__, extras, printable
 from dpaudit.cli import console
 from dpaudit.errors import DpauditError
 
@@ -112,6 +112,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except BrokenPipeError:
         return _reader_gone()
+    except ModuleNotFoundError as error:
+        words = sys.argv[1:] if arguments is None else list(arguments)
+        lacking = extras.missing(error, f"dpaudit {words[0]}" if words else "dpaudit")
+        if lacking is None:
+            raise
+        console.log(f"dpaudit: {_one_line(str(lacking))}")
+        return lacking.exit_code
     except OSError as error:  # a folder that may not be read, a disk that fails: never a defect of a command line
         where = f"{error.filename}: " if error.filename is not None else ""
         console.log(f"dpaudit: {_one_line(where + (error.strerror or str(error) or type(error).__name__))}")

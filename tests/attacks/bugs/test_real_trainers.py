@@ -6,7 +6,7 @@ import torch
 from attacks.bugs.benchmark import run_bug
 from attacks.bugs.table import bug
 from attacks.contract import check
-from trainers.adapters import huggingface, vlm
+from trainers.adapters import foreign, vlm
 
 
 def test_dual_priv_keeps_the_contract() -> None:
@@ -19,7 +19,7 @@ def test_dual_priv_keeps_the_contract() -> None:
 
 
 def test_a_hugging_face_trainer_keeps_the_contract() -> None:
-    document = check(huggingface.factory)
+    document = check(foreign.hugging_face)
     assert document.verdict == "pass", [item for item in document.checks if item.status == "fail"]
 
 

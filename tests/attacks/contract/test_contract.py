@@ -15,7 +15,7 @@ from attacks.contract.influence import Bench
 from attacks.contract.probe import Probe
 from dpaudit.documents import Check, CheckDocument
 from dpaudit.errors import UsageError
-from trainers.adapters import compact, opacus_loop, zeroth_order
+from trainers.adapters import compact, foreign, zeroth_order
 from trainers.adapters.compact import SHAPES, Compact, Record
 
 CORRECT = [
@@ -46,7 +46,7 @@ def test_correct_trainers_pass(factory: Any) -> None:
 
 
 def test_an_opacus_loop_passes() -> None:
-    assert_contract(opacus_loop.factory)
+    assert_contract(foreign.opacus)
 
 
 class Outside(Compact):

@@ -1,9 +1,9 @@
 """Gradients of single units inside a loop that takes its units one by one: read, or replaced by a canary's.
 
 Torch calls the hooks of a parameter whenever its gradient is computed, by `loss.backward()` and `autograd.grad` alike,
-before anybody clips it. In a loop that takes one unit a backward pass, the k-th pass belongs to the k-th unit; so a unit
-appended to the batch can carry any gradient through the loop's own clipping. A loop that takes several units in a pass
-is found out by its number of passes.
+before anybody clips it. In a loop that takes one unit a backward pass, the k-th pass belongs to the k-th unit; so a
+unit appended to the batch can carry any gradient through the loop's own clipping. A loop that takes several units in a
+pass is found out by its number of passes.
 """
 
 import contextlib
@@ -48,7 +48,8 @@ class Passes(TorchFunctionMode):
         """Record the passes of one step. canaries: pass number (from 0) -> gradient that replaces its own."""
         self.count, self.values, self.kept, self.reached, self.drawn = 0, [], [], [], False
         self._canaries, self._keep, self._watches, self._root = canaries or {}, keep, True, None
-        hooks = [tensor.register_hook(self._hook(name)) for name, tensor in parameters.items() if tensor.requires_grad]
+        live = [(name, tensor) for name, tensor in parameters.items() if tensor.requires_grad]
+        hooks: list[Any] = [tensor.register_hook(self._hook(name)) for name, tensor in live]  # type: ignore[no-untyped-call]
         try:
             yield
         finally:

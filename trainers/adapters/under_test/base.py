@@ -155,14 +155,13 @@ class UnderTest:
     def _keep_released(self, chosen: list[int], *, divide: float = 1.0) -> None:
         """From what the optimisers read; a parameter that none of them read has no noise."""
         if self._releases.steps > 1:
-            raise UsageError(
-                f"{self.kind}: {self._releases.steps} optimiser steps on one batch; accepted: one a batch that the loop takes"
-            )
+            count = self._releases.steps
+            raise UsageError(f"{self.kind}: {count} optimiser steps on one batch; accepted: one a batch that it takes")
         seen = self._releases.seen
         if not seen and chosen:
             raise UsageError(
-                f"{self.kind}: asked for the next batch without an optimiser step on this one; accepted: a loop with one "
-                "torch optimiser step a batch"
+                f"{self.kind}: asked for the next batch without an optimiser step on this one; accepted: a loop with "
+                "one torch optimiser step a batch"
             )
         self._last = {
             name: seen[id(value)] / divide if id(value) in seen else None for name, value in self._parameters.items()

@@ -100,7 +100,7 @@ class Streams:
 def _seed_torch(value: int) -> None:
     """torch.manual_seed for the devices in use; it takes a stack trace for those that are not, at every call."""
     torch.default_generator.manual_seed(value)
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed_all(value)
 
 

@@ -1,8 +1,8 @@
 """A training step written by hand under test: `step(state, batch) -> state`, in torch, numpy or jax.
 
 What was released is what a torch optimiser in the step reads, or what a function of the owner's returns. A canary
-gradient is carried by one more record where torch computes the gradients of the records one by one, or joins the rows of
-a function that takes the gradients of all records at once; it goes through the owner's clipping in either case.
+gradient is carried by one more record where torch computes the gradients of the records one by one, or joins the rows
+of a function that takes the gradients of all records at once; it goes through the owner's clipping in either case.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ Released = Callable[[Any], Any] | seams.Seam | None
 
 NO_SEAM = (
     "the gradients of single records can't be seen in this step; this closes the white-box game. Pass "
-    'per_record_gradients=(module, "name"): a function of yours that takes the gradients of all records, a row each, as '
-    "its first argument"
+    'per_record_gradients=(module, "name"): a function of yours that takes the gradients of all records, a row each, '
+    "as its first argument"
 )
 
 
@@ -112,19 +112,19 @@ class FunctionTrainer(UnderTest):
         elif self._releases.seen or not batch or self._where.of_modules:
             if not self._releases.seen and batch:
                 raise UsageError(
-                    "released: no torch optimizer made a step; accepted: released=(module, 'function that returns the noisy "
-                    "mean') or a function of the state"
+                    "released: no torch optimizer made a step; accepted: released=(module, 'function that returns the "
+                    "noisy mean') or a function of the state"
                 )
             return self._keep_released([0] * len(batch))
         else:
             raise UsageError(
-                "released: missing; accepted: (module, 'function that returns the noisy mean') or a function of the state"
+                "released: missing; accepted: (module, 'function that returns the noisy mean'), or a function of the "
+                "state"
             )
         unknown = sorted(set(seen) - set(self._parameters))
         if unknown:
-            raise rejected(
-                "released", unknown[0], f"arrays named like the parameters: {', '.join(list(self._parameters)[:6])}"
-            )
+            known = ", ".join(list(self._parameters)[:6])
+            raise rejected("released", unknown[0], f"arrays named like the parameters: {known}")
         self._last = {name: seen.get(name) for name in self._parameters}
 
     def assign(self, parameters: Mapping[str, Tensor]) -> None:

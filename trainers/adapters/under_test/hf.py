@@ -152,7 +152,7 @@ def _body(
     trainer: Any, releases: Any, passes: Any, optimizer_ready: Callable[[Any], None], least: int
 ) -> Callable[[Feed], None]:
     """train() with its loader fed by us. Holds the Trainer, not the trainer under test."""
-    ready = weakref.WeakMethod(optimizer_ready)  # type: ignore[arg-type]
+    ready = weakref.WeakMethod(optimizer_ready)
 
     def body(feed: Feed) -> None:
         from transformers import trainer_callback
@@ -160,7 +160,7 @@ def _body(
         loader = trainer.get_train_dataloader()
         feed.length = max(least, len(loader))
         # A plain loader: accelerate's fetches a batch ahead, and would hide where a step ends.
-        fed = DataLoader(_data_of(loader, trainer), batch_sampler=feed, collate_fn=_collate_of(loader, trainer))  # type: ignore[arg-type]
+        fed = DataLoader(_data_of(loader, trainer), batch_sampler=feed, collate_fn=_collate_of(loader, trainer))
         trainer.get_train_dataloader = lambda: fed
         arguments = trainer.args
         arguments.disable_tqdm, arguments.logging_steps = True, 10**9

@@ -33,7 +33,7 @@ Build = Callable[[list[Any]], Any]
 
 
 class Parts(SimpleNamespace):
-    """What `build` returned, by kind: module, optimizer, loader, accountant, and all of it as the train function takes it."""
+    """What `build` returned, by kind, and all of it as the train function takes it."""
 
     returned: tuple[Any, ...]
     module: nn.Module
@@ -196,7 +196,7 @@ class OpacusPlan:
         self.delta, self.steps, self.unit = said["delta"], said["steps"], said["unit"]
         self.relation: Relation = said["relation"]
         self.public_size: int | None = said["public_size"]
-        self._public: tuple[float, int] | None = None  # q and expected batch size of the public size
+        self._public: tuple[float, int, int] | None = None  # q, expected batch size and batches an epoch
         self._multipliers: dict[Any, float] = {}
         self.scratch = Scratch(self._quiet)
 
@@ -207,7 +207,7 @@ class OpacusPlan:
             if self.public_size != len(own):
                 raise rejected("public_size", self.public_size, f"the number of your records, {len(own)}")
             parts = self.construct(own)
-            self._public = (_rate(parts), int(parts.optimizer.expected_batch_size))
+            self._public = (_rate(parts), int(parts.optimizer.expected_batch_size), _steps(parts.loader))
         return OpacusTrainer(self, own if records is None else records, seed=seed, noise_seed=noise_seed)
 
     def _quiet(self, records: Records) -> OpacusTrainer:
@@ -238,7 +238,7 @@ class OpacusPlan:
     def public(self, trainer: OpacusTrainer) -> None:
         """q and the expected batch size of the declared size, whatever records were handed in."""
         assert self._public is not None
-        rate, size = self._public
+        rate, size, _ = self._public
         parts = trainer._parts
         sampler = parts.loader.batch_sampler
         if not hasattr(sampler, "sample_rate"):
@@ -254,7 +254,8 @@ class OpacusPlan:
             return self.claim
         parts = trainer._parts
         optimizer, rate = parts.optimizer, _rate(parts)
-        steps = self.steps if self.steps is not None else _steps(parts.loader)
+        epoch = _steps(parts.loader) if self._public is None else self._public[2]
+        steps = self.steps if self.steps is not None else epoch
         size = optimizer.expected_batch_size or rate * _length(trainer)
         return StepClaim(
             mechanism="gaussian",

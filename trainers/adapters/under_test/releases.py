@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +19,9 @@ def _make_visible() -> None:
         if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer:
             step = value.__dict__.get("step")
             if step is not None and not getattr(step, "hooked", None):
-                value.step = Optimizer.profile_hook_step(step)
-                value.step.hooked = True
+                hooked: Any = Optimizer.profile_hook_step(step)
+                hooked.hooked = True
+                setattr(value, "step", hooked)  # noqa: B010
 
 
 class Releases:
@@ -46,7 +48,7 @@ class Releases:
                 hook.remove()
 
     def settle(self, parameters: list[Tensor]) -> None:
-        """Record these gradients now: what follows (a Trainer's own clipping of the noisy mean) comes after the noise."""
+        """Record these gradients now: what follows (a Trainer's clipping of the noisy mean) comes after the noise."""
         for parameter in parameters:
             if parameter.grad is not None:
                 self.seen[id(parameter)] = parameter.grad.detach().clone()

@@ -14,6 +14,7 @@ from dpaudit.errors import UsageError, rejected
 from trainers.adapters.under_test import trees
 
 Seam = tuple[Any, str]
+_ABSENT = object()
 
 
 def checked(argument: str, seam: Any) -> Seam:
@@ -114,12 +115,16 @@ def _once(argument: str, seam: Seam, called: int) -> None:
 @contextlib.contextmanager
 def _wrapped(seam: Seam, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
     owner, name = seam
-    original = getattr(owner, name)
-    setattr(owner, name, wrap(original))
+    # As it lies there (a classmethod, say), and not as it is looked up; an inherited one is not put into the heir.
+    raw = vars(owner).get(name, _ABSENT)
+    setattr(owner, name, wrap(getattr(owner, name)))
     try:
         yield
     finally:
-        setattr(owner, name, original)
+        if raw is _ABSENT:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, raw)
 
 
 @contextlib.contextmanager
@@ -132,7 +137,7 @@ def eager() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _compiled() -> Iterator[None]:
-    """Inside `eager`: the function that is looked at may be compiled, its arguments and values are seen from outside."""
+    """Inside `eager`: the function that is looked at may be compiled, it is seen from outside."""
     jax = sys.modules.get("jax")
     with jax.disable_jit(False) if jax is not None else contextlib.nullcontext():
         yield

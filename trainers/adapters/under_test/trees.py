@@ -1,7 +1,7 @@
 """Nested containers of arrays, whatever library they are from: names, torch tensors and back.
 
 A tree is a dict, list, tuple, named tuple or dataclass of trees; anything else is a leaf. Leaves are arrays of torch,
-numpy or jax (which is imported only where it is in use already). jax's own registered containers are taken apart by jax.
+numpy or jax, which is never imported here: where it is in use, it is there already.
 """
 
 import dataclasses
@@ -109,7 +109,8 @@ def _rebuilt(tree: Any, made: Mapping[str, Any]) -> Any:
     if isinstance(tree, Mapping):
         keys = {str(key): key for key in tree}
         pairs = {keys[name]: value for name, value in made.items()}
-        return type(tree)(pairs) if type(tree) is not dict else pairs
+        make: Any = type(tree)
+        return make(pairs)
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)(**made)
     if isinstance(tree, list | tuple):

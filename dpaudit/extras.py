@@ -1,0 +1,36 @@
+"""Which extra of dpaudit brings a package: the one line for a command that needs more than is installed."""
+
+from dpaudit.errors import EnvironmentFailure
+
+# Import name -> extra of dpaudit (pyproject.toml).
+EXTRAS = {
+    "accelerate": "train",
+    "cryptography": "train",
+    "datasets": "benchmark",
+    "evaluate": "benchmark",
+    "jinja2": "train",
+    "lmms_eval": "lmms",
+    "loguru": "benchmark",
+    "markupsafe": "train",
+    "matplotlib": "plot",
+    "opacus": "train",
+    "peft": "train",
+    "PIL": "train",
+    "pyarrow": "parquet",
+    "ray": "ray",
+    "safetensors": "train",
+    "sklearn": "train",
+    "tokenizers": "train",
+    "torch": "train",
+    "transformers": "train",
+    "yaml": "train",
+}
+
+
+def missing(error: ModuleNotFoundError, what: str) -> EnvironmentFailure | None:
+    """The line for `what` (a command, a module) that found a package missing; None where no extra brings it."""
+    name = (error.name or "").partition(".")[0]
+    extra = EXTRAS.get(name)
+    if extra is None:
+        return None
+    return EnvironmentFailure(f"{what}: needs {name}, which is not installed: pip install 'dpaudit[{extra}]'")
