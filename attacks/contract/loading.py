@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from attacks.contract.guard import TIME_LIMIT, MethodFailure, call
-from dpaudit.documents import FactorySource
 from dpaudit import packages
+from dpaudit.documents import FactorySource
 from dpaudit.errors import UsageError, rejected
 
 OWN = ("dpaudit", "trainers", "attacks", "reports")

@@ -294,9 +294,9 @@ def ledger(rows: Sequence[LedgerRow], table: Sequence[TruthCase]) -> tuple[Ledge
         ),
     )
     there = {row.stage for row in rows}
-    for case, needed, path, stage, explanation in missing:
-        if case is not None and case.applies and needed not in there:
-            evidence = f"{case.decided_by}: {case.evidence}"
+    for found, needed, path, stage, explanation in missing:
+        if found is not None and found.applies and needed not in there:
+            evidence = f"{found.decided_by}: {found.evidence}"
             out.append(_unaccounted(path, stage, explanation, evidence))
     return tuple(out)
 

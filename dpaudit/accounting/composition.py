@@ -62,7 +62,7 @@ class Composed:
 
     @property
     def losses(self) -> Floats:
-        return (self.first + np.arange(self.tilted.size)) * self.grid
+        return np.asarray((self.first + np.arange(self.tilted.size)) * self.grid, dtype=np.float64)
 
 
 def compose(
@@ -137,7 +137,9 @@ def _transform(tilted: Floats, first: int, size: int, times: int) -> tuple[npt.N
     if 2.0 * float(tilted[near].sum()) < float(tilted.sum()):
         return change, norm, terms
     rest, norm, total = _fft(places[~near], tilted[~near], size)
-    exact, roundings = _term_by_term(places[near], tilted[near], (2.0 * math.pi / size) * active)
+    exact, roundings = _term_by_term(
+        places[near], tilted[near], np.asarray(2.0 * math.pi / size * active, dtype=np.float64)
+    )
     change[active], terms[active] = rest[active] + exact, 8.0 * UNIT * total + roundings
     return change, norm, terms
 

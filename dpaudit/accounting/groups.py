@@ -74,6 +74,7 @@ def _sampled(step: DpSgd, units: int, delta: float) -> float:
 
 def _by_lemma(step: DpSgd, units: int, delta: float) -> GroupLoss:
     """The smallest eps whose group delta, with the mechanism's own delta at that eps, stays within `delta`."""
+
     def holds(epsilon: float) -> bool | None:
         own = delta / _factor(epsilon, units)
         return together([step], own, COARSE) <= epsilon if own >= SMALLEST_DELTA else None

@@ -55,7 +55,7 @@ class Lattice:
     @property
     def losses(self) -> Floats:
         """(k,), ascending."""
-        return (self.first + np.arange(self.probabilities.size)) * self.grid
+        return np.asarray((self.first + np.arange(self.probabilities.size)) * self.grid, dtype=np.float64)
 
 
 def directions(step: DpSgd) -> tuple[Direction, ...]:
