@@ -114,7 +114,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _reader_gone()
     except ModuleNotFoundError as error:
         words = sys.argv[1:] if arguments is None else list(arguments)
-        lacking = extras.missing(error, f"dpaudit {words[0]}" if words else "dpaudit")
+        lacking = extras.missing(error, words[0] if words else "this")
         if lacking is None:
             raise
         console.log(f"dpaudit: {_one_line(str(lacking))}")

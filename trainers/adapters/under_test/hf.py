@@ -57,14 +57,13 @@ class HuggingFaceTrainer(UnderTest):
         if not self._parameters:
             raise UsageError("make_trainer: the model of the Trainer has no parameter with requires_grad")
         self._rows: Rows | None = None
-        self._sampler = np.random.default_rng([seed, 3])
         self._loop = self._in_thread(
             _body(self.trainer, self._releases, self._passes, self._opacus, max(least, plan.claim.steps or 1))
         )
         if plan.epsilon is None:
             self._refuse("epsilon", "no epsilon=(trainer, delta) was given")
-        if plan.sample is None and self._claim.sampling not in ("poisson", "full"):
-            self._refuse("sample", f"no sample= was given, and {self._claim.sampling} batches can't be drawn here")
+        if plan.sample is None:  # a sampler of ours would pass its checks, and say nothing of theirs
+            self._refuse("sample", "no sample= was given, so the Trainer's own sampler is not looked at")
 
     def _opacus(self, optimizer: Any) -> None:
         """Called in the loop once the optimizer is there."""
@@ -89,12 +88,10 @@ class HuggingFaceTrainer(UnderTest):
         self._keep_released(chosen)
 
     def sample(self) -> list[int]:
-        """The owner's, or Poisson by the claim: the Trainer's own loader has no Poisson sampler."""
-        if self._plan.sample is not None:
-            with self._streams.active():
-                return [int(index) for index in self._plan.sample(self.trainer)]
-        rate = 1.0 if self._claim.sampling == "full" else self._claim.sample_rate
-        return [int(index) for index in np.flatnonzero(self._sampler.random(len(self.records)) < rate)]
+        """The owner's."""
+        assert self._plan.sample is not None
+        with self._streams.active():
+            return [int(index) for index in self._plan.sample(self.trainer)]
 
     def epsilon(self, delta: float) -> float:
         """The owner's."""
