@@ -97,7 +97,8 @@ def row(fault: str, seed: int, count: int) -> dict[str, object]:
     game = part.document("white-box", number=1, previous_sha256=None, about="procedure", claim=claim, alpha=ALPHA)
     found, _ = verdict.decide(claim=claim, alpha=ALPHA, games=[game])
     tests = {test.bound: test for test in reversed(part.tests) if test.decides}  # of two, the first: all canaries
-    within = next((test for test in part.tests if test.assumes == "dp-sgd(q,T)"), None)
+    bounds = [test for test in part.tests if test.assumes == "dp-sgd(q,T)"]
+    within = max(bounds, key=lambda test: float(test.epsilon_lower or 0.0), default=None)
     coins = tests.get("exact likelihood")
     return {
         "seed": seed,
@@ -106,7 +107,7 @@ def row(fault: str, seed: int, count: int) -> dict[str, object]:
         "p_value_of_all": None if coins is None else coins.p_value,
         "power": None if coins is None else coins.power,
         "epsilon_within_dp_sgd": None if within is None else min(1e3, float(within.epsilon_lower or 0.0)),
-        "ceiling": None if within is None else min(1e3, float(within.ceiling or 0.0)),
+        "epsilon_by_coins": next((float(t.epsilon_lower or 0) for t in bounds if t.bound == "exact likelihood"), None),
         "epsilon_free": float(tests["steinke"].epsilon_lower or 0.0) if "steinke" in tests else None,
         "controls": {control.name: control.outcome for control in part.controls},
     }

@@ -229,8 +229,8 @@ def read_game(
     statistic = f"{FINAL_STATISTIC if game.final else STATISTIC} ({game.kind})"
     tests = [*_coin_tests(game, scores, claim, noise, found, statistic, alpha, rng)]
     tests += _noise_tests(noise, game, claim, alpha)
-    # Half of the error of the bounds for the one that assumes nothing, half for the one within the mechanism.
-    level = 1 - (1 - confidence) / 2
+    # A third of the error of the bounds each: what assumes nothing, and within the mechanism the coins and the noise.
+    level = 1 - (1 - confidence) / 3
     free = one_run_bound(
         scores,
         game.members,
@@ -242,6 +242,8 @@ def read_game(
     tests.append(free.model_copy(update={"name": TITLE, "statistic": statistic}))
     if game.exact:
         tests.append(mechanism_bound(game, claim, level, rng).model_copy(update={"statistic": statistic}))
+    if noise is not None and claimed_event(claim) is not None:
+        tests.append(noise_bound(game, claim, noise, level))
     return Played(
         validity=Validity(sound=True, checks=checks),
         tests=tuple(tests),
@@ -367,6 +369,33 @@ def mechanism_bound(game: GradientGame, claim: Claim, confidence: float, rng: np
         guesses=None,
         epsilon_lower=_epsilon(sigma, claim),
         ceiling=_epsilon(top, claim),
+        statement=sigma_sentence(sigma, event, confidence),
+        decides=False,
+    )
+
+
+def noise_bound(game: GradientGame, claim: Claim, noise: NoiseLevel, confidence: float) -> Test:
+    """Lower bound on eps within DP-SGD of the claimed q and T: the noise measured where no canary is.
+
+    Exact: the squares over sigma^2 are chi-square, so the largest level that they do not refute lies below the true one
+    with probability at most 1 - confidence. It says how much noise there is; that a unit moves the sum by C is what the
+    liveness control shows.
+    """
+    event = claimed_event(claim)
+    assert event is not None
+    sigma = noise.upper(1 - confidence) * game.noise_multiplier
+    return Test(
+        name=f"{TITLE}: {NOISE}",
+        statistic=f"sum of squares along {game.spare} directions without canaries, over all steps",
+        bound="chi-square",
+        assumes="dp-sgd(q,T)",
+        selection="directions drawn with the coins",
+        confidence=confidence,
+        delta=claim.delta,
+        n=noise.count,
+        guesses=None,
+        epsilon_lower=_epsilon(sigma, claim),
+        ceiling=np.inf,
         statement=sigma_sentence(sigma, event, confidence),
         decides=False,
     )

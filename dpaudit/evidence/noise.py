@@ -46,6 +46,12 @@ class NoiseLevel:
         """Measured standard deviation over the claimed one."""
         return float(np.sqrt(self.squares / self.count))
 
+    def upper(self, level: float) -> float:
+        """Upper confidence limit of the true level over the claimed one, with error probability `level`: exact for
+        white noise of one level, and only larger where anything else is in the squares."""
+        low = float(chi2.ppf(level, self.count))
+        return float(np.sqrt(self.squares / low)) if low > 0 else np.inf
+
     def interval(self, level: float = CONTROL_LEVEL) -> tuple[float, float]:
         """Exact interval of the true level over the claimed one, with confidence 1 - level."""
         low, high = chi2.ppf(1 - level / 2, self.count), chi2.ppf(level / 2, self.count)
