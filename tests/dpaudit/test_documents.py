@@ -75,8 +75,8 @@ EXAMPLES: list[Document] = [
         run=RunInfo(name="r", method="dp-sgd", config_sha256="00"),
     ),
     GameDocument(
-        game="white-box", number=1, previous_sha256=None, about="procedure", claim=CLAIM, coins_sha256="00", alpha=0.001,
-        tests=(TEST,), controls=(CONTROL,), scores=(SUMMARY,),
+        game="white-box", number=1, previous_sha256=None, about="procedure", claim=CLAIM, coins_sha256="00",
+        alpha=0.001, tests=(TEST,), controls=(CONTROL,), scores=(SUMMARY,),
     ),
     ScoresDocument(
         verdict="no claim", reasons=(), alpha=0.001, family_confidence=0.95, tests=(TEST,),
