@@ -250,7 +250,7 @@ def test_options_are_checked_before_anything_runs() -> None:
 
 
 def test_scores_that_are_not_finite_rank_at_the_ends() -> None:
-    from attacks.external.one_run import finite
+    from attacks.games.reading import finite
 
     found = finite(np.array([1.0, np.nan, np.inf, -np.inf, 2.0]))
     assert found.tolist() == [1.0, 0.0, 3.0, 0.0, 2.0]
