@@ -48,7 +48,7 @@ $(NPM)/.installed: | install
 TESTERS ?= 2
 LONG := tests/faults tests/fuzz tests/examples tests/attacks/contract tests/dpaudit/test_executors_ray.py \
 	tests/dpaudit/test_core_only.py tests/dpaudit/test_packages.py tests/reports/sweep tests/reports/test_browser.py \
-	tests/test_docs.py
+	tests/test_docs.py tests/test_end_to_end.py
 test: install browser npm
 	@start=$$(date +%s); \
 	$(BIN)/python -m pytest $(addprefix --ignore=,$(LONG)) -n $(TESTERS) --dist loadscope; code=$$?; \
