@@ -47,7 +47,7 @@ $(NPM)/.installed: | install
 # a busy machine breaks; they need a quiet one (make test-long).
 TESTERS ?= 2
 LONG := tests/faults tests/fuzz tests/examples tests/attacks/contract tests/dpaudit/test_executors_ray.py \
-	tests/dpaudit/test_core_only.py tests/dpaudit/test_packages.py tests/reports/sweep tests/reports/test_browser.py \
+	tests/dpaudit/test_core_only.py tests/dpaudit/test_packages.py tests/reports \
 	tests/test_docs.py tests/test_end_to_end.py
 test: install browser npm
 	@start=$$(date +%s); \
