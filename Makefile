@@ -43,8 +43,8 @@ $(NPM)/.installed: | install
 	touch .installed || echo "WARNING: npm can't be used: axe-core and the SARIF schema are SKIPPED in the tests"
 
 # Fault and fuzz tests fork the test process, which must not carry threads or the state of other tests: a process each.
-# The rest is dealt out by module to as many processes as TESTERS says. LONG: whole commands under limits of time, which
-# a busy machine breaks; they need a quiet one (make test-long).
+# The rest is dealt out by module to as many processes as TESTERS says. LONG (make test-long) is not part of the
+# gate: since the last redesign these have not been seen to pass as a whole, and some of tests/reports fail.
 TESTERS ?= 2
 LONG := tests/faults tests/fuzz tests/examples tests/attacks/contract tests/dpaudit/test_executors_ray.py \
 	tests/dpaudit/test_core_only.py tests/dpaudit/test_packages.py tests/reports \
