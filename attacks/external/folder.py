@@ -16,11 +16,11 @@ from typing import Any
 import pandas as pd
 
 from attacks.canaries import Coins, Plan, check_coins, save_coins
-from attacks.contract.loading import OWN
 from attacks.external.subject import code_sha256
 from dpaudit import atomic, untrusted
 from dpaudit.documents import AuditDocument, Claim, ClaimDocument, LedgerDocument, LedgerRow
 from dpaudit.errors import EnvironmentFailure, UsageError
+from dpaudit.packages import OWN
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
 
@@ -130,7 +130,9 @@ def loaded_code() -> str:
     those are imported depends on flags such as the executor, not on the code under audit.
     """
     modules = list(sys.modules.items())
-    files = [getattr(module, "__file__", None) for name, module in modules if name.split(".")[0] not in OWN]
+    files = [
+        getattr(module, "__file__", None) for name, module in modules if name.split(".")[0] not in ("dpaudit", *OWN)
+    ]
     found = [Path(file).resolve() for file in files if file]
     return code_sha256(Path.cwd().resolve(), [path for path in found if not INSTALLED & {*path.parts}])
 
