@@ -57,7 +57,7 @@ class EpsilonDeltaCurve:
 
     def beta(self, alpha: Floats) -> Floats:
         left, right = 1 - self.delta - np.exp(self.epsilon) * alpha, np.exp(-self.epsilon) * (1 - self.delta - alpha)
-        return np.maximum(0.0, np.maximum(left, right))
+        return np.asarray(np.maximum(0.0, np.maximum(left, right)), dtype=np.float64)
 
     def advantage(self) -> float:
         return float(np.tanh(self.epsilon / 2) * (1 - self.delta) + self.delta)

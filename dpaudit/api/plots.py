@@ -6,11 +6,13 @@ import numpy as np
 import numpy.typing as npt
 
 from dpaudit import extras
+from dpaudit.printable import field
 
 if TYPE_CHECKING:
     from dpaudit.documents import ScoreSummary
 
 SMALLEST = 1e-3  # where log axes begin
+CHANCE = "chance"
 
 
 def axis(ax: Any | None) -> Any:
@@ -33,10 +35,11 @@ def roc(
     fpr, tpr, low, high = (
         np.array([getattr(point, name) for point in summary.roc]) for name in ("fpr", "tpr", "tpr_low", "tpr_high")
     )
-    ax.fill_between(fpr, low, high, step="post", alpha=0.2, linewidth=0, label="95 % band")
-    ax.plot(fpr, tpr, drawstyle="steps-post", label=f"scores (AUC {summary.auc:.3f})")
+    ax.fill_between(fpr, low, high, step="post", alpha=0.2, linewidth=0)
+    ax.plot(fpr, tpr, drawstyle="steps-post", label=f"{field(summary.name, 40)} (AUC {summary.auc:.3f})")
     chance = np.geomspace(SMALLEST, 1, 50) if log else np.array([0.0, 1.0])
-    ax.plot(chance, chance, color="grey", linestyle=":", label="chance")
+    if not any(line.get_label() == CHANCE for line in ax.lines):
+        ax.plot(chance, chance, color="grey", linestyle=":", label=CHANCE)
     if limit is not None:
         ax.plot(*limit, color="black", linestyle="--", label="most that the claim allows")
     _frame(ax, "false positive rate", "true positive rate", log)
@@ -48,7 +51,8 @@ def errors(ax: Any | None, alpha: npt.NDArray[np.float64], beta: npt.NDArray[np.
     ax = axis(ax)
     ax.plot(alpha, beta, label=name)
     chance = np.linspace(0, 1, 200) if not log else np.geomspace(SMALLEST, 1 - SMALLEST, 200)
-    ax.plot(chance, 1 - chance, color="grey", linestyle=":", label="chance")
+    if not any(line.get_label() == CHANCE for line in ax.lines):
+        ax.plot(chance, 1 - chance, color="grey", linestyle=":", label=CHANCE)
     _frame(ax, "type I error (false positive rate)", "type II error (false negative rate)", log)
     return ax
 

@@ -243,7 +243,8 @@ class Scores:
     def plot_roc(self, ax: Any | None = None, *, claim: Claim | Tradeoff | None = None, log: bool = False) -> Any:
         """ROC with a simultaneous 95 % band, on a matplotlib axis (default: that of a new figure); returns the axis.
 
-        claim: draws the most that it allows an attack on one record. log: both axes, for small FPR.
+        claim: draws the most that it allows an attack on one record. log: both axes, for small FPR. Several
+        scores go on one axis, each under its `name`.
 
         >>> import dpaudit
         >>> dpaudit.Scores(in_scores=range(20, 60), out_scores=range(40)).plot_roc().get_xlabel()

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-import matplotlib
+import matplotlib.pyplot
 import numpy as np
 import pytest
 from hypothesis import given, settings

@@ -5,7 +5,7 @@ import importlib
 from pathlib import Path
 from types import ModuleType
 
-import matplotlib
+import matplotlib.pyplot
 import pytest
 
 import dpaudit
