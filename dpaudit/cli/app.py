@@ -27,6 +27,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("dpaudit.cli.demo", "The whole story in minutes on the embedded data."),
     "train": ("dpaudit.cli.train", "Fine-tune a vision-language model, with or without differential privacy."),
     "audit": ("dpaudit.cli.audit", "Attack a run and say what its claim of eps is worth."),
+    "audit-trainer": ("dpaudit.cli.audit_trainer", "Games on training code that dpaudit did not write."),
+    "audit-model": ("dpaudit.cli.audit_model", "A model that is already trained, with its owner's coins."),
     "check": ("dpaudit.cli.check", "The step contract on training code; seconds, no training."),
     "bugs": ("dpaudit.cli.bugs", "Which audits catch which planted bug."),
     "benchmark": ("dpaudit.cli.benchmark", "VQA utility of a run through lmms-eval."),
