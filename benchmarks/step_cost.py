@@ -3,9 +3,9 @@
     python benchmarks/step_cost.py --out benchmarks/results/step_cost.json      # about two minutes, nothing beside it
 
 Noise: standard normals for an adapter of 16 matrices of a million numbers, by one thread and by two, and secure ones;
-the fastest of five. Ahead: a step that multiplies matrices on one thread for as long as the noise takes, with the noise
-drawn after it and drawn ahead. Memory: growth of the process over one clipped sum of B units, one unit a physical batch,
-at LoRA rank 256; each B in a process of its own.
+the fastest of five. Ahead: a step that multiplies matrices on one thread for as long as the noise takes, with the
+noise drawn after it and drawn ahead. Memory: growth of the process over one clipped sum of B units, one unit a physical
+batch, at LoRA rank 256; each B in a process of its own.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def ahead() -> dict[str, float]:
         source.of(LIKE, step=1, std=1.0)
 
     def before() -> None:
-        source.draw_ahead(SHAPES, step=1)
+        source.draw_ahead(SHAPES, step=1, std=1.0)
         compute()
         source.of(LIKE, step=1, std=1.0)
 

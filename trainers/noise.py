@@ -6,20 +6,26 @@ drawing can change a number: the result is bit-identical to drawing one name aft
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from dpaudit.randomness import Key
 from trainers.gradients import Gradient
 
-Shapes = Mapping[str, tuple[int, ...]]
-Floats = npt.NDArray[np.floating]
 FEW = 200_000  # numbers that one thread draws faster than several are started
+
+
+class Address(NamedTuple):
+    """What the noise of one tensor is a function of, beside the key."""
+
+    step: int
+    name: str
+    shape: tuple[int, ...]
+    std: float
 
 
 def noise_like(key: Key, like: Mapping[str, torch.Tensor], *, step: int, std: float, secure: bool = False) -> Gradient:
@@ -42,18 +48,23 @@ class Noise:
     secure: bool = False
     threads: int = 0
     _pool: ThreadPoolExecutor | None = field(default=None, repr=False)
-    _ahead: dict[tuple[int, str, tuple[int, ...]], Future[Floats]] = field(default_factory=dict, repr=False)
+    _ahead: dict[Address, Future[torch.Tensor]] = field(default_factory=dict, repr=False)
 
     def of(self, like: Mapping[str, torch.Tensor], *, step: int, std: float) -> Gradient:
         """Noise of std `std` for every tensor of `like`, on its device: float32, or float64 where secure."""
-        drawn = self._standard({name: tuple(value.shape) for name, value in like.items()}, step)
-        if self.secure:
-            return {name: torch.from_numpy(std * drawn[name]).to(value.device) for name, value in like.items()}
-        return {name: torch.from_numpy(drawn[name]).to(value.device) * std for name, value in like.items()}
+        begun, self._ahead = self._ahead, {}
+        wanted = [Address(step, name, tuple(value.shape), std) for name, value in like.items()]
+        missing = [address for address in wanted if address not in begun]
+        if self.threads == 1 or sum(math.prod(address.shape) for address in missing) < FEW:
+            drawn = {address: self._one(address) for address in missing}
+        else:
+            begun, drawn = begun | self._submit(missing), {}
+        found = [drawn[address] if address in drawn else begun[address].result() for address in wanted]
+        return {name: noise.to(value.device) for (name, value), noise in zip(like.items(), found, strict=True)}
 
-    def draw_ahead(self, shapes: Shapes, *, step: int) -> None:
+    def draw_ahead(self, shapes: Mapping[str, tuple[int, ...]], *, step: int, std: float) -> None:
         """Begin with the noise of `step` in the background; `of` takes it. Needs neither records nor gradients."""
-        self._ahead = self._submit(shapes, step)
+        self._ahead = self._submit([Address(step, name, shape, std) for name, shape in shapes.items()])
 
     def close(self) -> None:
         """Stop the threads; noise that nobody took is thrown away."""
@@ -62,26 +73,16 @@ class Noise:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
 
-    def _standard(self, shapes: Shapes, step: int) -> dict[str, Floats]:
-        begun, self._ahead = self._ahead, {}
-        missing = {name: shape for name, shape in shapes.items() if (step, name, shape) not in begun}
-        if self.threads == 1 or sum(math.prod(shape) for shape in missing.values()) < FEW:
-            drawn = {name: self._one(name, shape, step) for name, shape in missing.items()}
-        else:
-            begun |= self._submit(missing, step)
-            drawn = {}
-        return {name: drawn[name] if name in drawn else begun[step, name, shapes[name]].result() for name in shapes}
-
-    def _submit(self, shapes: Shapes, step: int) -> dict[tuple[int, str, tuple[int, ...]], Future[Floats]]:
+    def _submit(self, addresses: Sequence[Address]) -> dict[Address, Future[torch.Tensor]]:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.threads or torch.get_num_threads(), thread_name_prefix="noise")
         # The largest first, so that no thread ends with a big one while the others are idle.
-        names = sorted(shapes, key=lambda name: -math.prod(shapes[name]))
-        return {(step, name, shapes[name]): self._pool.submit(self._one, name, shapes[name], step) for name in names}
+        ordered = sorted(addresses, key=lambda address: -math.prod(address.shape))
+        return {address: self._pool.submit(self._one, address) for address in ordered}
 
-    def _one(self, name: str, shape: tuple[int, ...], step: int) -> Floats:
+    def _one(self, address: Address) -> torch.Tensor:
         draw = self.key.secure_normal if self.secure else self.key.normal
-        return draw(shape, step=step, name=name)
+        return torch.from_numpy(draw(address.shape, step=address.step, name=address.name)).mul_(address.std)
 
 
 def worth_drawing_ahead(device: torch.device) -> bool:

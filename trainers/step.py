@@ -102,7 +102,7 @@ class Trainer:
         if self.plan.claim is None or laplacian or self.group.sharded or not worth_drawing_ahead(self.model.device):
             return
         names = self.pruning.chosen(self._coins(step)) if self.pruning.ahead else set(self.released)
-        self.noise.draw_ahead({name: tuple(self.released[name].shape) for name in names}, step=step)
+        self.noise.draw_ahead({name: tuple(self.released[name].shape) for name in names}, step=step, std=self._std)
 
     def clipped_sum(self, step: int, units: Sequence[int]) -> UnitSum:
         """Sum of the clipped gradients of some units at the present parameters, with the fusion noise of `step`."""
@@ -159,10 +159,14 @@ class Trainer:
         size = self.plan.expected_batch_size
         if self.plan.claim is None:
             return {name: value / size for name, value in total.gradient.items()}
-        std = self.config.planted.noise_scale * self.plan.noise_multiplier * self.plan.max_grad_norm
-        noise = self._noise(step, std, total.gradient)
+        noise = self._noise(step, self._std, total.gradient)
         # Secure noise is float64: so is the sum, until the one rounding at the end.
         return {name: ((value + noise[name]) / size).to(value.dtype) for name, value in total.gradient.items()}
+
+    @property
+    def _std(self) -> float:
+        """Of the noise on the sum, in units of the gradient."""
+        return self.config.planted.noise_scale * self.plan.noise_multiplier * self.plan.max_grad_norm
 
     def _noise(self, step: int, scale: float, like: Gradient) -> Gradient:
         """The noise of `step`: Gaussian of std `scale`, or Laplace of that scale where the method says so."""

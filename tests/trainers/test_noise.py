@@ -40,13 +40,15 @@ def test_threads_and_drawing_ahead_change_no_bit(threads: int, secure: bool) -> 
     assert sum(value.numel() for value in LIKE.values()) > FEW
     source = Noise(KEY, secure=secure, threads=threads)
     assert same(source.of(LIKE, step=3, std=0.7), by_hand(secure, 3, 0.7))
-    source.draw_ahead(SHAPES, step=4)
+    source.draw_ahead(SHAPES, step=4, std=0.7)
     assert same(source.of(LIKE, step=4, std=0.7), by_hand(secure, 4, 0.7))
     assert same(source.of(LIKE, step=4, std=0.7), by_hand(secure, 4, 0.7))  # drawn again where it is asked for again
-    source.draw_ahead(SHAPES, step=5)
+    source.draw_ahead(SHAPES, step=5, std=0.7)
     assert same(source.of(LIKE, step=6, std=0.7), by_hand(secure, 6, 0.7))  # of another step: thrown away
-    source.draw_ahead({"a": (3, 3), "b": SHAPES["b"]}, step=7)
+    source.draw_ahead({"a": (3, 3), "b": SHAPES["b"]}, step=7, std=0.7)
     assert same(source.of(LIKE, step=7, std=0.7), by_hand(secure, 7, 0.7))  # other shapes, and names that are missing
+    source.draw_ahead(SHAPES, step=8, std=0.1)
+    assert same(source.of(LIKE, step=8, std=0.7), by_hand(secure, 8, 0.7))  # of another size
     source.close()
     assert same(noise_like(KEY, LIKE, step=3, std=0.7, secure=secure), by_hand(secure, 3, 0.7))
 
@@ -57,7 +59,7 @@ def test_close_ends_the_threads() -> None:
 
     before = running()
     source = Noise(KEY, threads=3)
-    source.draw_ahead(SHAPES, step=1)
+    source.draw_ahead(SHAPES, step=1, std=1.0)
     assert running() > before
     source.close()
     assert running() == before
@@ -84,11 +86,21 @@ def test_one_sum_is_kept_however_many_parts_there_are() -> None:
     assert empty.gradient["w"].tolist() == [0.0] * 4 and empty.norms.shape == empty.losses.shape == (0,)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [["method=dp-sgd"], ["method=dual-priv", "reducer.keep=4", "reducer.fuse=3", "pruning.by=previous", "pruning.keep=0.5"], ["method=dp-zo"],
-     ["method=dp-sgd", "privacy.noise=secure"]],
-)  # fmt: skip
+TRAININGS = {
+    "dp-sgd": ["method=dp-sgd"],
+    "pruned ahead": [
+        "method=dual-priv",
+        "reducer.keep=4",
+        "reducer.fuse=3",
+        "pruning.by=previous",
+        "pruning.keep=0.5",
+    ],
+    "zeroth order": ["method=dp-zo"],
+    "secure": ["method=dp-sgd", "privacy.noise=secure"],
+}
+
+
+@pytest.mark.parametrize("settings", TRAININGS.values(), ids=TRAININGS)
 def test_a_training_ends_with_the_same_weights(
     tiny: Path, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
