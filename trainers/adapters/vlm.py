@@ -1,7 +1,7 @@
 """dpaudit's own trainer under test: vision-language fine-tuning with DP-SGD, Dual-Priv Pruning or DP-ZO.
 
 `factory_for(config, dataset)` puts any configuration to the test; `dp_sgd`, `dual_priv` and `dp_zo` are ready-made
-factories on the compact reference model and public synthetic pictures. The step is that of `trainers.run.Trainer`,
+factories on the compact reference model and public synthetic pictures. The step is that of `trainers.step.Trainer`,
 unchanged; only the source of the noise is handed in.
 
     dpaudit check trainers.adapters.vlm:dual_priv
@@ -28,7 +28,7 @@ from trainers.inputs import UnitInputs
 from trainers.plan import Plan, fusion_std, make_plan
 from trainers.protocol import Factory
 from trainers.records import Dataset, Picture, Question, Unit
-from trainers.run import Trainer
+from trainers.step import Trainer
 from trainers.vlm import VisionLanguageModel
 
 
