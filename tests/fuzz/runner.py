@@ -146,7 +146,7 @@ def damage(run: Path, name: str, how: str, where: int) -> None:
             path.chmod(0)
         case "extra":
             _plant(path, content, where)
-        case "moved" if path.parent != run:
+        case "moved" if path.parent != run and not path.parent.is_symlink():
             path.parent.rename(run.parent / f"moved-{path.parent.name}")
             path.parent.symlink_to(run.parent / f"moved-{path.parent.name}")
         case "twice":
