@@ -27,6 +27,7 @@ def command(
 
     from dpaudit.atomic import write_document
     from dpaudit.errors import UsageError, rejected
+    from dpaudit.folders import require_plain
     from dpaudit.printable import field
     from dpaudit.runs import RunFolder
     from dpaudit.signing import PrivateKey
@@ -39,7 +40,8 @@ def command(
     if key.resolve().is_relative_to(run.resolve()):
         raise UsageError(f"--key {key}: lies in {run}; keep a private key out of what is handed over")
     signer = PrivateKey.load(key)
-    folder = RunFolder(release.resolve().parent)
+    require_plain(release)  # before anything is locked: a linked release/ is somebody else's folder
+    folder = RunFolder(release.parent)
     whole = release.name == "release" and folder.private.is_dir()
     with folder.lock() if whole else contextlib.nullcontext():
         (loaded,) = load_runs([run])

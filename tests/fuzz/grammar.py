@@ -21,7 +21,8 @@ NO_DATA = ("data.path=nowhere", "data.train=a.jsonl", "data.test=b.jsonl")
 
 @dataclass(frozen=True)
 class Case:
-    """Files (relative names) and a command line. `{run}` in an argument is the path of the damaged run folder."""
+    """Files (relative names) and a command line. `{run}` in an argument is the path of the damaged run folder,
+    `{key}` that of a private key whose signature the run has."""
 
     family: str
     arguments: tuple[str, ...]
@@ -266,6 +267,7 @@ RUN_FILES = (
     "release/model/adapter_config.json", "private/folders.json",
     "release/model/adapter_model.safetensors", "private/coins.parquet", "private/noise.key", "private/metrics.jsonl",
     "private/scores.parquet", "release/games/GAME", "release/games/GAME", "private/lock", "private/checkpoints/LAST",
+    "release/signature.json",
 )  # fmt: skip
 DAMAGES = ("flip", "half", "empty", "remove", "folder", "link", "number", "null", "rubbish", "sealed", "mode", "pipe",
            "sparse", "deep", "extra", "moved", "twice", "key")  # fmt: skip
@@ -300,6 +302,9 @@ def run_folders(draw: st.DrawFn) -> Case:
                 ["report", "{run}", "-o", "{run}/release/audit.json"],
                 ["audit", "{run}", "--white-box", "--count", "7"],
                 ["audit", "{run}", "--json"],
+                ["sign", "{run}", "--key", "{key}"],
+                ["verify", "{run}", "--key", "{key}.pub", "--json"],
+                ["verify", "{run}/release", "--key", "{key}.pub"],
             ]
         )
     )

@@ -42,6 +42,10 @@ class Runner:
         self.sound = handed_over(root / "sound")
         audited = harness.run(["audit", str(self.whole), "--canaries"], [self.whole], root)
         assert audited.code == 0, audited.err
+        self.key = root / "key"
+        for words in (["keygen", str(self.key)], ["sign", str(self.whole), "--key", str(self.key)]):
+            signed = harness.run(words, [self.whole, self.key, root / "key.pub"], root)
+            assert signed.code == 0, signed.err
 
     def play(self, case: Case) -> str | None:
         """Run a case; None, or in one line what was wrong."""
@@ -63,7 +67,8 @@ class Runner:
             shutil.copytree(self.sound, place, dirs_exist_ok=True)
             for name, how, where in case.handed:
                 damage(place, name, how, where)
-        arguments = [item.replace("{run}", str(place / "run")) for item in case.arguments]
+        named = {"{run}": str(place / "run"), "{key}": str(self.key)}
+        arguments = [item.replace("{run}", named["{run}"]).replace("{key}", named["{key}"]) for item in case.arguments]
 
         def prepare() -> None:
             os.chdir(place)
