@@ -15,7 +15,7 @@ import pytest
 from dpaudit import checksums
 from dpaudit.documents import GameDocument
 from tests.faults import hostile_files as hands
-from tests.faults.test_hostile_runs import EVIL, Case, case, world
+from tests.faults.test_hostile_runs import EVIL, Case, case, untouched, world
 
 __all__ = ["case", "world"]  # fixtures
 
@@ -246,3 +246,40 @@ def test_a_key_of_somebody_else_is_refused(case: Case) -> None:
     ended = case.type("sign", str(case.run), "--key", str(case.place / "key"))
     assert ended.code == 2 and "belongs to another user" in ended.line
     assert not (Path(case.run) / "release/signature.json").exists()
+
+
+SWEPT = ("lock", "logs", "logs/job-0000.log", "runs", "runs/cell")
+
+
+@pytest.mark.parametrize("target", ["folder", "file", "nothing"])
+@pytest.mark.parametrize("name", SWEPT)
+def test_links_in_a_sweep_lead_nowhere(case: Case, name: str, target: str) -> None:
+    """A folder that was made ready for a sweep: no log, lock or run of it is written elsewhere."""
+    sweep, leads = case.place / "sweep", {"folder": "", "file": "thesis.tex", "nothing": "new"}
+    (sweep / name).parent.mkdir(parents=True)
+    (sweep / name).symlink_to(case.outside / leads[target])
+    grid = case.place / "grid.yaml"
+    data = {"data.path": str(case.world.data), "data.train": "train.jsonl", "data.test": "test.jsonl"}
+    settings = {"model.path": str(case.world.model), "training.steps": 2, "training.batch-size": 8, **data}
+    grid.write_text(json.dumps({"name": "x", "settings": settings}))
+    ended = case.type("sweep", str(grid), "--out", str(sweep))
+    assert ended.code in (2, 4) and len(ended.err.strip().splitlines()) == 1, ended.err
+    assert untouched(case) and not (sweep / "sweep.json").exists()
+
+
+def test_a_sweep_shows_no_run_of_others(case: Case) -> None:
+    sweep = case.place / "sweep"
+    (sweep / "runs").mkdir(parents=True)
+    cell = {"folder": "x", "configuration": "x", "seed": 0, "config_sha256": "0", "state": "finished"}
+    row = dict.fromkeys(("epsilon", "delta", "exact_match"))
+    row |= {"configuration": "x", "series": "x", "method": "dp-sgd", "swept": {}, "seeds": [0]}
+    tree = {"kind": "sweep", "schema_version": 2, "name": "x", "finished": True, "grid": {"grid": {"a": 7}, "x": 1},
+            "overrides": [], "seeds": [0], "rows": [row], "cells": [cell],
+            "sample_sha256": None, "ledger": []}  # fmt: skip
+    (sweep / "sweep.json").write_text(json.dumps(tree))
+    (sweep / "runs" / "x").symlink_to(case.run)
+    ended = case.type("report", str(sweep), "-o", str(case.place / "page.html"))
+    assert ended.code == 2 and "runs/x: is a symbolic link" in ended.line, ended.err
+    (sweep / "runs" / "x").unlink()
+    ended = case.type("sweep", "--resume", "--out", str(sweep))
+    assert ended.code == 2 and "sweep.json: " in ended.line, ended.err
