@@ -20,6 +20,16 @@ from trainers.records import Picture, Question, Unit
 TEXT = ["what digit is this?", "is it even or odd?", "yes no even odd one two three seven USER ASSISTANT :"]
 
 
+# LLaVA 1.5's own, apart from a line end behind the picture and no space behind a text.
+VICUNA = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{{ '</s>' if message['role'] == 'assistant' else ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
 def tiny_tokenizer(*more: str, reserved: int = 0, size: int = 320) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer with `<image>`, `reserved` spare tokens and the special tokens `more`."""
     tokenizer = Tokenizer(models.BPE())
@@ -33,6 +43,7 @@ def tiny_tokenizer(*more: str, reserved: int = 0, size: int = 320) -> PreTrained
     )
     tokenizer.train_from_iterator(TEXT, trainer)
     return PreTrainedTokenizerFast(
+        chat_template=VICUNA,
         tokenizer_object=tokenizer,
         bos_token="<s>",
         eos_token="</s>",

@@ -47,11 +47,28 @@ SIGLIP = {
 }
 
 
+# Idefics3's and SmolVLM's (with another beginning), and Qwen2-VL's.
+USER = (
+    "{% for message in messages %}{{ message['role'].capitalize() }}"
+    "{{ ':' if message['content'][0]['type'] == 'image' else ': ' }}"
+    "{% for part in message['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+    "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+CHATML = (
+    "{% for message in messages %}"
+    "{% if loop.first %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
+    "{{ '<|vision_start|><|image_pad|><|vision_end|>' if part['type'] == 'image' else part['text'] }}"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
 def save_tiny_idefics3(folder: Path, *, seed: int = 0, smol: bool = False) -> Path:
     """Tiles of 32 pixels, 4 tokens each, pictures up to 2 x 2 tiles."""
     tiles = [f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(1, 4)]
     start = "<|im_start|>" if smol else "<|begin_of_text|>"
     tokenizer = tiny_tokenizer("<fake_token_around_image>", "<global-img>", "<end_of_utterance>", start, *tiles)
+    tokenizer.chat_template = start + USER
     torch.manual_seed(seed)
     config_class, model_class, processor_class = (
         (SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMImageProcessorPil)
@@ -91,6 +108,7 @@ def save_tiny_paligemma(folder: Path, *, seed: int = 0) -> Path:
 def save_tiny_qwen2_vl(folder: Path, *, seed: int = 0, version: str = "2") -> Path:
     """Patches of 4 pixels in squares of two: 4 to 16 tokens a picture. Version 2.5 attends in windows of 16 pixels."""
     tokenizer = tiny_tokenizer("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+    tokenizer.chat_template = CHATML
     image = int(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
     torch.manual_seed(seed)
     vision: dict[str, Any] = {"depth": 3, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2}

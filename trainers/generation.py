@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trainers.prompts import HeadRow, stack_heads
+from trainers.prompts import TEXT, HeadRow, stack_heads
 
 if TYPE_CHECKING:
     from trainers.vlm import VisionLanguageModel
@@ -20,6 +21,41 @@ class Encoded:
     tokens: Tensor
     fused: int
     head: HeadRow
+
+
+def join(items: Sequence[Encoded], prefix: int, between: Sequence[Sequence[int]], first: int = 0) -> Encoded:
+    """Several pictures as one: their heads one behind the other, fused tokens of all of them at the end.
+
+    prefix: ids of the prompt before a picture, which each head begins with. between: ids between each two pictures.
+    first: the position of a prompt's first token.
+    """
+    if len(items) == 1:
+        return items[0]
+    plain = [len(item.tokens) - item.fused for item in items]
+    starts, fused_starts = np.cumsum([0, *plain]), sum(plain) + np.cumsum([0, *(item.fused for item in items)])
+    ids, slots, positions = [], [], []
+    at = 0
+    for place, item in enumerate(items):
+        head = item.head
+        slot = np.where(
+            head.slot < plain[place], head.slot + starts[place], head.slot - plain[place] + fused_starts[place]
+        )
+        slot = np.where(head.slot < 0, head.slot, slot)
+        if place == 0:
+            ids.append(head.ids), slots.append(slot), positions.append(head.positions)
+            at = head.start
+            continue
+        words = np.asarray(between[place - 1], dtype=np.int64)
+        shift = at + len(words) - (first + prefix)
+        ids += [words, head.ids[prefix:]]
+        slots += [np.full(len(words), TEXT, dtype=np.int64), slot[prefix:]]
+        lines = np.broadcast_to(at + np.arange(len(words)), (head.positions.shape[0], len(words)))
+        positions += [lines, head.positions[:, prefix:] + shift]
+        at = head.start + shift
+    row = HeadRow(np.concatenate(ids), np.concatenate(slots), np.concatenate(positions, axis=1), int(at))
+    tokens = [item.tokens[: plain[place]] for place, item in enumerate(items)]
+    tokens += [item.tokens[plain[place] :] for place, item in enumerate(items)]
+    return Encoded(torch.cat(tokens), sum(item.fused for item in items), row)
 
 
 def pad_tokens(tokens: Sequence[Tensor]) -> Tensor:

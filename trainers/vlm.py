@@ -24,9 +24,9 @@ from trainers.families import FAMILIES, Family, Grid
 from trainers.families.attention import widened
 from trainers.families.base import Prepared
 from trainers.generation import Encoded as Encoded
-from trainers.generation import greedy
+from trainers.generation import greedy, join
 from trainers.prompts import IGNORE, TEXT, Head, HeadRow, Packed, stack_heads
-from trainers.records import Pixels
+from trainers.records import Pixels, Question
 from trainers.reducers import Reduced, Reducer, VisualTokens, make_reducer
 
 REFERENCE = Path(__file__).parent / "public" / "base"
@@ -254,24 +254,40 @@ class VisionLanguageModel:
         weighted = cross_entropy * packed.weights[wanted]
         return torch.zeros(packed.rows, dtype=weighted.dtype, device=self.device).index_add(0, owner, weighted)
 
+    def shown(self, encoded: Sequence[Encoded]) -> Encoded:
+        """The pictures of one question, encoded each by itself, as one."""
+        if len(encoded) == 1:
+            return encoded[0]
+        between = self.prompter.between(len(encoded))
+        return join(encoded, len(self.prompter.prefix), between, self.family.first_position)
+
     @torch.no_grad()
     def answer(
-        self, pixels: Sequence[Pixels], questions: Sequence[str], *, batch_size: int = 128, max_new_tokens: int = 12
+        self,
+        pixels: Sequence[Pixels | tuple[Pixels, ...]],
+        questions: Sequence[str | Question],
+        *,
+        batch_size: int = 128,
+        max_new_tokens: int = 12,
     ) -> list[str]:
-        """Greedy answers, one a (picture, question) pair; the result does not depend on the batch size.
+        """Greedy answers, one a (picture or pictures, question) pair; the result does not depend on the batch size.
 
         Pictures are reduced as in training, without fusion noise. Equal pictures are encoded once.
         """
         if len(pixels) != len(questions):
             raise ValueError(f"{len(pixels)} pictures for {len(questions)} questions")
-        index, unique = _deduplicate(pixels)
-        encoded = [item for at in range(0, len(unique), 256) for item in self.encoded(unique[at : at + 256])]
-        ids = [self.prompter.question_ids(question) for question in questions]
+        sets = [item if isinstance(item, tuple) else (item,) for item in pixels]
+        place, unique = _deduplicate([item for shown in sets for item in shown])
+        single = [item for at in range(0, len(unique), 256) for item in self.encoded(unique[at : at + 256])]
+        ends = np.cumsum([len(shown) for shown in sets], dtype=np.int64)
+        which = [tuple(place[end - len(shown) : end].tolist()) for end, shown in zip(ends, sets, strict=True)]
+        joined = {item: self.shown([single[index] for index in item]) for item in dict.fromkeys(which)}
+        ids = [self.prompter.question_ids(item, len(shown)) for item, shown in zip(questions, sets, strict=True)]
         order = sorted(range(len(ids)), key=lambda item: len(ids[item]))  # similar lengths together: little padding
         answers = [""] * len(ids)
         for at in range(0, len(order), batch_size):
             chosen = order[at : at + batch_size]
-            pictures = [encoded[index[item]] for item in chosen]
+            pictures = [joined[which[item]] for item in chosen]
             texts = greedy(self, pictures, [ids[item] for item in chosen], max_new_tokens)
             for item, text in zip(chosen, texts, strict=True):
                 answers[item] = text

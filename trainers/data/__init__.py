@@ -33,7 +33,7 @@ def load(config: DataConfig, *, cache: Path | None = None) -> Dataset:
 
 
 def _embedded(config: DataConfig) -> Dataset:
-    for name in ("train", "test", "train_images", "test_images", "unit"):
+    for name in ("subset", "train", "test", "train_images", "test_images", "unit", "post_prompt"):
         if getattr(config, name) is not None:
             field = f"data.{name.replace('_', '-')}"
             raise rejected(field, getattr(config, name), "nothing for the embedded digits; data.path for local files")

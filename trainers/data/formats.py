@@ -32,6 +32,11 @@ MAX_TURNS = 200
 MAX_CHOICES = 26
 _USER = ("human", "user", "Human", "USER", "User")
 _MODEL = ("gpt", "assistant", "model", "chatgpt", "bard", "Assistant", "ASSISTANT", "GPT")
+# Every column that some format reads; a hub set may have others, gigabytes of them.
+COLUMNS = (
+    "image", "images", "img_name", "question", "answer", "answers", "kind", "choices", "hint", "query", "label",
+    "conversations", "conversation", "messages", "prompt", "completion", "texts",
+)  # fmt: skip
 # What people call the columns of flat rows.
 OTHER_NAMES = {
     "image": ("img", "picture", "image_path", "img_path", "file_name", "filename", "image_file", "img_name", "pic"),

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dpaudit.errors import rejected
-from trainers.prompts import PADDING, TEXT, Head, HeadRow, Packed, Prompter, attention_mask
+from trainers.prompts import PADDING, TEXT, ChatTemplate, Head, HeadRow, Packed, Prompter, attention_mask
 from trainers.records import Pixels
 from trainers.reducers import Reduced, VisualTokens
 
@@ -236,12 +236,10 @@ def square_values(pixels: Sequence[Pixels], processor: Any, side: int) -> Tensor
     return torch.from_numpy(stack / 127.5 - 1.0).permute(0, 3, 1, 2).contiguous()
 
 
-def chat_template(tokenizer: Any, fallback: str) -> str:
-    """The checkpoint's own prompt for one picture and one question, as text with `{question}` in it."""
+def chat_template(tokenizer: Any, image: str, source: str) -> ChatTemplate:
+    """The checkpoint's own prompt. Raises UsageError where it has none: a prompt that it was not trained with is no
+    prompt."""
     if getattr(tokenizer, "chat_template", None) is None:
-        return fallback
-    content = [{"type": "image"}, {"type": "text", "text": "{question}"}]
-    text: str = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-    )
-    return text
+        accepted = "a checkpoint whose tokenizer has a chat template; put its chat_template.jinja into the folder"
+        raise rejected("model.path", source, accepted)
+    return ChatTemplate(tokenizer, image)
