@@ -254,7 +254,7 @@ def _append(
 
 
 def _plain(source: rows.Source, number: int, data: bytes) -> bytes:
-    """A picture as it is where any decoder shows the same, else (transparency, inks, EXIF) as the pixels that we see."""
+    """A picture as it is where any decoder shows the same, else (transparency, inks, EXIF) as the pixels seen here."""
     shown = rows.look_at(source, number, data)
     buffer = io.BytesIO()
     with Image.open(io.BytesIO(data), formats=pictures.FORMATS) as picture:

@@ -51,7 +51,8 @@ class DpauditModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
             folder = RunFolder.open(Path(run)) if run is not None else None
             model = load_model(folder, device or "auto")
         self.model = model
-        self.pictures: dict[tuple[str, int], str] = {}  # (task, question) -> hash of the picture that was shown
+        self.pictures: dict[tuple[str, int], str] = {}  # (task, question) -> hash of the pictures that were shown
+        self.missing: set[tuple[str, int]] = set()  # questions longer than the context: no answer
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answers in the order of the requests."""
@@ -80,6 +81,8 @@ class DpauditModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
                 batch_size=self.batch_size,
                 max_new_tokens=length,
             )
+            self.missing |= {(requests[chosen[place]].args[4], requests[chosen[place]].args[3])
+                             for place in self.model.too_long}  # fmt: skip
             for index, text in zip(chosen, texts, strict=True):
                 answers[index] = _until(text, settings[index][1])
         return answers

@@ -42,7 +42,9 @@ def join(items: Sequence[Encoded], prefix: int, between: Sequence[Sequence[int]]
         )
         slot = np.where(head.slot < 0, head.slot, slot)
         if place == 0:
-            ids.append(head.ids), slots.append(slot), positions.append(head.positions)
+            ids.append(head.ids)
+            slots.append(slot)
+            positions.append(head.positions)
             at = head.start
             continue
         words = np.asarray(between[place - 1], dtype=np.int64)

@@ -71,6 +71,17 @@ class Facts:
     train_format: str
     test_format: str
 
+    @property
+    def held_out(self) -> str:
+        """Whether figures on the test split are held out, in words that give no number away."""
+        if self.shared_pictures >= self.test_pictures:
+            return "no: every picture was in train"
+        if self.shared_pictures:
+            return "in part: some pictures were in train"
+        if self.near_test is None:
+            return "no picture was in train; near-duplicates were not looked for"
+        return "in part: some pictures look like pictures of train" if self.near_test else "yes"
+
 
 @dataclass(frozen=True)
 class Dataset:

@@ -63,6 +63,7 @@ class VisionLanguageModel:
         self.drop_cls = self.family.drop_cls
         self.prompter = self.family.prompter(tokenizer)
         self.checkpointing: Checkpointing = "none"
+        self.too_long: list[int] = []
         self.reducer_config = ReducerConfig()
         self.reducer: Reducer = self._make_reducer(ReducerConfig(), self.family.patches)
 
@@ -272,7 +273,8 @@ class VisionLanguageModel:
     ) -> list[str]:
         """Greedy answers, one a (picture or pictures, question) pair; the result does not depend on the batch size.
 
-        Pictures are reduced as in training, without fusion noise. Equal pictures are encoded once.
+        Pictures are reduced as in training, without fusion noise. Equal pictures are encoded once. A question that the
+        model's context can't hold gets no answer (empty text); `too_long` names these questions until the next call.
         """
         if len(pixels) != len(questions):
             raise ValueError(f"{len(pixels)} pictures for {len(questions)} questions")
@@ -283,7 +285,12 @@ class VisionLanguageModel:
         which = [tuple(place[end - len(shown) : end].tolist()) for end, shown in zip(ends, sets, strict=True)]
         joined = {item: self.shown([single[index] for index in item]) for item in dict.fromkeys(which)}
         ids = [self.prompter.question_ids(item, len(shown)) for item, shown in zip(questions, sets, strict=True)]
-        order = sorted(range(len(ids)), key=lambda item: len(ids[item]))  # similar lengths together: little padding
+        longest = self.max_positions
+        self.too_long = [
+            index for index, item in enumerate(ids) if len(joined[which[index]].head.slot) + len(item) >= longest
+        ]
+        fits = sorted(set(range(len(ids))) - set(self.too_long))
+        order = sorted(fits, key=lambda item: len(ids[item]))  # similar lengths together: little padding
         answers = [""] * len(ids)
         for at in range(0, len(order), batch_size):
             chosen = order[at : at + batch_size]

@@ -115,14 +115,14 @@ def test_joined_layout_counts_and_agrees_with_a_plain_pandas_join(tmp_path: Path
     found = {frozenset(q.text for p in unit.pictures for q in p.questions) for unit in data.train}
     assert found == expected
     assert data.unit == "who (column 'who')"
-    assert f"{table['image_id'].nunique()} pictures occur in both train and test" in " ".join(data.warnings)
-    assert "3 units (column 'who') occur in both" in " ".join(data.warnings)
+    assert f"{table['image_id'].nunique()} pictures in both train and test" in " ".join(data.warnings)
+    assert "3 units (column 'who') in both" in " ".join(data.warnings)
     assert not {unit.id for unit in data.train} & {unit.id for unit in data.test}
 
 
 def test_shared_pictures_are_counted(tmp_path: Path) -> None:
     data = flat(tmp_path, [row(1), row(2), row(3)], [row(2), row(3, "new?"), row(4)])
-    assert any(line.startswith("2 pictures occur in both") for line in data.warnings)
+    assert any(line.startswith("2 pictures in both") for line in data.warnings)
     assert flat(tmp_path, [row(1), row(2)], [row(4)]).warnings == ()
 
 

@@ -66,6 +66,11 @@ class Sample:
     turns: tuple[Turn, ...]
 
 
+def many(count: int, noun: str) -> str:
+    """'1 row', '2 rows'."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 @dataclass
 class Counts:
     """What was left out or moved while reading; for notes to the owner of the data."""
@@ -77,11 +82,11 @@ class Counts:
     def notes(self, label: str) -> Iterator[str]:
         """One line for each that is not zero."""
         if self.without_picture:
-            yield f"{label}: {self.without_picture} rows have no picture; left out"
+            yield f"{label}: {many(self.without_picture, 'row')} without a picture left out"
         if self.system:
-            yield f"{label}: {self.system} rows have a system message; left out, the model's own template has its own"
+            yield f"{label}: the system message of {many(self.system, 'row')} left out (the model's own stays)"
         if self.moved:
-            yield f"{label}: {self.moved} rows name a picture inside or behind a text; it is shown before the text"
+            yield f"{label}: {many(self.moved, 'text')} with a picture inside or behind; it is shown before the text"
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,6 @@ def recognise(table: Table, post_prompt: str | None = None, *, joined: bool = Fa
 
 def _dialogues(table: Table, columns: Sequence[str], image: str | None) -> Format | None:
     shown = (image,) if image in KEYS else IMAGE_COLUMNS[:2]
-    assert image is not None or shown == IMAGE_COLUMNS[:2]
     for name in ("conversations", "conversation"):
         if name in columns:
             return Format("conversations", (*filter(None, shown), name), _conversation)
@@ -171,6 +175,8 @@ def _missing(table: Table, columns: Sequence[str], joined: bool) -> str:
     lacking = list(renamed)
     word = "column" if len(lacking) == 1 else "columns"
     text = f"{table.label}: no {word} {', '.join(map(repr, lacking))}; columns: {', '.join(columns[:20])}"
+    if "image_id" in columns and "image" in lacking:
+        return f"{text}; rows name pictures by image_id: give their table with data.train-images and data.test-images"
     accepted = (
         "accepted: image, question, answer; or LLaVA's conversations, chat messages, answers, choices (docs/data.md)"
     )

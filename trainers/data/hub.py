@@ -28,6 +28,7 @@ EXPORT = """
 import sys
 name, subset, revision, split, columns, target = sys.argv[1:7]
 import datasets
+from datasets.table import embed_table_storage
 datasets.disable_progress_bars()
 table = datasets.load_dataset(name, subset or None, split=split, revision=revision or None)
 table = table.select_columns([column for column in table.column_names if column in columns.split("|")])
@@ -37,6 +38,7 @@ for column, feature in table.features.items():
         table = table.cast_column(column, plain)
     elif isinstance(getattr(feature, "feature", None), datasets.Image):
         table = table.cast_column(column, type(feature)(plain))
+table = table.with_format("arrow").map(embed_table_storage, batched=True, batch_size=64)  # files become bytes
 table.to_parquet(target)
 """
 

@@ -20,7 +20,7 @@ from dpaudit.documents import LedgerRow
 from dpaudit.errors import UsageError, rejected
 from trainers.data import files, formats, near, pictures, rows
 from trainers.data.files import Table
-from trainers.data.formats import Format, Sample
+from trainers.data.formats import Format, Sample, many
 from trainers.data.pictures import Decoded, Look
 from trainers.data.rows import Source
 from trainers.records import Dataset, Facts, Picture, Question, Unit
@@ -245,7 +245,7 @@ def read_split(config: DataConfig, split: str, group: str | None = None) -> Spli
         raise UsageError(f"{table.label}: no rows" + (" with a picture" if how.counts.without_picture else ""))
     if library is not None and len({name for names in found.names.values() for name in names}) < len(library):
         unused = len(library) - len({name for names in found.names.values() for name in names})
-        found.notes.append(f"{images}: {unused} pictures have no question; left out")
+        found.notes.append(f"{images}: {many(unused, 'picture')} without a question left out")
     found.notes += _merged(found)
     return found
 
@@ -272,17 +272,17 @@ def _merged(split: Split) -> Iterator[str]:
         shown = "; ".join(" = ".join(names[:EXAMPLES]) for names in same[:EXAMPLES])
         more = "; …" if len(same) > EXAMPLES else ""
         count = sum(map(len, same))
-        yield f"{split.label}: {count} pictures repeat the pixels of another ({shown}{more}): {len(same)} in all"
+        yield f"{split.label}: {count} files show {many(len(same), 'picture')}, each one record now ({shown}{more})"
 
 
 def _notes_on_pixels(split: Split, config: DataConfig) -> Iterator[str]:
     seen = list(split.decoded.values())
     laid = sum(item.composited for item in seen)
     if laid:
-        yield f"{split.label}: {laid} pictures with transparency are shown on {config.background} (data.background)"
+        yield f"{split.label}: {many(laid, 'picture')} with transparency on {config.background} (data.background)"
     blank = sum(item.blank for item in seen)
     if blank:
-        yield f"{split.label}: {blank} of them show nothing but one colour then; choose another data.background"
+        yield f"{split.label}: {blank} of them show nothing but one colour on it; choose another data.background"
     partial = sum(item.partial for item in seen)
     if partial:
         yield f"{split.label}: of {partial} files with several frames or pages the first is used (data.frames=first)"
@@ -305,22 +305,22 @@ def _facts(train: Split, test: Split) -> Facts:
 def _warnings(facts: Facts, train: Split, test: Split, unit: str | None) -> Iterator[str]:
     if facts.shared_pictures:
         yield (
-            f"{facts.shared_pictures} pictures occur in both train and test (same pixels): accuracy on them is not "
+            f"{many(facts.shared_pictures, 'picture')} in both train and test (same content): accuracy on them is not "
             "held out"
         )
     units = {train.root(owner) for owner, _ in train.rows} & {test.root(owner) for owner, _ in test.rows}
     if unit and units:
-        yield f"{len(units)} units (column {unit!r}) occur in both train and test"
+        yield f"{many(len(units), 'unit')} (column {unit!r}) in both train and test"
     if facts.near_train is None:
         yield f"near-duplicates were not looked for: more than {near.MOST} pictures"
     if facts.near_train:
         yield (
-            f"{facts.near_train} pictures of train look like another of train (saved again?): different units, so "
+            f"{many(facts.near_train, 'picture')} of train like another of train (saved again?): different units, so "
             "whoever is in several is protected less than the claim says; remove them, or give data.unit"
         )
     if facts.near_test:
         yield (
-            f"{facts.near_test} pictures of test look like one of train (saved again?): accuracy on them is not "
+            f"{many(facts.near_test, 'picture')} of test like one of train (saved again?): accuracy on them is not "
             "held out"
         )
 
@@ -382,8 +382,8 @@ def _joined(split: Split) -> Iterator[str]:
     if merged:
         largest = max(len(unit.pictures) for unit in split.units("x").values())
         yield (
-            f"{split.label}: rows with several pictures join {merged} pictures into the units of others (the largest "
-            f"unit has {largest} rows); a unit is all that hangs together"
+            f"{split.label}: rows with several pictures make {many(merged, 'picture')} part of another's unit (the "
+            f"largest has {many(largest, 'row')})"
         )
 
 
