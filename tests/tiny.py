@@ -30,8 +30,10 @@ VICUNA = (
 )
 
 
-def tiny_tokenizer(*more: str, reserved: int = 0, size: int = 320) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer with `<image>`, `reserved` spare tokens and the special tokens `more`."""
+def tiny_tokenizer(
+    *more: str, reserved: int = 0, size: int = 320, named: dict[str, str] | None = None
+) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with `<image>`, `reserved` spare tokens and the special tokens `more`, some by name."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -49,6 +51,7 @@ def tiny_tokenizer(*more: str, reserved: int = 0, size: int = 320) -> PreTrained
         eos_token="</s>",
         pad_token="<pad>",
         extra_special_tokens=["<image>", *more],
+        model_specific_special_tokens=named or {},
     )
 
 

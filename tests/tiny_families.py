@@ -132,6 +132,29 @@ def save_tiny_qwen2_vl(folder: Path, *, seed: int = 0, version: str = "2") -> Pa
     return save(model, tokenizer, folder)
 
 
+def save_tiny_qwen3_vl(folder: Path, *, seed: int = 0, experts: bool = False) -> Path:
+    """As Qwen2-VL, with features of two tower layers for the first two decoder layers."""
+    import transformers
+
+    tokenizer = tiny_tokenizer("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+    tokenizer.chat_template = CHATML
+    image = int(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+    torch.manual_seed(seed)
+    vision = {"depth": 3, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "hidden_size": 16,
+              "intermediate_size": 32, "out_hidden_size": 32, "deepstack_visual_indexes": [0, 1],
+              "num_position_embeddings": 64}  # fmt: skip
+    text = {**TEXT_SIZE, "vocab_size": len(tokenizer), "head_dim": 8, "rope_parameters": ROPE}
+    text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16} if experts else {}
+    kind: Any = "Qwen3VLMoe" if experts else "Qwen3VL"
+    config = getattr(transformers, f"{kind}Config")(
+        vision_config=vision, text_config=text, image_token_id=image, vision_start_token_id=image - 2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    size = {"shortest_edge": 16 * 16, "longest_edge": 32 * 32}
+    Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, size=size).save_pretrained(folder)
+    return save(getattr(transformers, f"{kind}ForConditionalGeneration")(config), tokenizer, folder)
+
+
 ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10_000.0}
 
 # Every family by name, as a function of the folder to save it in.
@@ -143,4 +166,6 @@ TINY: dict[str, Callable[[Path], Path]] = {
     "paligemma": save_tiny_paligemma,
     "qwen2_vl": save_tiny_qwen2_vl,
     "qwen2_5_vl": lambda folder: save_tiny_qwen2_vl(folder, version="2.5"),
+    "qwen3_vl": save_tiny_qwen3_vl,
+    "qwen3_vl_moe": lambda folder: save_tiny_qwen3_vl(folder, experts=True),
 }

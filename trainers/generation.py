@@ -80,9 +80,9 @@ def greedy(
     from transformers import DynamicCache
 
     family, ends = model.family, _end_ids(model)
-    embeds, visible, positions = _prompts(model, pictures, ids)
+    embeds, visible, positions, image = _prompts(model, pictures, ids)
     cache = DynamicCache(config=model.core.config.get_text_config())
-    mask = family.prompt_mask(visible)
+    mask = family.prompt_mask(visible, image)
     out: list[Tensor] = []
     done = torch.zeros(len(ids), dtype=torch.bool, device=model.device)
     for _ in range(max_new_tokens):
@@ -102,8 +102,8 @@ def greedy(
 
 def _prompts(
     model: "VisionLanguageModel", pictures: Sequence[Encoded], ids: Sequence[Sequence[int]]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Left-padded prompts: embeddings (B, T, W), visible (B, T), positions (A, B, T)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Left-padded prompts: embeddings (B, T, W), visible (B, T), positions (A, B, T), visual tokens (B, T)."""
     device, axes = model.device, model.family.axes
     head = stack_heads([picture.head for picture in pictures]).to(device)
     front = model.front(pad_tokens([picture.tokens for picture in pictures]).to(device), head)
@@ -111,15 +111,17 @@ def _prompts(
     total = max(length + len(item) for length, item in zip(lengths, ids, strict=True))
     embeds = front.new_zeros(len(ids), total, front.shape[2])
     visible = torch.zeros(len(ids), total, dtype=torch.bool, device=device)
+    image = torch.zeros_like(visible)
     positions = torch.zeros(axes, len(ids), total, dtype=torch.int64, device=device)
     for row, (length, item) in enumerate(zip(lengths, ids, strict=True)):
         text = model.embed(torch.tensor(item, dtype=torch.int64, device=device)).to(front.dtype)
         used = length + len(item)
         embeds[row, -used:] = torch.cat([front[row, :length], text])
         visible[row, -used:] = True
+        image[row, total - used : total - used + length] = head.slot[row, :length] >= 0
         behind = torch.arange(len(item), device=device) + head.start[row]
         positions[:, row, -used:] = torch.cat([head.positions[:, row, :length], behind.expand(axes, -1)], dim=1)
-    return embeds, visible, positions
+    return embeds, visible, positions, image
 
 
 def _end_ids(model: "VisionLanguageModel") -> Tensor:

@@ -249,7 +249,7 @@ class Prompter:
         self.tokenizer = tokenizer
         self.template = self._form.text
         self.image_token_id = image_token_id
-        self._image, self._special, self._gap = self._form.image, special, self._form.gap
+        self._image, self.special, self._gap = self._form.image, special, self._form.gap
         self.eos_id = int(eos)
         self.pad_id = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else self.eos_id
         self._cache: dict[tuple[Any, ...], tuple[list[int], list[int]]] = {}
@@ -281,9 +281,13 @@ class Prompter:
         return "".join(safe.get(part, part) for part in parts)
 
     def _ids(self, text: str) -> list[int]:
-        ids = list(self.tokenizer(text, add_special_tokens=self._special)["input_ids"])
+        ids = list(self.tokenizer(text, add_special_tokens=self.special)["input_ids"])
         # Some tokenizers close every text; an answer follows here.
-        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id and self._special else ids
+        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id and self.special else ids
+
+    def prompt(self, question: str) -> str:
+        """The whole prompt of one picture and one question, as text."""
+        return self._text(question, (), 1)
 
     def before(self, image: str) -> list[int]:
         """Ids of the template's beginning with `image`, the text of a whole picture, at its end."""

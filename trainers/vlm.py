@@ -6,6 +6,7 @@ its tokens can be computed once. What differs between architectures is in `train
 """
 
 import hashlib
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,12 +16,14 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from dpaudit import untrusted
 from dpaudit.config import LoraConfig, ReducerConfig
 from dpaudit.errors import EnvironmentFailure, UsageError, rejected
 from trainers import lora
-from trainers.families import FAMILIES, Family, Grid
+from trainers.families import FAMILIES, Family, Grid, Scattered, scattered
 from trainers.families.attention import widened
 from trainers.families.base import Prepared
 from trainers.generation import Encoded as Encoded
@@ -85,17 +88,19 @@ class VisionLanguageModel:
         source = str(REFERENCE) if path is None else path
         if (source.startswith((".", "/", "~")) or source.count("/") > 1) and not Path(source).is_dir():
             raise rejected("model.path", path, "an existing folder, or a hub id such as llava-hf/llava-1.5-7b-hf")
-        try:
+        with _one_line(path):
             # Left open, a checkpoint with code of its own would ask on the terminal whether to run it.
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-            architecture = getattr(transformers, family_class(config.model_type, path).architecture)
+            family = family_class(config.model_type, path)
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            processor = _processor_of(source, family, tokenizer)
+            # Weights come last: what is wrong with the folder is said before gigabytes are read.
+            architecture = getattr(transformers, family.architecture)
             hf = architecture.from_pretrained(source, dtype=getattr(torch, precision), use_safetensors=True)
-            processor = _processor_of(source)
-        except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UsageError(f"model.path: got {path!r}, which can't be loaded: {first}") from error
-        return cls(hf, tokenizer, device=pick_device(device), source=path or "reference", processor=processor)
+        model = cls(hf, tokenizer, device=pick_device(device), source=path or "reference", processor=processor)
+        if isinstance(model.family, Scattered):
+            scattered.check(model)
+        return model
 
     def set_reducer(self, config: ReducerConfig) -> None:
         """Choose the reducer used by `answer` and by callers of `self.reducer`; raises UsageError on bad sizes."""
@@ -224,8 +229,7 @@ class VisionLanguageModel:
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings of text tokens."""
-        embedded: Tensor = self.core.get_input_embeddings()(ids)
-        return embedded
+        return self.family.embedded(self.core.get_input_embeddings()(ids))
 
     def front(self, tokens: Tensor, head: Head) -> Tensor:
         """(B, H, W) embeddings of the head, with the projected visual tokens in their slots."""
@@ -352,15 +356,62 @@ class VisionLanguageModel:
 short_name = lora.short_name
 
 
-def _processor_of(source: str) -> Any:
-    """The checkpoint's own picture processor, or None where it ships none (then: plain resize)."""
-    folder = Path(source)
-    names = ("preprocessor_config.json", "processor_config.json")
-    if folder.is_dir() and not any((folder / name).exists() for name in names):
-        return None
-    from transformers import AutoImageProcessor
+@contextmanager
+def _one_line(path: str | None) -> Iterator[None]:
+    """Turn what transformers says of a checkpoint that can't be loaded into one line."""
+    try:
+        yield
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ImportError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        hint = ""
+        if isinstance(error, FileNotFoundError) or "No such file" in first or "does not appear to have files" in first:
+            hint = "; a file of the checkpoint is missing (a shard?): download the folder again"
+        raise UsageError(f"model.path: got {path!r}, which can't be loaded: {first[:300]}{hint}") from error
 
+
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+
+
+def _processor_of(source: str, family: type[Family], tokenizer: Any) -> Any:
+    """The checkpoint's own picture processor, or None where it ships none (then: plain resize, in some families).
+
+    Families that take processor and model as they are get the whole processor. A chat template that lies beside it is
+    put on the tokenizer.
+    """
+    from transformers import AutoImageProcessor, AutoProcessor
+
+    folder = Path(source)
+    _find_template(source, tokenizer)
+    if family is Scattered:
+        if folder.is_dir() and not any((folder / name).exists() for name in PROCESSORS):
+            raise rejected("model.path", source, f"a folder with its processor ({' or '.join(PROCESSORS)})")
+        return AutoProcessor.from_pretrained(source, trust_remote_code=False)
+    if folder.is_dir() and not any((folder / name).exists() for name in PROCESSORS):
+        return None
     return AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+
+
+def _find_template(source: str, tokenizer: Any) -> None:
+    """Older checkpoints keep the chat template in a file of the processor, which no tokenizer reads."""
+    if getattr(tokenizer, "chat_template", None) is not None:
+        return
+    from transformers.utils import cached_file
+
+    for name in ("chat_template.jinja", "chat_template.json"):
+        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        if found is not None:
+            text = untrusted.read_bytes(Path(found), untrusted.MOST_CONFIGURATION).decode()
+            tokenizer.chat_template = text if name.endswith(".jinja") else str(json.loads(text)["chat_template"])
+            return
 
 
 def _deduplicate(pixels: Sequence[Pixels]) -> tuple[npt.NDArray[np.int64], list[Pixels]]:
@@ -377,8 +428,15 @@ def _deduplicate(pixels: Sequence[Pixels]) -> tuple[npt.NDArray[np.int64], list[
 
 
 def family_class(model_type: str, source: str | None) -> type[Family]:
-    """The family of a model type; raises UsageError for one that is not supported."""
-    if model_type not in FAMILIES:
-        accepted = f"a checkpoint of model type {', '.join(sorted(FAMILIES))}; this one is {model_type}"
-        raise rejected("model.path", source, accepted)
-    return FAMILIES[model_type]
+    """The family of a model type; raises UsageError for one that does not answer questions about pictures."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
+
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    if model_type in KNOWN:
+        return Scattered
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as TEXT
+
+    what = "a text-only model" if model_type in TEXT else "a type that answers no questions about pictures"
+    accepted = f"a vision-language checkpoint: {', '.join(sorted(FAMILIES))}, or others of docs/models.md"
+    raise rejected("model.path", f"{source} ({model_type}, {what})", accepted)

@@ -16,7 +16,7 @@ from trainers.inputs import UnitInputs
 from trainers.records import Picture, Pixels, Question, Unit
 from trainers.vlm import VisionLanguageModel
 
-NAMES = ["llava", "idefics3", "qwen2_vl", "qwen2_5_vl"]
+NAMES = ["llava", "idefics3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 Load = Callable[[str], VisionLanguageModel]
 TURNS = (("what digit is this?", "seven"), ("is it odd?", "yes, odd"), ("and the other?", "two"))
 

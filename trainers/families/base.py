@@ -146,12 +146,19 @@ class Family(ABC):
     def project(self, tokens: Tensor) -> Tensor:
         """(B, M, D) tokens into the language model's space, (B, M, W); each token by itself."""
 
+    def embedded(self, words: Tensor) -> Tensor:
+        """Embeddings of text as `decode` takes them, beside projected visual tokens."""
+        return words
+
     def mask(self, packed: Packed, head: Head) -> Tensor:
         """(B, 1, T, T) boolean mask over [head | questions]: causal, each question apart from the others."""
         return attention_mask(packed.segment, head.slot.shape[1], head.slot == PADDING)
 
-    def prompt_mask(self, visible: Tensor) -> Tensor:
-        """(B, 1, T, T) boolean mask of prompts without answers, for generation. visible: (B, T), False = padding."""
+    def prompt_mask(self, visible: Tensor, image: Tensor) -> Tensor:
+        """(B, 1, T, T) boolean mask of prompts without answers, for generation.
+
+        visible: (B, T), False = padding. image: (B, T), True where a visual token stands.
+        """
         total = visible.shape[1]
         causal = torch.ones(total, total, dtype=torch.bool, device=visible.device).tril()
         itself = torch.eye(total, dtype=torch.bool, device=visible.device)
