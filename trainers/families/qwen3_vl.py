@@ -1,4 +1,4 @@
-"""Qwen3-VL, dense or with experts: Qwen2-VL's pictures, and features of several tower layers for the first decoder layers.
+"""Qwen3-VL, dense or with experts: Qwen2-VL's pictures, with features of several tower layers for the decoder.
 
 What a reducer sees of a square of patches is its features of the tower's last layer, followed by those of each
 `deepstack` layer; projected, they are as wide as the embedding times one more than there are such layers. The decoder

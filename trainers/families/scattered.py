@@ -247,18 +247,16 @@ def check(model: Any) -> None:
     from trainers.inputs import UnitInputs
     from trainers.records import Picture, Question, Unit
 
-    family, prompter = model.family, model.prompter
+    family = model.family
     pixels = np.random.default_rng(0).integers(0, 256, (NOISE_SIDE, NOISE_SIDE + 16, 3), dtype=np.uint8)
     asked = (Question("What is this?", "a thing"), Question("Is it one?", "no"))
     rows = UnitInputs(model, [Unit("check", (Picture("check", pixels, asked),))]).select([0])
     with torch.no_grad():
-        theirs = []
-        for question in asked:
-            answer = prompter.encode(question.text, question.answer)[1]
-            given = family.process(prompter.prompt(question.text), [pixels], special=prompter.special)
-            theirs.append(_own_logits(family.hf, given, answer))
-        wanted = torch.cat(theirs).float().log_softmax(dim=-1)
-        allowed = 1e-3 if model.dtype == torch.float32 else 0.2
+        wanted, other = (_own_answers(model, item, asked) for item in (pixels, 255 - pixels))
+        effect = float((wanted - other).abs().max())  # what the picture does: a comparison may not be blinder than this
+        if effect == 0.0:
+            raise family._refused("its answers do not depend on the picture, so nothing can be compared")
+        allowed = max(1e-5, min(1e-3, 0.01 * effect)) if model.dtype == torch.float32 else 0.2
         for family.scaled in (True, False):
             mine = model.logits(rows.tokens, rows.packed).float().log_softmax(dim=-1)
             gap = float((mine - wanted).abs().max())
@@ -266,6 +264,16 @@ def check(model: Any) -> None:
                 break
     if not gap < allowed:
         raise family._refused(f"its answers differ from its own forward pass by {gap:.2g} (log-probability)")
+
+
+def _own_answers(model: Any, pixels: Pixels, asked: Sequence[Any]) -> Tensor:
+    """Log-probabilities at the answers of questions about a picture, by the model's own forward pass."""
+    family, prompter, found = model.family, model.prompter, []
+    for question in asked:
+        answer = prompter.encode(question.text, question.answer)[1]
+        given = family.process(prompter.prompt(question.text), [pixels], special=prompter.special)
+        found.append(_own_logits(family.hf, given, answer))
+    return torch.cat(found).float().log_softmax(dim=-1)
 
 
 def _own_logits(hf: Any, given: dict[str, Tensor], answer: Sequence[int]) -> Tensor:
