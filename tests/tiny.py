@@ -99,6 +99,9 @@ def save_tiny_llava(
         vision_feature_layer=-2,
         tie_word_embeddings=True,
     )
+    config.dpaudit_template = (
+        "USER: <image>\n{question} ASSISTANT:"  # like the reference model: no processor of its own
+    )
     return save(LlavaForConditionalGeneration(config), fast, folder)
 
 

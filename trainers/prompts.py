@@ -158,15 +158,20 @@ class Template:
 
 
 class ChatTemplate(Template):
-    """The checkpoint's own chat template, thinking off. Raises UsageError where it shows no picture."""
+    """The checkpoint's own chat template, thinking off. Raises UsageError where it shows no picture.
 
-    def __init__(self, tokenizer: Any, image: str, *, chat_template: str | None = None) -> None:
+    as_text: a template of a text-only model will do, with the image token in the text (as LLaVA was trained).
+    """
+
+    def __init__(self, tokenizer: Any, image: str, *, chat_template: str | None = None, as_text: bool = False) -> None:
         self._tokenizer, self._given, self.image = tokenizer, chat_template, image
         self._listed = True
         self._known: dict[tuple[int, int], str] = {}
         try:
             self.text = self.render()
         except UsageError:
+            if not as_text:
+                raise
             self._listed, self._known = False, {}  # a template of a text-only model: it wants content as one text
             self.text = self.render()
 

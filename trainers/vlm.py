@@ -93,13 +93,15 @@ class VisionLanguageModel:
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
             family = family_class(config.model_type, path)
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-            processor = _processor_of(source, family, tokenizer)
+            processor = _processor_of(source, family, tokenizer, needed=not hasattr(config, "dpaudit_template"))
             # Weights come last: what is wrong with the folder is said before gigabytes are read.
             architecture = getattr(transformers, family.architecture)
             hf = architecture.from_pretrained(source, dtype=getattr(torch, precision), use_safetensors=True)
         model = cls(hf, tokenizer, device=pick_device(device), source=path or "reference", processor=processor)
         if isinstance(model.family, Scattered):
             scattered.check(model)
+        elif processor is not None:
+            _probe(model, path)
         return model
 
     def set_reducer(self, config: ReducerConfig) -> None:
@@ -375,14 +377,35 @@ def _one_line(path: str | None) -> Iterator[None]:
         hint = ""
         if isinstance(error, FileNotFoundError) or "No such file" in first or "does not appear to have files" in first:
             hint = "; a file of the checkpoint is missing (a shard?): download the folder again"
+        elif "does not recognize this architecture" in first:
+            hint = "; a newer transformers may know it, else choose a type of docs/models.md"
+        elif "torchvision" in str(error).lower() or "VIDEO_PROCESSOR" in str(error):
+            first, hint = "its processor needs the package torchvision", "; pip install torchvision"
+        elif "tokenizer" in first.lower():
+            first, hint = "its tokenizer", "; tokenizer.json is missing or of another kind: download the folder again"
+        elif isinstance(error, SafetensorError):
+            hint = "; a file of weights is damaged or cut off: download it again"
         raise UsageError(f"model.path: got {path!r}, which can't be loaded: {first[:300]}{hint}") from error
 
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
-def _processor_of(source: str, family: type[Family], tokenizer: Any) -> Any:
-    """The checkpoint's own picture processor, or None where it ships none (then: plain resize, in some families).
+def _probe(model: VisionLanguageModel, path: str | None) -> None:
+    """A public picture of noise through processor and tower; UsageError where they do not fit each other."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
+    try:
+        model.encoded([noise])
+    except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        why = " ".join(str(error).split())[:120]
+        raise UsageError(
+            f"model.path: {path}: its picture processor does not fit its tower ({type(error).__name__}: {why}); take "
+            "preprocessor_config.json from the same checkpoint as the weights"
+        ) from error
+
+
+def _processor_of(source: str, family: type[Family], tokenizer: Any, *, needed: bool) -> Any:
+    """The checkpoint's own picture processor, or None where it ships none and none is `needed` (then: plain resize).
 
     Families that take processor and model as they are get the whole processor. A chat template that lies beside it is
     put on the tokenizer.
@@ -391,12 +414,15 @@ def _processor_of(source: str, family: type[Family], tokenizer: Any) -> Any:
 
     folder = Path(source)
     _find_template(source, tokenizer)
-    if family is Scattered:
-        if folder.is_dir() and not any((folder / name).exists() for name in PROCESSORS):
-            raise rejected("model.path", source, f"a folder with its processor ({' or '.join(PROCESSORS)})")
-        return AutoProcessor.from_pretrained(source, trust_remote_code=False)
     if folder.is_dir() and not any((folder / name).exists() for name in PROCESSORS):
+        if needed:
+            accepted = (
+                f"a folder with the checkpoint's picture processor ({' or '.join(PROCESSORS)}): how it was trained"
+            )
+            raise rejected("model.path", source, f"{accepted} to see can't be guessed")
         return None
+    if family is Scattered:
+        return AutoProcessor.from_pretrained(source, trust_remote_code=False)
     return AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
 
 
@@ -439,4 +465,4 @@ def family_class(model_type: str, source: str | None) -> type[Family]:
 
     what = "a text-only model" if model_type in TEXT else "a type that answers no questions about pictures"
     accepted = f"a vision-language checkpoint: {', '.join(sorted(FAMILIES))}, or others of docs/models.md"
-    raise rejected("model.path", f"{source} ({model_type}, {what})", accepted)
+    raise UsageError(f"model.path: {source} is of type {model_type}, {what}; accepted: {accepted}")

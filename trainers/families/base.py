@@ -243,10 +243,10 @@ def square_values(pixels: Sequence[Pixels], processor: Any, side: int) -> Tensor
     return torch.from_numpy(stack / 127.5 - 1.0).permute(0, 3, 1, 2).contiguous()
 
 
-def chat_template(tokenizer: Any, image: str, source: str) -> ChatTemplate:
+def chat_template(tokenizer: Any, image: str, source: str, *, as_text: bool = False) -> ChatTemplate:
     """The checkpoint's own prompt. Raises UsageError where it has none: a prompt that it was not trained with is no
     prompt."""
     if getattr(tokenizer, "chat_template", None) is None:
         accepted = "a checkpoint whose tokenizer has a chat template; put its chat_template.jinja into the folder"
         raise rejected("model.path", source, accepted)
-    return ChatTemplate(tokenizer, image)
+    return ChatTemplate(tokenizer, image, as_text=as_text)

@@ -65,7 +65,7 @@ class Llava(Family):
         fixed = getattr(self.hf.config, "dpaudit_template", None)  # of the reference model
         if fixed is not None:
             return Prompter(tokenizer, str(fixed), image)
-        template = chat_template(tokenizer, IMAGE, self.source)
+        template = chat_template(tokenizer, IMAGE, self.source, as_text=True)
         begun = tokenizer.bos_token is not None and template.text.startswith(tokenizer.bos_token)
         return Prompter(tokenizer, template, image, special=not begun)
 

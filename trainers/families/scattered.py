@@ -67,10 +67,10 @@ class Scattered(Family):
 
     @property
     def _features(self) -> Any:
-        for place in (self.hf, getattr(self.hf, "model", None)):
-            if hasattr(place, "get_image_features"):
-                return place.get_image_features
-        return None
+        places = (self.hf, getattr(self.hf, "model", None))
+        return next(
+            (found for found in (getattr(place, "get_image_features", None) for place in places) if found), None
+        )
 
     # -- the tower -------------------------------------------------------------------------------------------------
 
@@ -138,7 +138,7 @@ class Scattered(Family):
         for picture in pictures:
             given = {
                 name: value.to(self.hf.device, self.hf.dtype if value.is_floating_point() else None)
-                for name, value in dict(picture.values).items()  # type: ignore[call-overload]
+                for name, value in dict(picture.values).items()
                 if name in takes
             }
             rows.append(_flat(function(**given)))
