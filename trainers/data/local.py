@@ -18,15 +18,14 @@ from typing import Any
 from dpaudit.config import DataConfig
 from dpaudit.documents import LedgerRow
 from dpaudit.errors import UsageError, rejected
-from trainers.data import files, formats, near, pictures, rows
+from trainers.data import files, formats, pictures, rows, said
 from trainers.data.files import Table
 from trainers.data.formats import Format, Sample, many
 from trainers.data.pictures import Decoded, Look
 from trainers.data.rows import Source
-from trainers.records import Dataset, Facts, Picture, Question, Unit
+from trainers.records import Dataset, Picture, Question, Unit
 
 PICTURE_UNIT = "image (with all its questions)"
-EXAMPLES = 3  # names of files in a note
 _Key = tuple[str, str | int]  # ("picture", content hash) or ("unit", value of the unit column)
 
 
@@ -88,9 +87,14 @@ class Split:
         }
 
     def groups(self, prefix: str) -> dict[str, str]:
-        """The value of the group column by unit id."""
+        """The value of the group column by unit id. Raises UsageError for two values in one unit."""
         ids = {owner: unit.id for owner, unit in self.units(prefix).items()}
-        return {ids[self.root(owner)]: part.group for (owner, _), part in self.rows.items() if part.group is not None}
+        found: dict[str, str] = {}
+        for (owner, _), part in self.rows.items():
+            unit = ids[self.root(owner)]
+            if part.group is not None and found.setdefault(unit, part.group) != part.group:
+                raise UsageError(f"{self.label}: the column of groups differs between rows of one unit")
+        return found
 
     def contents(self) -> dict[_Key, str]:
         """What each unit holds, as text."""
@@ -119,13 +123,15 @@ class _Reader:
     library: dict[str | int, Decoded] | None = None
     library_label: str = ""
     owners: dict[str | int, str | int] = field(default_factory=dict)  # unit of a picture, from its own table
+    group_of: dict[Any, Any] = field(default_factory=dict)  # group of a picture, from its own table
     used: dict[str | int, str | int | None] = field(default_factory=dict)
     cache: dict[bytes, Decoded] = field(default_factory=dict)  # the same bytes are decoded once
 
     def read(self, how: Format) -> Split:
         """All rows of the split."""
         split = Split(self.table.label)
-        more = [name for name in (self.unit if not self.owners else None, self.group) if name is not None]
+        mine = (None if self.owners else self.unit, None if self.group_of else self.group)
+        more = [name for name in mine if name is not None]
         for source, number, row, sample in how.samples(self.table, more):
             contents = []
             for reference in sample.pictures:
@@ -136,17 +142,18 @@ class _Reader:
             for turn_owner, seen, question in _questions(owner, sample, contents):
                 part = split.rows.setdefault((turn_owner, seen), _Rows(tuple(split.decoded[item] for item in seen)))
                 part.questions.append(question)
-                self._group(source, number, row, part)
+                self._group(source, number, row, sample.pictures[0], part)
         split.notes += list(how.counts.notes(self.table.label))
         split.format = f"{how.name} ({self.table.kind})"
         return split
 
-    def _group(self, source: Source, number: int, row: rows.Row, part: _Rows) -> None:
+    def _group(self, source: Source, number: int, row: rows.Row, reference: Any, part: _Rows) -> None:
         if self.group is None:
             return
-        if self.group not in row:
+        given = self.group_of.get(reference) if self.group_of else row.get(self.group)
+        if given is None and not self.group_of and self.group not in row:
             raise source.fault(number, self.group, "missing")
-        value = " ".join(str(rows.key(source, number, row, self.group)).split())[:80]
+        value = " ".join(str(rows.key(source, number, {self.group: given}, self.group)).split())[:80]
         if part.group not in (None, value):
             raise source.fault(number, self.group, "differs from an earlier row of the same unit")
         part.group = value
@@ -197,8 +204,10 @@ def _questions(
         history = (*history, (turn.text, turn.answer))
 
 
-def _library(table: Table, look: Look, unit: str | None) -> tuple[dict[str | int, Decoded], dict[str | int, str | int]]:
-    """(pictures, units) by image_id of a table of pictures."""
+def _library(
+    table: Table, look: Look, unit: str | None, group: str | None
+) -> tuple[dict[str | int, Decoded], dict[str | int, str | int], dict[Any, Any]]:
+    """(pictures, units, groups) by image_id of a table of pictures."""
     columns = table.columns()
     name = next((name for name in ("image_id", "imageId", "id") if name in columns), None)
     if name is None or "image" not in columns:
@@ -206,7 +215,8 @@ def _library(table: Table, look: Look, unit: str | None) -> tuple[dict[str | int
         raise UsageError(f"{table.label}: no column {gone!r}; columns: {', '.join(columns[:20])}")
     found: dict[str | int, Decoded] = {}
     owners: dict[str | int, str | int] = {}
-    for source, number, row in table.rows([name, "image", *([unit] if unit else [])]):
+    groups: dict[Any, Any] = {}
+    for source, number, row in table.rows([name, "image", *(item for item in (unit, group) if item)]):
         key = rows.key(source, number, row, name)
         if key in found:
             raise source.fault(number, name, "occurs a second time in this file")
@@ -214,7 +224,9 @@ def _library(table: Table, look: Look, unit: str | None) -> tuple[dict[str | int
         found[key] = rows.look_at(source, number, data, look)
         if unit and unit in row:
             owners[key] = rows.key(source, number, row, unit)
-    return found, owners
+        if group and group in row:
+            groups[key] = row[group]
+    return found, owners, groups
 
 
 def read_split(config: DataConfig, split: str, group: str | None = None) -> Split:
@@ -226,19 +238,20 @@ def read_split(config: DataConfig, split: str, group: str | None = None) -> Spli
     look = Look(pictures.colour(config.background), config.frames)
     folder, library = None, None
     owners: dict[str | int, str | int] = {}
+    groups: dict[Any, Any] = {}
     origin: dict[str, str] = {}
     if images is not None:
         folder = rows.inside(root, images)
         if folder is None or not folder.is_dir() or (folder / "state.json").is_file():
             folder = None
             shown = files.open_table(root, images, f"data.{split}-images")
-            library, owners = _library(shown, look, config.unit)
+            library, owners, groups = _library(shown, look, config.unit, group)
             origin = _hashes(shown)
     table = files.open_table(root, name, f"data.{split}", folder)
     how = formats.recognise(table, config.post_prompt, joined=library is not None)
     if how.folder is not None and folder is None and (table.folder / how.folder).is_dir():
         table = Table(table.label, table.parts, table.folder / how.folder)
-    reader = _Reader(table, look, config.unit, group, library, images or "", owners)
+    reader = _Reader(table, look, config.unit, group, library, images or "", owners, groups)
     found = reader.read(how)
     found.origin = origin | _hashes(table)
     if not found.rows:
@@ -246,7 +259,7 @@ def read_split(config: DataConfig, split: str, group: str | None = None) -> Spli
     if library is not None and len({name for names in found.names.values() for name in names}) < len(library):
         unused = len(library) - len({name for names in found.names.values() for name in names})
         found.notes.append(f"{images}: {many(unused, 'picture')} without a question left out")
-    found.notes += _merged(found)
+    found.notes += said.merged(found)
     return found
 
 
@@ -260,69 +273,6 @@ def _root(config: DataConfig) -> Path:
     if not root.is_dir():
         raise UsageError(f"data.path: no folder {config.path!r}")
     return root
-
-
-# -- what the owner should know --------------------------------------------------------------------------------------
-
-
-def _merged(split: Split) -> Iterator[str]:
-    """Pictures that several files hold: they are one, which changes what a record is."""
-    same = [names for names in split.names.values() if len(names) > 1]
-    if same:
-        shown = "; ".join(" = ".join(names[:EXAMPLES]) for names in same[:EXAMPLES])
-        more = "; …" if len(same) > EXAMPLES else ""
-        count = sum(map(len, same))
-        yield f"{split.label}: {count} files show {many(len(same), 'picture')}, each one record now ({shown}{more})"
-
-
-def _notes_on_pixels(split: Split, config: DataConfig) -> Iterator[str]:
-    seen = list(split.decoded.values())
-    laid = sum(item.composited for item in seen)
-    if laid:
-        yield f"{split.label}: {many(laid, 'picture')} with transparency on {config.background} (data.background)"
-    blank = sum(item.blank for item in seen)
-    if blank:
-        yield f"{split.label}: {blank} of them show nothing but one colour on it; choose another data.background"
-    partial = sum(item.partial for item in seen)
-    if partial:
-        yield f"{split.label}: of {partial} files with several frames or pages the first is used (data.frames=first)"
-
-
-def _facts(train: Split, test: Split) -> Facts:
-    """Pictures in both splits, and those that only look alike: counted, so that figures are read with care."""
-    shared = set(train.decoded) & set(test.decoded)
-    one, two = list(train.decoded.items()), list(test.decoded.items())
-    if len(one) + len(two) > near.MOST:
-        return Facts(len(test.decoded), len(shared), None, None, train.format, test.format)
-    marks = [[near.signature(item.frames[0]) for _, item in part] for part in (one, two)]
-    owner = {item: train.root(owner) for owner, contents in train.rows if contents for item in contents}
-    alike = near.pairs(marks[0])
-    within = {index for pair in alike if owner[one[pair[0]][0]] != owner[one[pair[1]][0]] for index in pair}
-    across = {j for i, j in near.pairs(*marks) if one[i][0] != two[j][0] and two[j][0] not in shared}
-    return Facts(len(test.decoded), len(shared), len(within), len(across), train.format, test.format)
-
-
-def _warnings(facts: Facts, train: Split, test: Split, unit: str | None) -> Iterator[str]:
-    if facts.shared_pictures:
-        yield (
-            f"{many(facts.shared_pictures, 'picture')} in both train and test (same content): accuracy on them is not "
-            "held out"
-        )
-    units = {train.root(owner) for owner, _ in train.rows} & {test.root(owner) for owner, _ in test.rows}
-    if unit and units:
-        yield f"{many(len(units), 'unit')} (column {unit!r}) in both train and test"
-    if facts.near_train is None:
-        yield f"near-duplicates were not looked for: more than {near.MOST} pictures"
-    if facts.near_train:
-        yield (
-            f"{many(facts.near_train, 'picture')} of train like another of train (saved again?): different units, so "
-            "whoever is in several is protected less than the claim says; remove them, or give data.unit"
-        )
-    if facts.near_test:
-        yield (
-            f"{many(facts.near_test, 'picture')} of test like one of train (saved again?): accuracy on them is not "
-            "held out"
-        )
 
 
 # -- the data set ----------------------------------------------------------------------------------------------------
@@ -356,10 +306,10 @@ def load_local(config: DataConfig) -> Dataset:
     units = train.units("train")
     kept, reserve = hold_back(units, train.contents(), config.reserve)
     held_out = list(test.units("test").values())
-    facts = _facts(train, test)
+    facts = said.facts_of(train, test)
     notes = [
         f"train: {train.format}; test: {test.format}",
-        *(note for split in (train, test) for note in _notes_on_pixels(split, config)),
+        *(note for split in (train, test) for note in said.on_pixels(split, config)),
     ]
     return Dataset(
         name=_root(config).resolve().name,
@@ -369,22 +319,11 @@ def load_local(config: DataConfig) -> Dataset:
         reserve=tuple(reserve),
         ledger=_ledger(config),
         notes=tuple(notes),
-        warnings=(*train.notes, *test.notes, *_joined(train), *_warnings(facts, train, test, config.unit)),
+        warnings=(*train.notes, *test.notes, *said.joined(train), *said.warnings(facts, train, test, config.unit)),
         facts=facts,
         source="local",
         origin=train.origin | test.origin,
     )
-
-
-def _joined(split: Split) -> Iterator[str]:
-    """Units that grew because one row shows several pictures."""
-    merged = len({owner for owner in split.links if split.root(owner) != owner})
-    if merged:
-        largest = max(len(unit.pictures) for unit in split.units("x").values())
-        yield (
-            f"{split.label}: rows with several pictures make {many(merged, 'picture')} part of another's unit (the "
-            f"largest has {many(largest, 'row')})"
-        )
 
 
 def _ledger(config: DataConfig) -> tuple[LedgerRow, ...]:

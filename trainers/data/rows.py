@@ -18,7 +18,6 @@ from dpaudit.errors import UsageError, rejected
 from trainers.data import pictures
 from trainers.data.pictures import PLAINLY, Decoded, Look
 from trainers.data.pictures import content_sha256 as content_sha256
-from trainers.records import Pixels
 
 Row = dict[str, Any]
 
@@ -236,8 +235,3 @@ def look_at(source: Source, number: int, data: bytes, look: Look = PLAINLY, fiel
         return pictures.decode(data, look)
     except pictures.Refused as why:
         raise source.fault(number, field, str(why)) from None
-
-
-def decode(source: Source, number: int, data: bytes, field: str = "image") -> Pixels:
-    """The pixels of a picture that is one frame."""
-    return look_at(source, number, data, field=field).frames[0]
