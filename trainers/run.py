@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -46,7 +46,7 @@ from trainers.gradients import (
 from trainers.inputs import Rows, UnitInputs
 from trainers.plan import Inserted, Plan, fusion_std, ledger_rows, make_plan
 from trainers.progress import Reporter, Silent, StepReport
-from trainers.records import Dataset, Picture, Unit
+from trainers.records import Dataset, Unit
 from trainers.sampling import poisson_batch as poisson_batch  # its first home
 from trainers.sharding import local, shard
 from trainers.vlm import VisionLanguageModel
@@ -436,7 +436,7 @@ def estimate_seconds(config: RunConfig, dataset: Dataset, plan: Plan) -> float:
     rng = np.random.default_rng(0)
     like = dataset.train[0].pictures[0]
     units = [
-        Unit(str(index), (Picture(str(index), rng.integers(0, 256, like.pixels.shape, np.uint8), like.questions),))
+        Unit(str(index), (replace(like, id=str(index), pixels=rng.integers(0, 256, like.pixels.shape, np.uint8)),))
         for index in range(sample)
     ]
     chosen = config.model

@@ -29,7 +29,7 @@ CHAT = {
         "<|im_end|>",
     ),
 }
-CHAT["qwen2_5_vl"] = CHAT["qwen2_vl"]
+CHAT |= dict.fromkeys(("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), CHAT["qwen2_vl"])
 REDUCERS = ("none", "random", "cls-topk", "visionzip", "tome", "divprune")  # what this module knows
 
 

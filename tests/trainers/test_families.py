@@ -149,7 +149,8 @@ def test_windowed_attention_is_no_importance(load: Load) -> None:
 
 def test_a_foreign_architecture_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UsageError, match=r"^model\.path: got .* model type idefics3, llava, .*; this one is llama$"):
+    words = r"^model\.path: .* is of type llama, a text-only model; accepted: .* idefics3, llava"
+    with pytest.raises(UsageError, match=words):
         VisionLanguageModel.load(str(tmp_path), device="cpu")
 
 
