@@ -65,11 +65,11 @@ BAD = {
     "no template here": ("gemma3", without("chat_template*"), "put its chat_template.jinja into the folder"),
     "a template for text": ("qwen2_vl", plain_template, "chat template"),
     "a missing shard": ("smolvlm", missing_shard, "a file of the checkpoint is missing (a shard?)"),
-    "weights cut off": ("smolvlm", cut, "damaged or cut off"),
-    "no tokenizer": ("smolvlm", without("token*"), "its tokenizer"),
+    "weights cut off": ("smolvlm", cut, "damaged or unfinished"),
+    "no tokenizer": ("smolvlm", without("token*"), "tokenizer.json is missing"),
     "text only": ("smolvlm", text_only, "is of type llama, a text-only model"),
     "unknown type": ("smolvlm", unknown, "a newer transformers may know it"),
-    "no configuration": ("smolvlm", without("config.json"), "model_type"),
+    "no configuration": ("smolvlm", without("config.json"), "config.json: can't be read"),
 }
 
 

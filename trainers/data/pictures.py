@@ -9,6 +9,7 @@ alpha channel, further frames, CMYK inks), identity is that of the content befor
 ink on a transparent ground differ in nothing but alpha.
 """
 
+import contextlib
 import hashlib
 import io
 import struct
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from trainers.records import Pixels
 
@@ -96,13 +97,23 @@ def content_sha256(pixels: Pixels) -> str:
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def _whole_alone() -> Iterator[None]:
+    """A picture that is cut off stays an error, also where a library (lmms-eval) lets Pillow fill it up with grey."""
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
 def decode(data: bytes, look: Look = PLAINLY, count: Count | None = None) -> Decoded:
     """Encoded picture -> pixels, upright, RGB; the size is checked before anything is decoded. Raises Refused.
 
     count: told of the bytes before and after decoding, before a frame is decoded; its answer is why not, or None.
     """
     try:
-        with warnings.catch_warnings():
+        with _whole_alone(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
