@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,9 @@ from torch import Tensor
 from attacks.bugs.bases import Production
 from attacks.bugs.row import REASONING, Bug
 from dpaudit.randomness import Key
+from trainers.adapters import foreign
 from trainers.adapters.compact import SHAPES, SIZES, Record, join, split
+from trainers.adapters.under_test import hf_trainer
 
 _STARTS = itertools.count()
 
@@ -127,6 +130,28 @@ class HeadUnnoisedInProduction(Production):
 
 
 TWICE = "two starts without a noise seed compared"
+
+
+class GlobalStreamTrainer(foreign.DPTrainer):
+    """Noise from torch's global generator, which the Trainer seeds with 42."""
+
+    def noise(self, like: Tensor) -> Tensor:
+        """The same in every training."""
+        return torch.randn_like(like)
+
+
+_built = hf_trainer(
+    lambda rows: foreign.make_trainer(rows, GlobalStreamTrainer),
+    records=foreign.texts,
+    claim=foreign.HUGGING_FACE_CLAIM,
+)
+
+
+def trainer_seeds_the_noise(records: Any = None, *, seed: int, noise_seed: int | None = None) -> Any:
+    """Noise from the stream that Hugging Face's Trainer seeds, with 42 by default."""
+    return _built(records, seed=seed, noise_seed=noise_seed)
+
+
 LAW = "level and law of the noise without a noise seed"
 
 BUGS: tuple[Bug, ...] = (
@@ -225,5 +250,14 @@ BUGS: tuple[Bug, ...] = (
         REASONING,
         effect="the head is released without noise: no finite eps",
         seen_by=LAW + ", per block",
+    ),
+    Bug(
+        "trainer-seeds-the-noise",
+        "B39",
+        trainer_seeds_the_noise,
+        "transformers' Trainer.__init__: set_seed(args.seed), 42 by default",
+        effect="the noise is public and can be subtracted: no finite eps",
+        seen_by=TWICE,
+        slow=True,
     ),
 )

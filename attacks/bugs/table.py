@@ -98,7 +98,6 @@ FIRST_STEP: tuple[Bug, ...] = (
         "B22",
         updates.PrivateLearningRate,
         "LeakPro PR 438; Papernot & Steinke 2022",
-        "a choice made before the step; it belongs into the ledger",
     ),
     Bug(
         "loss-logged",

@@ -69,7 +69,7 @@ class Draws:
 
     def rows(self, name: str) -> Vector:
         """(n, d) independent rows of noise of a block: over seeds and steps, or over pairs of seeds."""
-        if not self.empty:
+        if not self.empty or name not in self.bench.series.kept:  # or never noised on an empty batch
             return self.paired(name)
         white = self.white(name)
         flat = white.reshape(-1, white.shape[2])

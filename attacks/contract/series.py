@@ -91,5 +91,7 @@ class Everything:
         )
 
     def table(self, name: str) -> Vector:
-        """(SEEDS, NOISE_STEPS, d) noise of one block."""
+        """(SEEDS, NOISE_STEPS, d) noise of one block; NaN for one that no empty batch gives noise to."""
+        if name not in self.kept:
+            return np.full((SEEDS, NOISE_STEPS, 1), np.nan)
         return np.stack([series.noise[name] for series in self.noises]).astype(np.float64)

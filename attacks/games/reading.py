@@ -14,7 +14,7 @@ import pandas as pd
 from attacks.canaries import ALL, Plan
 from attacks.scores import STATISTIC, prioritise
 from dpaudit.analysis.claim import claim_test, claimed_event
-from dpaudit.analysis.plan import bound_guesses, plan
+from dpaudit.analysis.plan import bound_guesses, plan_test
 from dpaudit.bounds import steinke
 from dpaudit.bounds.guesses import count_correct, rank_guesses
 from dpaudit.documents import Check, Claim, Test
@@ -158,7 +158,8 @@ def planned(kind: str, count: int, claim: Claim, *, confidence: float, alpha: fl
     bound = (r - r // 2, r // 2)
     if claimed_event(claim) is None:
         return {kind: bound, claim_key(kind): bound}
-    row = plan(claim, canaries=count, alpha=alpha, alternative=1 - SIGMA_REDUCTION, separate=False)
+    wrong = 1 - SIGMA_REDUCTION
+    row = plan_test(claim, canaries=count, alpha=alpha, share=0.9, alternative=wrong, separate=False)
     return {kind: bound, claim_key(kind): (row.top, row.bottom)}
 
 

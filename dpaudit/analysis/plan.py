@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -28,12 +28,14 @@ from dpaudit.bounds import mahloujifar, order_statistic, steinke
 from dpaudit.bounds.profile import GaussianProfile, Profile
 from dpaudit.documents import Claim, Document, Part
 from dpaudit.errors import rejected
+from dpaudit.evidence import calibrate
 from dpaudit.evidence.channel import Channel
 from dpaudit.evidence.game import SPARE, Rule
 from dpaudit.evidence.power import white_box_power
-from dpaudit.verdict import POWER_NEEDED
+from dpaudit.verdict import POWER_NEEDED, wanted
 
 SHARES = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+_HOPELESS = 0.05  # power below which planning for an alternative is idle
 SIZES = (50, 100, 200, 500, 1000, 2000, 5000, 10000)
 REFERENCE_MU = 1.0  # what a bound without a claim is planned for
 
@@ -107,6 +109,17 @@ def plan(claim: Claim, *, canaries: int, alpha: float, alternative: Alternative,
         game = Game(canaries, guesses, guesses - min(guesses, round(errors)))
         rows.append(Plan(canaries, guesses, separate, power, game.read_by(separate=separate).p_value(null)))
     return max(rows, key=lambda row: (round(row.power, 3), -row.expected_p))
+
+
+def plan_test(
+    claim: Claim, *, canaries: int, alpha: float, share: float, alternative: Alternative, separate: bool
+) -> Plan:
+    """The guesses of a claim test with this share of its game's evidence: for the alternative where it can be found,
+    else for noise that is missing, so that a gross fault does not stay below the level for want of guesses."""
+    level = calibrate.level(wanted=wanted(share, alpha))
+    words: dict[str, Any] = {"canaries": canaries, "alpha": level, "separate": separate}
+    row = plan(claim, alternative=alternative, **words)
+    return row if row.power >= _HOPELESS else plan(claim, alternative=0.0, **words)
 
 
 def table(

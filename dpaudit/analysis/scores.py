@@ -7,7 +7,7 @@ open the one-run bounds, independent runs open Clopper-Pearson; without either s
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from scipy.stats import rankdata
 from dpaudit import blind, verdict
 from dpaudit.analysis import claim as claims
 from dpaudit.analysis.claim import ALTERNATIVE, Alternative, Game, claim_test, play
-from dpaudit.analysis.plan import bound_guesses, plan
+from dpaudit.analysis.plan import bound_guesses, plan_test
 from dpaudit.analysis.tables import ScoreTable
 from dpaudit.bounds import bayes, mahloujifar, order_statistic, roc, selection, steinke
 from dpaudit.bounds.clopper_pearson import Counts
@@ -339,7 +339,8 @@ def _claim_tests(
         guesses = bound_guesses("steinke", canaries=n, delta=claim.delta, confidence=options.confidence)
         top, bottom = guesses - guesses // 2, guesses // 2
     else:
-        row = plan(claim, canaries=n, alpha=options.alpha, alternative=options.alternative, separate=separate)
+        words: dict[str, Any] = {"alternative": options.alternative, "separate": separate}
+        row = plan_test(claim, canaries=n, alpha=options.alpha, share=1.0, **words)
         top, bottom = row.top, row.bottom
     found = claim_test(
         table.scores,

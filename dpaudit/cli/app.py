@@ -116,7 +116,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         words = sys.argv[1:] if arguments is None else list(arguments)
         lacking = extras.missing(error, words[0] if words else "this")
         if lacking is None:
-            raise
+            return _defect(error)
         console.log(f"dpaudit: {_one_line(str(lacking))}")
         return lacking.exit_code
     except OSError as error:  # a folder that may not be read, a disk that fails: never a defect of a command line
@@ -135,7 +135,7 @@ def _defect(error: BaseException) -> int:
     """A defect of dpaudit: the traceback for whoever mends it, and a code that no verdict has (Python's own is 1)."""
     for part in traceback.format_exception(error):
         for text in part.splitlines():
-            console.log(text)
+            console.log(f"| {text}")  # a message of several lines can start none of its own
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     console.log(f"dpaudit: defect: {_one_line(what)}; no verdict was reached. Please report the lines above")
     return console.DEFECT

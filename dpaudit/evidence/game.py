@@ -17,7 +17,7 @@ Bools = npt.NDArray[np.bool_]
 ALL, LOUD, NOISE = "all canaries", "loud canaries", "noise level"
 SHARES = {ALL: 0.45, LOUD: 0.2, NOISE: 0.25}
 KEPT = 0.1
-SPARE = 128  # directions without canaries, where the model has room for them
+SPARE = 256  # directions without canaries, where the model has room for them
 
 
 @dataclass(frozen=True)

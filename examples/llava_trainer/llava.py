@@ -70,6 +70,12 @@ def load_data():
 class DPTrainer(Trainer):
     """DP-SGD: one example at a time, so each loss is the mean over its own tokens."""
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # The Trainer seeds torch's global generator with 42 by default: noise drawn from it would be public.
+        self.secret = torch.Generator()
+        self.secret.seed()
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         model.train()
         trained = [value for value in model.parameters() if value.requires_grad]
@@ -86,7 +92,7 @@ class DPTrainer(Trainer):
             self.add(total, summed, CLIP)
         sigma = SIGMA / 2 if BUG == "half-noise" else SIGMA
         for value, summed in zip(trained, total):
-            value.grad = (summed + sigma * CLIP * torch.randn_like(summed)) / BATCH
+            value.grad = (summed + sigma * CLIP * torch.randn(summed.shape, generator=self.secret)) / BATCH
         return torch.zeros(())
 
     @staticmethod

@@ -251,15 +251,15 @@ def test_a_run_without_canaries_gets_a_twin(tiny: Path, vqa: Path, tmp_path: Pat
     lines: list[str] = []
     assert audit(path, Options(), log=lines.append).tests == ()
     assert "--canaries" in " ".join(lines)
-    document = audit(path, Options(audits=("canaries",), count=12))
+    document = audit(path, Options(audits=("canaries",), count=18))
     assert document.run is not None and document.run.about == "procedure"
-    assert document.tests[0].n == 12
+    assert document.tests[0].n == 18
     assert "these weights" in document.reasons[-1]
     twin = RunFolder.open(path / "twin-canaries")
     before = twin.noise_key.read_bytes()
     assert audit(path, Options(audits=("canaries",))).tests == document.tests  # trained once
     assert twin.noise_key.read_bytes() == before
-    with pytest.raises(UsageError, match="--count: got 13; accepted: 12"):
+    with pytest.raises(UsageError, match="--count: got 13; accepted: 18"):
         audit(path, Options(audits=("canaries",), count=13))
 
 

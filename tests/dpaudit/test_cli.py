@@ -115,7 +115,7 @@ def test_every_ending_has_its_exit_code(body: str, code: int, line: str | None) 
 def test_a_defect_keeps_its_traceback() -> None:
     process = ending("raise ZeroDivisionError")
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 70 and "Traceback" in stderr
+    assert process.returncode == 70 and "| Traceback" in stderr
     assert stderr.splitlines()[-1].startswith("dpaudit: defect: ZeroDivisionError; no verdict was reached")
 
 

@@ -23,11 +23,13 @@ from dpaudit.documents import (
     Claim,
     ClaimDocument,
     ContractAudit,
+    Control,
     DoctorDocument,
     Document,
     EnvironmentDocument,
     EpsilonAt,
     FusionAudit,
+    GameDocument,
     LedgerDocument,
     LedgerRow,
     Metric,
@@ -55,6 +57,7 @@ SUMMARY = ScoreSummary(
     name="s", n_in=1, n_out=1, edges=(0.0, 1.0), counts_in=(1,), counts_out=(1,), roc=(RocPoint(fpr=0, tpr=1),),
     auc=0.5, tpr_at_fpr={"0.1": RocPoint(fpr=0.1, tpr=0.2), "0.001": None},
 )  # fmt: skip
+CONTROL = Control(name="liveness", outcome="earned", measured="1 C", allowed="1 C", explanation="e")
 ROW = LedgerRow(path="gradients", status="UNACCOUNTED", explanation="x", evidence="y")
 METRIC = Metric(value=0.5, low=None, high=0.75, n=10)
 EXAMPLES: list[Document] = [
@@ -70,6 +73,10 @@ EXAMPLES: list[Document] = [
         contract=ContractAudit(verdict="pass", checks=(CHECK,)), scores=(SUMMARY,),
         gallery=(Thumbnail(caption="c", kind="k", png_base64="AA==", question="q", answer="a"),),
         run=RunInfo(name="r", method="dp-sgd", config_sha256="00"),
+    ),
+    GameDocument(
+        game="white-box", number=1, previous_sha256=None, about="procedure", claim=CLAIM, coins_sha256="00",
+        alpha=0.001, tests=(TEST,), controls=(CONTROL,), scores=(SUMMARY,),
     ),
     ScoresDocument(
         verdict="no claim", reasons=(), alpha=0.001, family_confidence=0.95, tests=(TEST,),

@@ -103,8 +103,8 @@ def test_command(tmp_path: Path) -> None:
     missing = from_the_shell(*flags, "--alternative", "noise-missing", "--json")
     document = json.loads(missing.stdout)
     assert document["alternative"] == "the noise is missing"
-    assert document["canaries_needed"] == {"order-statistic": 100, "f-dp": 100}
-    assert len(document["rows"]) == 4
+    assert document["canaries_needed"] == {"exact-likelihood": 100, "order-statistic": 100, "f-dp": 100}
+    assert len(document["rows"]) == 6
 
 
 @pytest.mark.parametrize(

@@ -61,13 +61,17 @@ def test_exactly_one_test_decides_and_says_what_it_states() -> None:
         assert {test.assumes for test in bounds} == {"dp-sgd(q,T)"}
         for test in bounds:
             assert test.ceiling is not None and test.epsilon_lower is not None and test.epsilon_lower <= test.ceiling
-    statements = [test.statement or "" for test in tests]
-    assert any("however the canaries interfere" in text for text in statements)
-    assert any("noise multipliers above" in text for text in statements)
+        statements = [test.statement or "" for test in tests]
+        assert any("however the canaries interfere" in text for text in statements) != separate
+        assert any("noise multipliers up to" in text for text in statements)
+        # No power without a control, and an e-value that refutes by itself exactly when the p-value is clear.
+        assert deciding[0].power is None and deciding[0].e_value is not None
 
 
 def test_single_gaussian_equals_the_closed_form() -> None:
-    tests = claim_test(*game(1.0, 1000, 2), claim=make(), top=250, bottom=250, rng=np.random.default_rng(0))
+    tests = claim_test(
+        *game(1.0, 1000, 2), claim=make(), top=250, bottom=250, rng=np.random.default_rng(0), separate=True
+    )
     ordered = next(test for test in tests if test.bound == "order-statistic" and test.p_value is not None)
     assert ordered.guesses is not None and ordered.correct is not None
     direct = order_statistic.p_value(
@@ -153,7 +157,7 @@ def test_relations() -> None:
 
 def test_bad_arguments() -> None:
     scores, inside = game(0.0, 100, 8)
-    for field, change in (("alpha", {"alpha": 0.0}), ("top", {"top": 101}), ("alternative", {"alternative": 1.5})):
+    for field, change in (("alpha", {"alpha": 0.0}), ("top", {"top": 101})):
         arguments = {"claim": make(), "top": 10, "bottom": 10, "rng": np.random.default_rng(0), **change}
         with pytest.raises(UsageError, match=field):
             claim_test(scores, inside, **arguments)  # type: ignore[arg-type]

@@ -61,15 +61,50 @@ def test_independent_coins_and_a_claim(tmp_path: Path) -> None:
     honest = run(write(tmp_path / "a.csv", 1.0), "--delta", "1e-5", *flags, "--separate", "--json")
     assert honest.returncode == 0, honest.stderr
     document = ScoresDocument.model_validate_json(honest.stdout)
-    assert document.verdict == "not refuted"
-    assert {test.bound for test in document.tests} == {"steinke", "mahloujifar", "order-statistic", "f-dp"}
+    assert document.verdict == "inconclusive"  # nothing shows that these scores carry a signal
+    assert {test.bound for test in document.tests} == {"steinke", "mahloujifar", "order-statistic"}
     assert all("fixed" in test.selection for test in document.tests)
     false = run(write(tmp_path / "b.parquet", 2.0), "--delta", "1e-5", *flags, "--separate")
     assert false.returncode == 1
     assert "Verdict: refuted" in false.stdout and "can never prove privacy" in false.stdout
-    # Without the vouch for separate canaries an ideal power is not known, so the honest run is inconclusive.
-    plain = run(write(tmp_path / "c.csv", 1.0), "--delta", "1e-5", *flags, "--strict")
+    # The same scores of a game with a known leak earn a power.
+    control = run(
+        write(tmp_path / "c.csv", 1.0), "--delta", "1e-5", *flags, "--separate", "--control", tmp_path / "b.parquet"
+    )
+    assert control.returncode == 0 and "not refuted" in control.stdout and "a known leak in" in control.stdout
+    plain = run(write(tmp_path / "d.csv", 1.0), "--delta", "1e-5", *flags, "--strict")
     assert plain.returncode == 3 and "inconclusive" in plain.stdout
+
+
+@pytest.mark.parametrize(
+    "kind", ["noise", "zero", "rounded", "two values", "turned", "turned and weak", "turned ranks"]
+)
+@pytest.mark.parametrize(
+    "how", [["--coins", "independent", "--separate"], ["--coins", "independent"], ["--independent-runs"]]
+)
+def test_scores_that_carry_nothing_or_the_wrong_sign_are_never_an_all_clear(
+    kind: str, how: list[str], tmp_path: Path
+) -> None:
+    """1,000 fair coins and scores without a signal: inconclusive, no power; with the sign turned: invalid."""
+    rng = np.random.default_rng(5)
+    member = rng.random(1000) < 0.5
+    noise = rng.normal(size=1000)
+    scores = {
+        "noise": noise, "zero": np.zeros(1000), "rounded": np.round(noise), "two values": (noise > 0).astype(float),
+        "turned": -(3 * member + noise), "turned and weak": -(0.5 * member + noise),
+        "turned ranks": 1000.0 - np.argsort(np.argsort(3 * member + noise)),
+    }[kind]  # fmt: skip
+    path = tmp_path / "scores.csv"
+    pd.DataFrame({"id": range(1000), "member": member.astype(int), "score": scores}).to_csv(path, index=False)
+    claim = ["--claim-sigma", "1", "--claim-rate", ".05", "--claim-steps", "200"]
+    done = run(path, "--delta", "1e-5", *how, *claim, "--json")
+    document = ScoresDocument.model_validate_json(done.stdout)
+    if kind.startswith("turned"):
+        assert (done.returncode, document.verdict, document.tests) == (3, "invalid", ())
+        assert "is the sign turned?" in " ".join(document.reasons)
+    else:
+        assert (done.returncode, document.verdict) == (0, "inconclusive")
+        assert all(test.power is None for test in document.tests) and "--strict" in done.stderr
 
 
 def test_independent_runs(tmp_path: Path) -> None:

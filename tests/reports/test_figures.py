@@ -54,7 +54,7 @@ def test_several_units_cost_more_than_their_number_times_eps() -> None:
         update={"sampling": "full", "sample_rate": None, "steps": 4, "noise_multiplier": 2.0, "epsilon": 4.377}
     )
     said = group_sentence(full)
-    figures = [float(value) for value in re.findall(r"\d cost eps up to ([\d.]+)", said)]
+    figures = [float(value) for value in re.findall(r"\d cost eps up to (\d+(?:\.\d+)?)", said)]
     assert figures == pytest.approx([gaussian_epsilon(float(k), 1e-5) for k in (2, 3, 5)], rel=5e-3)
     assert all(value > k * 4.377 for value, k in zip(figures, (2, 3, 5), strict=True)) and "by the mechanism" in said
     alone = group_sentence(full.model_copy(update={"noise_multiplier": None, "epsilon": 1.0}))

@@ -60,7 +60,19 @@ def texts() -> list[dict[str, list[int]]]:
 
 
 class DPTrainer(Trainer):  # type: ignore[misc]
-    """DP-SGD, one sequence at a time, inside Hugging Face's training step."""
+    """DP-SGD, one sequence at a time, inside Hugging Face's training step.
+
+    The Trainer seeds torch's global generator with `seed`, 42 by default: noise drawn from it would be public.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.secret = torch.Generator()
+        self.secret.seed()
+
+    def noise(self, like: Tensor) -> Tensor:
+        """Standard normal numbers."""
+        return torch.randn(like.shape, generator=self.secret)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """`inputs["rows"]`: token ids of each sequence. Leaves the noisy mean in `.grad` for the optimiser."""
@@ -74,11 +86,11 @@ class DPTrainer(Trainer):  # type: ignore[misc]
             for value, gradient in zip(total, gradients, strict=True):
                 value.add_(gradient, alpha=float(CLIP / norm.clamp(min=CLIP)))
         for parameter, value in zip(trained, total, strict=True):
-            parameter.grad = (value + CLIP * torch.randn_like(value)) / BATCH
+            parameter.grad = (value + CLIP * self.noise(value)) / BATCH
         return torch.zeros(())
 
 
-def make_trainer(rows: list[dict[str, list[int]]]) -> Trainer:
+def make_trainer(rows: list[dict[str, list[int]]], kind: type[DPTrainer] = DPTrainer) -> Trainer:
     """A Llama of 4,000 parameters."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -94,7 +106,7 @@ def make_trainer(rows: list[dict[str, list[int]]]) -> Trainer:
     arguments = TrainingArguments(
         output_dir=tempfile.gettempdir(), learning_rate=1e-2, remove_unused_columns=False, report_to=[], use_cpu=True
     )
-    return DPTrainer(
+    return kind(
         model=LlamaForCausalLM(config),
         args=arguments,
         train_dataset=rows,
@@ -102,5 +114,5 @@ def make_trainer(rows: list[dict[str, list[int]]]) -> Trainer:
     )
 
 
-_CLAIM = StepClaim("gaussian", CLIP, 1.0, "poisson", BATCH / SIZE, float(BATCH), "add-remove", "sequence")
-hugging_face = hf_trainer(make_trainer, records=texts, claim=_CLAIM)
+HUGGING_FACE_CLAIM = StepClaim("gaussian", CLIP, 1.0, "poisson", BATCH / SIZE, float(BATCH), "add-remove", "sequence")
+hugging_face = hf_trainer(make_trainer, records=texts, claim=HUGGING_FACE_CLAIM)

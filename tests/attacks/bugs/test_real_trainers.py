@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from attacks.bugs import production
 from attacks.bugs.benchmark import run_bug
 from attacks.bugs.table import bug
 from attacks.contract import check
@@ -21,6 +22,11 @@ def test_dual_priv_keeps_the_contract() -> None:
 def test_a_hugging_face_trainer_keeps_the_contract() -> None:
     document = check(foreign.hugging_face)
     assert document.verdict == "pass", [item for item in document.checks if item.status == "fail"]
+
+
+def test_noise_that_the_hugging_face_trainer_seeds_is_public() -> None:
+    failed = [item.name for item in check(production.trainer_seeds_the_noise).checks if item.status == "fail"]
+    assert failed == ["noise without a seed"]
 
 
 @pytest.mark.parametrize("name", ["vlm-batch-normalised", "vlm-token-mean"])
