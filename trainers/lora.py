@@ -44,6 +44,9 @@ def attach(hf: Any, family: Family, config: LoraConfig, generator: np.random.Gen
     missing = [name for name in config.targets if name not in known]
     if missing:
         raise rejected("model.lora.targets", missing[0], f"{sorted(known)} (linear layers inside the language model)")
+    if config.projector and not any(re.fullmatch(family.projector, name) for name, _ in hf.named_modules()):
+        accepted = f"false: the projector of a {family.model_type} is no part that dpaudit trains"
+        raise rejected("model.lora.projector", True, accepted)
     adapter = PeftLora(r=config.rank, lora_alpha=config.alpha, target_modules=pattern, lora_dropout=0.0)
     with warnings.catch_warnings():  # peft asks transformers for a name that it calls deprecated
         warnings.simplefilter("ignore", FutureWarning)

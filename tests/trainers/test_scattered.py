@@ -118,3 +118,9 @@ def test_a_type_that_is_computed_otherwise_is_refused(load: Load, monkeypatch: p
     monkeypatch.setattr(Scattered, "_both_ways", property(lambda _self: False))
     with pytest.raises(UsageError, match="its answers differ from its own forward pass by"):
         load("gemma3")
+
+
+def test_a_projector_that_is_not_known_is_refused(load: Load) -> None:
+    words = r"model\.lora\.projector: got True; accepted: false"
+    with pytest.raises(UsageError, match=words):
+        load("vipllava").attach_lora(LoraConfig(rank=2, projector=True), generator=np.random.default_rng(0))

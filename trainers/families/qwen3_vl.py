@@ -24,11 +24,12 @@ class Qwen3Vl(Qwen2Vl):
 
     model_type = "qwen3_vl"
     architecture = "Qwen3VLForConditionalGeneration"
-    projector = r"(?!)"  # its merger also feeds the deepstack: it stays as it is
+    projector = r".*visual\.(merger|deepstack_merger_list\.\d+)\.linear_fc[12]"
 
     @property
     def _layers(self) -> list[int]:
-        return [int(index) for index in self.hf.model.visual.deepstack_visual_indexes]
+        """Tower layers whose features the decoder's first layers take, in the order in which they take them."""
+        return sorted(int(index) for index in self.hf.model.visual.deepstack_visual_indexes)
 
     def encode(self, pictures: Sequence[Prepared], layer: int) -> VisualTokens:
         blocks = self.hf.model.visual.blocks
@@ -44,14 +45,19 @@ class Qwen3Vl(Qwen2Vl):
 
     def project(self, tokens: Tensor) -> Tensor:
         visual = self.hf.model.visual
-        parts = tokens.chunk(1 + len(self._layers), dim=-1)
-        mergers = [visual.merger, *visual.deepstack_merger_list]
-        width = parts[0].shape[-1] // self._square**2
-        merged = [
-            merger(part.reshape(-1, width)).view(*part.shape[:-1], -1)
-            for merger, part in zip(mergers, parts, strict=True)
-        ]
-        return torch.cat(merged, dim=-1)
+        own = [int(index) for index in visual.deepstack_visual_indexes]
+        mergers = [visual.merger, *(visual.deepstack_merger_list[own.index(layer)] for layer in self._layers)]
+        parts = tokens.chunk(len(mergers), dim=-1)
+        return torch.cat([self._merged(*pair) for pair in zip(mergers, parts, strict=True)], dim=-1)
+
+    def _merged(self, merger: Any, part: Tensor) -> Tensor:
+        """(B, M, W) squares of one layer through its merger, a row a picture as per-unit gradients need it."""
+        if merger.use_postshuffle_norm:
+            normed = merger.norm(part)
+        else:
+            normed = merger.norm(part.unflatten(-1, (self._square**2, -1))).flatten(-2)
+        merged: Tensor = merger.linear_fc2(merger.act_fn(merger.linear_fc1(normed)))
+        return merged
 
     def embedded(self, words: Tensor) -> Tensor:
         return nn.functional.pad(words, (0, words.shape[-1] * len(self._layers)))
