@@ -32,7 +32,11 @@ def template(image: str, *, after: str = "\n") -> str:
 
 
 def finish(folder: Path, model: Any, processor: Any, tokenizer: Any) -> Path:
-    processor.save_pretrained(folder)
+    if getattr(processor, "video_processor", processor) is None:  # save_pretrained wants all parts
+        folder.mkdir(exist_ok=True)
+        (folder / "processor_config.json").write_text(processor.to_json_string())
+    else:
+        processor.save_pretrained(folder)
     return save(model, tokenizer, folder)
 
 

@@ -21,7 +21,7 @@ from dpaudit import online, untrusted
 from dpaudit.config import LoraConfig, ReducerConfig
 from dpaudit.errors import DpauditError, EnvironmentFailure, UsageError, rejected
 from trainers import lora, model_files
-from trainers.families import FAMILIES, Family, Grid, Scattered, scattered
+from trainers.families import FAMILIES, Family, Grid, Scattered, processors, scattered
 from trainers.families.attention import widened
 from trainers.families.base import Prepared
 from trainers.generation import Encoded as Encoded
@@ -115,7 +115,8 @@ class VisionLanguageModel:
                 guard = model_files.TokenizerGuard.of(folder, f"{flag}:")
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, config=config, **local)
             # Weights come last: what is wrong with the folder is said before gigabytes are read.
-            processor = _processor_of(folder, family, tokenizer, flag, needed=not hasattr(config, "dpaudit_template"))
+            plain = hasattr(config, "dpaudit_template")
+            processor = _processor_of(folder, family, model_type, tokenizer, flag, needed=not plain)
             wanted = {"dtype": getattr(torch, precision), "use_safetensors": True, "config": config}
             hf, found = architecture.from_pretrained(str(folder), **wanted, **local, output_loading_info=True)
             if found["missing_keys"] or found["mismatched_keys"]:  # would be drawn at random
@@ -438,13 +439,15 @@ def _probe(model: VisionLanguageModel, path: str | None, flag: str) -> None:
         ) from error
 
 
-def _processor_of(folder: Path, family: type[Family], tokenizer: Any, flag: str, *, needed: bool) -> Any:
+def _processor_of(
+    folder: Path, family: type[Family], model_type: str, tokenizer: Any, flag: str, *, needed: bool
+) -> Any:
     """The checkpoint's own picture processor, or None where it ships none and none is `needed` (then: plain resize).
 
     Families that take processor and model as they are get the whole processor. A chat template that lies beside it is
     put on the tokenizer.
     """
-    from transformers import AutoImageProcessor, AutoProcessor
+    from transformers import AutoImageProcessor
 
     _find_template(folder, tokenizer)
     if not any((folder / name).exists() for name in PROCESSORS):
@@ -454,8 +457,9 @@ def _processor_of(folder: Path, family: type[Family], tokenizer: Any, flag: str,
             )
             raise rejected(flag, str(folder), f"{accepted} to see can't be guessed")
         return None
-    kind = AutoProcessor if family is Scattered else AutoImageProcessor
-    return kind.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    if family is Scattered:
+        return processors.load(folder, model_type)
+    return AutoImageProcessor.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
 
 
 def _find_template(folder: Path, tokenizer: Any) -> None:

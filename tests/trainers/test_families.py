@@ -119,7 +119,9 @@ def test_adapters_touch_the_language_model_and_the_projector_alone(load: Load, n
     chosen = settings(model)
     names = model.attach_lora(chosen, generator=np.random.default_rng(0))
     layers = model.core.config.get_text_config().num_hidden_layers
-    assert len(names) == layers * len(chosen.targets) * 2 and all("layers." in key and "vision" not in key for key in names)
+    assert len(names) == layers * len(chosen.targets) * 2 and all(
+        "layers." in key and "vision" not in key for key in names
+    )
     assert not any(id(parameter) in tower for parameter in names.values())
     model = load(name)
     more = model.attach_lora(settings(model, projector=True), generator=np.random.default_rng(0))

@@ -12,13 +12,16 @@ from torch.nn.functional import cross_entropy
 
 from dpaudit.config import LoraConfig, ReducerConfig
 from dpaudit.errors import UsageError
-from tests.tiny_types import TYPES
+from tests.tiny_types import TYPES as FIRST
+from tests.tiny_types_more import MORE, ovis2
 from trainers.families import Scattered
 from trainers.gradients import Hooks, MicroBatch
 from trainers.inputs import UnitInputs
+from trainers.lora import targets
 from trainers.records import Picture, Pixels, Question, Unit
 from trainers.vlm import VisionLanguageModel
 
+TYPES = FIRST | MORE
 Load = Callable[[str], VisionLanguageModel]
 ASKED = [Question("what digit is this?", "seven"), Question("is it odd?", "no"), Question("what?", "a thing")]
 
@@ -33,6 +36,13 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
         return VisionLanguageModel.load(str(folders[name]), device="cpu")
 
     return loaded
+
+
+def linear(model: VisionLanguageModel) -> tuple[str, ...]:
+    """The usual targets that this decoder has; attention alone where there are experts."""
+    known = targets(model.hf, model.family)
+    experts = any(name.endswith(".experts") for name, _ in model.hf.named_modules())
+    return tuple(name for name in LoraConfig().targets if name in known and (not experts or name[0] in "qkvo"))
 
 
 def pictures(count: int) -> list[Pixels]:
@@ -67,7 +77,7 @@ def test_answers_are_those_of_generate(load: Load, name: str) -> None:
 @pytest.mark.parametrize("name", list(TYPES))
 def test_per_unit_gradients_are_those_of_its_own_forward_pass(load: Load, name: str) -> None:
     model = load(name)
-    parameters = model.attach_lora(LoraConfig(rank=2), generator=np.random.default_rng(0))
+    parameters = model.attach_lora(LoraConfig(rank=2, targets=linear(model)), generator=np.random.default_rng(0))
     torch.manual_seed(1)
     with torch.no_grad():
         for key, parameter in parameters.items():
@@ -112,12 +122,24 @@ def test_reducers_without_attention_drop_tokens_and_others_are_refused(load: Loa
         model.set_reducer(ReducerConfig(name="visionzip", keep=5, fuse=2))
 
 
+def test_what_the_generic_family_does_not_compute_is_refused_at_loading(tmp_path: Path) -> None:
+    """Ovis 2 replaces the embeddings around a picture too."""
+    with pytest.raises(UsageError, match="of type ovis2: its answers differ from its own forward pass by"):
+        VisionLanguageModel.load(str(ovis2(tmp_path)), device="cpu")
+
+
 def test_a_type_that_is_computed_otherwise_is_refused(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gemma 3 without its two-way attention inside a picture: the check at loading sees the difference."""
     load("gemma3")
     monkeypatch.setattr(Scattered, "_both_ways", property(lambda _self: False))
     with pytest.raises(UsageError, match="its answers differ from its own forward pass by"):
         load("gemma3")
+
+
+def test_targets_that_reach_experts_are_refused(load: Load) -> None:
+    words = r"model\.lora\.targets: got 'down_proj'; accepted: attention layers alone"
+    with pytest.raises(UsageError, match=words):
+        load("glm4v_moe").attach_lora(LoraConfig(rank=2), generator=np.random.default_rng(0))
 
 
 def test_a_projector_that_is_not_known_is_refused(load: Load) -> None:

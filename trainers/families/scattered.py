@@ -1,9 +1,9 @@
 """Every other type whose pictures become embeddings in the prompt: processor and model as they are.
 
 `get_image_features` gives a picture's projected tokens; the processor says where they stand in the prompt; the decoder
-sees one causal sequence with positions one after the other. What does not work like that (cross-attention, rotary
-positions of height and width, features for several layers, layers without attention) is refused: `check` compares with
-the model's own forward pass, on a public picture of noise and two questions, before anything else is done.
+sees one causal sequence, with positions one after the other or those of the model's own `get_rope_index`. What does not
+work like that (cross-attention, features for several layers, layers without attention) is refused: `check` compares
+with the model's own forward pass, on a public picture of noise and two questions, before anything else is done.
 
 Reducers work on projected tokens, so only those that need no attention are offered (random, divprune).
 """
@@ -49,6 +49,7 @@ class Scattered(Family):
             raise self._refused("no get_image_features or no image token: pictures do not become tokens of the prompt")
         names = [name for name, module in hf.named_modules() if module is self.language_model]
         self.language = rf".*{names[0]}\..*" if names else NEVER
+        self.axes = 1 if self._rope is None else 3
         self.scaled = True  # logits, as the decoder's configuration says: some wrappers leave it out (see `check`)
         self._form: Prompter | None = None
 
@@ -71,6 +72,11 @@ class Scattered(Family):
         return next(
             (found for found in (getattr(place, "get_image_features", None) for place in places) if found), None
         )
+
+    @property
+    def _rope(self) -> Any:
+        """The model's own function of a prompt that gives positions of time, height and width, or None."""
+        return getattr(getattr(self.hf, "model", self.hf), "get_rope_index", None)
 
     # -- the tower -------------------------------------------------------------------------------------------------
 
@@ -111,7 +117,26 @@ class Scattered(Family):
         if self._image_id not in head:
             raise self._refused("its processor puts no image token into the prompt")
         values: Any = made
-        return Prepared(values, tuple(head))
+        if self._rope is None:
+            return Prepared(values, tuple(head))
+        places = self._places(made, [*head, *rest])[:, : len(head) + 1]
+        return Prepared(values, (*head, *places[:, :-1].flatten().tolist(), int(places[0, -1])))
+
+    def _places(self, made: dict[str, Tensor], ids: list[int]) -> Tensor:
+        """(3, T) positions of a prompt with one picture."""
+        whole = torch.tensor([ids])
+        kinds = made.get("mm_token_type_ids", (whole == self._image_id).int())
+        takes = set(inspect.signature(self._rope).parameters)
+        sides = {name: value for name, value in made.items() if name.endswith("grid_thw") and name in takes}
+        places: Tensor = self._rope(input_ids=whole, mm_token_type_ids=kinds, **sides)[0]
+        return places[:, 0]
+
+    def _split(self, grid: Grid) -> tuple[tuple[int, ...], np.ndarray[Any, Any], int]:
+        """(ids, (axes, H) positions, first position behind them) of a whole head."""
+        if self.axes == 1:
+            return grid, np.arange(len(grid), dtype=np.int64)[None], len(grid)
+        ids, places = grid[: len(grid) // 4], grid[len(grid) // 4 : -1]
+        return ids, np.asarray(places, dtype=np.int64).reshape(3, -1), grid[-1]
 
     @property
     def _prompter(self) -> Prompter:
@@ -133,7 +158,8 @@ class Scattered(Family):
     @torch.no_grad()
     def encode(self, pictures: Sequence[Prepared], layer: int) -> VisualTokens:
         function = self._features
-        takes = set(inspect.signature(function).parameters)
+        outer_and_inner = [function, getattr(getattr(self.hf, "model", None), "get_image_features", function)]
+        takes = {name for place in outer_and_inner for name in inspect.signature(place).parameters}
         rows = []
         for picture in pictures:
             given = {
@@ -142,7 +168,7 @@ class Scattered(Family):
                 if name in takes
             }
             rows.append(_flat(function(**given)))
-        wanted = sum(token == self._image_id for token in pictures[0].grid)
+        wanted = sum(token == self._image_id for token in self._split(pictures[0].grid)[0])
         if any(len(row) != wanted for row in rows):
             raise self._refused(f"{len(rows[0])} features for {wanted} places of a picture")
         tokens = torch.stack(rows)
@@ -176,13 +202,17 @@ class Scattered(Family):
         return self._form
 
     def head(self, prompter: Prompter, grid: Grid, reduced: Reduced, patches: int) -> list[HeadRow]:
-        whole = np.asarray(grid, dtype=np.int64)
+        known, positions, behind = self._split(grid)
+        whole = np.asarray(known, dtype=np.int64)
         places = np.flatnonzero(whole == self._image_id)
         rows = []
         for index in range(reduced.kept.shape[0]):
             kept = reduced.kept[index].cpu().numpy()
-            ids, slot, _ = arrange(whole, places, kept, 0, reduced.fused)
-            rows.append(HeadRow(ids, slot, np.arange(len(ids), dtype=np.int64)[None], len(ids)))
+            columns, slot, _ = arrange(np.arange(len(whole)), places, kept, 0, 0)
+            if self.axes == 1:
+                rows.append(HeadRow(whole[columns], slot, positions[:, : len(columns)], len(columns)))
+            else:  # a token that is kept stays where it is, and the text begins where it would without any reduction
+                rows.append(HeadRow(whole[columns], slot, positions[:, columns], behind))
         return rows
 
     # -- the language model ----------------------------------------------------------------------------------------
