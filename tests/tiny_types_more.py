@@ -7,7 +7,7 @@ from typing import Any
 import transformers as tr
 
 from tests.tiny import tiny_tokenizer
-from tests.tiny_types import SIZE, VISION, finish, seeded, template, text
+from tests.tiny_types import SIZE, TEXT, VISION, finish, seeded, template, text
 from trainers.families.processors import without_video
 
 ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10_000.0}
@@ -232,6 +232,75 @@ def paddleocr_vl(folder: Path) -> Path:
     return finish(folder, seeded(config, "PaddleOCRVLForConditionalGeneration"), processor, tokenizer)
 
 
+def exaone4_5(folder: Path) -> Path:
+    tokenizer = tiny_tokenizer(*PADS.values(), named=PADS)
+    tokenizer.chat_template = template("<|image_pad|>")
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "num_key_value_heads": 2,
+              "patch_size": 4, "window_size": 16, "out_hidden_size": 32, "fullatt_block_indexes": [1]}  # fmt: skip
+    config = tr.Exaone4_5_Config(
+        vision_config=vision, text_config=text("Exaone4", tokenizer, sliding_window=512, sliding_window_pattern=2),
+        image_token_id=_id(tokenizer, "<|image_pad|>"), video_token_id=_id(tokenizer, "<|video_pad|>"),
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    images = tr.Qwen2VLImageProcessor(patch_size=4, merge_size=2, size=QWEN_SIZE)
+    processor = still("Exaone4_5_Processor", images, tokenizer, None, chat_template=tokenizer.chat_template)
+    return finish(folder, seeded(config, "Exaone4_5_ForConditionalGeneration"), processor, tokenizer)
+
+
+def ernie4_5_vl_moe(folder: Path) -> Path:
+    names = {"image_token": "<|IMAGE_PLACEHOLDER|>", "image_start_token": "<|IMAGE_START|>",
+             "image_end_token": "<|IMAGE_END|>", "video_token": "<|VIDEO|>", "video_start_token": "<|VIDEO_START|>",
+             "video_end_token": "<|VIDEO_END|>"}  # fmt: skip
+    tokenizer = tiny_tokenizer(*names.values(), named=names)
+    tokenizer.chat_template = template("<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>")
+    vision = {"depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 4, "intermediate_size": 64}
+    given = {name + "_id": _id(tokenizer, token) for name, token in names.items()}
+    config = tr.Ernie4_5_VLMoeConfig(
+        vision_config=vision, tie_word_embeddings=True, **given,
+        text_config=text("Ernie4_5_VLMoeText", tokenizer, rope_parameters=ROPE, moe_intermediate_size=[16, 16],
+                         moe_k=2, moe_num_experts=4, moe_num_shared_experts=1, mlp_layer_types=["sparse", "sparse"]),
+    )  # fmt: skip
+    images = tr.Ernie4_5_VLMoeImageProcessor(patch_size=4, merge_size=2, size=QWEN_SIZE)
+    processor = still("Ernie4_5_VLMoeProcessor", images, tokenizer, None, chat_template=tokenizer.chat_template)
+    return finish(folder, seeded(config, "Ernie4_5_VLMoeForConditionalGeneration"), processor, tokenizer)
+
+
+def chameleon(folder: Path) -> Path:
+    names = {"image_token": "<image>", "boi_token": "<racm3:break>", "eoi_token": "<eoss>"}
+    codes = [f"IMGIMG{index}Z" for index in "ABCDEFGH"]
+    tokenizer = tiny_tokenizer("<racm3:break>", "<eoss>", *codes, named=names)
+    tokenizer.chat_template = template("<image>")
+    vq = {"embed_dim": 8, "num_embeddings": 8, "latent_channels": 8, "resolution": 32, "base_channels": 32,
+          "channel_multiplier": [1, 1, 1, 1], "num_res_blocks": 1}  # fmt: skip
+    given = {key: value for key, value in TEXT.items() if key != "head_dim"}
+    config = tr.ChameleonConfig(
+        vq_config=vq, vocabulary_map=dict(tokenizer.get_vocab()),
+        vocab_size=len(tokenizer), tie_word_embeddings=True, **given,
+    )  # fmt: skip
+    images = tr.ChameleonImageProcessor(size={"shortest_edge": 32}, crop_size=SIZE)
+    processor = tr.ChameleonProcessor(images, tokenizer, image_seq_length=16)
+    return finish(folder, seeded(config, "ChameleonForConditionalGeneration"), processor, tokenizer)
+
+
+def hunyuan_vl(folder: Path) -> Path:
+    names = {"image_token": "<img>", "image_start_token": "<imgs>", "image_end_token": "<imge>"}
+    tokenizer = tiny_tokenizer(*names.values(), "<nl>", named=names)
+    tokenizer.chat_template = template("<imgs><img><imge>")
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "out_hidden_size": 32, "text_hidden_size": 32, "patch_size": 4, "max_image_size": 64,
+              "img_max_token_num": 64, "min_image_size": 16}  # fmt: skip
+    config = tr.HunYuanVLConfig(
+        vision_config=vision,
+        text_config=text("HunYuanVLText", tokenizer, rope_parameters={
+            "rope_type": "default", "rope_theta": 10_000.0, "xdrope_section": [1, 1, 1, 1]}),
+        image_token_id=_id(tokenizer, "<img>"), im_start_id=_id(tokenizer, "<imgs>"),
+        im_end_id=_id(tokenizer, "<imge>"), im_newline_id=_id(tokenizer, "<nl>"), tie_word_embeddings=True,
+    )  # fmt: skip
+    images = tr.HunYuanVLImageProcessor(patch_size=4, merge_size=2, size=QWEN_SIZE)
+    processor = tr.HunYuanVLProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
+    return finish(folder, seeded(config, "HunYuanVLForConditionalGeneration"), processor, tokenizer)
+
+
 MORE: dict[str, Callable[[Path], Path]] = {
     "llava_onevision": llava_onevision, "llava_next_video": llava_next_video, "video_llava": video_llava,
     "internvl": internvl, "qianfan_ocr": qianfan_ocr, "lighton_ocr": lighton_ocr, "janus": janus, "aria": aria,
@@ -240,5 +309,11 @@ MORE: dict[str, Callable[[Path], Path]] = {
     "glm4v_moe": lambda f: glm(f, "Glm4vMoe", tr.Glm4vImageProcessor, "Glm4vMoeText", "Glm4vProcessor", **EXPERTS),
     "glm46v": lambda f: glm(f, "Glm46V", tr.Glm46VImageProcessor, "Glm4vText", "Glm46VProcessor"),
     "glm_ocr": lambda f: glm(f, "GlmOcr", tr.Glm46VImageProcessor, "GlmOcrText", "Glm46VProcessor"),
-    "paddleocr_vl": paddleocr_vl,
+    "paddleocr_vl": paddleocr_vl, "exaone4_5": exaone4_5, "hunyuan_vl": hunyuan_vl,
+}  # fmt: skip
+# What the check at loading must refuse, and in which words.
+REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "ovis2": (ovis2, "its answers differ from its own forward pass by"),
+    "chameleon": (chameleon, "its processor writes the prompt in a way that is not understood"),
+    "ernie4_5_vl_moe": (ernie4_5_vl_moe, "its answers differ from its own forward pass by"),
 }  # fmt: skip

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from dpaudit.config import LoraConfig, ReducerConfig
 from dpaudit.errors import UsageError
 from tests.tiny_types import TYPES as FIRST
-from tests.tiny_types_more import MORE, ovis2
+from tests.tiny_types_more import MORE, REFUSED
 from trainers.families import Scattered
 from trainers.gradients import Hooks, MicroBatch
 from trainers.inputs import UnitInputs
@@ -122,10 +122,11 @@ def test_reducers_without_attention_drop_tokens_and_others_are_refused(load: Loa
         model.set_reducer(ReducerConfig(name="visionzip", keep=5, fuse=2))
 
 
-def test_what_the_generic_family_does_not_compute_is_refused_at_loading(tmp_path: Path) -> None:
-    """Ovis 2 replaces the embeddings around a picture too."""
-    with pytest.raises(UsageError, match="of type ovis2: its answers differ from its own forward pass by"):
-        VisionLanguageModel.load(str(ovis2(tmp_path)), device="cpu")
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_what_is_computed_in_another_way_is_refused_at_loading(tmp_path: Path, name: str) -> None:
+    build, words = REFUSED[name]
+    with pytest.raises(UsageError, match=f"of type {name}: {words}"):
+        VisionLanguageModel.load(str(build(tmp_path)), device="cpu")
 
 
 def test_a_type_that_is_computed_otherwise_is_refused(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,10 +120,11 @@ class Scattered(Family):
         if self._rope is None:
             return Prepared(values, tuple(head))
         places = self._places(made, [*head, *rest])[:, : len(head) + 1]
+        self.axes = len(places)  # three, or four where the place in the text is one of its own
         return Prepared(values, (*head, *places[:, :-1].flatten().tolist(), int(places[0, -1])))
 
     def _places(self, made: dict[str, Tensor], ids: list[int]) -> Tensor:
-        """(3, T) positions of a prompt with one picture."""
+        """(axes, T) positions of a prompt with one picture."""
         whole = torch.tensor([ids])
         kinds = made.get("mm_token_type_ids", (whole == self._image_id).int())
         takes = set(inspect.signature(self._rope).parameters)
@@ -135,8 +136,9 @@ class Scattered(Family):
         """(ids, (axes, H) positions, first position behind them) of a whole head."""
         if self.axes == 1:
             return grid, np.arange(len(grid), dtype=np.int64)[None], len(grid)
-        ids, places = grid[: len(grid) // 4], grid[len(grid) // 4 : -1]
-        return ids, np.asarray(places, dtype=np.int64).reshape(3, -1), grid[-1]
+        length = len(grid) // (1 + self.axes)
+        places = np.asarray(grid[length:-1], dtype=np.int64).reshape(self.axes, length)
+        return grid[:length], places, grid[-1]
 
     @property
     def _prompter(self) -> Prompter:
@@ -288,7 +290,11 @@ def check(model: Any) -> None:
             raise family._refused("its answers do not depend on the picture, so nothing can be compared")
         allowed = max(1e-5, min(1e-3, 0.01 * effect)) if model.dtype == torch.float32 else 0.2
         for family.scaled in (True, False):
-            mine = model.logits(rows.tokens, rows.packed).float().log_softmax(dim=-1)
+            try:
+                mine = model.logits(rows.tokens, rows.packed).float().log_softmax(dim=-1)
+            except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+                why = " ".join(str(error).split())[:100]
+                raise family._refused(f"its decoder does not take a sequence of embeddings ({why})") from error
             gap = float((mine - wanted).abs().max())
             if gap < allowed:
                 break
@@ -312,7 +318,7 @@ def _own_logits(hf: Any, given: dict[str, Tensor], answer: Sequence[int]) -> Ten
     tail = torch.tensor([list(answer[:-1])], dtype=torch.int64)
     whole = {}
     for name, value in given.items():
-        if name in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
+        if value.shape == given["input_ids"].shape:  # one number a token: kinds of tokens are zero for text
             fill = tail if name == "input_ids" else torch.ones_like(tail) * (name == "attention_mask")
             value = torch.cat([value, fill.to(value.dtype)], dim=1)
         whole[name] = value.to(hf.device, hf.dtype if value.is_floating_point() else None)
