@@ -227,8 +227,16 @@ def _kind(source: Source, number: int, row: Row) -> str:
     return rows.text(source, number, row, "kind") if row.get("kind") is not None else "question"
 
 
-def _flat(source: Source, number: int, row: Row, how: Format) -> Sample | None:
+def _shown(source: Source, number: int, row: Row) -> tuple[Any, ...]:
+    """The pictures of a row that has to have one."""
     pictures = _references(source, number, row)
+    if not pictures:
+        raise source.fault(number, next((name for name in IMAGE_COLUMNS if name in row), "image"), "missing")
+    return pictures
+
+
+def _flat(source: Source, number: int, row: Row, how: Format) -> Sample | None:
+    pictures = _shown(source, number, row)
     text = rows.text(source, number, row, "question")
     kind = _kind(source, number, row)
     accepted: tuple[str, ...] = ()
@@ -240,7 +248,7 @@ def _flat(source: Source, number: int, row: Row, how: Format) -> Sample | None:
 
 
 def _answers(source: Source, number: int, row: Row, how: Format) -> Sample | None:
-    pictures = _references(source, number, row)
+    pictures = _shown(source, number, row)
     answer, accepted = _accepted(source, number, "answers", row.get("answers"))
     if isinstance(row.get("answer"), str) and row["answer"].strip():
         answer = rows.text(source, number, row, "answer")

@@ -55,7 +55,7 @@ class Qwen3Vl(Qwen2Vl):
         if merger.use_postshuffle_norm:
             normed = merger.norm(part)
         else:
-            normed = merger.norm(part.unflatten(-1, (self._square**2, -1))).flatten(-2)
+            normed = merger.norm(part.reshape(*part.shape[:-1], self._square**2, -1)).flatten(-2)
         merged: Tensor = merger.linear_fc2(merger.act_fn(merger.linear_fc1(normed)))
         return merged
 

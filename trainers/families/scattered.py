@@ -126,7 +126,7 @@ class Scattered(Family):
     def _places(self, made: dict[str, Tensor], ids: list[int]) -> Tensor:
         """(axes, T) positions of a prompt with one picture."""
         whole = torch.tensor([ids])
-        kinds = made.get("mm_token_type_ids", (whole == self._image_id).int())
+        kinds = made.get("mm_token_type_ids", torch.eq(whole, self._image_id or 0).int())
         takes = set(inspect.signature(self._rope).parameters)
         sides = {name: value for name, value in made.items() if name.endswith("grid_thw") and name in takes}
         places: Tensor = self._rope(input_ids=whole, mm_token_type_ids=kinds, **sides)[0]
