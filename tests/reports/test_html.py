@@ -310,11 +310,13 @@ def test_a_page_judges_the_recorded_games_again(tmp_path: Path) -> None:
     run = write_run(tmp_path, "dp-sgd")
     path = run / "release" / "audit.json"
     path.write_text(path.read_text().replace('"verdict": "inconclusive"', '"verdict": "not refuted"'))
+    write_sums(run / "release")  # whoever edits a file can edit its hash
     loaded = load_runs([run])[0]
     assert loaded.verdict == "inconclusive"
     assert loaded.notices == ("audit.json says “not refuted”; its documents give “inconclusive”.",)
     write_audit(run, "dp-sgd")
     path.write_text(path.read_text().replace('"auc": 0.', '"auc": 0.1'))
+    write_sums(run / "release")
     assert load_runs([run])[0].notices == ("audit.json differs from what its documents give: summaries of scores.",)
     path.unlink()  # killed between the game and the audit
     loaded = load_runs([run])[0]
@@ -351,8 +353,10 @@ def test_a_game_that_is_gone_or_edited_is_one_line(tmp_path: Path) -> None:
 def test_a_twin_has_coins_of_its_own_and_the_run_may_not(tmp_path: Path) -> None:
     run = write_run(tmp_path, "dp-sgd")
     write_audit(run, "dp-sgd", [canary_game("dp-sgd"), white_box_game()])
+    write_sums(run / "release")
     assert load_runs([run])[0].notices == ()
     write_audit(run, "dp-sgd", [canary_game("dp-sgd", coins_sha256="cd" * 32)])
+    write_sums(run / "release")
     assert any("coins of game 01-canaries" in notice for notice in load_runs([run])[0].notices)
 
 
@@ -365,7 +369,7 @@ def test_every_figure_says_what_it_speaks_of_and_the_deciding_one_stays(tmp_path
     assert "canaries: about these weights." in text
     assert "white-box: about the training procedure, not these weights." in text
     own = "(game 02-white-box: the training procedure, not these weights; sigma 1.198, q 0.119, T 168)"
-    assert f"Scores in “white box” {own}" in text and f"ROC of “white box” {own}" in text
+    assert f"Scores in “ white box ” {own}" in text and f"ROC of “ white box ” {own}" in text
     assert "02-white-box says most" in text and "97 % liveness: earned (1.000 C)" in text
     assert "Next:" not in text and "within DP-SGD of the claimed q and T: eps ≥ 7.7 (ceiling 9.9)" in text
     assert f"of {-math.log(0.001):.3g} 97 %" in text
@@ -376,8 +380,8 @@ def test_every_figure_says_what_it_speaks_of_and_the_deciding_one_stays(tmp_path
         many.append(other)
     small, detail = render(load_page(many), title="T")
     assert len(small.encode()) < SIZE_LIMIT and not detail.documents_embedded
-    assert visible(small).count("ROC of “white box”") == (12 if detail.games else 0)
-    assert "ROC of “canaries" not in visible(small)
+    assert visible(small).count("ROC of “ white box ”") == (12 if detail.games else 0)
+    assert "ROC of “ canaries" not in visible(small)
 
 
 def test_a_refuting_game_is_the_one_that_decides(tmp_path: Path) -> None:

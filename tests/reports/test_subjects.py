@@ -1,6 +1,7 @@
 """Pages over sweeps and bare documents, the checklist, and what changed since an earlier page."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -319,6 +320,7 @@ def test_the_json_of_an_earlier_report_will_do(tmp_path: Path, capsys: pytest.Ca
     told.write_text(capsys.readouterr().out)
     assert read_earlier(told) == read_earlier(html)
     (run / "release" / "audit.json").unlink()
+    shutil.rmtree(run / "release" / "games")
     assert app.run(["report", str(run), "-o", str(html), "--against", str(html)]) == 0  # read before it is replaced
     assert "verdict: inconclusive -> not audited" in capsys.readouterr().out
     assert "Changes since r.html" in visible(html.read_text())

@@ -7,6 +7,7 @@ unchanged; only the source of the noise is handed in.
     dpaudit check trainers.adapters.vlm:dual_priv
 """
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -98,6 +99,19 @@ class VlmTrainer:
         self.step_count = self.draws = 0
         self.last: dict[str, Tensor] = {}
         self.kept: set[str] = set()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "VlmTrainer":
+        """Weights, moments and pruning scores of its own; model and inputs are shared, as in one factory anyway."""
+        made = copy.copy(self)
+        parameters = self.trainer.parameters
+        optimizer = updates.make_optimizer(parameters, self.config.training)
+        moments = updates.optimizer_tensors(parameters, self.trainer.optimizer)
+        updates.restore_optimizer(parameters, optimizer, {name: value.clone() for name, value in moments.items()})
+        pruning = replace(self.trainer.pruning, scores=dict(self.trainer.pruning.scores))
+        made.trainer = replace(self.trainer, optimizer=optimizer, pruning=pruning)
+        made.weights = {name: value.clone() for name, value in self.weights.items()}
+        made.last, made.kept = dict(self.last), set(self.kept)
+        return made
 
     def _install(self, weights: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
