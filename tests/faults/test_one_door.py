@@ -58,7 +58,8 @@ OUTSIDE = {
     ("trainers/run.py", "file.read_bytes"): "written by this process a moment ago",
     ("trainers/vlm.py", "AutoTokenizer.from_pretrained"): "a folder that passed trainers.model_files",
     ("trainers/vlm.py", "architecture.from_pretrained"): "a folder that passed trainers.model_files",
-    ("trainers/vlm.py", "kind.from_pretrained"): "a folder that passed trainers.model_files",
+    ("trainers/vlm.py", "AutoImageProcessor.from_pretrained"): "a folder that passed trainers.model_files",
+    ("trainers/families/processors.py", "source.from_pretrained"): "the same folder, transformers' own classes alone",
 }  # fmt: skip
 
 
