@@ -155,6 +155,10 @@ def content_sha256(unit: Unit) -> str:
     for picture in unit.pictures:
         digest.update(repr((picture.pixels.shape, [(q.text, q.answer, q.kind) for q in picture.questions])).encode())
         digest.update(picture.pixels.tobytes())
+        for other in picture.beside:
+            digest.update(repr(other.shape).encode() + other.tobytes())
+        if any(question.history for question in picture.questions):
+            digest.update(repr([question.history for question in picture.questions]).encode())
     return digest.hexdigest()
 
 

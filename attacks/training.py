@@ -4,9 +4,12 @@ The game is drawn here, before the first step, and handed to the trainer as unit
 """
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
 
 from attacks.canaries import Coins, Game, check_coins, draw_game
 from dpaudit.config import RunConfig, resolve
@@ -17,10 +20,12 @@ from dpaudit.runs import RunFolder
 from trainers import data, distributed
 from trainers.distributed import Group
 from trainers.plan import Inserted, Plan, make_plan
-from trainers.progress import Reporter, Silent
+from trainers.progress import Reporter
 from trainers.records import Dataset
 from trainers.run import AfterStep, estimate_seconds, read_config, train
 from trainers.vlm import VisionLanguageModel
+
+BASE_QUESTIONS, BASE_BATCH, BASE_SECONDS = 64, 16, 20.0  # of the test split, asked of the base before training
 
 
 def redraw_game(
@@ -192,8 +197,11 @@ def _train(
     reporter: Reporter | None,
     after_step: AfterStep | None,
 ) -> Plan:
-    for warning in dataset.warnings:
-        (reporter or Silent()).phase(f"warning: {warning}")
+    if reporter is not None and not resume:
+        for line in about_data(dataset):
+            reporter.phase(line)
+        for line in base_accuracy(model, dataset):
+            reporter.phase(line)
     inserted, group = Inserted(), distributed.current()
     if group.size > 1 and "orthogonal" in config.canaries.kinds and config.canaries.count:
         accepted = "kinds without 'orthogonal' with several ranks: each rank would choose its own candidates"
@@ -223,6 +231,37 @@ def _train(
         after_step=after_step,
         group=group,
     )
+
+
+def about_data(dataset: Dataset) -> tuple[str, ...]:
+    """How the files were read, and what the owner of the data should know before anything is trained."""
+    return (*(f"data: {note}" for note in dataset.notes), *(f"warning: {warning}" for warning in dataset.warnings))
+
+
+def base_accuracy(model: VisionLanguageModel, dataset: Dataset) -> tuple[str, ...]:
+    """What the base model answers right of some test questions, in a line; nothing for the embedded data.
+
+    A base that knows nothing of a task can't be fine-tuned to it privately: a small set and noise teach no sight.
+    """
+    if dataset.source == "embedded":
+        return ()
+    asked = [(p.shown, q) for unit in dataset.test for p in unit.pictures for q in p.questions]
+    chosen = [asked[index] for index in np.linspace(0, len(asked) - 1, min(len(asked), BASE_QUESTIONS)).astype(int)]
+    began, right, done = time.perf_counter(), 0, 0
+    for at in range(0, len(chosen), BASE_BATCH):
+        part = chosen[at : at + BASE_BATCH]
+        said = model.answer([shown for shown, _ in part], [question for _, question in part])
+        right += sum(
+            text.strip().lower() in {answer.strip().lower() for answer in (question.answer, *question.accepted)}
+            for text, (_, question) in zip(said, part, strict=True)
+        )
+        done += len(part)
+        if time.perf_counter() - began > BASE_SECONDS:
+            break
+    text = f"base model: {right} of {done} test questions answered right before training"
+    if right == 0:
+        text += " (exact match): it knows nothing of this task in this form; a checkpoint that does: --model PATH"
+    return (text,)
 
 
 def dry_run(config: RunConfig, dataset: Dataset | None = None) -> tuple[Plan, float]:

@@ -8,6 +8,7 @@ would fill the memory before its first line is looked at. Every module opens suc
     open_regular, read_bytes, read_text, read_json    any file, whole
     tensor_shapes, open_tensors, read_tensors         safetensors
     parquet_file, parquet_batches, read_parquet, read_csv, read_npz    tables
+    arrow_stream, arrow_rows                          tables as datasets.save_to_disk writes them
     sha256                                            hashes
     part_of                                           a file inside a folder that was handed over
     bounded_memory                                    an upper limit for what a decoder may take
@@ -368,6 +369,53 @@ def read_parquet(
     except (pyarrow.ArrowException, TypeError, KeyError, AttributeError, MemoryError):
         raise ValueError("not a readable Parquet file") from None
     return frame
+
+
+@contextlib.contextmanager
+def arrow_stream(path: Path, *, links: bool = True) -> "Iterator[pyarrow.RecordBatchStreamReader]":
+    """A file of Arrow's streaming format with at most MOST_COLUMNS columns; ValueError where it is none."""
+    import pyarrow
+
+    with open_regular(path, links=links) as raw:
+        try:
+            with bounded_memory():
+                stream = pyarrow.ipc.open_stream(raw)
+        except (pyarrow.ArrowException, OSError, MemoryError) as error:
+            raise ValueError("not a readable Arrow file") from error
+        with stream:
+            if len(stream.schema) > MOST_COLUMNS:
+                raise ValueError(f"more than {MOST_COLUMNS} columns")
+            yield stream
+
+
+def arrow_rows(
+    stream: "pyarrow.RecordBatchStreamReader", columns: Sequence[str] | None, rows: int
+) -> Iterator[dict[str, Any]]:
+    """The rows of a stream, made `rows` at a time within `bounded_memory`; ValueError for what can't be read.
+
+    Unlike Parquet, the format gives places in memory: they are checked before any is looked up. columns: those of them
+    that the file has; None: all.
+    """
+    import pyarrow
+
+    while True:
+        try:
+            with bounded_memory():
+                batch = next(stream, None)
+                if batch is not None:
+                    batch = batch.select([name for name in batch.schema.names if columns is None or name in columns])
+                    batch.validate(full=True)
+        except (pyarrow.ArrowException, OSError, MemoryError, TypeError, KeyError) as error:
+            raise ValueError("not a readable Arrow file") from error
+        if batch is None:
+            return
+        for at in range(0, batch.num_rows, rows):
+            try:
+                with bounded_memory():
+                    made: list[dict[str, Any]] = batch.slice(at, rows).to_pylist()
+            except (pyarrow.ArrowException, MemoryError, TypeError, KeyError, OverflowError) as error:
+                raise ValueError("not a readable Arrow file") from error
+            yield from made
 
 
 def read_csv(path: Path, **options: Any) -> "pd.DataFrame":

@@ -231,7 +231,7 @@ def _document(
         gaps=tuple(
             gap for spec in specs for gap in _gaps(own.tasks[spec.name], base.tasks[spec.name] if base else None)
         ),
-        about={spec.name: _about(spec, own, asked.limit, batch_size) for spec in specs},
+        about={spec.name: _about(spec, own, asked.limit, batch_size, held) for spec in specs},
         lmms_eval_version=own.lmms_eval_version,
         prompt=own.prompt,
         batch_size=batch_size,
@@ -258,8 +258,13 @@ def _gaps(own: TaskOutcome, base: TaskOutcome | None) -> Iterator[Gap]:
         yield gap.model_copy(update={"base": before})
 
 
-def _about(spec: TaskSpec, own: Outcome, limit: int | None, batch_size: int) -> TaskAbout:
+def _about(
+    spec: TaskSpec, own: Outcome, limit: int | None, batch_size: int, held: tuple[Dataset, Questions] | None
+) -> TaskAbout:
     outcome = own.tasks[spec.name]
+    facts = held[0].facts if held is not None and spec.name == HELD_OUT else None
+    # The embedded pictures are disjoint by construction; of other sets only what was looked at is said.
+    embedded = held is not None and spec.name == HELD_OUT and held[0].source == "embedded"
     return TaskAbout(
         headline=outcome.headline,
         data=spec.data,
@@ -273,6 +278,8 @@ def _about(spec: TaskSpec, own: Outcome, limit: int | None, batch_size: int) -> 
         questions=len(outcome.answers),
         pictures=outcome.pictures,
         limit=limit,
+        held_out=facts.held_out if facts is not None else "yes" if embedded else None,
+        missing=outcome.missing,
     )
 
 

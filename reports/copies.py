@@ -1,19 +1,23 @@
 """Local copies of VQA sets: found, checked, and brought into the one form that lmms-eval's tasks read."""
 
+import io
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow
+from PIL import Image
 
 from dpaudit import untrusted
 from dpaudit.errors import UsageError, rejected
 from reports.heldout import write_questions
 from reports.metrics import yes_no
-from trainers.data import rows
+from trainers.data import pictures, rows
+from trainers.data.files import open_table
+from trainers.data.formats import Sample, recognise
 
 OPTIONAL = ("answer_type", "kind", "question_type", "group", "unit")
 # Words by which files of a set say which split they hold ("validation-00000-of-00003.parquet").
@@ -207,19 +211,24 @@ def _pictures(field: str, path: Path) -> Callable[[int, str], bytes]:
 def export_set(task: str, path: Path, target: Path, *, closed: bool) -> int:
     """Write the rows of a local set for dpaudit's own tasks; the number of rows.
 
-    Rows: image, question, answer; optional answer_type, kind (or question_type), group, unit. A .parquet or .jsonl
-    file, or a folder of Parquet files (those of a test split, if names say so). Every value is checked, and an error
-    names file, row and field without the value.
+    Rows: any format of trainers.data.formats, one question each; optional answer_type, kind (or question_type), group,
+    unit. A file, or a folder of Parquet files (those of a test split, if names say so). Every value is checked, and an
+    error names file, row and field without the value.
     """
     field = f"--data {task}"
     files = [path] if path.is_file() else parquet_files(field, path, _test_split(path))
     columns: dict[str, list[Any]] = {
-        name: [] for name in ("question_id", "question", "answer", "answer_type", "kind", "group", "unit", "image")
-    }
+        name: []
+        for name in ("question_id", "question", "answer", "answer_type", "kind", "group", "unit", "image", "beside",
+                     "history")
+    }  # fmt: skip
     for file in files:
-        source = rows.open_source(file.parent, file.name, field)
-        for number, row in rows.read_rows(source, ["image", "question", "answer"], OPTIONAL):
-            _append(columns, source, number, row, closed)
+        table = open_table(file.parent, file.name, field)
+        how = recognise(table)
+        if how.folder is not None and (file.parent / how.folder).is_dir():
+            table = replace(table, folder=file.parent / how.folder)
+        for source, number, row, sample in how.samples(table, OPTIONAL):
+            _append(columns, source, number, row, sample, table.folder, closed)
     if not columns["question"]:
         raise rejected(field, path.name, "at least one row")
     used = {name: values for name, values in columns.items() if any(value is not None for value in values)}
@@ -232,17 +241,41 @@ def _test_split(path: Path) -> str | None:
     return "test" if "test" in words else None
 
 
-def _append(columns: dict[str, list[Any]], source: rows.Source, number: int, row: rows.Row, closed: bool) -> None:
-    answer = rows.text(source, number, row, "answer")
-    if closed and yes_no(answer) is None:
-        raise source.fault(number, "answer", "must be yes or no")
-    data = rows.picture_bytes(source, number, row)
-    rows.decode(source, number, data)  # a damaged picture is told here, with its row
-    kind = row.get("kind") if row.get("kind") is not None else row.get("question_type")
-    columns["question_id"].append(len(columns["question_id"]))
-    columns["question"].append(rows.text(source, number, row, "question"))
-    columns["answer"].append(answer)
-    columns["kind"].append(rows.text(source, number, {"kind": kind}, "kind") if kind is not None else None)
-    for name in ("answer_type", "group", "unit"):
-        columns[name].append(str(rows.key(source, number, row, name)) if row.get(name) is not None else None)
-    columns["image"].append({"bytes": data, "path": None})
+def _append(
+    columns: dict[str, list[Any]],
+    source: rows.Source,
+    number: int,
+    row: rows.Row,
+    sample: Sample,
+    folder: Path,
+    closed: bool,
+) -> None:
+    shown = [rows.encoded(source, number, item, "image", folder) for item in sample.pictures]
+    plain = [_plain(source, number, data) for data in shown]  # a damaged picture is told here, with its row
+    history: list[tuple[str, str]] = []
+    for turn in sample.turns:
+        if closed and yes_no(turn.answer) is None:
+            raise source.fault(number, "answer", "must be yes or no")
+        kind = row.get("kind") if row.get("kind") is not None else row.get("question_type")
+        columns["question_id"].append(len(columns["question_id"]))
+        columns["question"].append(turn.text)
+        columns["answer"].append(turn.answer)
+        columns["kind"].append(rows.text(source, number, {"kind": kind}, "kind") if kind is not None else None)
+        for name in ("answer_type", "group", "unit"):
+            columns[name].append(str(rows.key(source, number, row, name)) if row.get(name) is not None else None)
+        columns["image"].append({"bytes": plain[0], "path": None})
+        columns["beside"].append([{"bytes": data, "path": None} for data in plain[1 : turn.shown]] or None)
+        columns["history"].append(json.dumps(history) if history else None)
+        history.append((turn.text, turn.answer))
+
+
+def _plain(source: rows.Source, number: int, data: bytes) -> bytes:
+    """A picture as it is where any decoder shows the same, else (transparency, inks, EXIF) as the pixels seen here."""
+    shown = rows.look_at(source, number, data)
+    buffer = io.BytesIO()
+    with Image.open(io.BytesIO(data), formats=pictures.FORMATS) as picture:
+        same = picture.mode in ("RGB", "L", "1") and "transparency" not in picture.info and not picture.getexif()
+    if same:
+        return data
+    Image.fromarray(shown.frames[0]).save(buffer, "PNG")
+    return buffer.getvalue()

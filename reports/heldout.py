@@ -17,8 +17,8 @@ from dpaudit.config import DataConfig
 from dpaudit.documents import Metric
 from dpaudit.errors import UsageError, rejected
 from reports.metrics import cluster_metric, commonest, constant_answers
-from trainers.data import rows
-from trainers.records import Dataset
+from trainers.data.local import read_split
+from trainers.records import Dataset, Pixels
 
 PUBLIC_SAMPLE = 300  # pictures
 MOST_UNIT_GROUPS = 20
@@ -44,24 +44,27 @@ def export(
     unit_groups: the group of each unit by its id, for accuracy by group.
     """
     units = dataset.test[:limit]
-    columns: dict[str, list[Any]] = {
-        name: [] for name in ("question_id", "question", "answer", "kind", "unit", "group", "image")
-    }
+    names = ("question_id", "question", "answer", "answers", "history", "kind", "unit", "group", "image", "beside")
+    columns: dict[str, list[Any]] = {name: [] for name in names}
     digest = hashlib.sha256()
     for unit in units:
         for picture in unit.pictures:
-            buffer = io.BytesIO()
-            Image.fromarray(picture.pixels).save(buffer, "PNG")  # lossless: the model sees the very pixels
-            digest.update(repr(picture.pixels.shape).encode() + picture.pixels.tobytes())
+            shown = [_encoded(pixels) for pixels in picture.shown]
+            for pixels in picture.shown:
+                digest.update(repr(pixels.shape).encode() + pixels.tobytes())
             for question in picture.questions:
-                digest.update(json.dumps([question.text, question.answer, question.kind]).encode())
+                more = [question.accepted, question.history] if question.accepted or question.history else []
+                digest.update(json.dumps([question.text, question.answer, question.kind, *more]).encode())
                 columns["question_id"].append(len(columns["question_id"]))
                 columns["question"].append(question.text)
                 columns["answer"].append(question.answer)
+                columns["answers"].append(json.dumps(question.accepted) if question.accepted else None)
+                columns["history"].append(json.dumps(question.history) if question.history else None)
                 columns["kind"].append(question.kind)
                 columns["unit"].append(unit.id)
                 columns["group"].append((unit_groups or {}).get(unit.id))
-                columns["image"].append({"bytes": buffer.getvalue(), "path": None})
+                columns["image"].append({"bytes": shown[0], "path": None})
+                columns["beside"].append([{"bytes": item, "path": None} for item in shown[1:]])
     if not columns["question"]:
         raise UsageError(f"data.test: {dataset.name} has no held-out questions to measure utility on")
     write_questions(path, columns)
@@ -74,14 +77,22 @@ def export(
     )
 
 
+def _encoded(pixels: Pixels) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")  # lossless: the model sees the very pixels
+    return buffer.getvalue()
+
+
 def write_questions(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
-    """Write columns of text (and `image` as {"bytes", "path"}) as a Parquet file that Hugging Face datasets reads."""
+    """Write columns of text as a Parquet file that Hugging Face datasets reads.
+
+    `image` holds {"bytes", "path"}, `beside` lists of these.
+    """
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    types = {name: pa.int64() for name in NUMBERS} | {"image": image}
-    features = {"image": {"_type": "Image"}} | {
-        name: {"dtype": "int64" if name in NUMBERS else "string", "_type": "Value"}
-        for name in columns
-        if name != "image"
+    types = {name: pa.int64() for name in NUMBERS} | {"image": image, "beside": pa.list_(image)}
+    said: dict[str, Any] = {"image": {"_type": "Image"}, "beside": {"feature": {"_type": "Image"}, "_type": "List"}}
+    features = {
+        name: said.get(name, {"dtype": "int64" if name in NUMBERS else "string", "_type": "Value"}) for name in columns
     }
     schema = pa.schema(
         [(name, types.get(name, pa.string())) for name in columns],
@@ -93,24 +104,14 @@ def write_questions(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
 def unit_groups(config: DataConfig, dataset: Dataset, column: str) -> dict[str, str]:
     """The value of `column` in the test file for each held-out unit, by unit id.
 
-    Units are found by what their pictures show. Raises UsageError: no local data, no such column, values that aren't
+    Raises UsageError: no local data, no such column, values that aren't
     short text or whole numbers, more than 20 of them, or two values in one unit.
     """
     if config.path is None or config.test is None:
         raise rejected("--group", column, "a column of a local test file (data.path); this run has no such file")
-    root = Path(config.path).expanduser()
-    name, field = (config.test_images, "data.test-images") if config.test_images else (config.test, "data.test")
-    source = rows.open_source(root, name, field)
-    owner = {rows.content_sha256(picture.pixels): unit.id for unit in dataset.test for picture in unit.pictures}
-    groups: dict[str, str] = {}
-    for number, row in rows.read_rows(source, ["image", column]):
-        pixels = rows.decode(source, number, rows.picture_bytes(source, number, row))
-        unit = owner.get(rows.content_sha256(pixels))
-        if unit is None:
-            continue  # not among the units in use (data.limit)
-        value = " ".join(str(rows.key(source, number, row, column)).split())[:80]
-        if groups.setdefault(unit, value) != value:
-            raise source.fault(number, column, "differs from an earlier row of the same unit")
+    known = {unit.id for unit in dataset.test}  # data.limit may leave some out
+    split = read_split(config, "test", column)
+    groups = {unit: value for unit, value in split.groups("test").items() if unit in known}
     distinct = len(set(groups.values()))
     if distinct > MOST_UNIT_GROUPS:
         raise rejected("--group", column, f"a column with at most {MOST_UNIT_GROUPS} values; this one has {distinct}")

@@ -4,6 +4,7 @@ Importing this module imports lmms-eval, which reseeds global generators and pat
 benchmark's worker process and lmms-eval's own command line do that.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ from PIL import Image
 
 from dpaudit.errors import UsageError, rejected
 from dpaudit.runs import RunFolder
+from trainers.data.formats import MAX_PICTURES
 from trainers.data.rows import content_sha256
-from trainers.records import Pixels
+from trainers.prompts import History
+from trainers.records import Pixels, Question
 from trainers.vlm import VisionLanguageModel
 
 REQUESTS_AT_ONCE = 4096  # pictures decoded at a time; answers do not depend on it
 NEW_TOKENS = 12
+HISTORY = "history"  # the column of earlier turns, as JSON (reports.heldout)
 
 
 class DpauditModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
@@ -47,7 +51,8 @@ class DpauditModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
             folder = RunFolder.open(Path(run)) if run is not None else None
             model = load_model(folder, device or "auto")
         self.model = model
-        self.pictures: dict[tuple[str, int], str] = {}  # (task, question) -> hash of the picture that was shown
+        self.pictures: dict[tuple[str, int], str] = {}  # (task, question) -> hash of the pictures that were shown
+        self.missing: set[tuple[str, int]] = set()  # questions longer than the context: no answer
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answers in the order of the requests."""
@@ -57,12 +62,15 @@ class DpauditModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
         return answers
 
     def _answers(self, requests: Sequence[Instance]) -> list[str]:
-        pixels, questions, settings = [], [], []
+        pixels: list[tuple[Pixels, ...]] = []
+        questions: list[Question] = []
+        settings = []
         for request in requests:
             context, generation, doc_to_visual, doc_id, task, split = request.args
-            pixels.append(_picture(task, doc_id, doc_to_visual(self.task_dict[task][split][doc_id])))
-            self.pictures[task, doc_id] = content_sha256(pixels[-1])
-            questions.append(str(context))
+            row = self.task_dict[task][split][doc_id]
+            pixels.append(_pictures(task, doc_id, doc_to_visual(row)))
+            self.pictures[task, doc_id] = "".join(map(content_sha256, pixels[-1]))
+            questions.append(Question(str(context), "", history=_history(row)))
             settings.append((self.new_tokens(generation), _stops(generation.get("until"))))
         answers = [""] * len(questions)
         for length in sorted({tokens for tokens, _ in settings}):
@@ -73,6 +81,8 @@ class DpauditModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
                 batch_size=self.batch_size,
                 max_new_tokens=length,
             )
+            self.missing |= {(requests[chosen[place]].args[4], requests[chosen[place]].args[3])
+                             for place in self.model.too_long}  # fmt: skip
             for index, text in zip(chosen, texts, strict=True):
                 answers[index] = _until(text, settings[index][1])
         return answers
@@ -106,14 +116,19 @@ def _batch_size(value: int | str | None) -> int:
     return size
 
 
-def _picture(task: str, question: int, visuals: Any) -> Pixels:
-    """The one picture of a question. Several pictures, none, or a video: one clear line, and nothing is measured."""
+def _pictures(task: str, question: int, visuals: Any) -> tuple[Pixels, ...]:
+    """The pictures of a question, in order. None, too many, or a video: one clear line, and nothing is measured."""
     count = len(visuals) if isinstance(visuals, list | tuple) else 0
-    if count != 1 or not isinstance(visuals[0], Image.Image):
-        found = "a video or sound" if count == 1 else f"{count} pictures"
-        wanted = "exactly one picture a question (dpaudit's models see one picture at a time)"
-        raise rejected(f"task {task}, question {question}", found, wanted)
-    return np.asarray(visuals[0].convert("RGB"), dtype=np.uint8)
+    if not 1 <= count <= MAX_PICTURES or not all(isinstance(item, Image.Image) for item in visuals):
+        found = f"{count} pictures" if not 1 <= count <= MAX_PICTURES else "a video or sound"
+        raise rejected(f"task {task}, question {question}", found, f"1 to {MAX_PICTURES} pictures a question")
+    return tuple(np.asarray(item.convert("RGB"), dtype=np.uint8) for item in visuals)
+
+
+def _history(row: Any) -> History:
+    """The turns before a question of a run's own held-out set; nothing for other tasks."""
+    given = row.get(HISTORY) if isinstance(row, dict) else None
+    return tuple((str(asked), str(said)) for asked, said in json.loads(given)) if isinstance(given, str) else ()
 
 
 def _stops(until: object) -> tuple[str, ...]:

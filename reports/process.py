@@ -44,6 +44,7 @@ class TaskOutcome:
     prompt: str
     max_new_tokens: int
     pictures: int
+    missing: int = 0
 
 
 @dataclass(frozen=True)

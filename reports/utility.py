@@ -32,7 +32,8 @@ class TaskTable:
 
     task: str
     headline: str
-    held_out: bool  # the runs' own questions
+    own: bool  # the runs' own questions
+    held_out: str | None  # whether their pictures were in train, in words; None: not looked at
     rows: tuple[tuple[str, str], ...]  # (metric name, what a reader sees)
     columns: tuple[TaskColumn, ...]
     others: tuple[TaskColumn, ...]
@@ -83,13 +84,20 @@ def _table(task: str, runs: Sequence[RunReport]) -> TaskTable:
     return TaskTable(
         task=task,
         headline=main,
-        held_out=task == HELD_OUT,
+        own=task == HELD_OUT,
+        held_out=_held_out(task, comparable or [document for _, document in measured]),
         rows=tuple((name, label(main, name)) for name in rows),
         columns=(*yardsticks, *same),
         others=tuple(others),
         base=untrained.get(main) if untrained is not None else None,
         sample_sha256=reference,
     )
+
+
+def _held_out(task: str, documents: Sequence[BenchmarkDocument]) -> str | None:
+    """The least of what the documents say."""
+    said = [document.about[task].held_out for document in documents if task in document.about]
+    return next((item for item in said if item != "yes"), "yes") if said else None
 
 
 def headline(task: str, document: BenchmarkDocument) -> str:
@@ -113,8 +121,10 @@ def label(headline: str, name: str) -> str:
 
 def meaning(table: TaskTable) -> str:
     """What a task's headline counts, in words."""
-    if table.held_out:
-        return "Exact match (text equal after lower-casing and joining white space)"
+    if table.own:
+        said = {"yes": "", None: "; whether the pictures were in train was not looked at"}
+        beside = said.get(table.held_out, f"; held out: {table.held_out}")
+        return f"Exact match (text equal after lower-casing and joining white space{beside})"
     if base(table.task) in LOCAL_SETS:
         rule = "equal words; case, punctuation and articles do not count"
         return f"Exact match ({rule})" if table.headline == OVERALL else "Share answered yes or no rightly"

@@ -149,6 +149,7 @@ def _measure(spec: TaskSpec, task: Any, manager: Any, model: Any) -> dict[str, A
     from loguru import logger
 
     model.pictures.clear()
+    model.missing.clear()
     raw = evaluator.simple_evaluate(
         model=model,
         tasks=[task],
@@ -178,6 +179,7 @@ def _measure(spec: TaskSpec, task: Any, manager: Any, model: Any) -> dict[str, A
         "prompt": _prompt(task, model),
         "max_new_tokens": model.new_tokens(task.config.generation_kwargs or {}),
         "pictures": len(set(pictures.values())),
+        "missing": sum(name == spec.name for name, _ in model.missing),
     }
 
 

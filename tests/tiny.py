@@ -20,8 +20,20 @@ from trainers.records import Picture, Question, Unit
 TEXT = ["what digit is this?", "is it even or odd?", "yes no even odd one two three seven USER ASSISTANT :"]
 
 
-def tiny_tokenizer(*more: str, reserved: int = 0, size: int = 320) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer with `<image>`, `reserved` spare tokens and the special tokens `more`."""
+# LLaVA 1.5's own, apart from a line end behind the picture and no space behind a text.
+VICUNA = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{{ '</s>' if message['role'] == 'assistant' else ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def tiny_tokenizer(
+    *more: str, reserved: int = 0, size: int = 320, named: dict[str, str] | None = None
+) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with `<image>`, `reserved` spare tokens and the special tokens `more`, some by name."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -33,11 +45,13 @@ def tiny_tokenizer(*more: str, reserved: int = 0, size: int = 320) -> PreTrained
     )
     tokenizer.train_from_iterator(TEXT, trainer)
     return PreTrainedTokenizerFast(
+        chat_template=VICUNA,
         tokenizer_object=tokenizer,
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
         extra_special_tokens=["<image>", *more],
+        model_specific_special_tokens=named or {},
     )
 
 
@@ -84,6 +98,9 @@ def save_tiny_llava(
         vision_feature_select_strategy=strategy,
         vision_feature_layer=-2,
         tie_word_embeddings=True,
+    )
+    config.dpaudit_template = (
+        "USER: <image>\n{question} ASSISTANT:"  # like the reference model: no processor of its own
     )
     return save(LlavaForConditionalGeneration(config), fast, folder)
 

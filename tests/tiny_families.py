@@ -47,11 +47,28 @@ SIGLIP = {
 }
 
 
+# Idefics3's and SmolVLM's (with another beginning), and Qwen2-VL's.
+USER = (
+    "{% for message in messages %}{{ message['role'].capitalize() }}"
+    "{{ ':' if message['content'][0]['type'] == 'image' else ': ' }}"
+    "{% for part in message['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+    "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+CHATML = (
+    "{% for message in messages %}"
+    "{% if loop.first %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
+    "{{ '<|vision_start|><|image_pad|><|vision_end|>' if part['type'] == 'image' else part['text'] }}"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
 def save_tiny_idefics3(folder: Path, *, seed: int = 0, smol: bool = False) -> Path:
     """Tiles of 32 pixels, 4 tokens each, pictures up to 2 x 2 tiles."""
     tiles = [f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(1, 4)]
     start = "<|im_start|>" if smol else "<|begin_of_text|>"
     tokenizer = tiny_tokenizer("<fake_token_around_image>", "<global-img>", "<end_of_utterance>", start, *tiles)
+    tokenizer.chat_template = start + USER
     torch.manual_seed(seed)
     config_class, model_class, processor_class = (
         (SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMImageProcessorPil)
@@ -91,6 +108,7 @@ def save_tiny_paligemma(folder: Path, *, seed: int = 0) -> Path:
 def save_tiny_qwen2_vl(folder: Path, *, seed: int = 0, version: str = "2") -> Path:
     """Patches of 4 pixels in squares of two: 4 to 16 tokens a picture. Version 2.5 attends in windows of 16 pixels."""
     tokenizer = tiny_tokenizer("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+    tokenizer.chat_template = CHATML
     image = int(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
     torch.manual_seed(seed)
     vision: dict[str, Any] = {"depth": 3, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2}
@@ -114,6 +132,29 @@ def save_tiny_qwen2_vl(folder: Path, *, seed: int = 0, version: str = "2") -> Pa
     return save(model, tokenizer, folder)
 
 
+def save_tiny_qwen3_vl(folder: Path, *, seed: int = 0, experts: bool = False) -> Path:
+    """As Qwen2-VL, with features of two tower layers for the first two decoder layers."""
+    import transformers
+
+    tokenizer = tiny_tokenizer("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+    tokenizer.chat_template = CHATML
+    image = int(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+    torch.manual_seed(seed)
+    vision = {"depth": 3, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "hidden_size": 16,
+              "intermediate_size": 32, "out_hidden_size": 32, "deepstack_visual_indexes": [0, 1],
+              "num_position_embeddings": 64}  # fmt: skip
+    text = {**TEXT_SIZE, "vocab_size": len(tokenizer), "head_dim": 8, "rope_parameters": ROPE}
+    text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16} if experts else {}
+    kind: Any = "Qwen3VLMoe" if experts else "Qwen3VL"
+    config = getattr(transformers, f"{kind}Config")(
+        vision_config=vision, text_config=text, image_token_id=image, vision_start_token_id=image - 2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    size = {"shortest_edge": 16 * 16, "longest_edge": 32 * 32}
+    Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, size=size).save_pretrained(folder)
+    return save(getattr(transformers, f"{kind}ForConditionalGeneration")(config), tokenizer, folder)
+
+
 ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10_000.0}
 
 # Every family by name, as a function of the folder to save it in.
@@ -125,4 +166,6 @@ TINY: dict[str, Callable[[Path], Path]] = {
     "paligemma": save_tiny_paligemma,
     "qwen2_vl": save_tiny_qwen2_vl,
     "qwen2_5_vl": lambda folder: save_tiny_qwen2_vl(folder, version="2.5"),
+    "qwen3_vl": save_tiny_qwen3_vl,
+    "qwen3_vl_moe": lambda folder: save_tiny_qwen3_vl(folder, experts=True),
 }

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trainers.prompts import HeadRow, stack_heads
+from trainers.prompts import TEXT, HeadRow, stack_heads
 
 if TYPE_CHECKING:
     from trainers.vlm import VisionLanguageModel
@@ -20,6 +21,43 @@ class Encoded:
     tokens: Tensor
     fused: int
     head: HeadRow
+
+
+def join(items: Sequence[Encoded], prefix: int, between: Sequence[Sequence[int]], first: int = 0) -> Encoded:
+    """Several pictures as one: their heads one behind the other, fused tokens of all of them at the end.
+
+    prefix: ids of the prompt before a picture, which each head begins with. between: ids between each two pictures.
+    first: the position of a prompt's first token.
+    """
+    if len(items) == 1:
+        return items[0]
+    plain = [len(item.tokens) - item.fused for item in items]
+    starts, fused_starts = np.cumsum([0, *plain]), sum(plain) + np.cumsum([0, *(item.fused for item in items)])
+    ids, slots, positions = [], [], []
+    at = 0
+    for place, item in enumerate(items):
+        head = item.head
+        slot = np.where(
+            head.slot < plain[place], head.slot + starts[place], head.slot - plain[place] + fused_starts[place]
+        )
+        slot = np.where(head.slot < 0, head.slot, slot)
+        if place == 0:
+            ids.append(head.ids)
+            slots.append(slot)
+            positions.append(head.positions)
+            at = head.start
+            continue
+        words = np.asarray(between[place - 1], dtype=np.int64)
+        shift = at + len(words) - (first + prefix)
+        ids += [words, head.ids[prefix:]]
+        slots += [np.full(len(words), TEXT, dtype=np.int64), slot[prefix:]]
+        lines = np.broadcast_to(at + np.arange(len(words)), (head.positions.shape[0], len(words)))
+        positions += [lines, head.positions[:, prefix:] + shift]
+        at = head.start + shift
+    row = HeadRow(np.concatenate(ids), np.concatenate(slots), np.concatenate(positions, axis=1), int(at))
+    tokens = [item.tokens[: plain[place]] for place, item in enumerate(items)]
+    tokens += [item.tokens[plain[place] :] for place, item in enumerate(items)]
+    return Encoded(torch.cat(tokens), sum(item.fused for item in items), row)
 
 
 def pad_tokens(tokens: Sequence[Tensor]) -> Tensor:
@@ -42,9 +80,9 @@ def greedy(
     from transformers import DynamicCache
 
     family, ends = model.family, _end_ids(model)
-    embeds, visible, positions = _prompts(model, pictures, ids)
+    embeds, visible, positions, image = _prompts(model, pictures, ids)
     cache = DynamicCache(config=model.core.config.get_text_config())
-    mask = family.prompt_mask(visible)
+    mask = family.prompt_mask(visible, image)
     out: list[Tensor] = []
     done = torch.zeros(len(ids), dtype=torch.bool, device=model.device)
     for _ in range(max_new_tokens):
@@ -64,8 +102,8 @@ def greedy(
 
 def _prompts(
     model: "VisionLanguageModel", pictures: Sequence[Encoded], ids: Sequence[Sequence[int]]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Left-padded prompts: embeddings (B, T, W), visible (B, T), positions (A, B, T)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Left-padded prompts: embeddings (B, T, W), visible (B, T), positions (A, B, T), visual tokens (B, T)."""
     device, axes = model.device, model.family.axes
     head = stack_heads([picture.head for picture in pictures]).to(device)
     front = model.front(pad_tokens([picture.tokens for picture in pictures]).to(device), head)
@@ -73,15 +111,17 @@ def _prompts(
     total = max(length + len(item) for length, item in zip(lengths, ids, strict=True))
     embeds = front.new_zeros(len(ids), total, front.shape[2])
     visible = torch.zeros(len(ids), total, dtype=torch.bool, device=device)
+    image = torch.zeros_like(visible)
     positions = torch.zeros(axes, len(ids), total, dtype=torch.int64, device=device)
     for row, (length, item) in enumerate(zip(lengths, ids, strict=True)):
         text = model.embed(torch.tensor(item, dtype=torch.int64, device=device)).to(front.dtype)
         used = length + len(item)
         embeds[row, -used:] = torch.cat([front[row, :length], text])
         visible[row, -used:] = True
+        image[row, total - used : total - used + length] = head.slot[row, :length] >= 0
         behind = torch.arange(len(item), device=device) + head.start[row]
         positions[:, row, -used:] = torch.cat([head.positions[:, row, :length], behind.expand(axes, -1)], dim=1)
-    return embeds, visible, positions
+    return embeds, visible, positions, image
 
 
 def _end_ids(model: "VisionLanguageModel") -> Tensor:

@@ -96,8 +96,8 @@ class UnitInputs:
         release: Callable[[Sequence[Unit], Sequence[Encoded]], list[Encoded]] | None = None,
     ) -> None:
         pictures = [picture for unit in units for picture in unit.pictures]
-        asked = [question for picture in pictures for question in picture.questions]
-        model.vouch((item.text for item in asked), (item.answer for item in asked))
+        asked = [(question, len(picture.shown)) for picture in pictures for question in picture.questions]
+        model.vouch(asked, answers=True)
         rows = [_questions(unit, model.family.packs) for unit in units]
         self.units = len(units)
         self._starts: list[int] = [0, *np.cumsum([len(row) for row in rows], dtype=np.int64).tolist()]
@@ -110,9 +110,11 @@ class UnitInputs:
         self.ids = [pictures[index].id for index in self._picture]
         self._encoded: list[Encoded] = []
         for at in range(0, len(pictures), batch_size):
-            chunk = [picture.pixels for picture in pictures[at : at + batch_size]]
-            found = model.encoded(chunk) if features is None else features.encoded(model, chunk)
-            self._encoded += [replace(item, tokens=item.tokens.cpu()) for item in found]  # few are in use at once
+            shown = [picture.shown for picture in pictures[at : at + batch_size]]
+            chunk = [pixels for pictures_of_row in shown for pixels in pictures_of_row]
+            found = iter(model.encoded(chunk) if features is None else features.encoded(model, chunk))
+            joined = [model.shown([next(found) for _ in pictures_of_row]) for pictures_of_row in shown]
+            self._encoded += [replace(item, tokens=item.tokens.cpu()) for item in joined]  # few are in use at once
             if progress is not None:
                 progress(min(at + batch_size, len(pictures)), len(pictures))
         if release is not None:  # published tokens take the place of the pictures' own (trainers.fusion)
@@ -131,12 +133,13 @@ class UnitInputs:
         tokens = pad_tokens([item.tokens for item in shown])
         if fusion_std > 0 and self.fused and index:
             assert key is not None
-            shape = (self.fused, tokens.shape[2])
-            noise = np.stack(
-                [fusion_noise(key, step=step, picture=self.ids[row], shape=shape, std=fusion_std) for row in index]
-            )
-            fused = tokens[:, -self.fused :].float() + torch.from_numpy(noise).to(tokens.device)
-            tokens = torch.cat([tokens[:, : -self.fused], fused.to(tokens.dtype)], dim=1)
+            noisy = []
+            for row, item in zip(index, shown, strict=True):
+                shape = (item.fused, tokens.shape[2])
+                noise = fusion_noise(key, step=step, picture=self.ids[row], shape=shape, std=fusion_std)
+                fused = item.tokens[-item.fused :].float() + torch.from_numpy(noise).to(tokens.device)
+                noisy.append(torch.cat([item.tokens[: -item.fused], fused.to(tokens.dtype)]))
+            tokens = pad_tokens(noisy)
         chosen = torch.tensor(index, dtype=torch.int64)
         packed = replace(self._packed[chosen], head=stack_heads([item.head for item in shown]))
         owners = torch.tensor(owner, dtype=torch.int64)

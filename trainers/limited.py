@@ -97,21 +97,32 @@ def _tokenizer(given: dict[str, Any], content: bytes) -> int:
     return total
 
 
-def _template(given: dict[str, Any], content: bytes) -> str:
-    """Render a chat template on one conversation."""
+def _template(given: dict[str, Any], content: bytes) -> list[tuple[str | None, str | None]]:
+    """Render a chat template on conversations: text or error of each."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     _limit(given["seconds"], given["memory"])
-    rendered = render_jinja_template(
-        conversations=[given["messages"]],
-        chat_template=content.decode("utf-8"),
-        add_generation_prompt=True,
-        **given["special"],
-    )
-    text = str(rendered[0][0])
-    if len(text) > MOST_RESULT:
-        raise ValueError(f"gives {len(text)} characters")
-    return text
+    template = content.decode("utf-8")
+    found: list[tuple[str | None, str | None]] = []
+    for messages in given["conversations"]:
+        try:
+            rendered = render_jinja_template(
+                conversations=[messages],
+                chat_template=template,
+                add_generation_prompt=True,
+                enable_thinking=False,
+                **given["special"],
+            )
+        except MemoryError:
+            raise
+        except Exception as error:  # a template may refuse a conversation and take another
+            found.append((None, f"{type(error).__name__}: {' '.join(str(error).split())}"[:120]))
+            continue
+        text = str(rendered[0][0])
+        if len(text) > MOST_RESULT:
+            raise ValueError(f"gives {len(text)} characters")
+        found.append((text, None))
+    return found
 
 
 def _pattern(given: dict[str, Any], content: bytes) -> list[str]:

@@ -44,10 +44,14 @@ def attach(hf: Any, family: Family, config: LoraConfig, generator: np.random.Gen
     missing = [name for name in config.targets if name not in known]
     if missing:
         raise rejected("model.lora.targets", missing[0], f"{sorted(known)} (linear layers inside the language model)")
+    if config.projector and not any(re.fullmatch(family.projector, name) for name, _ in hf.named_modules()):
+        accepted = f"false: the projector of a {family.model_type} is no part that dpaudit trains"
+        raise rejected("model.lora.projector", True, accepted)
     adapter = PeftLora(r=config.rank, lora_alpha=config.alpha, target_modules=pattern, lora_dropout=0.0)
     with warnings.catch_warnings():  # peft asks transformers for a name that it calls deprecated
         warnings.simplefilter("ignore", FutureWarning)
         wrapped = get_peft_model(hf, adapter, autocast_adapter_dtype=True)
+    _check_modules(wrapped, config)
     with torch.no_grad():
         for name, parameter in sorted(wrapped.named_parameters()):
             if parameter.requires_grad and "lora_A" in name:
@@ -55,6 +59,15 @@ def attach(hf: Any, family: Family, config: LoraConfig, generator: np.random.Gen
                 values = generator.uniform(-bound, bound, size=tuple(parameter.shape))
                 parameter.copy_(torch.as_tensor(values, dtype=parameter.dtype))
     return wrapped
+
+
+def _check_modules(wrapped: Any, config: LoraConfig) -> None:
+    """UsageError where PEFT put an adapter on more than the linear layers that were named, as it does with experts."""
+    for name, module in wrapped.named_modules():
+        if hasattr(module, "lora_A") and not isinstance(module.get_base_layer(), nn.Linear):
+            shared = sorted(set(config.targets) & {"gate_proj", "up_proj", "down_proj"})
+            accepted = "attention layers alone (PEFT would train experts too, which per-unit gradients can't follow)"
+            raise rejected("model.lora.targets", (shared or [short_name(name)])[0], accepted)
 
 
 def targets(hf: Any, family: Family) -> set[str]:

@@ -21,6 +21,7 @@ MOST_FILES = 10_000
 MOST_TOKENIZER = 1 << 26  # bytes: 250,000 tokens with their merges take 35 million
 WANTED = ("*.json", "*.jinja", "*.safetensors", "*.txt", "*.model")  # of a repository on the hub; nothing else is read
 MOST_EDGE, MOST_PIXELS = 1 << 13, 1 << 24  # that a picture is brought to
+IN_PIXELS = ("qwen2", "qwen3")
 PIXELS = ("shortest_edge", "longest_edge", "min_pixels", "max_pixels")
 MOST_TILES = 32  # along an edge
 PROBE = (
@@ -165,7 +166,11 @@ def _check_index(folder: Path, flag: str, weights: set[str]) -> None:
     placed = _object(folder, INDEX, flag).get("weight_map")
     shards = list(placed.values()) if isinstance(placed, dict) else [None]
     for shard in shards:
-        if not isinstance(shard, str) or not _PLAIN.fullmatch(shard) or shard not in weights:
+        if isinstance(shard, str) and _PLAIN.fullmatch(shard) and shard not in weights:
+            raise UsageError(
+                f"{flag} {folder / shard}: a file of the checkpoint is missing (a shard?): download the folder again"
+            )
+        if not isinstance(shard, str) or not _PLAIN.fullmatch(shard):
             raise UsageError(
                 f"{flag} {folder / INDEX}: got {shard!r:.80}; accepted: names of the folder's .safetensors"
             )
@@ -189,17 +194,17 @@ def _check_config(config: Mapping[str, Any], where: str, tensors: int) -> None:
 
 
 def _check_pictures(tree: Mapping[str, Any], where: str, model_type: str) -> None:
-    """Sizes that a picture is brought to. Qwen2-VL's edges are numbers of pixels."""
+    """Sizes that a picture is brought to. Edges of Qwen2-VL and its successors are numbers of pixels."""
     edges: list[int] = []
     for part in _parts(tree):
         for key, value in part.items():
             if isinstance(value, int) and not isinstance(value, bool):
-                pixels = model_type.startswith("qwen2") and key in PIXELS
+                pixels = model_type.startswith(IN_PIXELS) and key in PIXELS
                 if not 0 <= value <= (MOST_PIXELS if pixels else MOST_EDGE):
                     raise UsageError(f"{where}: {key:.80}: got {value!r:.40}; accepted: at most {MOST_EDGE}")
                 if key == "longest_edge":
                     edges.append(value)
-    if edges and not model_type.startswith("qwen2") and max(edges) > MOST_TILES * min(edges):
+    if edges and not model_type.startswith(IN_PIXELS) and max(edges) > MOST_TILES * min(edges):
         raise UsageError(f"{where}: cuts pictures of {max(edges)} pixels into tiles of {min(edges)}")
 
 
@@ -305,23 +310,37 @@ def _linear(part: Any) -> bool:
     return kind == "TemplateProcessing" or all(_linear(item) for item in inside if "type" in item)
 
 
-_TEMPLATES: dict[tuple[str, str], str] = {}
+# -- chat templates --------------------------------------------------------------------------------------------------
 
 
-def rendered_template(template: str, special: Mapping[str, Any], messages: list[dict[str, Any]]) -> str:
-    """A chat template on one conversation, rendered in a child. Raises UsageError where it does not end."""
+@dataclass(frozen=True)
+class Rendered:
+    """What a chat template makes of a conversation: its text, or why there is none."""
+
+    text: str
+    error: str | None = None
+
+
+_TEMPLATES: dict[tuple[str, str], list[Rendered]] = {}
+
+
+def rendered_templates(
+    template: str, special: Mapping[str, Any], conversations: Sequence[list[dict[str, Any]]]
+) -> list[Rendered]:
+    """A chat template on conversations, rendered in a child, thinking off. Raises UsageError where it does not end."""
     import json
 
     named = {name: str(value) for name, value in special.items() if isinstance(value, str)}
-    key = (template, json.dumps([named, messages], sort_keys=True))
+    key = (template, json.dumps([named, list(conversations)], sort_keys=True))
     if key not in _TEMPLATES:
+        given = {"conversations": list(conversations), "special": named}
         try:
-            given = {"messages": messages, "special": named}
-            _TEMPLATES[key] = str(
-                limited.ask("template", given, template.encode("utf-8", "replace"), seconds=limited.TEMPLATE_SECONDS)
+            found = limited.ask(
+                "template", given, template.encode("utf-8", "replace"), seconds=limited.TEMPLATE_SECONDS
             )
         except limited.Refused as error:
             raise UsageError(f"model: its chat template {error}") from None
+        _TEMPLATES[key] = [Rendered(str(text or ""), None if error is None else str(error)) for text, error in found]
     return _TEMPLATES[key]
 
 

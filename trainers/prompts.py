@@ -3,9 +3,11 @@
 All questions of a picture share its visual tokens in one sequence: [head | question 1, answer 1 | question 2, answer 2
 | ...], where the head is the prompt's beginning with the picture in it. Each question sees the head and itself, never
 another question or answer, and its positions start right behind the head, so that the result equals one sequence per
-question. Families whose picture sees the question (PaliGemma) get one row a question instead.
+question. Families whose picture sees the question (PaliGemma) get one row a question instead. A question that shows
+several pictures has all of them in its head, in their order; one that follows others has these before it, as said.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,11 +18,13 @@ import torch
 from torch import Tensor
 
 from dpaudit.errors import UsageError
-from trainers.records import Picture
+from trainers.model_files import Rendered, rendered_templates
+from trainers.records import Picture, Question
 
-LLAVA_TEMPLATE = "USER: <image>\n{question} ASSISTANT:"
 IMAGE = "<image>"
 IGNORE = -100
+History = tuple[tuple[str, str], ...]  # earlier turns: (question, answer)
+TURNS_AT_ONCE = 16  # that a chat template is rendered for together
 TEXT, PADDING = -1, -2  # slots that hold no visual token
 
 
@@ -120,82 +124,235 @@ class Packed:
         )
 
 
+class Template:
+    """The prompt around pictures and questions, as text with marks for what changes.
+
+    `render(pictures, turns)` holds the image token `pictures` times before the first question, `turns` earlier
+    questions and answers as {asked0}, {said0}, {asked1} …, and {question} at the end.
+    """
+
+    def __init__(self, text: str, image: str = IMAGE, *, gap: str = " ", end: str = "") -> None:
+        """A fixed text for one picture and one question; earlier turns repeat it without the picture."""
+        if image not in text or "{question}" not in text or text.index(image) > text.index("{question}"):
+            raise UsageError(f"model template: got {text!r}; accepted: text with {image} before {{question}}")
+        self.text, self.image, self._gap, self._end = text, image, gap, end
+
+    @property
+    def gap(self) -> str:
+        """Text between the prompt and the answer."""
+        return self._gap
+
+    @property
+    def closing(self) -> str:
+        """Text behind an answer; empty where the end-of-sequence token alone ends it."""
+        return ""
+
+    def render(self, pictures: int = 1, turns: int = 0) -> str:
+        """The prompt of so many pictures and earlier turns."""
+        line = f"{self.image}\n" if f"{self.image}\n" in self.text else self.image
+        first = self.text.replace(line, line * pictures)
+        later = self.text.replace(line, "")
+        parts = [first, *[later] * turns]
+        for turn in range(turns):
+            said = f"{self._gap}{{said{turn}}}{self._end}"
+            parts[turn] = parts[turn].replace("{question}", f"{{asked{turn}}}") + said
+        return "".join(parts)
+
+
+class ChatTemplate(Template):
+    """The checkpoint's own chat template, thinking off. Raises UsageError where it shows no picture.
+
+    as_text: a template of a text-only model will do, with the image token in the text (as LLaVA was trained). A
+    template is a program of somebody else: it runs in a child with limits (trainers.model_files).
+    """
+
+    def __init__(self, tokenizer: Any, image: str, *, chat_template: Any = None, as_text: bool = False) -> None:
+        self._source = _source(tokenizer, chat_template)
+        self._special, self.image = tokenizer.special_tokens_map, image
+        self._listed = True
+        self._known: dict[tuple[int, int], str | UsageError] = {}
+        try:
+            self.text = self.render()
+        except UsageError:
+            if not as_text:
+                raise
+            self._listed, self._known = False, {}  # a template of a text-only model: it wants content as one text
+            self.text = self.render()
+
+    @property
+    def gap(self) -> str:
+        said = self.render(1, 1).partition("{said0}")[0].replace("{asked0}", "{question}")
+        return said.removeprefix(self.text) if said.startswith(self.text) else ""
+
+    @property
+    def closing(self) -> str:
+        return self.render(1, 1).partition("{said0}")[2]
+
+    def render(self, pictures: int = 1, turns: int = 0) -> str:
+        if (pictures, turns) not in self._known:
+            self._render(pictures, turns)
+        found = self._known[pictures, turns]
+        if isinstance(found, UsageError):
+            raise found
+        return found
+
+    def _messages(self, pictures: int, turns: int) -> list[dict[str, Any]]:
+        asked = [f"{{asked{turn}}}" for turn in range(turns)] + ["{question}"]
+        messages: list[dict[str, Any]] = []
+        for turn, text in enumerate(asked):
+            messages.append({"role": "user", "content": self._content(text, pictures if turn == 0 else 0)})
+            if turn < turns:
+                messages.append({"role": "assistant", "content": self._content(f"{{said{turn}}}", 0)})
+        return messages
+
+    def _content(self, text: str, pictures: int) -> Any:
+        if self._listed:
+            return [*[{"type": "image"}] * pictures, {"type": "text", "text": text}]
+        return f"{self.image}\n" * pictures + text
+
+    def _render(self, pictures: int, turns: int) -> None:
+        """Render this many turns and those near it: a child takes seconds to start, a conversation no time."""
+        first = turns // TURNS_AT_ONCE * TURNS_AT_ONCE
+        wanted = range(2) if turns < 2 else range(first, first + TURNS_AT_ONCE)
+        asked = [self._messages(pictures, item) for item in wanted]
+        for item, found in zip(wanted, rendered_templates(self._source, self._special, asked), strict=True):
+            self._known[pictures, item] = self._checked(found, pictures)
+
+    def _checked(self, found: Rendered, pictures: int) -> str | UsageError:
+        if found.error is not None:
+            return UsageError(f"model: its chat template fails on a picture and a question ({found.error})")
+        if found.text.count(self.image) != pictures or found.text.count("{question}") != 1:
+            return UsageError(
+                f"model: its chat template does not show a picture as one {self.image} and then the question"
+            )
+        return found.text
+
+
+def _source(tokenizer: Any, given: Any) -> str:
+    """The text of the template that holds for a plain conversation: `given`, else the tokenizer's."""
+    named = getattr(tokenizer, "chat_template", None) if given is None else given
+    text = named.get("default") if isinstance(named, dict) else named
+    if not isinstance(text, str):
+        raise UsageError("model: its chat template is no text, or there are several and none is the default")
+    return text
+
+
+def _ending(tokenizer: Any, closing: str) -> int | None:
+    """The special token that begins `closing`, else the end-of-sequence token."""
+    ids = list(tokenizer(closing.strip(), add_special_tokens=False)["input_ids"]) if closing.strip() else []
+    special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
+    if ids and ids[0] in special and ids[0] != tokenizer.bos_token_id:
+        return int(ids[0])
+    return None if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
+
+
 class Prompter:
     """Turns questions into token ids with one tokenizer and template.
 
-    The template holds the image token and `{question}`; it is tokenised whole and split at the image token, so that
-    real checkpoints see the very tokens they were trained with. image: the image token as text. special: let the
-    tokenizer add its own special tokens to the template. gap: text between prompt and answer. end: the token that ends
-    an answer, where it isn't the tokenizer's end-of-sequence token.
+    The rendered prompt is tokenised whole and split at the image tokens, so that real checkpoints see the very tokens
+    they were trained with. special: let the tokenizer add its own special tokens to the template. gap: text between
+    prompt and answer of a fixed template. An answer ends with the special token that the template puts behind it, else
+    with the tokenizer's end-of-sequence token.
     """
 
     def __init__(
         self,
         tokenizer: Any,
-        template: str,
+        template: str | Template,
         image_token_id: int,
         *,
         image: str = IMAGE,
         special: bool = True,
         gap: str = " ",
-        end: str | None = None,
     ) -> None:
-        if (
-            image not in template
-            or "{question}" not in template
-            or template.index(image) > template.index("{question}")
-        ):
-            raise UsageError(f"model template: got {template!r}; accepted: text with {image} before {{question}}")
-        self.tokenizer = tokenizer
-        self.template = template
-        self.image_token_id = image_token_id
-        self._image, self._special, self._gap = image, special, gap
-        known = end is not None and end in tokenizer.get_vocab()
-        eos = tokenizer.convert_tokens_to_ids(end) if known else tokenizer.eos_token_id
+        ending = str(tokenizer.eos_token or "")
+        self._form = Template(template, image, gap=gap, end=ending) if isinstance(template, str) else template
+        eos = _ending(tokenizer, self._form.closing)
         if eos is None:
             raise UsageError("model: its tokenizer has no end-of-sequence token")
+        self.tokenizer = tokenizer
+        self.template = self._form.text
+        self.image_token_id = image_token_id
+        self._image, self.special, self._gap = self._form.image, special, self._form.gap
         self.eos_id = int(eos)
         self.pad_id = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else self.eos_id
-        self._cache: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
+        self._cache: dict[tuple[Any, ...], tuple[list[int], list[int]]] = {}
         self.prefix = self._split("?")[0]
 
-    def _split(self, question: str) -> tuple[list[int], list[int]]:
-        """Ids before the image token and after it."""
-        ids = list(self.tokenizer(self.asked(question), add_special_tokens=self._special)["input_ids"])
-        if ids and ids[-1] == self.eos_id:
-            ids = ids[:-1]
-        if ids.count(self.image_token_id) != 1:
+    def _split(self, question: str, history: History = (), pictures: int = 1) -> list[list[int]]:
+        """Ids before the first picture, between pictures, and after the last one."""
+        ids = self._ids(self._text(question, history, pictures))
+        if ids.count(self.image_token_id) != pictures:
             raise UsageError(
                 f"model: its tokenizer does not know {self._image} as one token (id {self.image_token_id})"
             )
-        at = ids.index(self.image_token_id)
-        return ids[:at], ids[at + 1 :]
+        pieces: list[list[int]] = [[]]
+        for token in ids:
+            if token == self.image_token_id:
+                pieces.append([])
+            else:
+                pieces[-1].append(token)
+        return pieces
 
-    def asked(self, question: str) -> str:
-        """The text of a whole prompt."""
-        safe = question.replace(self._image, f"< {self._image[1:]}")  # a question can't smuggle in a second picture
-        return self.template.replace("{question}", safe)
+    def _text(self, question: str, history: History, pictures: int) -> str:
+        """The whole prompt."""
+        marks = {"{question}": question}
+        for turn, (asked, said) in enumerate(history):
+            marks |= {f"{{asked{turn}}}": asked, f"{{said{turn}}}": said}
+        parts = re.split("(" + "|".join(map(re.escape, marks)) + ")", self._form.render(pictures, len(history)))
+        # A question can't smuggle in a further picture.
+        safe = {mark: value.replace(self._image, f"< {self._image[1:]}") for mark, value in marks.items()}
+        return "".join(safe.get(part, part) for part in parts)
 
-    def texts(self, questions: Iterable[str], answers: Iterable[str]) -> list[str]:
-        """Every text that the tokenizer is given for these questions and answers."""
-        return [*map(self.asked, questions), *(self._gap + answer for answer in answers)]
+    def _ids(self, text: str) -> list[int]:
+        ids = list(self.tokenizer(text, add_special_tokens=self.special)["input_ids"])
+        # Some tokenizers close every text; an answer follows here.
+        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id and self.special else ids
+
+    def prompt(self, question: str) -> str:
+        """The whole prompt of one picture and one question, as text."""
+        return self._text(question, (), 1)
+
+    def texts(self, asked: Iterable[tuple[str | Question, int]], *, answers: bool) -> list[str]:
+        """Every text that the tokenizer is given for these questions, each with its number of pictures.
+
+        answers: with the questions' own answers behind them.
+        """
+        found = []
+        for item, pictures in asked:
+            question = Question(item, "") if isinstance(item, str) else item
+            found.append(self._text(question.text, question.history, pictures))
+            if answers:
+                found += [f"{found[-1]}{self._gap}{question.answer}", self._gap + question.answer]
+        return found
 
     def before(self, image: str) -> list[int]:
         """Ids of the template's beginning with `image`, the text of a whole picture, at its end."""
-        text = self.template.partition(self._image)[0] + image
-        ids = list(self.tokenizer(text, add_special_tokens=self._special)["input_ids"])
-        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id and self._special else ids
+        return self._ids(self.template.partition(self._image)[0] + image)
 
-    def question_ids(self, question: str) -> list[int]:
-        """Token ids behind the picture, up to where the answer starts."""
-        return self._split(question)[1]
+    def between(self, pictures: int) -> list[list[int]]:
+        """Ids between each two of so many pictures."""
+        return self._split("?", pictures=pictures)[1:-1]
 
-    def encode(self, question: str, answer: str) -> tuple[list[int], list[int]]:
+    def question_ids(self, question: str | Question, pictures: int = 1) -> list[int]:
+        """Token ids behind the last picture, up to where the answer starts."""
+        text, history = (question, ()) if isinstance(question, str) else (question.text, question.history)
+        return self._split(text, history, pictures)[-1]
+
+    def encode(
+        self, question: str, answer: str, history: History = (), pictures: int = 1
+    ) -> tuple[list[int], list[int]]:
         """(question ids, answer ids with the end-of-sequence token)."""
-        key = (question, answer)
+        key = (question, answer, history, pictures)
         if key not in self._cache:
-            answer_ids = list(self.tokenizer(self._gap + answer, add_special_tokens=False)["input_ids"])
-            self._cache[key] = (self.question_ids(question), [*answer_ids, self.eos_id])
+            asked = self._split(question, history, pictures)[-1]
+            whole = self._ids(f"{self._text(question, history, pictures)}{self._gap}{answer}")
+            at = len(whole) - 1 - whole[::-1].index(self.image_token_id) + 1
+            if whole[at : at + len(asked)] == asked:  # the answer as it is tokenised behind its prompt
+                answer_ids = whole[at + len(asked) :]
+            else:  # its first sign would melt into the prompt's last token
+                answer_ids = list(self.tokenizer(self._gap + answer, add_special_tokens=False)["input_ids"])
+            self._cache[key] = (asked, [*answer_ids, self.eos_id])
         return self._cache[key]
 
     def pack(self, pictures: Sequence[Picture]) -> Packed:
@@ -217,7 +374,7 @@ class Prompter:
     def _row(self, picture: Picture) -> dict[str, list[Any]]:
         row: dict[str, list[Any]] = {name: [] for name in ("input_ids", "segment", "offset", "targets", "weights")}
         for segment, item in enumerate(picture.questions):
-            question, answer = self.encode(item.text, item.answer)
+            question, answer = self.encode(item.text, item.answer, item.history, len(picture.shown))
             ids = question + answer[:-1]
             targets = [IGNORE] * (len(question) - 1) + answer
             weight = 1.0 / (len(picture.questions) * len(answer))

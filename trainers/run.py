@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -34,7 +35,7 @@ from trainers.gradients import (
 )
 from trainers.plan import Inserted, Plan, ledger_rows, make_plan
 from trainers.progress import Reporter, Silent, StepReport
-from trainers.records import Dataset, Picture, Unit
+from trainers.records import Dataset, Unit
 from trainers.sharding import local
 from trainers.step import Trainer
 from trainers.vlm import VisionLanguageModel
@@ -272,7 +273,7 @@ def estimate_seconds(config: RunConfig, dataset: Dataset, plan: Plan) -> float:
     rng = np.random.default_rng(0)
     like = dataset.train[0].pictures[0]
     units = [
-        Unit(str(index), (Picture(str(index), rng.integers(0, 256, like.pixels.shape, np.uint8), like.questions),))
+        Unit(str(index), (replace(like, id=str(index), pixels=rng.integers(0, 256, like.pixels.shape, np.uint8)),))
         for index in range(sample)
     ]
     chosen = config.model

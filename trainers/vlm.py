@@ -17,17 +17,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from dpaudit import online
+from dpaudit import online, untrusted
 from dpaudit.config import LoraConfig, ReducerConfig
 from dpaudit.errors import DpauditError, EnvironmentFailure, UsageError, rejected
 from trainers import lora, model_files
-from trainers.families import FAMILIES, Family, Grid
+from trainers.families import FAMILIES, Family, Grid, Scattered, processors, scattered
 from trainers.families.attention import widened
 from trainers.families.base import Prepared
 from trainers.generation import Encoded as Encoded
-from trainers.generation import greedy
+from trainers.generation import greedy, join
 from trainers.prompts import IGNORE, TEXT, Head, HeadRow, Packed, stack_heads
-from trainers.records import Pixels
+from trainers.records import Pixels, Question
 from trainers.reducers import Reduced, Reducer, VisualTokens, make_reducer
 
 REFERENCE = Path(__file__).parent / "public" / "base"
@@ -74,6 +74,7 @@ class VisionLanguageModel:
         self.drop_cls = self.family.drop_cls
         self.prompter = self.family.prompter(tokenizer)
         self.checkpointing: Checkpointing = "none"
+        self.too_long: list[int] = []
         self.reducer_config = ReducerConfig()
         self.reducer: Reducer = self._make_reducer(ReducerConfig(), self.family.patches)
 
@@ -95,7 +96,6 @@ class VisionLanguageModel:
         a hub id may be asked for over the network (None: where the user said so, dpaudit.online); without it the local
         cache must hold it. flag: how an error names the model.
         """
-        import transformers
         from transformers import CONFIG_MAPPING, AutoTokenizer
         from transformers.utils import logging as hf_logging
 
@@ -105,14 +105,18 @@ class VisionLanguageModel:
         # Whatever these libraries raise on a checked folder is about its files.
         with online.cut_off(), told_as(f"{flag}: got {path!r}, which can't be loaded"):
             model_type = model_files.model_type(folder, f"{flag}:")
-            architecture = getattr(transformers, family_class(model_type, path, flag).architecture)
+            family = family_class(model_type, path, flag)
             files = model_files.check(folder, f"{flag}:")
             config = CONFIG_MAPPING[model_type].from_dict(dict(files.config))
+            architecture = _architecture(family, config)
             local: dict[str, Any] = {"local_files_only": True}
             if path is not None:
                 model_files.check_size(files, lambda: architecture._from_config(config), f"{flag}:")
                 guard = model_files.TokenizerGuard.of(folder, f"{flag}:")
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, config=config, **local)
+            # Weights come last: what is wrong with the folder is said before gigabytes are read.
+            plain = hasattr(config, "dpaudit_template")
+            processor = _processor_of(folder, family, model_type, tokenizer, flag, needed=not plain)
             wanted = {"dtype": getattr(torch, precision), "use_safetensors": True, "config": config}
             hf, found = architecture.from_pretrained(str(folder), **wanted, **local, output_loading_info=True)
             if found["missing_keys"] or found["mismatched_keys"]:  # would be drawn at random
@@ -120,13 +124,17 @@ class VisionLanguageModel:
                 raise UsageError(
                     f"{flag}: got {path!r}, whose files lack {len(lost)} weights, the first is {lost[0]!s:.120}"
                 )
-            processor = _processor_of(folder)
             rows, most = hf.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=0)
             if most >= rows:
                 raise UsageError(f"{flag}: got {path!r}, whose tokenizer has a token {most}; its model knows {rows}")
-            return cls(
+            model = cls(
                 hf, tokenizer, device=pick_device(device), source=path or "reference", processor=processor, guard=guard
             )
+            if isinstance(model.family, Scattered):
+                scattered.check(model)
+            elif processor is not None:
+                _probe(model, path, flag)
+            return model
 
     def set_reducer(self, config: ReducerConfig) -> None:
         """Choose the reducer used by `answer` and by callers of `self.reducer`; raises UsageError on bad sizes."""
@@ -183,10 +191,13 @@ class VisionLanguageModel:
                 break
         return found
 
-    def vouch(self, questions: Iterable[str], answers: Iterable[str] = ()) -> None:
-        """Raise UsageError where a foreign tokenizer takes too long or too much on one of these texts."""
+    def vouch(self, asked: Iterable[tuple[str | Question, int]], *, answers: bool = False) -> None:
+        """Raise UsageError where a foreign tokenizer takes too long or too much on one of these questions.
+
+        asked: each with its number of pictures. answers: with their own answers.
+        """
         if self.guard is not None and self.guard.risky:
-            self.guard.vouch(self.prompter.texts(questions, answers))
+            self.guard.vouch(self.prompter.texts(asked, answers=answers))
 
     # -- pictures --------------------------------------------------------------------------------------------------
 
@@ -260,8 +271,7 @@ class VisionLanguageModel:
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings of text tokens."""
-        embedded: Tensor = self.core.get_input_embeddings()(ids)
-        return embedded
+        return self.family.embedded(self.core.get_input_embeddings()(ids))
 
     def front(self, tokens: Tensor, head: Head) -> Tensor:
         """(B, H, W) embeddings of the head, with the projected visual tokens in their slots."""
@@ -291,25 +301,47 @@ class VisionLanguageModel:
         weighted = cross_entropy * packed.weights[wanted]
         return torch.zeros(packed.rows, dtype=weighted.dtype, device=self.device).index_add(0, owner, weighted)
 
+    def shown(self, encoded: Sequence[Encoded]) -> Encoded:
+        """The pictures of one question, encoded each by itself, as one."""
+        if len(encoded) == 1:
+            return encoded[0]
+        between = self.prompter.between(len(encoded))
+        return join(encoded, len(self.prompter.prefix), between, self.family.first_position)
+
     @torch.no_grad()
     def answer(
-        self, pixels: Sequence[Pixels], questions: Sequence[str], *, batch_size: int = 128, max_new_tokens: int = 12
+        self,
+        pixels: Sequence[Pixels | tuple[Pixels, ...]],
+        questions: Sequence[str | Question],
+        *,
+        batch_size: int = 128,
+        max_new_tokens: int = 12,
     ) -> list[str]:
-        """Greedy answers, one a (picture, question) pair; the result does not depend on the batch size.
+        """Greedy answers, one a (picture or pictures, question) pair; the result does not depend on the batch size.
 
-        Pictures are reduced as in training, without fusion noise. Equal pictures are encoded once.
+        Pictures are reduced as in training, without fusion noise. Equal pictures are encoded once. A question that the
+        model's context can't hold gets no answer (empty text); `too_long` names these questions until the next call.
         """
         if len(pixels) != len(questions):
             raise ValueError(f"{len(pixels)} pictures for {len(questions)} questions")
-        self.vouch(questions)
-        index, unique = _deduplicate(pixels)
-        encoded = [item for at in range(0, len(unique), 256) for item in self.encoded(unique[at : at + 256])]
-        ids = [self.prompter.question_ids(question) for question in questions]
-        order = sorted(range(len(ids)), key=lambda item: len(ids[item]))  # similar lengths together: little padding
+        sets = [item if isinstance(item, tuple) else (item,) for item in pixels]
+        self.vouch([(item, len(shown)) for item, shown in zip(questions, sets, strict=True)])
+        place, unique = _deduplicate([item for shown in sets for item in shown])
+        single = [item for at in range(0, len(unique), 256) for item in self.encoded(unique[at : at + 256])]
+        ends = np.cumsum([len(shown) for shown in sets], dtype=np.int64)
+        which = [tuple(place[end - len(shown) : end].tolist()) for end, shown in zip(ends, sets, strict=True)]
+        joined = {item: self.shown([single[index] for index in item]) for item in dict.fromkeys(which)}
+        ids = [self.prompter.question_ids(item, len(shown)) for item, shown in zip(questions, sets, strict=True)]
+        longest = self.max_positions
+        self.too_long = [
+            index for index, item in enumerate(ids) if len(joined[which[index]].head.slot) + len(item) >= longest
+        ]
+        fits = sorted(set(range(len(ids))) - set(self.too_long))
+        order = sorted(fits, key=lambda item: len(ids[item]))  # similar lengths together: little padding
         answers = [""] * len(ids)
         for at in range(0, len(order), batch_size):
             chosen = order[at : at + batch_size]
-            pictures = [encoded[index[item]] for item in chosen]
+            pictures = [joined[which[item]] for item in chosen]
             texts = greedy(self, pictures, [ids[item] for item in chosen], max_new_tokens)
             for item, text in zip(chosen, texts, strict=True):
                 answers[item] = text
@@ -367,15 +399,6 @@ class VisionLanguageModel:
 short_name = lora.short_name
 
 
-def _processor_of(folder: Path) -> Any:
-    """The checkpoint's own picture processor, or None where it ships none (then: plain resize)."""
-    if not any((folder / name).exists() for name in ("preprocessor_config.json", "processor_config.json")):
-        return None
-    from transformers import AutoImageProcessor
-
-    return AutoImageProcessor.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-
-
 @contextmanager
 def told_as(problem: str) -> Iterator[None]:
     """Whatever a library makes of foreign files ends as one line: UsageError, or EnvironmentFailure without memory."""
@@ -387,7 +410,72 @@ def told_as(problem: str) -> Iterator[None]:
         raise EnvironmentFailure(f"{problem}: this machine has too little memory for it") from None
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "torchvision" in str(error).lower() or "VIDEO_PROCESSOR" in str(error):
+            first = "its processor needs the package torchvision; pip install torchvision"
         raise UsageError(f"{problem}: {first:.300}") from error
+
+
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+
+
+def _architecture(family: type[Family], config: Any) -> Any:
+    """The class of transformers that a configuration is of."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as CLASSES
+
+    return CLASSES[type(config)] if family is Scattered else getattr(transformers, family.architecture)
+
+
+def _probe(model: VisionLanguageModel, path: str | None, flag: str) -> None:
+    """A public picture of noise through processor and tower; UsageError where they do not fit each other."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
+    try:
+        model.encoded([noise])
+    except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        why = " ".join(str(error).split())[:120]
+        raise UsageError(
+            f"{flag}: {path}: its picture processor does not fit its tower ({type(error).__name__}: {why}); take "
+            "preprocessor_config.json from the same checkpoint as the weights"
+        ) from error
+
+
+def _processor_of(
+    folder: Path, family: type[Family], model_type: str, tokenizer: Any, flag: str, *, needed: bool
+) -> Any:
+    """The checkpoint's own picture processor, or None where it ships none and none is `needed` (then: plain resize).
+
+    Families that take processor and model as they are get the whole processor. A chat template that lies beside it is
+    put on the tokenizer.
+    """
+    from transformers import AutoImageProcessor
+
+    _find_template(folder, tokenizer)
+    if not any((folder / name).exists() for name in PROCESSORS):
+        if needed:
+            accepted = (
+                f"a folder with the checkpoint's picture processor ({' or '.join(PROCESSORS)}): how it was trained"
+            )
+            raise rejected(flag, str(folder), f"{accepted} to see can't be guessed")
+        return None
+    if family is Scattered:
+        return processors.load(folder, model_type)
+    return AutoImageProcessor.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+
+
+def _find_template(folder: Path, tokenizer: Any) -> None:
+    """Older checkpoints keep the chat template in a file of the processor, which no tokenizer reads."""
+    if getattr(tokenizer, "chat_template", None) is not None:
+        return
+    for name in ("chat_template.jinja", "chat_template.json"):
+        if not (folder / name).exists():
+            continue
+        text = untrusted.read_text(untrusted.part_of(folder, name), untrusted.MOST_CONFIGURATION)
+        tree = {"chat_template": text} if name.endswith(".jinja") else untrusted.parse_json(text)
+        found = tree.get("chat_template") if isinstance(tree, dict) else None
+        if not isinstance(found, str):
+            raise UsageError(f"model: {folder / name}: holds no chat template")
+        tokenizer.chat_template = found
+        return
 
 
 def _deduplicate(pixels: Sequence[Pixels]) -> tuple[npt.NDArray[np.int64], list[Pixels]]:
@@ -404,8 +492,19 @@ def _deduplicate(pixels: Sequence[Pixels]) -> tuple[npt.NDArray[np.int64], list[
 
 
 def family_class(model_type: str, source: str | None, flag: str = "model.path") -> type[Family]:
-    """The family of a model type; raises UsageError for one that is not supported."""
-    if model_type not in FAMILIES:
-        accepted = f"a checkpoint of model type {', '.join(sorted(FAMILIES))}; this one is {model_type:.60}"
-        raise rejected(flag, source, accepted)
-    return FAMILIES[model_type]
+    """The family of a model type; raises UsageError for one that does not answer questions about pictures."""
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as TEXT
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
+
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    if model_type in KNOWN:
+        return Scattered
+    what = "a type that answers no questions about pictures"
+    if model_type in TEXT:
+        what = "a text-only model"
+    elif model_type not in CONFIG_MAPPING:
+        what = "which transformers does not know (a newer transformers may know it)"
+    accepted = f"a checkpoint of model type {', '.join(sorted(FAMILIES))}, or others of docs/models.md"
+    raise UsageError(f"{flag}: {source} is of type {model_type:.60}, {what}; accepted: {accepted}")

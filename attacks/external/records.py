@@ -13,6 +13,7 @@ import pandas as pd
 from dpaudit import untrusted
 from dpaudit.errors import UsageError, rejected
 from trainers.data import rows
+from trainers.data.pictures import Decoded
 from trainers.data.rows import Source
 from trainers.records import Picture, Pixels, Question, Unit
 
@@ -34,19 +35,19 @@ def read_units(records: Path, images: Path | None = None) -> dict[str, Unit]:
     source = open_file(records, "--records")
     pictures = {} if images is None else _pictures(open_file(images, "--images"))
     where = "image" if images is None else "image_id"
-    found: dict[str, dict[str, tuple[Pixels, list[Question]]]] = {}
+    found: dict[str, dict[str, tuple[Pixels, list[Question]]]] = {}  # by unit and content
     for number, row in rows.read_rows(source, ["id", where, "question", "answer"], ["kind"]):
         unit = str(rows.key(source, number, row, "id"))
         if images is None:
-            pixels = rows.decode(source, number, rows.picture_bytes(source, number, row))
+            picture = rows.look_at(source, number, rows.picture_bytes(source, number, row))
         else:
             name = str(rows.key(source, number, row, "image_id"))
             if name not in pictures:
                 raise source.fault(number, "image_id", "no such picture in --images")
-            pixels = pictures[name]
+            picture = pictures[name]
         kind = rows.text(source, number, row, "kind") if row.get("kind") is not None else "question"
         question = Question(rows.text(source, number, row, "question"), rows.text(source, number, row, "answer"), kind)
-        shown = found.setdefault(unit, {}).setdefault(rows.content_sha256(pixels), (pixels, []))
+        shown = found.setdefault(unit, {}).setdefault(picture.content, (picture.frames[0], []))
         shown[1].append(question)
     if not found:
         raise UsageError(f"{source.label}: no rows")
@@ -62,13 +63,13 @@ def read_units(records: Path, images: Path | None = None) -> dict[str, Unit]:
     }
 
 
-def _pictures(source: Source) -> dict[str, Pixels]:
-    found: dict[str, Pixels] = {}
+def _pictures(source: Source) -> dict[str, Decoded]:
+    found: dict[str, Decoded] = {}
     for number, row in rows.read_rows(source, ["image_id", "image"]):
         name = str(rows.key(source, number, row, "image_id"))
         if name in found:
             raise source.fault(number, "image_id", "occurs a second time in this file")
-        found[name] = rows.decode(source, number, rows.picture_bytes(source, number, row))
+        found[name] = rows.look_at(source, number, rows.picture_bytes(source, number, row))
     return found
 
 

@@ -13,7 +13,7 @@ from attacks.membership.signals import mean_by_record
 from attacks.membership.table import Attack
 from attacks.membership.view import View
 from trainers.generation import greedy
-from trainers.records import Pixels
+from trainers.records import Pixels, Question
 from trainers.vlm import VisionLanguageModel
 
 Floats = npt.NDArray[np.float64]
@@ -72,8 +72,8 @@ class TemperatureSensitivity(Attack):
 
     def scores(self, view: View) -> Floats:
         truths, owners = _truths(view)
-        shown = [picture.pixels for unit in view.units for picture in unit.pictures for _ in picture.questions]
-        asked = [question.text for unit in view.units for picture in unit.pictures for question in picture.questions]
+        shown = [picture.shown for unit in view.units for picture in unit.pictures for _ in picture.questions]
+        asked = [question for unit in view.units for picture in unit.pictures for question in picture.questions]
         seed = int(view.rng(self.name).integers(2**31))
         total = np.zeros(len(truths))
         for index, temperature in enumerate(TEMPERATURES):
@@ -103,16 +103,21 @@ class _Heated:
 
 
 def sampled_answers(
-    model: VisionLanguageModel, pixels: Sequence[Pixels], questions: Sequence[str], *, temperature: float, seed: int
+    model: VisionLanguageModel,
+    shown: Sequence[tuple[Pixels, ...]],
+    questions: Sequence[Question],
+    *,
+    temperature: float,
+    seed: int,
 ) -> list[str]:
     """One answer to each question, sampled at a temperature; the same for the same seed."""
     heated: Any = _Heated(model, temperature, torch.Generator().manual_seed(seed))
-    ids = [model.prompter.question_ids(question) for question in questions]
+    ids = [model.prompter.question_ids(item, len(seen)) for item, seen in zip(questions, shown, strict=True)]
     order = sorted(range(len(ids)), key=lambda item: len(ids[item]))
     out = [""] * len(ids)
     for at in range(0, len(order), AT_ONCE):
         chosen = order[at : at + AT_ONCE]
-        pictures = model.encoded([pixels[item] for item in chosen])
+        pictures = [model.shown(model.encoded(shown[item])) for item in chosen]
         texts = greedy(heated, pictures, [ids[item] for item in chosen], MOST_NEW_TOKENS)
         for item, text in zip(chosen, texts, strict=True):
             out[item] = text

@@ -150,8 +150,8 @@ def half_records(units: Sequence[Unit]) -> dict[str, list[Unit]]:
 def _answers(model: VisionLanguageModel, units: Sequence[Unit]) -> tuple[Floats, npt.NDArray[np.int64]]:
     """Similarity of each given answer to the record's, and the record (its index)."""
     pictures = [(index, picture) for index, unit in enumerate(units) for picture in unit.pictures]
-    shown = [picture.pixels for _, picture in pictures for _ in picture.questions]
-    asked = [question.text for _, picture in pictures for question in picture.questions]
+    shown = [picture.shown for _, picture in pictures for _ in picture.questions]
+    asked = [question for _, picture in pictures for question in picture.questions]
     truths = [question.answer for _, picture in pictures for question in picture.questions]
     owner = np.array([index for index, picture in pictures for _ in picture.questions])
     given = model.answer(shown, asked)

@@ -49,8 +49,8 @@ class Access:
     def answers(self) -> list[str]:
         """Greedy answers to all questions, in the order of units, pictures and questions."""
         pictures = [picture for unit in self.units for picture in unit.pictures for _ in picture.questions]
-        asked = [question.text for unit in self.units for picture in unit.pictures for question in picture.questions]
-        return self.model.answer([picture.pixels for picture in pictures], asked)
+        asked = [question for unit in self.units for picture in unit.pictures for question in picture.questions]
+        return self.model.answer([picture.shown for picture in pictures], asked)
 
     @cached_property
     def gradients(self) -> UnitGradients:

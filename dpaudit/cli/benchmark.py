@@ -88,6 +88,10 @@ def _show(run: Path, document: "BenchmarkDocument") -> None:
         version = about.lmms_eval_version if about is not None else document.lmms_eval_version
         headline = about.headline if about is not None else "exact_match"
         console.say(f"{run}: {task}, lmms-eval {version}, {headline} with 95 % intervals")
+        if about is not None and about.held_out not in (None, "yes"):
+            console.say(f"  held out: {about.held_out}")
+        if about is not None and about.missing:
+            console.say(f"  {about.missing} questions do not fit into the model's context: no answer, counted as wrong")
         for name, metric in list(metrics.items())[:SHOWN]:
             _row(label(headline, name), metric, (document.base or {}).get(task, {}).get(name))
         if len(metrics) > SHOWN:

@@ -109,11 +109,15 @@ def _claim_sentence(document: ClaimDocument) -> str:
 
 
 def _dry_run(config: "object", as_json: bool) -> None:
-    from attacks.training import dry_run
+    from attacks.training import about_data, dry_run
     from dpaudit.config import RunConfig
+    from trainers import data
 
     assert isinstance(config, RunConfig)
-    plan, seconds = dry_run(config)
+    dataset = data.load(config.data)
+    for line in about_data(dataset):
+        console.log(line)
+    plan, seconds = dry_run(config, dataset)
     document = plan.document()
     if as_json:
         return console.emit(document)

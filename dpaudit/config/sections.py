@@ -5,6 +5,7 @@ Field names use dashes on the outside (`data.train-images`) and underscores insi
 
 import hashlib
 import json
+import re
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
@@ -64,16 +65,29 @@ class DataConfig(Section):
 
     name: str | None = Field(default=None, description="'digits' or a hub name; default digits without a path")
     path: str | None = Field(default=None, description="folder of a local data set")
-    train: str | None = None
+    subset: str | None = Field(default=None, description="configuration name of a hub set that has several")
+    train: str | None = Field(default=None, description="file or folder inside data.path, or a split of a hub set")
     test: str | None = None
-    train_images: str | None = None
+    train_images: str | None = Field(default=None, description="table of pictures by image_id, or a folder of them")
     test_images: str | None = None
+    post_prompt: str | None = Field(default=None, description="text behind every question; default: by the format")
+    background: str = Field(default="white", description="colour behind transparency: white, black, grey, #rrggbb")
+    frames: Literal["refuse", "first", "all"] = Field(
+        default="refuse", description="animations and files of several pages: refused, their first frame, or all"
+    )
     unit: str | None = Field(default=None, description="column that names the privacy unit; default: the picture")
     reserve: int = Field(default=0, ge=0, description="local sets: units held back from training for natural canaries")
     limit: int | None = Field(default=None, ge=2, description="use only the first N train units (and N test units)")
     public_size: int | None = Field(
         default=None, ge=1, description="declared public size of the training set; default: its true size, made public"
     )
+
+    @field_validator("background")
+    @classmethod
+    def _colour(cls, value: str) -> str:
+        if not re.fullmatch(r"white|black|grey|#[0-9a-fA-F]{6}", value):
+            raise ValueError("must be white, black, grey or #rrggbb")
+        return value
 
     @model_validator(mode="after")
     def _one_source(self) -> "DataConfig":

@@ -51,6 +51,12 @@ class TaskAbout(Part):
     questions: int
     pictures: int = Field(description="Different pictures.")
     limit: int | None = Field(default=None, description="Only so many were asked.")
+    held_out: str | None = Field(
+        default=None, description="Whether the pictures were in train, for a run's own questions; null: not looked at."
+    )
+    missing: int = Field(
+        default=0, description="Questions longer than the model's context: no answer, counted as wrong."
+    )
 
 
 class BenchmarkDocument(Document):

@@ -1,5 +1,6 @@
 """Functions of dpaudit's own tasks: one picture, the question as it is, and how answers are counted."""
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -7,11 +8,12 @@ from typing import Any
 from reports.metrics import exact_match, token_f1, words, yes_no
 
 Result = dict[str, Any]
+ANNOTATORS = 10  # of VQA v2, TextVQA, VizWiz and OK-VQA
 
 
 def doc_to_visual(doc: dict[str, Any]) -> list[Any]:
-    """The picture of a question."""
-    return [doc["image"].convert("RGB")]
+    """The pictures of a question."""
+    return [item.convert("RGB") for item in (doc["image"], *(doc.get("beside") or ()))]
 
 
 def doc_to_text(doc: dict[str, Any]) -> str:
@@ -20,8 +22,11 @@ def doc_to_text(doc: dict[str, Any]) -> str:
 
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """Exact match of the one answer."""
-    return {"exact_match": exact_match(results[0], doc["answer"])}
+    """Exact match of the answer. With a list of accepted answers: of ten annotators, VQA's min(1, agreeing / 3); of any
+    other number, 1 where one of them is met."""
+    accepted = json.loads(doc["answers"]) if doc.get("answers") else [doc["answer"]]
+    agreeing = sum(exact_match(results[0], answer) for answer in accepted)
+    return {"exact_match": min(1.0, agreeing / (3 if len(accepted) == ANNOTATORS else 1))}
 
 
 # -- open and closed questions ---------------------------------------------------------------------------------------

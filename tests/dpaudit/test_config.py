@@ -38,6 +38,7 @@ def sections(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
 LEAVES = fields()
 TEXT = {
     "data.name", "data.path", "data.train", "data.test", "data.train-images", "data.test-images", "data.unit",
+    "data.subset", "data.post-prompt",
     "model.path",
 }  # fmt: skip
 # Values that no field of the name accepts, beside those that none of its type does.
@@ -46,6 +47,8 @@ BAD: dict[str, list[str]] = {
     "seed": ["-1", "0.5", "9223372036854775808", "abc"],
     "data.reserve": ["-1", "1.5"],
     "data.limit": ["1", "0", "-3"],
+    "data.frames": ["some", "3"],
+    "data.background": ["plaid", "#12345"],
     "data.public-size": ["0", "-1"],
     "model.device": ["gpu", "cuda:", "cuda:x", "CPU"],
     "model.precision": ["float16", "bf16", "null"],

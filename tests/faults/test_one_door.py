@@ -22,7 +22,7 @@ NAMES = {
 }  # fmt: skip
 METHODS = {"read_text", "read_bytes", "from_pretrained", "read_csv", "read_parquet", "read_json", "read_feather",
            "read_excel", "read_hdf", "read_orc", "read_table", "read_schema", "read_metadata", "ParquetFile",
-           "load_dataset", "load_from_disk"}  # fmt: skip
+           "load_dataset", "load_from_disk", "memory_map", "OSFile", "open_stream", "open_file"}  # fmt: skip
 
 # (file, what is called) -> why it is no file of somebody else, or why the call is safe.
 OUTSIDE = {
@@ -49,7 +49,8 @@ OUTSIDE = {
     ("reports/process.py", "own.read_text"): "our worker's log",
     ("reports/worker.py", "pq.read_schema"): "a table that this benchmark wrote",
     ("reports/worker.py", "Path(sys.argv[1]).read_text"): "written by the parent process",
-    ("trainers/data/rows.py", "Image.open"): "bytes that came through the door; formats and sizes are checked there",
+    ("trainers/data/pictures.py", "Image.open"): "bytes of the door; formats and sizes are checked there",
+    ("reports/copies.py", "Image.open"): "bytes that trainers.data.pictures decoded a moment ago",
     ("trainers/limited.py", "open"): "/proc/self/statm",
     ("trainers/model_files.py", "snapshot_download"): "into the local cache; the folder is checked before it is read",
     ("trainers/run.py", "settings.read_text"): "written by this process a moment ago",
@@ -57,6 +58,7 @@ OUTSIDE = {
     ("trainers/vlm.py", "AutoTokenizer.from_pretrained"): "a folder that passed trainers.model_files",
     ("trainers/vlm.py", "architecture.from_pretrained"): "a folder that passed trainers.model_files",
     ("trainers/vlm.py", "AutoImageProcessor.from_pretrained"): "a folder that passed trainers.model_files",
+    ("trainers/families/processors.py", "source.from_pretrained"): "the same folder, transformers' own classes alone",
 }  # fmt: skip
 
 

@@ -362,4 +362,4 @@ def test_a_question_without_a_picture_and_an_unknown_task_are_one_line(run: RunF
     )
     lines = [line for line in done.stderr.splitlines() if line.startswith("dpaudit: ")]
     assert done.returncode == 2 and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "got '0 pictures'; accepted: exactly one picture a question" in lines[0]
+    assert "got '0 pictures'; accepted: 1 to 16 pictures a question" in lines[0]

@@ -5,6 +5,8 @@ batch, one `backward()`; reducers as loops over single tokens. Shares nothing wi
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,7 @@ CHAT = {
         "<|im_end|>",
     ),
 }
-CHAT["qwen2_5_vl"] = CHAT["qwen2_vl"]
+CHAT |= dict.fromkeys(("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), CHAT["qwen2_vl"])
 REDUCERS = ("none", "random", "cls-topk", "visionzip", "tome", "divprune")  # what this module knows
 
 
@@ -169,7 +171,33 @@ class Plain:
             given["token_type_ids"][:, -count:] = 1
         if self.kind.startswith("qwen"):
             given["position_ids"] = self.rope(origin, pixels)
+        if self.kind.startswith("qwen3"):
+            chosen = torch.stack([*[tokens[place] for place in kept], *fused])
+            columns = [column for column, place in enumerate(origin) if place is not None]
+            with self.deepstack(chosen, columns):
+                return self.core(inputs_embeds=embeds, **given).logits  # type: ignore[no-any-return]
         return self.core(inputs_embeds=embeds, **given).logits  # type: ignore[no-any-return]
+
+    @contextmanager
+    def deepstack(self, chosen: Tensor, columns: list[int]) -> Iterator[None]:
+        """Qwen3-VL's further features, added behind the decoder's first layers in the columns of visual tokens."""
+        visual, handles = self.core.model.visual, []
+        for number, merger in enumerate(visual.deepstack_merger_list):
+            width = chosen.shape[1] // (1 + len(visual.deepstack_merger_list))
+            extra = merger(chosen[:, (number + 1) * width : (number + 2) * width].reshape(-1, width // 4))
+
+            def add(_module: Any, _args: Any, out: Any, extra: Tensor = extra) -> Any:
+                rows = [torch.zeros_like(out[0, 0])] * out.shape[1]
+                for column, row in zip(columns, extra, strict=True):
+                    rows[column] = row
+                return out + torch.stack(rows)
+
+            handles.append(self.core.model.language_model.layers[number].register_forward_hook(add))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def choose(
         self, tokens: Tensor, importance: Tensor, keys: Tensor
@@ -268,9 +296,13 @@ class Plain:
         def remember(_module: Any, args: Any, kwargs: Any) -> None:
             seen.append((args[0], kwargs["position_embeddings"]))
 
-        handle = block.register_forward_pre_hook(remember, with_kwargs=True)
+        handles = [block.register_forward_pre_hook(remember, with_kwargs=True)]
+        deep: list[Tensor] = []
+        for index in getattr(visual, "deepstack_visual_indexes", ()):  # ascending in every checkpoint
+            handles.append(visual.blocks[index].register_forward_hook(lambda *given: deep.append(given[-1])))
         hidden = visual(given["pixel_values"].to(self.core.dtype), grid_thw=given["image_grid_thw"]).last_hidden_state
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         entering, (cos, sin) = seen[0]
         heads = block.attn.num_heads
         query, key, _ = _wide(block.attn.qkv(block.norm1(entering))).chunk(3, dim=-1)
@@ -299,7 +331,8 @@ class Plain:
             )
             back = {int(place): index for index, place in enumerate(order)}
             squares = [squares[back[place]] for place in range(len(squares))]
-        tokens = torch.stack([hidden[square].flatten() for square in squares])
+        layers = [hidden, *(_wide(item) for item in deep)]
+        tokens = torch.stack([torch.cat([layer[square].flatten() for layer in layers]) for square in squares])
         importance = torch.stack([received[square].mean() for square in squares])
         return tokens, None, importance, torch.stack([keys[square].mean(dim=0) for square in squares])
 
@@ -309,6 +342,8 @@ class Plain:
         if self.kind in ("idefics3", "smolvlm"):
             return model.connector.modality_projection(tokens)  # type: ignore[no-any-return]
         if self.kind.startswith("qwen"):
+            if self.kind.startswith("qwen3"):  # behind the last layer's features stand those of the deepstack
+                tokens = tokens[..., : tokens.shape[-1] // (1 + len(model.visual.deepstack_merger_list))]
             patches = tokens[0].unflatten(-1, (4, -1)).flatten(0, 1)
             return model.visual.merger(patches)[None]  # type: ignore[no-any-return]
         return model.multi_modal_projector(tokens)  # type: ignore[no-any-return]

@@ -143,8 +143,8 @@ def test_a_bad_picture_is_named_by_file_and_row(
 LOCAL: list[tuple[str, Callable[[Path], list[str]], str]] = [
     ("longer than the context", lambda folder: local(folder, rows(answer="qzx " * 120)), "data.train: "),
     ("empty answer", lambda folder: local(folder, rows(answer=" ")), "train.parquet, row 12, answer: "),
-    ("answer too long", lambda folder: local(folder, rows(answer="a" * 501)), "train.parquet, row 12, answer: "),
-    ("no such column", lambda folder: [*local(folder, rows()), "data.unit=person"], "train.parquet: "),
+    ("answer too long", lambda folder: local(folder, rows(answer="a" * 501)), "data.train: "),
+    ("no such column", lambda folder: [*local(folder, rows()), "data.unit=person"], "train.parquet, row 1, person: "),
     ("no such file", lambda folder: [*local(folder, rows()), "data.train=other.parquet"], "data.train: "),
     ("outside", lambda folder: [*local(folder, rows()), "data.train=../train.parquet"], "data.train: "),
     ("no such folder", lambda folder: [*local(folder, rows()), f"data.path={folder}/none"], "data.path: "),

@@ -65,7 +65,7 @@ def test_names_that_are_not_hub_names_are_refused(name: str) -> None:
 
 
 def test_a_hub_set_goes_through_the_same_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def export(name: str, split: str, target: Path, cache: Path, columns: list[str]) -> None:
+    def export(name: str, split: str, target: Path, cache: Path, columns: list[str], subset: str | None) -> None:
         rows = [row(1, "a?"), row(1, "b?"), row(2)] if split == "train" else [row(3)]
         pd.DataFrame(rows).to_parquet(target)
 

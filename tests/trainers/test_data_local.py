@@ -115,14 +115,14 @@ def test_joined_layout_counts_and_agrees_with_a_plain_pandas_join(tmp_path: Path
     found = {frozenset(q.text for p in unit.pictures for q in p.questions) for unit in data.train}
     assert found == expected
     assert data.unit == "who (column 'who')"
-    assert f"{table['image_id'].nunique()} pictures occur in both train and test" in " ".join(data.warnings)
-    assert "3 units (column 'who') occur in both" in " ".join(data.warnings)
+    assert f"{table['image_id'].nunique()} pictures in both train and test" in " ".join(data.warnings)
+    assert "3 units (column 'who') in both" in " ".join(data.warnings)
     assert not {unit.id for unit in data.train} & {unit.id for unit in data.test}
 
 
 def test_shared_pictures_are_counted(tmp_path: Path) -> None:
     data = flat(tmp_path, [row(1), row(2), row(3)], [row(2), row(3, "new?"), row(4)])
-    assert any(line.startswith("2 pictures occur in both") for line in data.warnings)
+    assert any(line.startswith("2 pictures in both") for line in data.warnings)
     assert flat(tmp_path, [row(1), row(2)], [row(4)]).warnings == ()
 
 
@@ -163,8 +163,8 @@ def test_a_full_size_row_is_in_the_ledger_unless_the_size_is_declared(tmp_path: 
 BAD_ROWS: list[tuple[dict[str, Any], str, str]] = [
     ({"question": ""}, "question", "empty"),
     ({"question": "  \n"}, "question", "empty"),
-    ({"question": SECRET * 500}, "question", "at most 2000"),
-    ({"answer": SECRET * 100}, "answer", "at most 500"),
+    ({"question": SECRET * 5000}, "question", "at most 20000"),
+    ({"answer": SECRET * 5000}, "answer", "at most 20000"),
     ({"answer": None}, "answer", "missing"),
     ({"question": SECRET + "\x1b[2J"}, "question", "control character"),
     ({"kind": SECRET * 20}, "kind", "at most 100"),
@@ -182,7 +182,7 @@ def test_a_bad_row_is_named_and_never_quoted(tmp_path: Path, change: dict[str, A
     refused(lambda: flat(tmp_path, rows), f"train.parquet, row 3, {field}", problem)
 
 
-@pytest.mark.parametrize("value", [3, True, 1.5, ["a"], {"a": 1}])
+@pytest.mark.parametrize("value", [3, True, 1.5, {"a": 1}])
 def test_an_answer_that_is_not_text_is_refused(tmp_path: Path, value: Any) -> None:
     flat(tmp_path, [row(1), row(2)])
     (tmp_path / "1.png").write_bytes(png(1))
@@ -251,7 +251,10 @@ def test_a_bad_file_name_names_its_field(tmp_path: Path, field: str, name: str) 
     write(folder, "ok.jsonl", [{"image_id": 1, "question": "a?", "answer": "b"}])
     names = {"train": "ok.jsonl", "test": "ok.jsonl", "train_images": "images.parquet", "test_images": "images.parquet"}
     config = DataConfig(path=str(folder), **(names | {field: name}))
-    refused(lambda: load(config), f"data.{field.replace('_', '-')}:")
+    if name == "folder" and field.endswith("images"):  # a folder of pictures, which these rows do not name
+        refused(lambda: load(config), "no column 'image'", "data.train-images and data.test-images")
+    else:
+        refused(lambda: load(config), f"data.{field.replace('_', '-')}:")
 
 
 def test_joined_faults_are_named(tmp_path: Path) -> None:

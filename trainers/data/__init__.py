@@ -29,11 +29,12 @@ def load(config: DataConfig, *, cache: Path | None = None) -> Dataset:
         dataset = load_hub(config, cache)
     if len(dataset.train) < 2:
         raise rejected("data.train", f"{len(dataset.train)} units", "at least 2 units")
-    return replace(dataset, ledger=(*dataset.ledger, *_size_row(config, dataset), *_limit_row(config)))
+    more = (*_size_row(config, dataset), *_limit_row(config), *_shared_row(dataset))
+    return replace(dataset, ledger=(*dataset.ledger, *more))
 
 
 def _embedded(config: DataConfig) -> Dataset:
-    for name in ("train", "test", "train_images", "test_images", "unit"):
+    for name in ("subset", "train", "test", "train_images", "test_images", "unit", "post_prompt"):
         if getattr(config, name) is not None:
             field = f"data.{name.replace('_', '-')}"
             raise rejected(field, getattr(config, name), "nothing for the embedded digits; data.path for local files")
@@ -74,5 +75,22 @@ def _limit_row(config: DataConfig) -> tuple[LedgerRow, ...]:
             explanation="Only the first units of the data take part. The claim is about the set after this cut: a unit "
             "removed before it would let the next one in, which is a replacement and not a removal.",
             evidence=f"data.limit: {config.limit}.",
+        ),
+    )
+
+
+def _shared_row(dataset: Dataset) -> tuple[LedgerRow, ...]:
+    """Test pictures that are also in train: what that makes of figures on them, and that it is said."""
+    held_out = dataset.facts.held_out if dataset.facts is not None else "yes"
+    if held_out == "yes" or held_out.startswith("no picture"):
+        return ()
+    return (
+        LedgerRow(
+            path="test pictures in train",
+            status="accounted",
+            explanation=f"Are figures on the test split held out? {held_out[0].upper()}{held_out[1:]}. That this is "
+            "so is made public by declaration, here and beside the accuracy: it says something of who is in train to "
+            "whoever knows the test split. How many there are stays with the owner of the data.",
+            evidence="pictures compared by their content, and by how they look (docs/data.md).",
         ),
     )

@@ -16,6 +16,7 @@ from pathlib import Path
 from dpaudit import online, temporary
 from dpaudit.config import DataConfig
 from dpaudit.errors import EnvironmentFailure, UsageError, rejected
+from trainers.data import formats
 from trainers.data.local import load_local
 from trainers.records import Dataset
 
@@ -25,13 +26,19 @@ TIMEOUT_SECONDS = 3600
 # Keeps pictures encoded (decode=False) and drops the columns that training doesn't need.
 EXPORT = """
 import sys
-name, revision, split, columns, target = sys.argv[1:6]
+name, subset, revision, split, columns, target = sys.argv[1:7]
 import datasets
+from datasets.table import embed_table_storage
 datasets.disable_progress_bars()
-table = datasets.load_dataset(name, split=split, revision=revision or None)
+table = datasets.load_dataset(name, subset or None, split=split, revision=revision or None)
 table = table.select_columns([column for column in table.column_names if column in columns.split("|")])
-if isinstance(table.features.get("image"), datasets.Image):
-    table = table.cast_column("image", datasets.Image(decode=False))
+plain = datasets.Image(decode=False)
+for column, feature in table.features.items():
+    if isinstance(feature, datasets.Image):
+        table = table.cast_column(column, plain)
+    elif isinstance(getattr(feature, "feature", None), datasets.Image):
+        table = table.cast_column(column, type(feature)(plain))
+table = table.with_format("arrow").map(embed_table_storage, batched=True, batch_size=64)  # files become bytes
 table.to_parquet(target)
 """
 
@@ -43,11 +50,13 @@ def _environment(cache: Path) -> dict[str, str]:
     return keep | {"HF_HOME": str(cache), "XDG_CACHE_HOME": str(cache), "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
-def export_split(name: str, split: str, target: Path, cache: Path, columns: list[str]) -> None:
+def export_split(
+    name: str, split: str, target: Path, cache: Path, columns: list[str], subset: str | None = None
+) -> None:
     """Write one split of a set as a flat Parquet file. Raises EnvironmentFailure with one line."""
     bare, _, revision = name.partition("@")
     cache.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-c", EXPORT, bare, revision, split, "|".join(columns), str(target)]
+    command = [sys.executable, "-c", EXPORT, bare, subset or "", revision, split, "|".join(columns), str(target)]
     try:
         # In the cache folder, so that a folder of the same name where the user works isn't taken for the set.
         done = subprocess.run(
@@ -78,12 +87,13 @@ def load_hub(config: DataConfig, cache: Path | None = None) -> Dataset:
         raise UsageError(f"data.name: got {name!r}, a set on the hub; --online lets this command fetch it")
     if importlib.util.find_spec("datasets") is None:
         raise EnvironmentFailure(f"data.name {name}: needs the package datasets; pip install 'dpaudit[benchmark]'")
-    columns = ["image", "question", "answer", "kind", *([config.unit] if config.unit else [])]
+    if config.subset is not None and not re.fullmatch(r"[\w.-]{1,80}", config.subset):
+        raise rejected("data.subset", config.subset, "the name of one of the set's configurations")
+    columns = [*formats.COLUMNS, *([config.unit] if config.unit else [])]
     with temporary.folder("hub") as place:
         for split, given in (("train", config.train or "train"), ("test", config.test or "test")):
-            export_split(name, given, place / f"{split}.parquet", cache or place / "cache", columns)
-        local = DataConfig(
-            path=str(place), train="train.parquet", test="test.parquet", unit=config.unit,
-            reserve=config.reserve, limit=config.limit, public_size=config.public_size,
-        )  # fmt: skip
+            target = place / f"{split}.parquet"
+            export_split(name, given, target, cache or place / "cache", columns, config.subset)
+        files = {"name": None, "subset": None, "path": str(place), "train": "train.parquet", "test": "test.parquet"}
+        local = config.model_copy(update=files)
         return replace(load_local(local), name=name, source="hub")

@@ -1,125 +1,270 @@
-"""Local VQA sets: flat Parquet or JSONL, or questions joined to a Parquet of pictures by `image_id`.
-
-    flat     image, question, answer[, kind][, UNIT]                     one file per split
-    joined   image_id, question, answer[, kind][, UNIT]  +  image_id, image[, UNIT]
+"""Local sets of questions about pictures: any of the formats of trainers.data.formats, in files of trainers.data.files.
 
 Rows that show the same picture (equal pixels) are one picture with several questions, so that protecting the picture
-protects all of them. `data.unit=COLUMN` groups pictures into larger units. The order is that of the files.
+protects all of them; rows with several pictures put all of these into one unit. `data.unit=COLUMN` groups pictures into
+larger units. The order is that of the files.
 
-`Dataset.origin` holds hashes of the files and `Dataset.warnings` counts private pictures: both are for the owner of
-the data and must stay out of whatever is released, since a hash of the training file settles who is in it.
+`Dataset.origin` holds hashes of the files, `Dataset.warnings` counts private pictures and names files of the owner:
+both are for the owner of the data and must stay out of whatever is released, since a hash of the training file settles
+who is in it.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dpaudit.config import DataConfig
 from dpaudit.documents import LedgerRow
 from dpaudit.errors import UsageError, rejected
-from trainers.data import rows
+from trainers.data import files, formats, pictures, rows, said
+from trainers.data.files import Table
+from trainers.data.formats import Format, Sample, many
+from trainers.data.pictures import Decoded, Look
 from trainers.data.rows import Source
-from trainers.records import Dataset, Picture, Pixels, Question, Unit
+from trainers.records import Dataset, Picture, Question, Unit
 
 PICTURE_UNIT = "image (with all its questions)"
 _Key = tuple[str, str | int]  # ("picture", content hash) or ("unit", value of the unit column)
 
 
 @dataclass
-class _Picture:
-    """A picture while its questions are being collected."""
+class _Rows:
+    """What one split shows together: pictures in order, with their questions while these are being collected."""
 
-    pixels: Pixels
-    content: str
-    unit: str | int | None = None
+    shown: tuple[Decoded, ...]
     questions: list[Question] = field(default_factory=list)
+    group: str | None = None
 
 
 @dataclass
-class _Split:
-    """One split: pictures by (unit, content), in order of first appearance."""
+class Split:
+    """One split while it is read. rows: by (unit, contents shown), in order of first appearance."""
 
-    pictures: dict[tuple[_Key, str], _Picture] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
+    label: str
+    rows: dict[tuple[_Key, tuple[str, ...]], _Rows] = field(default_factory=dict)
+    decoded: dict[str, Decoded] = field(default_factory=dict)  # by content
+    names: dict[str, list[str]] = field(default_factory=dict)  # content -> what the files call it
+    links: dict[_Key, _Key] = field(default_factory=dict)  # units that a row with several pictures joins
+    notes: list[str] = field(default_factory=list)
+    origin: dict[str, str] = field(default_factory=dict)
+    format: str = ""
 
-    def picture(self, pixels: Pixels, content: str, unit: str | int | None) -> _Picture:
-        owner: _Key = ("picture", content) if unit is None else ("unit", unit)
-        return self.pictures.setdefault((owner, content), _Picture(pixels, content, unit))
+    def root(self, owner: _Key) -> _Key:
+        """The unit that `owner` has become part of."""
+        while (above := self.links.get(owner, owner)) != owner:
+            owner = above
+        return owner
+
+    def join(self, owners: Sequence[_Key]) -> _Key:
+        """One unit for all of `owners`."""
+        first = self.root(owners[0])
+        for owner in owners[1:]:
+            other = self.root(owner)
+            if other != first:
+                self.links[other] = first
+        return first
+
+    def see(self, content: str, shown: Decoded, name: str) -> None:
+        """Note a picture under the name that its file has."""
+        self.decoded.setdefault(content, shown)
+        known = self.names.setdefault(content, [])
+        if name not in known:
+            known.append(name)
 
     def units(self, prefix: str) -> dict[_Key, Unit]:
         """Units with ids of running numbers: an id must not carry a person's name."""
-        members: dict[_Key, list[_Picture]] = {}
-        for (owner, _), picture in self.pictures.items():
-            members.setdefault(owner, []).append(picture)
+        members: dict[_Key, list[_Rows]] = {}
+        for (owner, _), part in self.rows.items():
+            members.setdefault(self.root(owner), []).append(part)
         return {
             owner: Unit(
                 id=f"{prefix}-{index:06d}",
-                pictures=tuple(
-                    Picture(id=f"{prefix}-{index:06d}-{place}", pixels=item.pixels, questions=tuple(item.questions))
-                    for place, item in enumerate(group)
-                ),
+                pictures=tuple(_picture(f"{prefix}-{index:06d}-{place}", item) for place, item in enumerate(group)),
             )
             for index, (owner, group) in enumerate(members.items())
         }
 
+    def groups(self, prefix: str) -> dict[str, str]:
+        """The value of the group column by unit id. Raises UsageError for two values in one unit."""
+        ids = {owner: unit.id for owner, unit in self.units(prefix).items()}
+        found: dict[str, str] = {}
+        for (owner, _), part in self.rows.items():
+            unit = ids[self.root(owner)]
+            if part.group is not None and found.setdefault(unit, part.group) != part.group:
+                raise UsageError(f"{self.label}: the column of groups differs between rows of one unit")
+        return found
 
-def _question(source: Source, number: int, row: rows.Row) -> Question:
-    kind = rows.text(source, number, row, "kind") if row.get("kind") is not None else "question"
-    return Question(
-        text=rows.text(source, number, row, "question"), answer=rows.text(source, number, row, "answer"), kind=kind
-    )
+    def contents(self) -> dict[_Key, str]:
+        """What each unit holds, as text."""
+        found: dict[_Key, str] = {}
+        for owner, shown in self.rows:
+            found[self.root(owner)] = found.get(self.root(owner), "") + "".join(shown)
+        return found
 
 
-def _flat(source: Source, unit: str | None) -> _Split:
-    split = _Split()
-    decoded: dict[bytes, tuple[Pixels, str]] = {}  # the same bytes are decoded once
-    columns = ["image", "question", "answer", *([unit] if unit else [])]
-    for number, row in rows.read_rows(source, columns, ["kind"]):
-        question = _question(source, number, row)
-        data = rows.picture_bytes(source, number, row)
+def _picture(name: str, part: _Rows) -> Picture:
+    frames = [frame for item in part.shown for frame in item.frames]
+    return Picture(id=name, pixels=frames[0], questions=tuple(part.questions), beside=tuple(frames[1:]))
+
+
+# -- reading one split -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Reader:
+    """How the rows of one split are read. library: pictures by image_id, where they lie in a table of their own."""
+
+    table: Table
+    look: Look
+    unit: str | None
+    group: str | None
+    library: dict[str | int, Decoded] | None = None
+    library_label: str = ""
+    owners: dict[str | int, str | int] = field(default_factory=dict)  # unit of a picture, from its own table
+    group_of: dict[Any, Any] = field(default_factory=dict)  # group of a picture, from its own table
+    used: dict[str | int, str | int | None] = field(default_factory=dict)
+    cache: dict[bytes, Decoded] = field(default_factory=dict)  # the same bytes are decoded once
+
+    def read(self, how: Format) -> Split:
+        """All rows of the split."""
+        split = Split(self.table.label)
+        mine = (None if self.owners else self.unit, None if self.group_of else self.group)
+        more = [name for name in mine if name is not None]
+        for source, number, row, sample in how.samples(self.table, more):
+            contents = []
+            for reference in sample.pictures:
+                shown, name = self._picture(source, number, reference)
+                split.see(shown.content, shown, name)
+                contents.append(shown.content)
+            owner = self._owner(split, source, number, row, sample, contents)
+            for turn_owner, seen, question in _questions(owner, sample, contents):
+                part = split.rows.setdefault((turn_owner, seen), _Rows(tuple(split.decoded[item] for item in seen)))
+                part.questions.append(question)
+                self._group(source, number, row, sample.pictures[0], part)
+        split.notes += list(how.counts.notes(self.table.label))
+        split.format = f"{how.name} ({self.table.kind})"
+        return split
+
+    def _group(self, source: Source, number: int, row: rows.Row, reference: Any, part: _Rows) -> None:
+        if self.group is None:
+            return
+        given = self.group_of.get(reference) if self.group_of else row.get(self.group)
+        if given is None and not self.group_of and self.group not in row:
+            raise source.fault(number, self.group, "missing")
+        value = " ".join(str(rows.key(source, number, {self.group: given}, self.group)).split())[:80]
+        if part.group not in (None, value):
+            raise source.fault(number, self.group, "differs from an earlier row of the same unit")
+        part.group = value
+
+    def _picture(self, source: Source, number: int, reference: Any) -> tuple[Decoded, str]:
+        if self.library is not None:
+            name = rows.key(source, number, {"image_id": reference}, "image_id")
+            if name not in self.library:
+                raise source.fault(number, "image_id", f"no such picture in {self.library_label}")
+            return self.library[name], str(name)
+        data = rows.encoded(source, number, reference, "image", self.table.folder)
         digest = hashlib.sha256(data).digest()
-        if digest not in decoded:
-            pixels = rows.decode(source, number, data)
-            decoded[digest] = pixels, rows.content_sha256(pixels)
-        value = rows.key(source, number, row, unit) if unit else None
-        split.picture(*decoded[digest], value).questions.append(question)
-    return split
+        if digest not in self.cache:
+            self.cache[digest] = rows.look_at(source, number, data, self.look)
+        return self.cache[digest], _name_of(reference) or f"bytes {digest.hex()[:8]}"
+
+    def _owner(
+        self, split: Split, source: Source, number: int, row: rows.Row, sample: Sample, contents: Sequence[str]
+    ) -> _Key:
+        if self.unit is None:
+            return split.join([("picture", content) for content in contents])
+        if self.owners:
+            return split.join([("unit", self.owners[name]) for name in sample.pictures])
+        if self.unit not in row:
+            raise source.fault(number, self.unit, "missing")
+        value = rows.key(source, number, row, self.unit)
+        if self.library is not None:
+            for name in sample.pictures:
+                if self.used.setdefault(name, value) != value:
+                    raise source.fault(number, self.unit, "differs from an earlier row about the same picture")
+        return ("unit", value)
 
 
-def _pictures(source: Source, unit: str | None) -> dict[str | int, _Picture]:
-    found: dict[str | int, _Picture] = {}
-    for number, row in rows.read_rows(source, ["image_id", "image"], [unit] if unit else []):
-        name = rows.key(source, number, row, "image_id")
-        if name in found:
-            raise source.fault(number, "image_id", "occurs a second time in this file")
-        pixels = rows.decode(source, number, rows.picture_bytes(source, number, row))
-        value = rows.key(source, number, row, unit) if unit and unit in row else None
-        found[name] = _Picture(pixels, rows.content_sha256(pixels), value)
+def _name_of(reference: Any) -> str | None:
+    """What a file calls a picture, if anything."""
+    if isinstance(reference, dict):
+        reference = reference.get("path")
+    return reference[-80:] if isinstance(reference, str) and not reference.startswith("data:") else None
+
+
+def _questions(
+    owner: _Key, sample: Sample, contents: Sequence[str]
+) -> Iterator[tuple[_Key, tuple[str, ...], Question]]:
+    """The turns of a sample as questions, each with what was said before it and the pictures shown by then."""
+    history: tuple[tuple[str, str], ...] = ()
+    for turn in sample.turns:
+        yield owner, tuple(contents[: turn.shown]), Question(turn.text, turn.answer, turn.kind, turn.accepted, history)
+        history = (*history, (turn.text, turn.answer))
+
+
+def _library(
+    table: Table, look: Look, unit: str | None, group: str | None
+) -> tuple[dict[str | int, Decoded], dict[str | int, str | int], dict[Any, Any]]:
+    """(pictures, units, groups) by image_id of a table of pictures."""
+    columns = table.columns()
+    name = next((name for name in ("image_id", "imageId", "id") if name in columns), None)
+    if name is None or "image" not in columns:
+        gone = "image_id" if name is None else "image"
+        raise UsageError(f"{table.label}: no column {gone!r}; columns: {', '.join(columns[:20])}")
+    found: dict[str | int, Decoded] = {}
+    owners: dict[str | int, str | int] = {}
+    groups: dict[Any, Any] = {}
+    for source, number, row in table.rows([name, "image", *(item for item in (unit, group) if item)]):
+        key = rows.key(source, number, row, name)
+        if key in found:
+            raise source.fault(number, name, "occurs a second time in this file")
+        data = rows.encoded(source, number, row.get("image"), "image", table.folder)
+        found[key] = rows.look_at(source, number, data, look)
+        if unit and unit in row:
+            owners[key] = rows.key(source, number, row, unit)
+        if group and group in row:
+            groups[key] = row[group]
+    return found, owners, groups
+
+
+def read_split(config: DataConfig, split: str, group: str | None = None) -> Split:
+    """The split `train` or `test` of a local set. Raises UsageError."""
+    root = _root(config)
+    name, images = getattr(config, split), getattr(config, f"{split}_images")
+    if name is None:
+        raise rejected(f"data.{split}", None, "a file name inside data.path")
+    look = Look(pictures.colour(config.background), config.frames)
+    folder, library = None, None
+    owners: dict[str | int, str | int] = {}
+    groups: dict[Any, Any] = {}
+    origin: dict[str, str] = {}
+    if images is not None:
+        folder = rows.inside(root, images)
+        if folder is None or not folder.is_dir() or (folder / "state.json").is_file():
+            folder = None
+            shown = files.open_table(root, images, f"data.{split}-images")
+            library, owners, groups = _library(shown, look, config.unit, group)
+            origin = _hashes(shown)
+    table = files.open_table(root, name, f"data.{split}", folder)
+    how = formats.recognise(table, config.post_prompt, joined=library is not None)
+    if how.folder is not None and folder is None and (table.folder / how.folder).is_dir():
+        table = Table(table.label, table.parts, table.folder / how.folder)
+    reader = _Reader(table, look, config.unit, group, library, images or "", owners, groups)
+    found = reader.read(how)
+    found.origin = origin | _hashes(table)
+    if not found.rows:
+        raise UsageError(f"{table.label}: no rows" + (" with a picture" if how.counts.without_picture else ""))
+    if library is not None and len({name for names in found.names.values() for name in names}) < len(library):
+        unused = len(library) - len({name for names in found.names.values() for name in names})
+        found.notes.append(f"{images}: {many(unused, 'picture')} without a question left out")
+    found.notes += said.merged(found)
     return found
 
 
-def _joined(questions: Source, images: Source, unit: str | None) -> _Split:
-    pictures = _pictures(images, unit)
-    in_pictures = unit is not None and any(picture.unit is not None for picture in pictures.values())
-    columns = ["image_id", "question", "answer", *([unit] if unit and not in_pictures else [])]
-    split, used = _Split(), dict[str | int, str | int | None]()
-    for number, row in rows.read_rows(questions, columns, ["kind"]):
-        question = _question(questions, number, row)
-        name = rows.key(questions, number, row, "image_id")
-        if name not in pictures:
-            raise questions.fault(number, "image_id", f"no such picture in {images.label}")
-        shown = pictures[name]
-        value = rows.key(questions, number, row, unit) if unit and not in_pictures else shown.unit
-        if used.setdefault(name, value) != value and unit:
-            raise questions.fault(number, unit, "differs from an earlier row about the same picture")
-        split.picture(shown.pixels, shown.content, value).questions.append(question)
-    if len(used) < len(pictures):
-        split.warnings.append(f"{images.label}: {len(pictures) - len(used)} pictures have no question; left out")
-    if len(split.pictures) < len(used):
-        merged = len(used) - len(split.pictures)
-        split.warnings.append(f"{images.label}: {merged} pictures repeat the pixels of another; treated as one each")
-    return split
+def _hashes(table: Table) -> dict[str, str]:
+    return {part.label: rows.sha256_file(part.path) for part in table.parts}
 
 
 def _root(config: DataConfig) -> Path:
@@ -130,29 +275,7 @@ def _root(config: DataConfig) -> Path:
     return root
 
 
-def _sources(config: DataConfig, root: Path) -> Iterator[tuple[Source, Source | None]]:
-    for split, name, images in (
-        ("train", config.train, config.train_images),
-        ("test", config.test, config.test_images),
-    ):
-        if name is None:
-            raise rejected(f"data.{split}", None, "a file name inside data.path")
-        pictures = rows.open_source(root, images, f"data.{split}-images") if images is not None else None
-        yield rows.open_source(root, name, f"data.{split}"), pictures
-
-
-def _overlap(train: _Split, test: _Split, unit: str | None) -> list[str]:
-    """Pictures and units that are in both splits: counted, so that a held-out figure can be read with care."""
-    found: list[str] = []
-    shared = {item.content for item in train.pictures.values()} & {item.content for item in test.pictures.values()}
-    if shared:
-        found.append(
-            f"{len(shared)} pictures occur in both train and test (same pixels): accuracy on them is not held out"
-        )
-    units = {owner for owner, _ in train.pictures} & {owner for owner, _ in test.pictures}
-    if unit and units:
-        found.append(f"{len(units)} units (column {unit!r}) occur in both train and test")
-    return found
+# -- the data set ----------------------------------------------------------------------------------------------------
 
 
 def hold_back(units: dict[_Key, Unit], contents: dict[_Key, str], count: int) -> tuple[list[Unit], list[Unit]]:
@@ -179,32 +302,27 @@ def load_local(config: DataConfig) -> Dataset:
 
     Units are in file order, `reserve` holds `data.reserve` units of the train file, `data.limit` is applied last.
     """
-    root = _root(config)
-    splits: list[_Split] = []
-    origin: dict[str, str] = {}
-    for source, images in _sources(config, root):
-        split = _flat(source, config.unit) if images is None else _joined(source, images, config.unit)
-        if not split.pictures:
-            raise UsageError(f"{source.label}: no rows")
-        splits.append(split)
-        origin |= {item.label: rows.sha256_file(item.path) for item in (source, images) if item is not None}
-    train, test = splits
+    train, test = read_split(config, "train"), read_split(config, "test")
     units = train.units("train")
-    contents: dict[_Key, str] = {}
-    for (owner, content), _ in train.pictures.items():
-        contents[owner] = contents.get(owner, "") + content
-    kept, reserve = hold_back(units, contents, config.reserve)
+    kept, reserve = hold_back(units, train.contents(), config.reserve)
     held_out = list(test.units("test").values())
+    facts = said.facts_of(train, test)
+    notes = [
+        f"train: {train.format}; test: {test.format}",
+        *(note for split in (train, test) for note in said.on_pixels(split, config)),
+    ]
     return Dataset(
-        name=root.resolve().name,
+        name=_root(config).resolve().name,
         unit=PICTURE_UNIT if config.unit is None else f"{config.unit} (column {config.unit!r})",
         train=tuple(kept[: config.limit]),
         test=tuple(held_out[: config.limit]),
         reserve=tuple(reserve),
         ledger=_ledger(config),
-        warnings=(*train.warnings, *test.warnings, *_overlap(train, test, config.unit)),
+        notes=tuple(notes),
+        warnings=(*train.notes, *test.notes, *said.joined(train), *said.warnings(facts, train, test, config.unit)),
+        facts=facts,
         source="local",
-        origin=origin,
+        origin=train.origin | test.origin,
     )
 
 
@@ -217,6 +335,7 @@ def _ledger(config: DataConfig) -> tuple[LedgerRow, ...]:
             status="per-example preprocessing",
             explanation="Questions about the same picture are put together, so that one unit holds all that one person "
             "contributes. Nothing else (vocabulary, answer list, normalisation) is computed from the rows.",
-            evidence=f"data.unit: {owner}; pictures compared by their pixels.",
+            evidence=f"data.unit: {owner}; pictures compared by their content before anything is lost in decoding; "
+            f"transparency is shown on {config.background}.",
         ),
     )

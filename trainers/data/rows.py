@@ -6,45 +6,34 @@ and limits are all that an error says.
 
 import base64
 import binascii
-import hashlib
-import io
-import struct
 import unicodedata
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageOps
-
 from dpaudit import untrusted
 from dpaudit.errors import UsageError, rejected
-from trainers.records import Pixels
+from trainers.data import pictures
+from trainers.data.pictures import PLAINLY, Decoded, Look
+from trainers.data.pictures import content_sha256 as content_sha256
 
 Row = dict[str, Any]
 
-# A picture larger than this is a mistake or a decompression bomb: it would take 50 MB once decoded.
-MAX_PIXELS = 1 << 24
 MAX_PICTURE_BYTES = 1 << 26
 MAX_LINE_BYTES = 1 << 27  # a JSONL row may carry its picture in base64
-# Pictures of one file: a page of text in black and white packs 200-fold, one colour 1,000-fold and more.
+# Pictures of one table: a page of text in black and white packs 200-fold, one colour 1,000-fold and more.
 MAX_DECODED, MAX_PICTURE_RATIO = 1 << 30, 400
-MAX_REPEATED = 100  # a file whose rows name the same bytes again and again: above MAX_DECODED, at most so often
+MAX_REPEATED = 100  # a table whose rows name the same bytes again and again: above MAX_DECODED, at most so often
 ROWS_AT_ONCE = 8  # of a Parquet file: one picture stored once and named by every row is copied for each of them
 MAX_UNPACKED, MAX_RATIO = 1 << 28, 500  # a column of a Parquet file: above so many bytes, at most so much compressed
 MAX_KEY = 1000  # characters of an identifier
-MAX_CHARACTERS = {"question": 2000, "answer": 500, "kind": 100}
-# Decoders for other formats (EPS runs a program, for one) are never started on untrusted bytes.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
-# Turning these into RGB would cut them off at 255 (a 12-bit scan becomes white) and NaN into black, without a word.
-DEEP = {"F": "floating-point", "I": "32-bit", "I;16": "16-bit", "I;16L": "16-bit", "I;16B": "16-bit", "I;16N": "16-bit"}
+MAX_CHARACTERS = {"question": 20_000, "answer": 20_000, "hint": 20_000, "kind": 100}
 
 
 @dataclass
-class Decoded:
-    """How much the pictures of one file take, in bytes: on disk, as the rows name them, and decoded."""
+class Volume:
+    """How much the pictures of one table take, in bytes: on disk, as the rows name them, and decoded."""
 
     stored: int = 0
     named: int = 0
@@ -75,17 +64,17 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Source:
-    """One data file. `label` is the name that the user gave; `root` is the folder that nothing may leave; `decoded`
-    counts its pictures."""
+    """One data file. `label` is the name that the user gave; `root` is the folder that nothing may leave; `volume`
+    counts its pictures, and those of the other files of its table."""
 
     path: Path
     label: str
     root: Path
-    decoded: Decoded = field(default_factory=Decoded, compare=False)
+    volume: Volume = field(default_factory=Volume, compare=False)
 
     def __post_init__(self) -> None:
-        if not self.decoded.stored and self.path.is_file():
-            self.decoded.stored = self.path.stat().st_size
+        if not self.volume.stored and self.path.is_file():
+            self.volume.stored = self.path.stat().st_size
 
     def fault(self, row: int, field: str, problem: str) -> UsageError:
         """The error for one bad value, without the value."""
@@ -122,17 +111,22 @@ def sha256_file(path: Path) -> str:
     return untrusted.sha256(path)
 
 
-def read_rows(source: Source, required: Iterable[str], optional: Iterable[str] = ()) -> Iterator[tuple[int, Row]]:
+def read_rows(
+    source: Source, required: Iterable[str], optional: Iterable[str] | None = ()
+) -> Iterator[tuple[int, Row]]:
     """Rows in file order with their number (from 1; the line number for JSONL), reduced to the columns named.
+
+    optional: None takes all columns.
 
     Raises UsageError when the file is damaged or a required column is missing.
     """
     needed = list(required)
     reader = _parquet_rows if source.path.suffix.lower() == ".parquet" else _jsonl_rows
-    return reader(source, needed, [*needed, *(name for name in optional if name not in needed)])
+    wanted = None if optional is None else [*needed, *(name for name in optional if name not in needed)]
+    return reader(source, needed, wanted)
 
 
-def _jsonl_rows(source: Source, needed: list[str], wanted: list[str]) -> Iterator[tuple[int, Row]]:
+def _jsonl_rows(source: Source, needed: list[str], wanted: list[str] | None) -> Iterator[tuple[int, Row]]:
     with untrusted.open_regular(source.path) as file:
         number = 0
         while line := file.readline(MAX_LINE_BYTES + 1):
@@ -144,16 +138,18 @@ def _jsonl_rows(source: Source, needed: list[str], wanted: list[str]) -> Iterato
             try:
                 row = untrusted.parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except ValueError:
-                raise source.fault(number, "line", "not a JSON object in UTF-8") from None
+                listed = number == 1 and line.lstrip(b"\xef\xbb\xbf \t")[:1] == b"["
+                hint = f"; a list? Rename it to {source.path.stem}.json" if listed else ""
+                raise source.fault(number, "line", f"not a JSON object in UTF-8{hint}") from None
             if not isinstance(row, dict):
                 raise source.fault(number, "line", f"must be a JSON object, got {type(row).__name__}")
             for name in needed:
                 if name not in row:
                     raise source.fault(number, name, "missing")
-            yield number, {name: row[name] for name in wanted if name in row}
+            yield number, row if wanted is None else {name: row[name] for name in wanted if name in row}
 
 
-def _parquet_rows(source: Source, needed: list[str], wanted: list[str]) -> Iterator[tuple[int, Row]]:
+def _parquet_rows(source: Source, needed: list[str], wanted: list[str] | None) -> Iterator[tuple[int, Row]]:
     import pyarrow
 
     try:
@@ -164,7 +160,7 @@ def _parquet_rows(source: Source, needed: list[str], wanted: list[str]) -> Itera
                     raise UsageError(f"{source.label}: no column {name!r}; columns: {', '.join(present[:20])}")
             number = 0
             _no_bomb(source, file.metadata)
-            chosen = [name for name in wanted if name in present]
+            chosen = present if wanted is None else [name for name in wanted if name in present]
             for batch in untrusted.parquet_batches(file, chosen, ROWS_AT_ONCE):
                 for row in batch.to_pylist():
                     number += 1
@@ -189,19 +185,23 @@ def _no_bomb(source: Source, metadata: Any) -> None:
 
 def text(source: Source, number: int, row: Row, field: str) -> str:
     """A checked text value: present, not blank, not too long, no control characters."""
-    value = row.get(field)
+    return checked(source, number, field, row.get(field), field)
+
+
+def checked(source: Source, number: int, field: str, value: Any, like: str) -> str:
+    """The same for a value that lies inside `field`; `like` names the column whose limit holds."""
     if value is None:
         raise source.fault(number, field, "missing")
     if not isinstance(value, str):
         raise source.fault(number, field, f"must be text, got {type(value).__name__}")
-    limit = MAX_CHARACTERS[field]
+    limit = MAX_CHARACTERS[like]
     if len(value) > limit:
         raise source.fault(number, field, f"{len(value)} characters; at most {limit} are accepted")
     if not value.strip():
         raise source.fault(number, field, "empty")
-    if any(unicodedata.category(sign) in ("Cc", "Cs") and sign not in "\n\t" for sign in value):
+    if any(unicodedata.category(sign) in ("Cc", "Cs") and sign not in "\n\t\r" for sign in value):
         raise source.fault(number, field, "contains a control character or half a surrogate pair")
-    return value.strip()
+    return value.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
 def key(source: Source, number: int, row: Row, field: str) -> str | int:
@@ -218,19 +218,24 @@ def key(source: Source, number: int, row: Row, field: str) -> str | int:
 
 
 def picture_bytes(source: Source, number: int, row: Row, field: str = "image") -> bytes:
-    """The encoded picture of a row: bytes, base64 in a JSONL struct, or a file beside the data file."""
-    value = row.get(field)
+    """The encoded picture in a column of a row."""
+    return encoded(source, number, row.get(field), field, source.path.parent)
+
+
+def encoded(source: Source, number: int, value: Any, field: str, folder: Path) -> bytes:
+    """The encoded picture that a value stands for: bytes, base64 in a JSON struct, or a file below `folder`."""
+    if isinstance(value, dict) and "bytes" not in value and "path" not in value and "url" in value:
+        value = value["url"]
     if isinstance(value, dict):
         data = value.get("bytes")
         value = data if data is not None else value.get("path")
         if isinstance(data, str):
-            try:
-                value = base64.b64decode(data, validate=True)
-            except (binascii.Error, ValueError):
-                raise source.fault(number, field, "bytes are not base64") from None
+            value = _base64(source, number, field, data)
+    if isinstance(value, str) and value.startswith("data:image/") and ";base64," in value[:64]:
+        value = _base64(source, number, field, value.partition(";base64,")[2])
     file = value if isinstance(value, str) else None
     if file is not None:
-        value = _file_bytes(source, number, field, file)
+        value = _file_bytes(source, number, field, file, folder)
     if not isinstance(value, bytes):
         found = "nothing" if value is None else type(value).__name__
         raise source.fault(number, field, f"must be bytes, a path or a struct of both, got {found}")
@@ -238,15 +243,23 @@ def picture_bytes(source: Source, number: int, row: Row, field: str = "image") -
         raise source.fault(number, field, "empty")
     if len(value) > MAX_PICTURE_BYTES:
         raise source.fault(number, field, f"{len(value)} bytes; at most {MAX_PICTURE_BYTES} are accepted")
-    too_much = source.decoded.name(len(value), file)
+    too_much = source.volume.name(len(value), file)
     if too_much is not None:
         raise source.fault(number, field, too_much)
     return value
 
 
-def _file_bytes(source: Source, number: int, field: str, name: str) -> bytes:
-    folder = source.path.parent
-    path = inside(folder, name)
+def _base64(source: Source, number: int, field: str, data: str) -> bytes:
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError):
+        raise source.fault(number, field, "bytes are not base64") from None
+
+
+def _file_bytes(source: Source, number: int, field: str, name: str, folder: Path) -> bytes:
+    if name.startswith(("http://", "https://")):
+        raise source.fault(number, field, "is a link to the web; download the pictures and name the files")
+    path = inside(folder, name.removeprefix("file://"))
     if path is None or not path.is_relative_to(source.root):
         raise source.fault(number, field, "its path is absolute, has '..' or leads out of data.path")
     try:
@@ -254,7 +267,8 @@ def _file_bytes(source: Source, number: int, field: str, name: str) -> bytes:
     except OSError as error:  # a name too long, a folder that may not be entered: the name itself is never quoted
         raise source.fault(number, field, f"the file can't be read ({error.strerror})") from None
     if not there:
-        raise source.fault(number, field, "its path names no file beside the data file")
+        where = "beside the data file" if folder == source.path.parent else "in the folder of pictures"
+        raise source.fault(number, field, f"its path names no file {where}")
     try:
         return untrusted.read_bytes(path, MAX_PICTURE_BYTES)
     except UsageError:
@@ -263,30 +277,9 @@ def _file_bytes(source: Source, number: int, field: str, name: str) -> bytes:
         raise source.fault(number, field, f"the file can't be read ({error.strerror})") from None
 
 
-def decode(source: Source, number: int, data: bytes, field: str = "image") -> Pixels:
-    """Encoded picture -> uint8 (height, width, 3), upright, RGB. The size is checked before anything is decoded."""
+def look_at(source: Source, number: int, data: bytes, look: Look = PLAINLY, field: str = "image") -> Decoded:
+    """Encoded picture -> pixels; UsageError that names file, row and field."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-                width, height = picture.size
-                if width * height > MAX_PIXELS:
-                    raise source.fault(number, field, f"{width}x{height} pixels; at most {MAX_PIXELS} are accepted")
-                too_much = source.decoded.add(len(data), 3 * width * height)
-                if too_much is not None:
-                    raise source.fault(number, field, too_much)
-                if picture.mode in DEEP:
-                    raise source.fault(number, field, f"{DEEP[picture.mode]} pixels; accepted: 8 bits a channel")
-                return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"), dtype=np.uint8)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise source.fault(number, field, f"more than {MAX_PIXELS} pixels") from None
-    except (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError, struct.error, MemoryError):
-        accepted = ", ".join(FORMATS)
-        raise source.fault(number, field, f"not a readable picture; accepted formats: {accepted}") from None
-
-
-def content_sha256(pixels: Pixels) -> str:
-    """Hash of what a picture shows: equal for the same pixels in any file format."""
-    digest = hashlib.sha256(f"{pixels.shape[0]}x{pixels.shape[1]}:".encode())
-    digest.update(np.ascontiguousarray(pixels).tobytes())
-    return digest.hexdigest()
+        return pictures.decode(data, look, source.volume.add)
+    except pictures.Refused as why:
+        raise source.fault(number, field, str(why)) from None

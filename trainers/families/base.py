@@ -20,8 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dpaudit.errors import rejected
-from trainers.model_files import rendered_template
-from trainers.prompts import PADDING, TEXT, Head, HeadRow, Packed, Prompter, attention_mask
+from trainers.prompts import PADDING, TEXT, ChatTemplate, Head, HeadRow, Packed, Prompter, attention_mask
 from trainers.records import Pixels
 from trainers.reducers import Reduced, VisualTokens
 
@@ -147,12 +146,19 @@ class Family(ABC):
     def project(self, tokens: Tensor) -> Tensor:
         """(B, M, D) tokens into the language model's space, (B, M, W); each token by itself."""
 
+    def embedded(self, words: Tensor) -> Tensor:
+        """Embeddings of text as `decode` takes them, beside projected visual tokens."""
+        return words
+
     def mask(self, packed: Packed, head: Head) -> Tensor:
         """(B, 1, T, T) boolean mask over [head | questions]: causal, each question apart from the others."""
         return attention_mask(packed.segment, head.slot.shape[1], head.slot == PADDING)
 
-    def prompt_mask(self, visible: Tensor) -> Tensor:
-        """(B, 1, T, T) boolean mask of prompts without answers, for generation. visible: (B, T), False = padding."""
+    def prompt_mask(self, visible: Tensor, image: Tensor) -> Tensor:
+        """(B, 1, T, T) boolean mask of prompts without answers, for generation.
+
+        visible: (B, T), False = padding. image: (B, T), True where a visual token stands.
+        """
         total = visible.shape[1]
         causal = torch.ones(total, total, dtype=torch.bool, device=visible.device).tril()
         itself = torch.eye(total, dtype=torch.bool, device=visible.device)
@@ -237,10 +243,10 @@ def square_values(pixels: Sequence[Pixels], processor: Any, side: int) -> Tensor
     return torch.from_numpy(stack / 127.5 - 1.0).permute(0, 3, 1, 2).contiguous()
 
 
-def chat_template(tokenizer: Any, fallback: str) -> str:
-    """The checkpoint's own prompt for one picture and one question, as text with `{question}` in it."""
+def chat_template(tokenizer: Any, image: str, source: str, *, as_text: bool = False) -> ChatTemplate:
+    """The checkpoint's own prompt. Raises UsageError where it has none: a prompt that it was not trained with is no
+    prompt."""
     if getattr(tokenizer, "chat_template", None) is None:
-        return fallback
-    content = [{"type": "image"}, {"type": "text", "text": "{question}"}]
-    messages = [{"role": "user", "content": content}]
-    return rendered_template(tokenizer.get_chat_template(), tokenizer.special_tokens_map, messages)
+        accepted = "a checkpoint whose tokenizer has a chat template; put its chat_template.jinja into the folder"
+        raise rejected("model.path", source, accepted)
+    return ChatTemplate(tokenizer, image, as_text=as_text)

@@ -37,7 +37,6 @@ class Idefics3(Family):
     architecture = "Idefics3ForConditionalGeneration"
     language = r".*text_model\..*"
     projector = r".*connector\.modality_projection\.proj"
-    template = "<|begin_of_text|>User:<image>{question}<end_of_utterance>\nAssistant:"
 
     @property
     def tower(self) -> nn.Module:
@@ -67,10 +66,10 @@ class Idefics3(Family):
         return int(vision.image_size // vision.patch_size) ** 2 // int(self.hf.config.scale_factor) ** 2
 
     def prompter(self, tokenizer: Any) -> Prompter:
-        template = chat_template(tokenizer, self.template)
-        begun = tokenizer.bos_token is not None and template.startswith(tokenizer.bos_token)
+        template = chat_template(tokenizer, IMAGE, self.source)
+        begun = tokenizer.bos_token is not None and template.text.startswith(tokenizer.bos_token)
         image = int(self.hf.config.image_token_id)
-        return Prompter(tokenizer, template, image, special=not begun, end="<end_of_utterance>")
+        return Prompter(tokenizer, template, image, special=not begun)
 
     def prepare(self, pixels: Sequence[Pixels]) -> list[Prepared]:
         if self.processor is None:  # no splitting without the checkpoint's own rules for it
@@ -133,8 +132,7 @@ class Idefics3(Family):
 
 
 class SmolVlm(Idefics3):
-    """The same architecture under its own name, with another prompt."""
+    """The same architecture under its own name."""
 
     model_type = "smolvlm"
     architecture = "SmolVLMForConditionalGeneration"
-    template = "<|im_start|>User:<image>{question}<end_of_utterance>\nAssistant:"

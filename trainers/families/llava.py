@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from dpaudit.errors import rejected
 from trainers.families.attention import captured, received, split_heads, widened
-from trainers.families.base import Family, Prepared, square_values
-from trainers.prompts import LLAVA_TEMPLATE, Prompter
+from trainers.families.base import Family, Prepared, chat_template, square_values
+from trainers.prompts import IMAGE, Prompter
 from trainers.records import Pixels
 from trainers.reducers import VisualTokens
 
@@ -61,8 +61,13 @@ class Llava(Family):
         return bool(self.hf.config.vision_feature_select_strategy == "default")
 
     def prompter(self, tokenizer: Any) -> Prompter:
-        config = self.hf.config
-        return Prompter(tokenizer, getattr(config, "dpaudit_template", LLAVA_TEMPLATE), int(config.image_token_id))
+        image = int(self.hf.config.image_token_id)
+        fixed = getattr(self.hf.config, "dpaudit_template", None)  # of the reference model
+        if fixed is not None:
+            return Prompter(tokenizer, str(fixed), image)
+        template = chat_template(tokenizer, IMAGE, self.source, as_text=True)
+        begun = tokenizer.bos_token is not None and template.text.startswith(tokenizer.bos_token)
+        return Prompter(tokenizer, template, image, special=not begun)
 
     def prepare(self, pixels: Sequence[Pixels]) -> list[Prepared]:
         values = square_values(pixels, self.processor, int(self.hf.config.vision_config.image_size))

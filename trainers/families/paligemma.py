@@ -90,7 +90,7 @@ class PaliGemma(Family):
         itself = torch.eye(total, dtype=torch.bool, device=known.device)
         return ((both | causal) & known[:, None, :] | itself).unsqueeze(1)
 
-    def prompt_mask(self, visible: Tensor) -> Tensor:
+    def prompt_mask(self, visible: Tensor, image: Tensor) -> Tensor:
         itself = torch.eye(visible.shape[1], dtype=torch.bool, device=visible.device)
         return (visible[:, None, :].expand(-1, visible.shape[1], -1) | itself).unsqueeze(1)
 

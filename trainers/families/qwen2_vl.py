@@ -28,10 +28,6 @@ from trainers.records import Pixels
 from trainers.reducers import Reduced, VisualTokens
 
 IMAGE_PAD = "<|image_pad|>"
-TEMPLATE = (
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    f"<|im_start|>user\n<|vision_start|>{IMAGE_PAD}<|vision_end|>{{question}}<|im_end|>\n<|im_start|>assistant\n"
-)
 Table = npt.NDArray[np.int64]
 
 
@@ -74,9 +70,9 @@ class Qwen2Vl(Family):
         return int(self.hf.config.vision_config.spatial_merge_size)
 
     def prompter(self, tokenizer: Any) -> Prompter:
-        template = chat_template(tokenizer, TEMPLATE)
+        template = chat_template(tokenizer, IMAGE_PAD, self.source)
         image = int(self.hf.config.image_token_id)
-        return Prompter(tokenizer, template, image, image=IMAGE_PAD, special=False, gap="", end="<|im_end|>")
+        return Prompter(tokenizer, template, image, special=False)
 
     # -- the tower -------------------------------------------------------------------------------------------------
 
