@@ -259,6 +259,19 @@ def test_a_copy_goes_on_as_the_original_does(bench: Bench) -> None:
     assert ended.code == 2 and "other data" in ended.line and not weights(other)
 
 
+def test_checkpoints_of_another_run_are_not_taken(bench: Bench) -> None:
+    """Of the same data and configuration, with another key: a run goes on from its own steps or from its start."""
+    own, mixed = bench.root / "case" / "own", bench.root / "case" / "mixed"
+    for run in (own, mixed):
+        shutil.copytree(bench.root / "killed", run)
+    shutil.rmtree(mixed / "private/checkpoints")
+    shutil.copytree(bench.root / "whole" / "private/checkpoints", mixed / "private/checkpoints")
+    assert bench.run(["train", "--resume", str(own)]).code == 0
+    ended = bench.run(["train", "--resume", str(mixed)])
+    assert ended.code == 2 or (ended.code == 0 and weights(mixed) == weights(own)), ended.err
+    assert weights(mixed) in (b"", weights(own))
+
+
 def test_a_planted_folder_is_not_taken(bench: Bench) -> None:
     """A key that somebody else knows, in a folder that was made ready for its victim."""
     run = bench.root / "case"
