@@ -22,7 +22,9 @@ def command(
             metavar="SUBJECT...", help="Run or sweep folders; JSON of dpaudit scores, audit, check or bugs."
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")] = Path("report.html"),
+    output: Annotated[Path, typer.Option("--output", "-o", readable=False, help="The HTML file to write.")] = Path(
+        "report.html"
+    ),
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "Privacy audit report",
     against: Annotated[
         Path | None, typer.Option(metavar="OLD", help="An earlier report: also say what got better or worse.")
@@ -34,15 +36,16 @@ def command(
         bool,
         typer.Option("--show-examples", help="Show canaries made from real pictures; adds an UNACCOUNTED ledger row."),
     ] = False,
-    junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write JUnit XML.")] = None,
+    junit: Annotated[Path | None, typer.Option(metavar="FILE", readable=False, help="Also write JUnit XML.")] = None,
     sarif: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write SARIF 2.1.0 for code scanning.")
+        Path | None, typer.Option(metavar="FILE", readable=False, help="Also write SARIF 2.1.0 for code scanning.")
     ] = None,
     markdown: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write a summary for pull requests.")
+        Path | None, typer.Option(metavar="FILE", readable=False, help="Also write a summary for pull requests.")
     ] = None,
     disclosure: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write the claims as a record for registries (JSON).")
+        Path | None,
+        typer.Option(metavar="FILE", readable=False, help="Also write the claims as a record for registries (JSON)."),
     ] = None,
     as_json: Annotated[bool, console.JSON_OPTION] = False,
 ) -> None:

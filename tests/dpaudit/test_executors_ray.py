@@ -131,7 +131,7 @@ def test_a_killed_driver_leaves_no_job_behind(cluster: Any, tmp_path: Path) -> N
     jobs = payloads(folder, 1, 600)
     driver = subprocess.Popen([sys.executable, "-c", _DRIVER, cluster.address, json.dumps(jobs)], cwd=Path.cwd())
     deadline = time.monotonic() + 120
-    while not attempts(folder) and time.monotonic() < deadline:
+    while not attempts(folder).get(0) and time.monotonic() < deadline:
         time.sleep(0.05)
     job = int((folder / "attempts-0").read_text().split()[0])
     driver.send_signal(signal.SIGKILL)

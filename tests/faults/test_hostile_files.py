@@ -116,7 +116,7 @@ MODEL_CASES: dict[str, tuple[Damage, str]] = {
     "other weights": (lambda place: shutil.copy(place / "tiles/model.safetensors", place / WEIGHTS) and None,
                       "weights, the first is"),
     "weights of another rank": (hands.tensors("adapter", "q_proj.lora_A", (10_000, 1)), "size mismatch"),
-    "more tokens than rows": (settings(CONFIG, image_token_index=310), "can't be loaded"),
+    "more tokens than rows": (settings(CONFIG, image_token_index=310), "does not know <image>"),
     "link that leads out": (lambda place: (place / CONFIG).unlink() or (place / CONFIG).symlink_to("/etc/hostname"),
                             "leads out of its folder"),
 }  # fmt: skip
@@ -148,16 +148,17 @@ def test_hostile_preprocessing_is_refused(place: Path, name: str) -> None:
 READ = {
     "base/config.json": "", "base/tokenizer.json": "", "base/model.safetensors": "", "base/tokenizer_config.json": "",
     "base/generation_config.json": "", "adapter/adapter_config.json": "", "adapter/adapter_model.safetensors": "",
-    "records.parquet": "", "coins.csv": "",
+    "records.parquet": "", "coins.csv": "--coins",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", [kind for kind in hands.KINDS if kind not in ("gone", "text")])
 def test_anything_in_place_of_a_file_is_refused(world: Path, place: Path, kind: str) -> None:
     """Every file that `audit --model` reads, one after the other."""
-    for name in READ:
+    for name, option in READ.items():
         hands.KINDS[kind](name)(place)
-        refused(audit_words(place), place, Path(name).name)
+        line = refused(audit_words(place), place, "")
+        assert Path(name).name in line or (option and option in line), line
         _restore(world, place, name)
 
 
@@ -302,7 +303,7 @@ def test_the_hub_is_asked_for_a_run_only_where_the_auditor_says_so(place: Path, 
         timeout=300,
     )
     told = done.stderr.splitlines()[-1]
-    assert told.startswith("dpaudit: model.path: got 'somebody/model'"), done.stderr
+    assert told.startswith("dpaudit: model.path: ") and "'somebody/model'" in told, done.stderr
     assert ("--online fetches it" in told) is not online
     assert (listener.calls > 0) is online
 
