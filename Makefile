@@ -49,17 +49,14 @@ TESTERS ?= 2
 LONG := tests/faults tests/fuzz tests/examples tests/attacks/contract tests/dpaudit/test_executors_ray.py \
 	tests/dpaudit/test_core_only.py tests/dpaudit/test_packages.py tests/reports \
 	tests/test_docs.py tests/test_end_to_end.py
-# The step contract on whole vision-language models takes minutes each.
-SLOW := tests/trainers/test_updates.py::test_the_step_contract_holds_for_previous \
-	tests/trainers/test_zeroth_order.py::test_the_step_contract_holds
 test: install browser npm
 	@start=$$(date +%s); \
-	$(BIN)/python -m pytest $(addprefix --ignore=,$(LONG)) $(addprefix --deselect=,$(SLOW)) -n $(TESTERS) --dist loadscope; code=$$?; \
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(LONG)) -n $(TESTERS) --dist loadscope; code=$$?; \
 	echo "make test took $$(( $$(date +%s) - start )) s"; exit $$code
 
 test-long: install browser npm
 	@start=$$(date +%s); code=0; \
-	for part in $(LONG) $(SLOW); do $(BIN)/python -m pytest $$part || code=$$?; done; \
+	for part in $(LONG); do $(BIN)/python -m pytest $$part || code=$$?; done; \
 	echo "make test-long took $$(( $$(date +%s) - start )) s"; exit $$code
 
 lint: install docs

@@ -33,7 +33,8 @@ from attacks.games.twins import play_white_box
 from dpaudit import verdict
 from dpaudit.config import resolve
 from trainers.gradients import Gradient, UnitSum
-from trainers.run import Trainer, noise_like
+from trainers.noise import noise_like
+from trainers.step import Trainer
 
 RESULTS = Path(__file__).parent / "results"
 SETTINGS = ["model.device=cpu", "data.limit=32", "training.batch-size=256", "training.steps=30", "privacy.epsilon=8"]

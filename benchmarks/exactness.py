@@ -34,7 +34,7 @@ from tests.trainers.oracle import REDUCERS, Plain
 from trainers.gradients import MicroBatch
 from trainers.inputs import Rows, UnitInputs
 from trainers.records import Picture, Unit
-from trainers.run import gradient_path
+from trainers.step import gradient_path
 from trainers.vlm import VisionLanguageModel
 
 RESULTS = Path(__file__).parent / "results" / "exactness.json"

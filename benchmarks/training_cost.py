@@ -33,7 +33,7 @@ from dpaudit.randomness import Key
 from trainers.inputs import UnitInputs
 from trainers.plan import make_plan
 from trainers.records import Dataset, Picture, Question, Unit
-from trainers.run import Trainer
+from trainers.step import Trainer
 
 ROUNDS = 2
 RESULTS = Path(__file__).parent / "results"

@@ -172,7 +172,8 @@ class LocalExecutor:
         if self.logs is not None:
             atomic.make_folder(self.logs)
         try:
-            with log.open("wb") as sink:
+            with os.fdopen(atomic.open_own(log, os.O_WRONLY | os.O_CREAT), "wb") as sink:
+                os.ftruncate(sink.fileno(), 0)  # of an earlier job of that number
                 process = subprocess.Popen(
                     [sys.executable, "-P", "-m", "dpaudit.worker", str(folder)],
                     env=_environment(self.threads_per_process),
@@ -182,6 +183,8 @@ class LocalExecutor:
                     process_group=0,  # Ctrl-C on a terminal reaches this process, which ends its jobs in order
                 )
         except OSError as error:
+            if error.filename == str(log):
+                raise atomic.failure(log, error) from error
             raise EnvironmentFailure(f"a job can't be started: {error.strerror or error}") from error
         return _Job(index, process, folder, log)
 

@@ -27,7 +27,7 @@ PARTS = ("release", "private")
 # What dpaudit writes into the two parts, by name: `discard` removes a folder only where it knows all that is in it.
 RELEASED = {
     "config.yaml", "claim.json", "ledger.json", "model", "audit.json", "benchmark.json", "environment.json", "games",
-    checksums.SUMS, checksums.NEXT,
+    "signature.json", checksums.SUMS, checksums.NEXT,
 }  # fmt: skip
 KEPT = {
     "coins.parquet", "scores.parquet", "membership.parquet", "answers.parquet", "metrics.jsonl", "noise.key", "lock",

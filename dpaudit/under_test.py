@@ -1,4 +1,4 @@
-"""Other people's training, unchanged, as the factory that `dpaudit check` and `dpaudit audit --trainer` take.
+"""Other people's training, unchanged, as the factory that `dpaudit check` and `dpaudit audit-trainer` take.
 
     from dpaudit.under_test import hf_trainer, opacus_loop, step_function
 

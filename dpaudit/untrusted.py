@@ -7,7 +7,7 @@ would fill the memory before its first line is looked at. Every module opens suc
 
     open_regular, read_bytes, read_text, read_json    any file, whole
     tensor_shapes, open_tensors, read_tensors         safetensors
-    parquet_file, parquet_batches, read_parquet, read_csv    tables
+    parquet_file, parquet_batches, read_parquet, read_csv, read_npz    tables
     sha256                                            hashes
     part_of                                           a file inside a folder that was handed over
     bounded_memory                                    an upper limit for what a decoder may take
@@ -27,6 +27,8 @@ import re
 import stat
 import sys
 import warnings
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 from dpaudit.errors import UsageError
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import pandas as pd
     import pyarrow
     import pyarrow.parquet
@@ -386,6 +389,43 @@ def read_csv(path: Path, **options: Any) -> "pd.DataFrame":
     except (MemoryError, RecursionError, OverflowError):
         raise ValueError("too large a table") from None
     return frame
+
+
+def read_npz(path: Path, *, most: int = MOST_TABLE) -> "dict[str, npt.NDArray[Any]]":
+    """The arrays of an .npz file by name, together at most `most` bytes; ValueError where it is none. Objects, which
+    would be unpickled, are refused."""
+    content = read_bytes(path, most)
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            parts = archive.infolist()
+            if len(parts) > MOST_NAMES:
+                raise ValueError(f"more than {MOST_NAMES} arrays")
+            if sum(part.file_size for part in parts) > most:
+                raise ValueError(f"it unpacks to more than {shown(most)}")
+            return {part.filename.removesuffix(".npy"): _npy(archive.read(part)) for part in parts}
+    except (
+        zipfile.BadZipFile, zlib.error, EOFError, KeyError, TypeError, SyntaxError, OverflowError, MemoryError,
+        RecursionError, RuntimeError,
+    ):  # fmt: skip
+        raise ValueError("not a readable .npz file") from None
+
+
+def _npy(content: bytes) -> "npt.NDArray[Any]":
+    """One array in numpy's own format; its header may promise no more than there is."""
+    from numpy.lib import format as npy
+
+    stream = io.BytesIO(content)
+    version = npy.read_magic(stream)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError("an array in an unknown version of numpy's format")
+    shape, _, kind = (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(stream)
+    if kind.hasobject or kind.fields is not None or kind.subdtype is not None:
+        raise ValueError("an array of objects or records; accepted: numbers, truth values and text")
+    if math.prod(shape) * kind.itemsize != len(content) - stream.tell():
+        raise ValueError("an array that is cut off")
+    stream.seek(0)
+    array: npt.NDArray[Any] = npy.read_array(stream, allow_pickle=False)
+    return array
 
 
 def platform_has_limits() -> bool:

@@ -35,6 +35,8 @@ class ReportRun(Part):
     sample_sha256: str | None = None
     ledger: dict[str, LedgerStatus] = Field(default_factory=dict, description="Place -> status.")
     failed: tuple[str, ...] = Field(default=(), description="Checks of game, token path and contract that failed.")
+    signature: Literal["unsigned", "signed", "invalid"] = "unsigned"
+    key_sha256: str | None = Field(default=None, description="Fingerprint of the key that signed the release.")
 
 
 class ReportSweep(Part):
@@ -105,6 +107,8 @@ def summarise(runs: Sequence[RunReport]) -> tuple[ReportRun, ...]:
                 sample_sha256=_sample(run, table) if measured is not None else None,
                 ledger={row.path: row.status for row in run.ledger},
                 failed=failed_checks(run),
+                signature=run.vouched.status,
+                key_sha256=run.vouched.key.sha256 if run.vouched.status == "signed" and run.vouched.key else None,
             )
         )
     return tuple(rows)

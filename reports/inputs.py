@@ -5,13 +5,13 @@ from there carries an UNACCOUNTED ledger row.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from pydantic import ValidationError
 
-from dpaudit import untrusted, verdict
+from dpaudit import stated, untrusted, verdict
 from dpaudit.config import RunConfig, read_yaml, resolve
 from dpaudit.documents import (
     AuditDocument,
@@ -35,10 +35,9 @@ from dpaudit.folders import require_plain
 from reports.integrity import notices
 from reports.judged import judge
 from reports.text import clean
+from reports.vouched import Vouched, check
 
 AnyDocument = TypeVar("AnyDocument", bound=Document)
-
-UNSIGNED = "unsigned; stated by the owner"
 
 PRIVATE_CURVES = LedgerRow(
     path="report: training curves",
@@ -80,7 +79,8 @@ class RunReport:
 
     `key` is the letter that stands for the run in figures; `notices` are contradictions between its documents.
     `source`: what was given, a run folder or a bare document. `cell_of`: the sweep for one of whose configurations this
-    run stands. `place`: where its evidence is, as a relative address; pages don't show it.
+    run stands. `place`: where its evidence is, as a relative address; pages don't show it. `vouched`: who signed it.
+    `unfit`: those of the notices for which it can't be signed.
     """
 
     key: str
@@ -99,7 +99,8 @@ class RunReport:
     source: Literal["run", "scores", "audit"] = "run"
     cell_of: str | None = None
     place: str = ""
-    vouched: str = UNSIGNED
+    vouched: Vouched = field(default_factory=Vouched)
+    unfit: tuple[str, ...] = ()
 
     @property
     def claim(self) -> Claim | None:
@@ -161,7 +162,7 @@ def load_runs(
     """Read every run's documents; UsageError (one line naming file and field) when one can't be understood."""
     if not paths:
         raise UsageError("RUN: give at least one run folder")
-    folders = [_release(path) for path in paths]
+    folders = [release_of(path) for path in paths]
     seen: dict[Path, Path] = {}
     for path, folder in zip(paths, folders, strict=True):
         if folder.resolve() in seen:
@@ -182,7 +183,7 @@ def load_runs(
     return tuple(runs)
 
 
-def _release(path: Path) -> Path:
+def release_of(path: Path) -> Path:
     """The release part of a run folder; an auditor who was given `release/` alone may name that."""
     if not path.exists():
         raise UsageError(f"RUN: {path}: no such folder")
@@ -256,8 +257,10 @@ def load_release(folder: Path, *, key: str, name: str) -> RunReport:
         place=place(folder / "audit.json"),
     )
     hashes = {file.name: file.sha256 for file in run.files}
-    wrong = notices(folder, hashes, claim=run.claim, config=config)
-    return replace(run, notices=(*judged.notices, *_contradictions(run, said), *wrong))
+    unfit = (*judged.notices, *_contradictions(run, said), *notices(folder, hashes))
+    priced = (f"{row.explanation} {row.evidence}." for row in stated.rows(run.claim, config))
+    vouched = check(folder, run)
+    return replace(run, vouched=vouched, unfit=unfit, notices=(*vouched.notices, *unfit, *priced))
 
 
 def _config(path: Path) -> RunConfig | None:

@@ -11,6 +11,7 @@ from dpaudit.documents import AuditDocument, CheckDocument, ScoresDocument
 from dpaudit.errors import UsageError
 from reports.inputs import ReleasedFile, RunReport, check_summary, distinct, letter, load_release, load_runs, place
 from reports.sweep.document import SweepDocument, SweepRow
+from reports.sweep.layout import RUNS, require_plain
 from reports.text import clean
 
 if TYPE_CHECKING:
@@ -114,12 +115,15 @@ def _sweep(path: Path, *, first: int) -> SweepReport:
     """A sweep folder, or its sweep.json alone (then nothing but the table is known)."""
     folder = path if path.is_dir() else path.parent
     document = SweepDocument.read(folder / SWEEP)
+    require_plain(folder)
     lines = []
     for index, row in enumerate(document.rows):
         key = letter(first + index)
         cells = (c for c in document.cells if c.configuration == row.configuration and c.state == "finished")
         releases = (
-            folder / "runs" / cell.folder / "release" for cell in cells if Path(cell.folder).name == cell.folder
+            folder / RUNS / cell.folder / "release"
+            for cell in cells
+            if Path(cell.folder).name == cell.folder and cell.folder != ".."
         )
         release = next((found for found in releases if found.is_dir()), None)
         run = None

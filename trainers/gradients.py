@@ -9,7 +9,7 @@ costs about twice the time and more memory than the small per-unit gradients the
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -228,15 +228,12 @@ class _PerRow:
         return out
 
 
-def add_sums(parts: Sequence[UnitSum], parameters: Mapping[str, Tensor], device: torch.device) -> UnitSum:
-    """Add physical batches into one logical one; no parts at all is the empty batch."""
-    total = zeros(parameters)
+def add_sums(parts: Iterable[UnitSum], parameters: Mapping[str, Tensor], device: torch.device) -> UnitSum:
+    """Add physical batches into one logical one, as they come: one sum is kept; no parts at all is the empty batch."""
+    total, norms, losses = zeros(parameters), [torch.zeros(0, device=device)], [torch.zeros(0, device=device)]
     for part in parts:
         for name, value in part.gradient.items():
             total[name].add_(value)
-    empty = torch.zeros(0, device=device)
-    return UnitSum(
-        total,
-        torch.cat([part.norms for part in parts]) if parts else empty,
-        torch.cat([part.losses for part in parts]) if parts else empty,
-    )
+        norms.append(part.norms)
+        losses.append(part.losses)
+    return UnitSum(total, torch.cat(norms), torch.cat(losses))

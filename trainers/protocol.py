@@ -1,4 +1,4 @@
-"""A trainer under test: what `dpaudit check` and `dpaudit audit --trainer` ask of training code that they don't know.
+"""A trainer under test: what `dpaudit check` and `dpaudit audit-trainer` ask of training code that they don't know.
 
 `module:factory` names a callable `factory(records=None, *, seed, noise_seed=None) -> trainer`. Without records the
 trainer uses its own. A record is one unit (what one person contributes), anything that the trainer understands: the

@@ -9,9 +9,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -27,30 +25,19 @@ from dpaudit.errors import DpauditError, UsageError, rejected
 from dpaudit.ledger import Ledger
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
-from trainers import binding, checkpoints, updates
+from trainers import binding, checkpoints
 from trainers.distributed import ALONE, Group, fingerprint
-from trainers.features import Features, cache_of
-from trainers.fusion import for_questions, release_of
+from trainers.features import cache_of
+from trainers.fusion import for_questions
 from trainers.gradients import (
     Gradient,
-    GradientPath,
-    Hooks,
-    MicroBatch,
-    Plain,
-    UnitSum,
-    add_sums,
-    choose_checkpointing,
-    clip_factors,
-    whole_units,
 )
-from trainers.inputs import Rows, UnitInputs
-from trainers.plan import Inserted, Plan, fusion_std, ledger_rows, make_plan
+from trainers.plan import Inserted, Plan, ledger_rows, make_plan
 from trainers.progress import Reporter, Silent, StepReport
 from trainers.records import Dataset, Picture, Unit
-from trainers.sampling import poisson_batch as poisson_batch  # its first home
-from trainers.sharding import local, shard
+from trainers.sharding import local
+from trainers.step import Trainer
 from trainers.vlm import VisionLanguageModel
-from trainers.zeroth_order import ZerothOrder, laplace
 
 # (step, released noisy gradient before pruning, clipped sum of the units that everybody knows to be there)
 AfterStep = Callable[[int, Gradient, Gradient], None]
@@ -69,160 +56,6 @@ class Injection(Protocol):
         """What `step` released, the clipped sum of its records, the inserted canaries it took, and what the same step
         with the same noise would have released without them."""
         ...
-
-
-def noise_like(key: Key, like: Mapping[str, torch.Tensor], *, step: int, std: float, secure: bool = False) -> Gradient:
-    """Gaussian noise of std `std` for every tensor that is released: PRF(key, step, its name).
-
-    secure: in float64, as half the sum of four (Key.secure_normal); the caller adds first and rounds once.
-    """
-    if secure:
-        return {
-            name: torch.from_numpy(std * key.secure_normal(tuple(value.shape), step=step, name=name)).to(value.device)
-            for name, value in like.items()
-        }
-    return {
-        name: torch.from_numpy(key.normal(tuple(value.shape), step=step, name=name)).to(value.device) * std
-        for name, value in like.items()
-    }
-
-
-@dataclass
-class Trainer:
-    """The state of a run between steps."""
-
-    config: RunConfig
-    plan: Plan
-    key: Key
-    model: VisionLanguageModel
-    inputs: UnitInputs
-    parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    path: GradientPath
-    pruning: updates.Pruning
-    injected: torch.Tensor | None = None  # (k, parameters): gradient canaries, units after the real ones
-    zeroth: ZerothOrder | None = None  # method dp-zo: numbers instead of gradients
-    group: Group = ALONE  # with several ranks `inputs` holds this rank's own units only
-
-    @classmethod
-    def build(
-        cls,
-        config: RunConfig,
-        plan: Plan,
-        key: Key,
-        model: VisionLanguageModel,
-        units: Sequence[Unit],
-        features: Features | None = None,
-        group: Group = ALONE,
-    ) -> "Trainer":
-        """Choose reducer and adapter, encode the units once (or find them in `features`), set up the optimiser."""
-        model.set_reducer(config.reducer)
-        parameters = model.attach_lora(config.model.lora, generator=key.generator(purpose="initialisation"))
-        if group.sharded:
-            shard(model, parameters, group, config.model.device)
-        inputs = UnitInputs(model, units, features=features, release=release_of(config, key))
-        longest = inputs.longest
-        if longest > model.max_positions:
-            raise UsageError(
-                f"data.train: the longest question with its answer needs {longest} positions with the picture; "
-                f"accepted: at most {model.max_positions}, the model's context"
-            )
-        path = gradient_path(config, model, parameters)
-        zeroth = ZerothOrder(model, parameters, config.zeroth_order) if config.method == "dp-zo" else None
-        optimizer = updates.make_optimizer(parameters, config.training)
-        pruning = updates.Pruning.of(parameters, config.pruning)
-        return cls(config, plan, key, model, inputs, parameters, optimizer, path, pruning, zeroth=zeroth, group=group)
-
-    @property
-    def released(self) -> Mapping[str, torch.Tensor]:
-        """Tensors like those that a step adds up and noises: one a parameter, or the numbers of method dp-zo."""
-        return self.parameters if self.zeroth is None else self.zeroth.released
-
-    def clipped_sum(self, step: int, units: Sequence[int]) -> UnitSum:
-        """Sum of the clipped gradients of some units at the present parameters, with the fusion noise of `step`."""
-        if self.pruning.ahead:
-            with updates.trainable_only(self.parameters, self.pruning.chosen(self._coins(step))) as chosen:
-                return self._sum(step, units, gradient_path(self.config, self.model, chosen), chosen)
-        path: Callable[[Rows, float], UnitSum] = self.path
-        if self.zeroth is not None:
-            path = partial(self.zeroth.clipped_sum, lines=self.zeroth.lines(self.key, step))
-        return self._sum(step, units, path, self.released)
-
-    def _coins(self, step: int) -> np.random.Generator:
-        """The public coins of the pruning of `step`."""
-        return self.key.generator(purpose="pruning", step=step)
-
-    def _sum(
-        self,
-        step: int,
-        units: Sequence[int],
-        path: Callable[[Rows, float], UnitSum],
-        like: Mapping[str, torch.Tensor],
-    ) -> UnitSum:
-        std, size = fusion_std(self.config, self.plan), self.plan.max_grad_norm
-        one_by_one = self.group.sharded and self.config.training.gradient_path == "micro-batch"
-        chunks = self.inputs.chunks(units, 1 if one_by_one else self.config.training.rows_at_once)
-        idle = self.group.passes(len(chunks)) - len(chunks)
-        rows = [*chunks, *([[0]] * idle)]  # any unit will do for an idle pass: its sum is thrown away
-        with self.group.guard():
-            selected = (self.inputs.select(chunk, key=self.key, step=step, fusion_std=std) for chunk in rows)
-            parts = [whole_units(path(part, size), part) for part in selected]
-        return add_sums(parts[: len(chunks)], like, self.model.device)
-
-    def with_injected(self, known: UnitSum, canaries: npt.NDArray[np.int64]) -> UnitSum:
-        """`known` plus the sampled gradient canaries, each clipped as one more unit."""
-        if self.injected is None or not len(canaries):
-            return known
-        rows = self.injected[torch.from_numpy(canaries)]
-        factors = clip_factors(rows.norm(dim=1), self.plan.max_grad_norm)
-        flat, at, total = factors @ rows, 0, {}
-        for name in sorted(self.parameters):
-            value = known.gradient[name]
-            total[name] = value + flat[at : at + value.numel()].view_as(value).to(value.device)
-            at += value.numel()
-        return UnitSum(total, known.norms, known.losses)
-
-    def noisy_mean(self, step: int, total: UnitSum) -> Gradient:
-        """(sum + N(0, (sigma C)^2)) / expected batch size; without a claim the plain mean."""
-        size = self.plan.expected_batch_size
-        if self.plan.claim is None:
-            return {name: value / size for name, value in total.gradient.items()}
-        std = self.config.planted.noise_scale * self.plan.noise_multiplier * self.plan.max_grad_norm
-        noise = self._noise(step, std, total.gradient)
-        # Secure noise is float64: so is the sum, until the one rounding at the end.
-        return {name: ((value + noise[name]) / size).to(value.dtype) for name, value in total.gradient.items()}
-
-    def _noise(self, step: int, scale: float, like: Gradient) -> Gradient:
-        """The noise of `step`: Gaussian of std `scale`, or Laplace of that scale where the method says so."""
-        if self.zeroth is None or self.zeroth.config.noise == "gaussian":
-            return noise_like(self.key, like, step=step, std=scale, secure=self.config.privacy.noise == "secure")
-        return {
-            name: scale * laplace(self.key, value.numel(), step=step, name=name).to(value.device)
-            for name, value in like.items()
-        }
-
-    def update(self, step: int, noisy: Gradient) -> set[str]:
-        """Prune and apply; returns the blocks that were updated."""
-        if self.zeroth is not None:
-            noisy = self.zeroth.update(noisy, self.zeroth.lines(self.key, step))
-        kept = self.pruning.select(noisy, self._coins(step))
-        self.pruning.observe(noisy)
-        rate = updates.learning_rate(self.config.training, step=step, steps=self.plan.steps)
-        updates.apply_update(self.parameters, noisy, kept, self.optimizer, rate)
-        return kept
-
-
-def gradient_path(
-    config: RunConfig, model: VisionLanguageModel, parameters: Mapping[str, nn.Parameter]
-) -> GradientPath:
-    """Plain sums without privacy, Opacus hooks by default, the micro-batch loop when asked for."""
-    path: GradientPath = Hooks(model, parameters)
-    if config.method == "non-private":
-        path = Plain(model, parameters)
-    elif config.training.gradient_path == "micro-batch":
-        path = MicroBatch(model, parameters)
-    model.set_checkpointing(choose_checkpointing(config.training.gradient_checkpointing, path))
-    return path
 
 
 def train(
@@ -284,6 +117,7 @@ def train(
         if group.first and step % config.training.checkpoint_every == 0 and step < plan.steps:
             checkpoints.save(run.checkpoints, step, *state, pruning=trainer.pruning)
     reporter.close()
+    trainer.noise.close()
     _check_movement(model, trainer.parameters, start, frozen)
     group.agree("trained weights", fingerprint(trainer.parameters))
     if group.first:
@@ -306,6 +140,8 @@ def _one_step(
     extra = 0 if trainer.injected is None else len(trainer.injected)
     batch = plan.sampler.batch(trainer.key, step=step, units=units + extra)
     real = [int(index) for index in batch if index < units]
+    if group.first:
+        trainer.draw_ahead(step)
     known = group.add(trainer.clipped_sum(step, group.share(real)), real)
     epsilon = plan.epsilon_after(step) if group.first else None
 

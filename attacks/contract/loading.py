@@ -17,15 +17,13 @@ from dpaudit import packages
 from dpaudit.documents import FactorySource
 from dpaudit.errors import UsageError, rejected
 
-OWN = ("dpaudit", "trainers", "attacks", "reports")
-
 
 def load_factory(target: str, *, limit: float = TIME_LIMIT) -> Callable[..., Any]:
     """The callable that `module:factory` names; raises UsageError with one line that says what is wrong with it."""
     module_name, colon, attribute = target.partition(":")
     if not colon or not module_name or not attribute:
         raise rejected("factory", target, "module:factory, for example my_training:make_trainer")
-    for name in OWN:
+    for name in packages.OWN:
         importlib.import_module(name)
     here = str(Path.cwd())
     sys.path[:] = [here, *(entry for entry in sys.path if entry not in ("", here))]
@@ -59,13 +57,10 @@ def _import(module_name: str, target: str, limit: float) -> Any:
             return load()
     except MethodFailure as failure:
         cause = failure.__cause__
-        top = module_name.split(".")[0]
         if isinstance(cause, ModuleNotFoundError) and cause.name is not None and module_name.startswith(cause.name):
-            if top in OWN:
-                why = f"{top} is dpaudit's own package; rename your folder or put the factory into another module"
-            else:
-                why = f"no module of this name in {Path.cwd()} or the Python path"
-            raise UsageError(f"factory: got {target!r}: {why}") from None
+            raise UsageError(
+                f"factory: got {target!r}: no module of this name in {Path.cwd()} or the Python path"
+            ) from None
         raise
 
 

@@ -16,10 +16,10 @@ from typing import Any
 import pandas as pd
 
 from attacks.canaries import Coins, Plan, check_coins, save_coins
-from attacks.contract.loading import OWN
 from dpaudit import atomic, untrusted
 from dpaudit.documents import AuditDocument, Claim, ClaimDocument, LedgerDocument, LedgerRow
 from dpaudit.errors import EnvironmentFailure, UsageError
+from dpaudit.packages import OWN
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
 
@@ -124,7 +124,8 @@ def loaded_code() -> str:
     those are imported depends on flags such as the executor, not on the code under audit.
     """
     modules = list(sys.modules.items())
-    files = [getattr(module, "__file__", None) for name, module in modules if name.split(".")[0] not in OWN]
+    own = ("dpaudit", *OWN)
+    files = [getattr(module, "__file__", None) for name, module in modules if name.split(".")[0] not in own]
     folder, digest = Path.cwd().resolve(), hashlib.sha256()
     for file in sorted({Path(file).resolve() for file in files if file}):
         if file.is_relative_to(folder) and file.suffix == ".py" and file.is_file() and not INSTALLED & {*file.parts}:

@@ -6,6 +6,7 @@ the reason, in the document's validity checks.
 """
 
 import dataclasses
+import secrets
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -44,15 +45,20 @@ def audit_trainer(
     reporter: Callable[[str], Reporter],
     log: Callable[[str], None] = lambda _: None,
     executor: Executor | None = None,
+    given: Callable[..., Any] | None = None,
 ) -> tuple[AuditDocument, Path]:
     """Audit `options.target` and write the document to OUT/release/audit.json; returns both.
 
     reporter: makes a progress reporter of a name. executor: for the trainings of `--runs` (None: here, one by one).
+    given: the factory itself, where it can't be loaded by its name; an audit of it that was interrupted is not gone on
+    with, since nobody can say whether it is the same code.
     Raises UsageError (one line that names the method or the option) when the trainer can't be asked.
     """
-    loaded = load_factory(options.target, limit=options.time_limit)
+    loaded = load_factory(options.target, limit=options.time_limit) if given is None else given
     factory = partial(loaded, **options.arguments) if options.arguments else loaded
     settings = _settings(options)
+    if given is not None:
+        settings["session"] = secrets.token_hex(8)
     folder = AuditFolder.take(out, options.target.replace(":", "-").replace(".", "-"), settings)
     with folder.run.lock():
         setting = Setting.of(factory, options, folder.key(options.seed))

@@ -33,7 +33,8 @@ from trainers.fusion import TokenRelease, release_of
 from trainers.inputs import UnitInputs
 from trainers.plan import make_plan
 from trainers.records import Dataset, Unit
-from trainers.run import Trainer, gradient_path, load_model, read_config
+from trainers.run import load_model, read_config
+from trainers.step import Trainer, gradient_path
 from trainers.vlm import VisionLanguageModel
 
 KIND = "fused-region"

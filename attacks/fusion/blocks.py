@@ -15,7 +15,7 @@ from attacks.fusion.standins import checkerboard, longer, with_pixels
 from dpaudit.documents import Check
 from trainers.gradients import Gradient
 from trainers.records import Unit
-from trainers.run import Trainer
+from trainers.step import Trainer
 
 NAME = "update mask follows the noisy gradient"
 WHY = (

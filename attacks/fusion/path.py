@@ -83,7 +83,7 @@ class TokenPath:
         encode: Callable[[Sequence[Unit]], UnitInputs] | None = None,
     ) -> "TokenPath":
         """The trainer's own path at the model's present parameters."""
-        from trainers.run import noise_like
+        from trainers.noise import noise_like
 
         return cls(
             model,

@@ -27,7 +27,8 @@ from trainers.gradients import UnitSum, clip_factors
 from trainers.inputs import Rows, UnitInputs, fusion_noise
 from trainers.plan import Plan, fusion_std
 from trainers.records import Dataset, Unit
-from trainers.run import Trainer, gradient_path, train
+from trainers.run import train
+from trainers.step import Trainer, gradient_path
 from trainers.vlm import VisionLanguageModel
 
 Adapter = dict[str, Tensor]

@@ -85,9 +85,9 @@ def command(
     RUN, none named: the canary game (if the run was trained with canaries) and the isolation test. --contract takes
     about a minute more; --white-box, and --canaries on a run trained without them, train a twin of the run first.
 
-    --trainer MODULE:FACTORY audits training code that dpaudit did not write (docs/audit-your-own.md); none named: all
-    that it allows but --runs. --model PATH --base PATH --records FILE --coins FILE --epsilon E audits a model that is
-    already trained, with its owner's coins.
+    --trainer MODULE:FACTORY is `dpaudit audit-trainer MODULE:FACTORY`: training code that dpaudit did not write.
+    --model PATH --base PATH --records FILE --coins FILE --epsilon E is `dpaudit audit-model PATH ...`: a model that is
+    already trained, with its owner's coins. Their --help has their options alone.
     """
     from attacks.external.options import ModelOptions, TrainerOptions
     from attacks.options import Options, prepare
@@ -136,7 +136,7 @@ def command(
             command=shlex.join(["dpaudit", *sys.argv[1:]]),
         )
         document = external.trainer(asked, out, many)
-        _finish(document, as_json=as_json, strict=strict, fail_above=fail_above)
+        finish(document, as_json=as_json, strict=strict, fail_above=fail_above)
     if model is not None:
         external.refuse(of_trainer | dict.fromkeys([f"--{name}" for name in named], True), "says nothing with --model")
         needed: dict[str, object] = {"--base": base, "--records": records, "--coins": coins, "--epsilon": epsilon}
@@ -156,9 +156,9 @@ def command(
             confidence=confidence,
             alpha=alpha,
             device=device,
-            command=_typed(model),
+            command=typed(model),
         )
-        _finish(external.model(trained, out), as_json=as_json, strict=strict, fail_above=fail_above)
+        finish(external.model(trained, out), as_json=as_json, strict=strict, fail_above=fail_above)
     assert run is not None
     external.refuse(of_trainer | of_model | both, "belongs to --trainer or --model")
     console.existing(run, "run")
@@ -172,7 +172,7 @@ def command(
         confidence=confidence,
         alpha=alpha,
         device=device,
-        command=_typed(run),
+        command=typed(run),
     )
     prepare(RunFolder.open(run), options)  # a wrong flag is told before the heavy imports
 
@@ -183,7 +183,7 @@ def command(
         shares, runner = (many.lanes, many.make(None)) if many else (None, None)
         document = audit(run, options, reporter=Live("twin"), log=console.log, processes=shares, executor=runner)
     sharper = None if white_box else f"dpaudit audit {shlex.quote(str(run))} --white-box"
-    _finish(document, as_json=as_json, strict=strict, fail_above=fail_above, sharper=sharper)
+    finish(document, as_json=as_json, strict=strict, fail_above=fail_above, sharper=sharper)
 
 
 def _many(
@@ -202,7 +202,7 @@ def _many(
     return choose(executor, processes, 1, address, gpus)
 
 
-def _finish(
+def finish(
     document: "AuditDocument", *, as_json: bool, strict: bool, fail_above: float | None, sharper: str | None = None
 ) -> NoReturn:
     """Print the document and end with the exit code of its verdict and the gate. sharper: a command that sees more."""
@@ -214,7 +214,7 @@ def _finish(
     console.finish(console.exit_code(document, strict=strict, fail_above=fail_above))
 
 
-def _typed(run: Path) -> str:
+def typed(run: Path) -> str:
     """The command line for the document, a path that leads elsewhere cut to its name: it tells who works where."""
     from dpaudit.config import public_path
 

@@ -73,6 +73,11 @@ def exit_code(document: "AuditDocument | ScoresDocument", *, strict: bool, fail_
     return code
 
 
+def claim_flag(field: str) -> str:
+    """The flag of a part of a claim (dpaudit.analysis.stating)."""
+    return "--epsilon" if field == "epsilon" else f"--claim-{field}"
+
+
 def finish(code: int) -> NoReturn:
     """End the command with an exit code."""
     raise typer.Exit(code)

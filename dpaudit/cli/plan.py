@@ -41,15 +41,15 @@ def command(
     training: they then cost nothing.
     """
     from dpaudit.analysis import plan
+    from dpaudit.analysis.stating import stated_claim
     from dpaudit.bounds import validate
     from dpaudit.cli import external
-    from dpaudit.cli.scores import make_claim
 
     needed: dict[str, object] = {"--claim-sigma": claim_sigma, "--claim-rate": claim_rate, "--claim-steps": claim_steps}
     external.required(needed, "e.g. dpaudit plan --claim-sigma 1.0 --claim-rate 0.05 --claim-steps 200")
     sizes = parse_sizes(canaries)
     level = validate.real("alpha", alpha, low=0.0, high=1.0, open_low=True, open_high=True)
-    claim = make_claim(claim_sigma, claim_rate, claim_steps, delta, None)
+    claim = stated_claim(sigma=claim_sigma, rate=claim_rate, steps=claim_steps, delta=delta, named=console.claim_flag)
     assert claim is not None
     document = plan.document(
         claim,

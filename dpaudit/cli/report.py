@@ -83,10 +83,13 @@ def command(
         for notice in run.notices:
             console.log(f"dpaudit: run {run.key} {run.name}: {notice}")
     if as_json:
-        return console.emit(document)
-    for line in describe(document):
-        console.say(line)
-    console.say(f"{output} ({len(encoded) / 1000:.0f} kB). {console.LIMIT_SENTENCE}")
+        console.emit(document)
+    else:
+        for line in describe(document):
+            console.say(line)
+        console.say(f"{output} ({len(encoded) / 1000:.0f} kB). {console.LIMIT_SENTENCE}")
+    if any(run.vouched.status == "invalid" for run in page.described):
+        console.finish(console.REFUTED)  # a gate failed: somebody vouched for other files
 
 
 def _write_formats(
@@ -123,7 +126,9 @@ def describe(document: "ReportDocument") -> list[str]:
     for run in document.runs:
         bound = "no bound" if run.epsilon_lower is None else f"eps >= {run.epsilon_lower:.3g}"
         claim = "no claim" if run.claimed_epsilon is None else f"claims eps = {run.claimed_epsilon:.3g}"
-        lines.append(f"{run.key} {run.name}: {run.verdict or 'not audited'} ({claim}; {bound})")
+        signed = {"invalid": "signature invalid", "signed": f"signed by {(run.key_sha256 or '')[:16]}…"}
+        vouched = signed.get(run.signature, "unsigned")
+        lines.append(f"{run.key} {run.name}: {run.verdict or 'not audited'} ({claim}; {bound}; {vouched})")
     lines += [f"sweep {clean(sweep.name)}: {len(sweep.rows)} configurations" for sweep in document.sweeps]
     for check in document.checks:
         failed = f"; failed: {', '.join(clean(name, 60) for name in check.failed[:5])}" if check.failed else ""

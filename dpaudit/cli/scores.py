@@ -8,11 +8,11 @@ import typer
 from dpaudit.cli import console
 
 if TYPE_CHECKING:
-    from dpaudit.documents import Claim, ScoresDocument, Test
+    from dpaudit.documents import ScoresDocument, Test
 
 
 def command(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="CSV or Parquet with columns id, member, score.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="CSV, Parquet or .npz with columns id, member, score.")],
     delta: Annotated[float, typer.Option(help="delta of the (eps, delta) that is bounded.")],
     coins: Annotated[
         str, typer.Option(help="How membership was drawn: independent (a fair toss each), half, or unknown.")
@@ -41,6 +41,13 @@ def command(
     features: Annotated[
         Path | None, typer.Option(help="CSV or Parquet with id and numeric features, for the blind baseline.")
     ] = None,
+    id_column: Annotated[
+        str, typer.Option(metavar="NAME", help="Column of ids; Parquet may hold them in its index, .npz needs none.")
+    ] = "id",
+    member_column: Annotated[
+        str, typer.Option(metavar="NAME", help="Column of coins: 0, 1, true or false.")
+    ] = "member",
+    score_column: Annotated[str, typer.Option(metavar="NAME", help="Column of scores.")] = "score",
     seed: Annotated[int, typer.Option(min=0, help="Breaks ties.")] = 0,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 when inconclusive.")] = False,
     as_json: Annotated[bool, console.JSON_OPTION] = False,
@@ -51,7 +58,8 @@ def command(
     independent runs. With --claim-sigma, --claim-rate and --claim-steps the claimed mechanism itself is tested.
     """
     from dpaudit.analysis.scores import Options, advantage, analyse
-    from dpaudit.analysis.tables import read_features, read_scores
+    from dpaudit.analysis.stating import stated_claim
+    from dpaudit.analysis.tables import Columns, read_features, read_scores
     from dpaudit.bounds import validate
     from dpaudit.errors import rejected
 
@@ -64,55 +72,27 @@ def command(
         coins=coins,  # type: ignore[arg-type]
         independent_runs=independent_runs,
         separate=separate,
-        claim=make_claim(claim_sigma, claim_rate, claim_steps, delta, epsilon),
+        claim=stated_claim(
+            epsilon=epsilon,
+            sigma=claim_sigma,
+            rate=claim_rate,
+            steps=claim_steps,
+            delta=delta,
+            named=console.claim_flag,
+        ),
         seed=seed,
         name=file.stem,
     )
-    table = read_scores(file)
-    values = None if features is None else read_features(features, table.ids)
-    leak = None if control is None else read_scores(control)
+    columns = Columns(id_column, member_column, score_column)
+    table = read_scores(file, columns)
+    values = None if features is None else read_features(features, table.ids, id_column)
+    leak = None if control is None else read_scores(control, columns)
     document = analyse(table, options, features=values, control=leak)
     if as_json:
         console.emit(document)
     else:
         show(document, advantage(table) if document.validity.sound else None)
     console.finish(console.exit_code(document, strict=strict, fail_above=fail_above))
-
-
-def make_claim(
-    sigma: float | None, rate: float | None, steps: int | None, delta: float, epsilon: float | None
-) -> "Claim | None":
-    """The claimed mechanism from its three flags, with the accountant's eps, or a bare eps; None if none is given."""
-    if sigma is None and rate is None and steps is None and epsilon is None:
-        return None
-    from dpaudit import accounting
-    from dpaudit.bounds import validate
-    from dpaudit.bounds.pld import check_dp_sgd
-    from dpaudit.documents import Claim
-    from dpaudit.errors import UsageError
-
-    if epsilon is not None:
-        if sigma is not None or rate is not None or steps is not None:
-            raise UsageError("--epsilon: given beside --claim-sigma, whose eps dpaudit computes; give one of the two")
-        eps = validate.real("--epsilon", epsilon, low=0.0, high=500.0, open_low=True)
-        return Claim(epsilon=eps, delta=delta, relation="add-remove", unit="record")
-
-    for flag, value in (("--claim-sigma", sigma), ("--claim-rate", rate), ("--claim-steps", steps)):
-        if value is None:
-            raise UsageError(f"{flag}: missing; a claim needs --claim-sigma, --claim-rate and --claim-steps")
-    assert sigma is not None and rate is not None and steps is not None
-    s, q, times = check_dp_sgd(sigma, rate, steps)
-    return Claim(
-        epsilon=accounting.epsilon(accounting.DpSgd(s, q, times), delta),
-        delta=delta,
-        relation="add-remove",
-        unit="record",
-        noise_multiplier=s,
-        sampling="poisson",
-        sample_rate=q,
-        steps=times,
-        accountant=accounting.accountant_name(),
-    )
 
 
 def show(document: "ScoresDocument", advantage: float | None) -> None:

@@ -104,13 +104,13 @@ def _stored(out: Path, overrides: list[str], seeds: list[int] | None) -> "tuple[
     """Grid, overrides and seeds of the sweep in `out`; more overrides would make it another one."""
     from reports.sweep.board import NAME
     from reports.sweep.document import SweepDocument
-    from reports.sweep.grid import Grid
+    from reports.sweep.grid import as_grid
 
     console.existing(out / NAME, "--resume")
     if overrides:
         raise rejected("override", overrides[0], "none with --resume alone: the sweep has its settings")
     earlier = SweepDocument.read(out / NAME)
-    return Grid.model_validate(earlier.grid), list(earlier.overrides), seeds or list(earlier.seeds)
+    return as_grid(earlier.grid, out / NAME), list(earlier.overrides), seeds or list(earlier.seeds)
 
 
 def _seeds(text: str) -> list[int]:

@@ -59,6 +59,12 @@ from dpaudit.documents.games import (
     Validity,
     Verdict,
 )
+from dpaudit.documents.signature import (
+    KeyDocument,
+    SignatureDocument,
+    Statement,
+    VerificationDocument,
+)
 from dpaudit.documents.token_path import (
     Carried,
     FusionAudit,
@@ -108,6 +114,7 @@ __all__ = [
     "GameDocument",
     "GameEntry",
     "Gap",
+    "KeyDocument",
     "Leak",
     "LeakStage",
     "LedgerDocument",
@@ -128,14 +135,17 @@ __all__ = [
     "ScoreSummary",
     "ScoresDocument",
     "Sensitivity",
+    "SignatureDocument",
     "Spent",
     "Stage",
+    "Statement",
     "TaskAbout",
     "Test",
     "Thumbnail",
     "TruthCase",
     "Validity",
     "Verdict",
+    "VerificationDocument",
     "write_schemas",
 ]
 
@@ -150,6 +160,9 @@ DOCUMENTS: tuple[type[Document], ...] = (
     EnvironmentDocument,
     CheckDocument,
     DoctorDocument,
+    SignatureDocument,
+    VerificationDocument,
+    KeyDocument,
 )
 
 

@@ -20,11 +20,11 @@ from reports.benchmark import ANSWERS
 from reports.sweep import table
 from reports.sweep.document import Averaged, State, SweepCell, SweepDocument, SweepRow
 from reports.sweep.grid import Cell, Plan, Point
+from reports.sweep.layout import RUNS, require_plain
 from reports.utility import OVERALL
 from reports.worker import TASK
 
 NAME = "sweep.json"
-RUNS = "runs"
 
 
 @dataclass
@@ -60,6 +60,7 @@ class Board:
     ) -> "Board":
         """States as the folders have them; UsageError when a folder holds another run than the grid says."""
         board = cls(plan, out, grid, tuple(overrides), tuple(seeds))
+        require_plain(out)
         earlier = {}
         if (out / NAME).exists():
             earlier = {cell.folder: cell.seconds for cell in SweepDocument.read(out / NAME).cells}
@@ -93,7 +94,10 @@ def _state(cell: Cell, run: RunFolder, audits: Sequence[str]) -> State:
 def locked(out: Path) -> Iterator[None]:
     """Hold a sweep's folder alone; the operating system drops the lock with the process, also after kill -9."""
     atomic.make_folder(out)
-    descriptor = os.open(out / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        descriptor = atomic.open_own(out / "lock", os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise atomic.failure(out / "lock", error) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -111,14 +111,19 @@ def read_grid(path: Path) -> Grid:
         tree = _plain(read_yaml(path))
     except UsageError as error:
         raise UsageError(str(error).removeprefix("--config ")) from error
+    grid = as_grid(tree, path)
+    return grid if grid.name else grid.model_copy(update={"name": path.stem})
+
+
+def as_grid(tree: Any, path: Path) -> Grid:
+    """A grid out of what `path` holds; UsageError with one line that names file and field."""
     try:
-        grid = Grid.model_validate(tree)
+        return Grid.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "grid"
         shown = repr(first.get("input"))[:80]
         raise UsageError(f"{path}: {where}: got {shown}; {first['msg'][:1].lower()}{first['msg'][1:]}") from error
-    return grid if grid.name else grid.model_copy(update={"name": path.stem})
 
 
 def _plain(value: Any) -> Any:

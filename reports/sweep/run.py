@@ -15,6 +15,7 @@ from dpaudit.executors import Executor, Outcome
 from reports.sweep import jobs
 from reports.sweep.board import Board, Entry, locked, tuning
 from reports.sweep.document import State, SweepDocument
+from reports.sweep.layout import LOGS
 from reports.utility import OVERALL
 from reports.worker import TASK
 
@@ -32,7 +33,7 @@ def run_sweep(board: Board, *, executor: MakeExecutor, lanes: int, watch: Watche
     """Bring every cell of `board` as far as it gets. lanes: how many jobs the executor runs side by side."""
     with locked(board.out):
         board.write()
-        logs = board.out / "logs"
+        logs = board.out / LOGS
         runner = executor(logs)
         for number, entries in enumerate(_rounds(board.entries), 1):
             unfinished = [entry for entry in entries if entry.state != "finished"]

@@ -269,6 +269,10 @@ def test_command_line(trained: Path, capsys: pytest.CaptureFixture[str]) -> None
 
     code, out, _ = call("--json")
     assert code == 1 and json.loads(out)["verdict"] == "refuted"
+    # The door of its own prints the same document.
+    words = [str(word) for flag, value in list(given.items())[1:] for word in (flag, value)]
+    code = app.run(["audit-model", str(given["--model"]), *words, "--device", "cpu", "--json"])
+    assert code == 1 and json.loads(capsys.readouterr().out)["tests"] == json.loads(out)["tests"]
     for more, leave, message in (
         ((), "--coins", "--coins: missing; --model needs --base, --records, --coins and --epsilon"),
         ((), "--epsilon", "--epsilon: missing"),

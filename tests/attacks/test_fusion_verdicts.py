@@ -21,7 +21,7 @@ from tests.tiny import random_units, save_tiny_llava
 from trainers.gradients import Gradient, UnitSum
 from trainers.plan import make_plan
 from trainers.records import Dataset, Unit
-from trainers.run import Trainer
+from trainers.step import Trainer
 from trainers.vlm import VisionLanguageModel
 
 OWN, SHARED = verdicts.OWN, verdicts.SHARED

@@ -50,6 +50,8 @@ def test_works(tmp_path: Path, words: tuple[str, ...]) -> None:
         ("train", "--dry-run"),
         ("check", "a:b"),
         ("audit", "--trainer", "a:b"),
+        ("audit-trainer", "a:b"),
+        ("audit-model", "x", "--base", "y", "--records", "r.jsonl", "--coins", "c.csv", "--epsilon", "1"),
         ("audit", "--model", "x", "--base", "y", "--records", "r.jsonl", "--coins", "c.csv", "--epsilon", "1"),
         ("bugs",),
         ("demo",),

@@ -30,6 +30,7 @@ from dpaudit.documents import (
     EpsilonAt,
     FusionAudit,
     GameDocument,
+    KeyDocument,
     LedgerDocument,
     LedgerRow,
     Metric,
@@ -37,10 +38,12 @@ from dpaudit.documents import (
     RunInfo,
     ScoresDocument,
     ScoreSummary,
+    SignatureDocument,
     Spent,
     Test,
     Thumbnail,
     Validity,
+    VerificationDocument,
 )
 from dpaudit.errors import UsageError
 
@@ -90,6 +93,9 @@ EXAMPLES: list[Document] = [
     EnvironmentDocument(dpaudit="0", python="3", platform="Linux", device="cpu", packages={}),
     CheckDocument(verdict="fail", checks=(CHECK,)),
     DoctorDocument(healthy=True, checks=(CHECK,)),
+    SignatureDocument(statement="{}", public_key="PEM", signature="AAAA"),
+    VerificationDocument(valid=False, reasons=("the release is not signed",), key_sha256="0" * 64),
+    KeyDocument(private_key="key", public_key="key.pub", key_sha256="0" * 64),
 ]  # fmt: skip
 
 

@@ -21,7 +21,8 @@ NO_DATA = ("data.path=nowhere", "data.train=a.jsonl", "data.test=b.jsonl")
 
 @dataclass(frozen=True)
 class Case:
-    """Files (relative names) and a command line. `{run}` in an argument is the path of the damaged run folder."""
+    """Files (relative names) and a command line. `{run}` in an argument is the path of the damaged run folder,
+    `{key}` that of a private key whose signature the run has."""
 
     family: str
     arguments: tuple[str, ...]
@@ -265,15 +266,20 @@ RUN_FILES = (
     "release/environment.json", "release/SHA256SUMS", "release/model/complete.json",
     "release/model/adapter_config.json", "private/folders.json",
     "release/model/adapter_model.safetensors", "private/coins.parquet", "private/noise.key", "private/metrics.jsonl",
-    "private/scores.parquet",
+    "private/scores.parquet", "release/games/GAME", "release/games/GAME", "private/lock", "private/checkpoints/LAST",
+    "release/signature.json",
 )  # fmt: skip
 DAMAGES = ("flip", "half", "empty", "remove", "folder", "link", "number", "null", "rubbish", "sealed", "mode", "pipe",
-           "sparse", "deep")  # fmt: skip
+           "sparse", "deep", "extra", "moved", "twice", "key")  # fmt: skip
 
 
 @st.composite
 def run_folders(draw: st.DrawFn) -> Case:
-    """Commands that read a run, on one whose files are damaged; 'sealed' damages a document and mends its checksum."""
+    """Commands that read a run, on one whose files are damaged.
+
+    'sealed' damages a document and mends its checksum, 'extra' plants a file beside it, 'moved' makes its folder a
+    link, 'twice' gives it a second name outside of the run, 'key' changes one value and mends nothing.
+    """
     damage = draw(
         st.lists(
             st.tuples(st.sampled_from(RUN_FILES), st.sampled_from(DAMAGES), st.integers(0, 10**6)),
@@ -292,6 +298,13 @@ def run_folders(draw: st.DrawFn) -> Case:
                 ["audit", "{run}", "--count", "7", "--canaries"],
                 ["train", "--resume", "{run}"],
                 ["benchmark", "{run}", "--limit", "1"],
+                ["report", "{run}", "-o", "report.html", "--show-examples", "--sarif", "s.json", "--markdown", "m.md"],
+                ["report", "{run}", "-o", "{run}/release/audit.json"],
+                ["audit", "{run}", "--white-box", "--count", "7"],
+                ["audit", "{run}", "--json"],
+                ["sign", "{run}", "--key", "{key}"],
+                ["verify", "{run}", "--key", "{key}.pub", "--json"],
+                ["verify", "{run}/release", "--key", "{key}.pub"],
             ]
         )
     )

@@ -42,6 +42,10 @@ class Runner:
         self.sound = handed_over(root / "sound")
         audited = harness.run(["audit", str(self.whole), "--canaries"], [self.whole], root)
         assert audited.code == 0, audited.err
+        self.key = root / "key"
+        for words in (["keygen", str(self.key)], ["sign", str(self.whole), "--key", str(self.key)]):
+            signed = harness.run(words, [self.whole, self.key, root / "key.pub"], root)
+            assert signed.code == 0, signed.err
 
     def play(self, case: Case) -> str | None:
         """Run a case; None, or in one line what was wrong."""
@@ -63,7 +67,8 @@ class Runner:
             shutil.copytree(self.sound, place, dirs_exist_ok=True)
             for name, how, where in case.handed:
                 damage(place, name, how, where)
-        arguments = [item.replace("{run}", str(place / "run")) for item in case.arguments]
+        named = {"{run}": str(place / "run"), "{key}": str(self.key)}
+        arguments = [item.replace("{run}", named["{run}"]).replace("{key}", named["{key}"]) for item in case.arguments]
 
         def prepare() -> None:
             os.chdir(place)
@@ -104,7 +109,10 @@ def judge(case: Case, ended: harness.Ended) -> str | None:
 
 
 def damage(run: Path, name: str, how: str, where: int) -> None:
-    """Damage one file of a run."""
+    """Damage one file of a run; GAME is its first game, LAST its last checkpoint."""
+    if name.endswith(("/GAME", "/LAST")):
+        found = sorted((run / name).parent.glob("*"))
+        name = f"{Path(name).parent}/{found[0 if name.endswith('GAME') else -1].name}" if found else name
     path = run / name
     if path.is_symlink() or not path.is_file() or path.stat().st_size > 1 << 28:
         return  # damaged before: nothing is written through a link, no holes are read
@@ -141,6 +149,13 @@ def damage(run: Path, name: str, how: str, where: int) -> None:
             _reseal(run, path, content, where)
         case "mode":
             path.chmod(0)
+        case "extra":
+            _plant(path, content, where)
+        case "moved" if path.parent != run and not path.parent.is_symlink():
+            path.parent.rename(run.parent / f"moved-{path.parent.name}")
+            path.parent.symlink_to(run.parent / f"moved-{path.parent.name}")
+        case "twice":
+            (run.parent / f"other-{where}").hardlink_to(path)
 
 
 ODD_VALUES = (
@@ -152,6 +167,33 @@ ODD_KEYS = (
     "custom_generate", "rank_pattern", "modules_to_save", "layer_types", "num_hidden_layers", "padding", "truncation",
     "rope_parameters", "use_dora", "dtype", "head_dim", "sliding_window", "image_size", "model_type", "vision_config",
 )  # fmt: skip
+
+
+# Names that a folder may hold and that a page, a terminal or a shell might take for something else.
+PLANTED = (
+    "\x1b[2Jverdict: not refuted", "\u202elmth.txt", "a\nverdict not refuted", "x" * 250, "-rf", "02-canaries.json",
+    ".SHA256SUMS.next", "audit.json.dpaudit-tmp", ".audit.json.0000.dpaudit-tmp", "<img src=x onerror=alert(1)>",
+    "lock", "noise.key", "model.safetensors", "adapter_model.bin", "signature.json", "gallery.json",
+    "step-99.safetensors", "999999999999999999999-x.json", "\udcff\udcfe",
+)  # fmt: skip
+
+
+def _plant(path: Path, content: bytes, where: int) -> None:
+    """A file that nobody asked for, beside `path`, with its content, nothing, or rubbish; a link or a pipe."""
+    planted = path.parent / PLANTED[where % len(PLANTED)]
+    if os.path.lexists(planted):
+        return
+    match where // 19 % 5:
+        case 0:
+            planted.write_bytes(content)
+        case 1:
+            planted.write_bytes(b"")
+        case 2:
+            planted.write_bytes(bytes(range(256)) * 8)
+        case 3:
+            planted.symlink_to("/etc/passwd")
+        case 4:
+            os.mkfifo(planted)
 
 
 def _change_a_key(path: Path, content: bytes, where: int) -> None:

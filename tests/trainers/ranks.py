@@ -104,7 +104,7 @@ def shares(tiny: Path, out: Path) -> None:
 
 def dies(tiny: Path, out: Path, *extra: str) -> None:
     """Rank 1 is killed while the others are in the middle of step 4."""
-    from trainers.run import Trainer
+    from trainers.step import Trainer
 
     update = Trainer.update
 

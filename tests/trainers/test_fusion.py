@@ -20,7 +20,8 @@ from trainers.fusion import TokenRelease, clip_factor, main, release_of, shrinka
 from trainers.inputs import UnitInputs
 from trainers.plan import Inserted, ledger_rows, make_plan
 from trainers.records import Dataset
-from trainers.run import Trainer, load_model
+from trainers.run import load_model
+from trainers.step import Trainer
 from trainers.vlm import VisionLanguageModel
 
 RELEASE = ["fusion.release=clip-noise", "fusion.radius=5", "fusion.multiplier=2", "privacy.relation=zero-out"]

@@ -24,7 +24,9 @@ from dpaudit.runs import RunFolder
 from tests.tiny import random_units
 from trainers.plan import fusion_std, make_plan
 from trainers.records import Dataset
-from trainers.run import Trainer, load_model, poisson_batch, read_config
+from trainers.run import load_model, read_config
+from trainers.sampling import poisson_batch
+from trainers.step import Trainer
 from trainers.vlm import VisionLanguageModel
 
 DPAUDIT = Path(sys.executable).parent / "dpaudit"

@@ -10,8 +10,8 @@ from scipy import stats
 from dpaudit.config import resolve
 from dpaudit.errors import UsageError
 from tests.trainers.test_run import build, small
+from trainers.noise import noise_like
 from trainers.plan import ledger_rows, make_plan
-from trainers.run import noise_like
 
 
 def test_secure_noise_has_the_claimed_law_and_is_rounded_once(tiny: Path) -> None:

@@ -19,7 +19,7 @@ from trainers.inputs import Rows, UnitInputs
 from trainers.plan import make_plan
 from trainers.prompts import Packed
 from trainers.records import Dataset
-from trainers.run import Trainer
+from trainers.step import Trainer
 from trainers.vlm import VisionLanguageModel
 
 

@@ -24,7 +24,7 @@ from trainers.adapters.vlm import factory_for
 from trainers.gradients import Gradient, MicroBatch
 from trainers.plan import make_plan
 from trainers.records import Dataset
-from trainers.run import Trainer
+from trainers.step import Trainer
 from trainers.updates import Pruning, group_of
 from trainers.vlm import VisionLanguageModel
 

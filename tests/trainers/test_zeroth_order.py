@@ -25,7 +25,8 @@ from trainers.gradients import Gradient, MicroBatch
 from trainers.inputs import Rows
 from trainers.plan import make_plan
 from trainers.records import Dataset
-from trainers.run import Trainer, load_model
+from trainers.run import load_model
+from trainers.step import Trainer
 from trainers.vlm import VisionLanguageModel
 from trainers.zeroth_order import NUMBERS, ZerothOrder, directions, laplace
 

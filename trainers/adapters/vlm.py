@@ -1,12 +1,13 @@
 """dpaudit's own trainer under test: vision-language fine-tuning with DP-SGD, Dual-Priv Pruning or DP-ZO.
 
 `factory_for(config, dataset)` puts any configuration to the test; `dp_sgd`, `dual_priv` and `dp_zo` are ready-made
-factories on the compact reference model and public synthetic pictures. The step is that of `trainers.run.Trainer`,
+factories on the compact reference model and public synthetic pictures. The step is that of `trainers.step.Trainer`,
 unchanged; only the source of the noise is handed in.
 
     dpaudit check trainers.adapters.vlm:dual_priv
 """
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -27,7 +28,7 @@ from trainers.inputs import UnitInputs
 from trainers.plan import Plan, fusion_std, make_plan
 from trainers.protocol import Factory
 from trainers.records import Dataset, Picture, Question, Unit
-from trainers.run import Trainer
+from trainers.step import Trainer
 from trainers.vlm import VisionLanguageModel
 
 
@@ -98,6 +99,19 @@ class VlmTrainer:
         self.step_count = self.draws = 0
         self.last: dict[str, Tensor] = {}
         self.kept: set[str] = set()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "VlmTrainer":
+        """Weights, moments and pruning scores of its own; model and inputs are shared, as in one factory anyway."""
+        made = copy.copy(self)
+        parameters = self.trainer.parameters
+        optimizer = updates.make_optimizer(parameters, self.config.training)
+        moments = updates.optimizer_tensors(parameters, self.trainer.optimizer)
+        updates.restore_optimizer(parameters, optimizer, {name: value.clone() for name, value in moments.items()})
+        pruning = replace(self.trainer.pruning, scores=dict(self.trainer.pruning.scores))
+        made.trainer = replace(self.trainer, optimizer=optimizer, pruning=pruning)
+        made.weights = {name: value.clone() for name, value in self.weights.items()}
+        made.last, made.kept = dict(self.last), set(self.kept)
+        return made
 
     def _install(self, weights: Mapping[str, Tensor]) -> None:
         with torch.no_grad():

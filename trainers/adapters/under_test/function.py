@@ -249,7 +249,7 @@ def step_function(
     save: Callable[[Any, Path], None] | None = None,
     load: Callable[[Any, Path], None] | None = None,
 ) -> Callable[..., FunctionTrainer]:
-    """A training step written by hand, unchanged, as a factory for `dpaudit check` and `dpaudit audit --trainer`.
+    """A training step written by hand, unchanged, as a factory for `dpaudit check` and `dpaudit audit-trainer`.
 
     init(seed) makes the state: anything that holds a torch module, or a tree of arrays (torch, numpy, jax). step(state,
     batch) makes one logical step on a list of records, which may be empty, and returns the state (None: changed in

@@ -299,7 +299,7 @@ def opacus_loop(
     save: Callable[[Any, Path], None] | None = None,
     load: Callable[[Any, Path], None] | None = None,
 ) -> Callable[..., OpacusTrainer]:
-    """An Opacus training loop, unchanged, as a factory for `dpaudit check` and `dpaudit audit --trainer`.
+    """An Opacus training loop, unchanged, as a factory for `dpaudit check` and `dpaudit audit-trainer`.
 
     build(records): makes model, optimizer and loader for a list of records, and returns what `make_private` or
     `make_private_with_epsilon` returned (a PrivacyEngine may be appended). train(*returned): your loop over the

@@ -1,0 +1,66 @@
+"""`dpaudit audit-model`: a model that is already trained, with its owner's coins."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dpaudit.cli import console
+
+
+def command(
+    model: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint or PEFT adapter trained elsewhere.")],
+    base: Annotated[str, typer.Option(metavar="PATH", help="What it was fine-tuned from.")],
+    records: Annotated[Path, typer.Option(metavar="FILE", help="id, image, question, answer (Parquet or JSONL).")],
+    coins: Annotated[Path, typer.Option(metavar="FILE", help="id, member: the fair coins of the records.")],
+    epsilon: Annotated[float, typer.Option(help="The claimed eps.")],
+    delta: Annotated[float, typer.Option(help="Its delta.")] = 1e-5,
+    images: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Pictures by image_id, where they are apart.")
+    ] = None,
+    claim_sigma: Annotated[float | None, typer.Option(help="Claimed noise multiplier: sharpens the test.")] = None,
+    claim_rate: Annotated[float | None, typer.Option(help="Claimed Poisson sample rate.")] = None,
+    claim_steps: Annotated[int | None, typer.Option(help="Claimed number of steps.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the audit (default: none is written).")] = None,
+    fail_above: Annotated[
+        float | None, typer.Option(metavar="EPS", help="Exit 1 when the best lower bound on eps exceeds EPS.")
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="Of all bounds together.")] = 0.95,
+    alpha: Annotated[float, typer.Option(help="Level of the test of the claim itself.")] = 0.001,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    online: Annotated[bool, console.ONLINE_OPTION] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 3 when the verdict is inconclusive.")] = False,
+    as_json: Annotated[bool, console.JSON_OPTION] = False,
+) -> None:
+    """Audit a model that is already trained: records of its owner, whose fair coins decided which were trained on.
+
+    The coins must have been drawn before training. Each record is scored by how much lower its loss is than the base
+    model leads to expect.
+    """
+    from attacks.external.options import ModelOptions
+    from dpaudit.bounds import validate
+    from dpaudit.cli import external
+    from dpaudit.cli.audit import finish, typed
+    from dpaudit.online import allow
+
+    if online:
+        allow()
+    if fail_above is not None:
+        validate.real("--fail-above", fail_above, low=0.0, high=float("inf"))
+    options = ModelOptions(
+        model=model,
+        base=base,
+        records=records,
+        coins=coins,
+        images=images,
+        epsilon=epsilon,
+        delta=delta,
+        sigma=claim_sigma,
+        rate=claim_rate,
+        steps=claim_steps,
+        confidence=confidence,
+        alpha=alpha,
+        device=device,
+        command=typed(model),
+    )
+    finish(external.model(options, out), as_json=as_json, strict=strict, fail_above=fail_above)

@@ -1,0 +1,79 @@
+"""`dpaudit audit-trainer`: the games on training code that dpaudit did not write."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dpaudit.cli import console
+from dpaudit.cli.executor import Address, ExecutorName, GpusPerTrial
+
+
+def command(
+    factory: Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help="The trainer under test.")],
+    white_box: Annotated[bool, typer.Option("--white-box", help="The game with injected gradients.")] = False,
+    canaries: Annotated[bool, typer.Option("--canaries", help="The game with records that are in or out.")] = False,
+    contract: Annotated[bool, typer.Option("--contract", help="The step contract.")] = False,
+    runs: Annotated[int | None, typer.Option(help="Trainings with one canary in or out of each.")] = None,
+    count: Annotated[int | None, typer.Option(help="Canaries of a game (default 300).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of a training (default: its claim's).")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="An argument of the factory.")
+    ] = None,
+    epsilon: Annotated[float | None, typer.Option(help="The claimed eps (default: as the trainer says).")] = None,
+    delta: Annotated[float | None, typer.Option(help="Its delta (default: the claim's, else 1e-5).")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Repeatable coins and noise.")] = None,
+    time_limit: Annotated[float, typer.Option(help="Seconds that one call of the trainer may take.")] = 30.0,
+    processes: Annotated[int | None, typer.Option(help="Trainings of --runs at a time.")] = None,
+    executor: ExecutorName = "local",
+    address: Address = None,
+    gpus_per_trial: GpusPerTrial = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the audit (default: under audits/).")] = None,
+    fail_above: Annotated[
+        float | None, typer.Option(metavar="EPS", help="Exit 1 when the best lower bound on eps exceeds EPS.")
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="Of all bounds together.")] = 0.95,
+    alpha: Annotated[float, typer.Option(help="Level of the test of the claim itself.")] = 0.001,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 3 when the verdict is inconclusive.")] = False,
+    as_json: Annotated[bool, console.JSON_OPTION] = False,
+) -> None:
+    """Audit training code that dpaudit did not write: what its claim of eps is worth, by games on whole trainings.
+
+    MODULE:FACTORY names a factory of dpaudit.under_test (docs/under-test.md) or of the protocol
+    (docs/step-contract.md). No game named: all that the trainer allows, but not the many trainings of --runs. An
+    interrupted audit goes on in its folder.
+    """
+    from attacks.external.options import TrainerOptions
+    from dpaudit.bounds import validate
+    from dpaudit.cli import external
+    from dpaudit.cli.audit import finish
+    from dpaudit.cli.executor import choose
+
+    if fail_above is not None:
+        validate.real("--fail-above", fail_above, low=0.0, high=float("inf"))
+    elsewhere = {"--processes": processes, "--executor": None if executor == "local" else executor}
+    elsewhere |= {"--address": address, "--gpus-per-trial": gpus_per_trial}
+    if runs is None:
+        external.refuse(elsewhere, "belongs to --runs N")
+    many = None
+    if any(value is not None for value in elsewhere.values()):
+        many = choose(executor, processes, 1, address, gpus_per_trial)
+    named = {"canaries": canaries, "contract": contract, "white-box": white_box}
+    options = TrainerOptions(
+        target=factory,
+        arguments=external.arguments_of(setting or ()),
+        audits=tuple(name for name, wanted in named.items() if wanted),
+        count=count,
+        runs=runs,
+        steps=steps,
+        epsilon=epsilon,
+        delta=delta,
+        confidence=confidence,
+        alpha=alpha,
+        seed=seed,
+        time_limit=time_limit,
+        command=shlex.join(["dpaudit", *sys.argv[1:]]),
+    )
+    finish(external.trainer(options, out, many), as_json=as_json, strict=strict, fail_above=fail_above)

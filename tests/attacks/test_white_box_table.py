@@ -1,0 +1,60 @@
+"""What `dpaudit audit --trainer … --white-box` says of each kind of fault, as a whole command.
+
+A refutation here has an e-value above 1,000 by a margin that no seed takes away; a correct trainer is refuted with
+probability at most 1e-6 (--alpha).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpaudit.cli import app
+
+WHERE = "tests.attacks.white_box_faults"
+NOT_PASSED = {"refuted", "inconclusive", "invalid", "unsupported"}
+
+
+def audited(
+    name: str, out: Path, capsys: pytest.CaptureFixture[str], *more: str, module: str = WHERE
+) -> tuple[int, dict[str, Any]]:
+    code = app.run(
+        ["audit", "--trainer", f"{module}:{name}", "--white-box", "--seed", "1", "--out", str(out), "--json", *more]
+    )
+    return code, json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", ["Half", "Ninety", "Tenth", "NoNoise", "LateHalf", "Unclipped", "NoNoiseNoGradient"])
+def test_what_leaks_more_than_claimed_is_refuted(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, document = audited(name, tmp_path / "a", capsys)
+    assert (code, document["verdict"]) == (1, "refuted"), document["reasons"]
+
+
+@pytest.mark.parametrize(
+    "name", ["Dead", "DeadHalf", "DeadNoNoise", "DeadLater", "Faint", "LastOnly", "DeadBesideRecords", "Turned"]
+)
+def test_a_way_in_that_is_dead_makes_the_game_invalid(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, document = audited(name, tmp_path / "a", capsys)
+    assert document["verdict"] in ("invalid", "refuted"), document["reasons"]
+    said = " ".join(document["reasons"]) + json.dumps(document["validity"])
+    assert "inject" in said
+    assert not any(test["power"] for test in document["tests"])
+
+
+@pytest.mark.parametrize("name", ["HalfNoGradient", "UnclippedNoGradient"])
+def test_a_blurred_channel_earns_no_power(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, document = audited(name, tmp_path / "a", capsys)
+    assert document["verdict"] in ("refuted", "inconclusive"), document["reasons"]
+    assert document["verdict"] == "refuted" or not any(test["power"] for test in document["tests"])
+
+
+@pytest.mark.parametrize("name", ["Toy", "NoGradient", "MoreNoise"])
+def test_what_leaks_no_more_is_not_refuted(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, document = audited(name, tmp_path / "a", capsys, "--alpha", "1e-6")
+    assert code == 0 and document["verdict"] in ("not refuted", "inconclusive")
+    if document["verdict"] == "not refuted":
+        earned = [test["control"] for test in document["tests"] if test["power"]]
+        assert earned and all(earned)

@@ -1,0 +1,125 @@
+"""Trainers for the white-box game: what is wrong with the noise, the clipping, or the way in for canary gradients.
+
+A channel counts as open only where an injected gradient reaches every released sum. `inject` may be dead from the
+start, from some step on, for some coordinates, or only when a batch holds other records.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from tests.attacks.external_toy import Toy
+
+
+class Noise(Toy):
+    """`level` times the claimed noise."""
+
+    level = 1.0
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{"noise": self.level, **options})
+
+
+class Half(Noise):
+    level = 0.5
+
+
+class Ninety(Noise):
+    level = 0.9
+
+
+class Tenth(Noise):
+    level = 0.1
+
+
+class NoNoise(Noise):
+    level = 0.0
+
+
+class MoreNoise(Noise):
+    level = 1.5
+
+
+class LateHalf(Toy):
+    """The claimed noise in the first five steps, half of it afterwards."""
+
+    def step(self, indices: Sequence[int]) -> None:
+        self.noise = 1.0 if self.done < 5 else 0.5
+        super().step(indices)
+
+
+class Unclipped(Toy):
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{"clip": False, **options})
+
+
+class NoGradient(Toy):
+    """Other records blur the projections: the game can't take their share away."""
+
+    gradient = None  # type: ignore[assignment]
+
+
+class HalfNoGradient(Half):
+    gradient = None  # type: ignore[assignment]
+
+
+class NoNoiseNoGradient(NoNoise):
+    gradient = None  # type: ignore[assignment]
+
+
+class UnclippedNoGradient(Unclipped):
+    gradient = None  # type: ignore[assignment]
+
+
+class Dead(Toy):
+    def inject(self, gradient: Mapping[str, Tensor]) -> None:
+        pass
+
+
+class DeadHalf(Half):
+    inject = Dead.inject
+
+
+class DeadNoNoise(NoNoise):
+    inject = Dead.inject
+
+
+class DeadLater(Toy):
+    """Dead from the seventh step on, with half of the noise."""
+
+    level = 0.5
+
+    def inject(self, gradient: Mapping[str, Tensor]) -> None:
+        if self.done < 6:
+            super().inject(gradient)
+
+
+class Faint(Toy):
+    """A gradient arrives 250 times smaller, so that 100 C comes out below C."""
+
+    def inject(self, gradient: Mapping[str, Tensor]) -> None:
+        super().inject({name: value * 0.004 for name, value in gradient.items()})
+
+
+class LastOnly(Toy):
+    """Of several injected gradients the last one is kept."""
+
+    def inject(self, gradient: Mapping[str, Tensor]) -> None:
+        self.injected = [gradient["w"]]
+
+
+class DeadBesideRecords(Toy):
+    """What was injected is lost when the batch holds records."""
+
+    def step(self, indices: Sequence[int]) -> None:
+        if indices:
+            self.injected = []
+        super().step(indices)
+
+
+class Turned(Toy):
+    """The injected gradient is subtracted."""
+
+    def inject(self, gradient: Mapping[str, Tensor]) -> None:
+        super().inject({name: -value for name, value in gradient.items()})

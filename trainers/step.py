@@ -1,0 +1,201 @@
+"""The state of a training and its one private step: clipped sum, noisy mean, pruned update.
+
+Batch, noise and random masks of step t are functions of (key, t, name), so a step can be repeated and resumed.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from dpaudit.config import RunConfig
+from dpaudit.errors import UsageError
+from dpaudit.randomness import Key
+from trainers import updates
+from trainers.distributed import ALONE, Group
+from trainers.features import Features
+from trainers.fusion import release_of
+from trainers.gradients import (
+    Gradient,
+    GradientPath,
+    Hooks,
+    MicroBatch,
+    Plain,
+    UnitSum,
+    add_sums,
+    choose_checkpointing,
+    clip_factors,
+    whole_units,
+)
+from trainers.inputs import Rows, UnitInputs
+from trainers.noise import Noise, worth_drawing_ahead
+from trainers.plan import Plan, fusion_std
+from trainers.records import Unit
+from trainers.sharding import shard
+from trainers.vlm import VisionLanguageModel
+from trainers.zeroth_order import ZerothOrder, laplace
+
+
+@dataclass
+class Trainer:
+    """The state of a run between steps."""
+
+    config: RunConfig
+    plan: Plan
+    key: Key
+    model: VisionLanguageModel
+    inputs: UnitInputs
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    path: GradientPath
+    pruning: updates.Pruning
+    injected: torch.Tensor | None = None  # (k, parameters): gradient canaries, units after the real ones
+    zeroth: ZerothOrder | None = None  # method dp-zo: numbers instead of gradients
+    group: Group = ALONE  # with several ranks `inputs` holds this rank's own units only
+
+    @classmethod
+    def build(
+        cls,
+        config: RunConfig,
+        plan: Plan,
+        key: Key,
+        model: VisionLanguageModel,
+        units: Sequence[Unit],
+        features: Features | None = None,
+        group: Group = ALONE,
+    ) -> "Trainer":
+        """Choose reducer and adapter, encode the units once (or find them in `features`), set up the optimiser."""
+        model.set_reducer(config.reducer)
+        parameters = model.attach_lora(config.model.lora, generator=key.generator(purpose="initialisation"))
+        if group.sharded:
+            shard(model, parameters, group, config.model.device)
+        inputs = UnitInputs(model, units, features=features, release=release_of(config, key))
+        longest = inputs.longest
+        if longest > model.max_positions:
+            raise UsageError(
+                f"data.train: the longest question with its answer needs {longest} positions with the picture; "
+                f"accepted: at most {model.max_positions}, the model's context"
+            )
+        path = gradient_path(config, model, parameters)
+        zeroth = ZerothOrder(model, parameters, config.zeroth_order) if config.method == "dp-zo" else None
+        optimizer = updates.make_optimizer(parameters, config.training)
+        pruning = updates.Pruning.of(parameters, config.pruning)
+        return cls(config, plan, key, model, inputs, parameters, optimizer, path, pruning, zeroth=zeroth, group=group)
+
+    @property
+    def released(self) -> Mapping[str, torch.Tensor]:
+        """Tensors like those that a step adds up and noises: one a parameter, or the numbers of method dp-zo."""
+        return self.parameters if self.zeroth is None else self.zeroth.released
+
+    @cached_property
+    def noise(self) -> Noise:
+        """The source of the noise of all steps."""
+        return Noise(self.key, secure=self.config.privacy.noise == "secure")
+
+    def draw_ahead(self, step: int) -> None:
+        """Begin with the noise of `step` while its gradient is computed, where a core is idle meanwhile."""
+        laplacian = self.zeroth is not None and self.zeroth.config.noise != "gaussian"
+        if self.plan.claim is None or laplacian or self.group.sharded or not worth_drawing_ahead(self.model.device):
+            return
+        names = self.pruning.chosen(self._coins(step)) if self.pruning.ahead else set(self.released)
+        self.noise.draw_ahead({name: tuple(self.released[name].shape) for name in names}, step=step, std=self._std)
+
+    def clipped_sum(self, step: int, units: Sequence[int]) -> UnitSum:
+        """Sum of the clipped gradients of some units at the present parameters, with the fusion noise of `step`."""
+        if self.pruning.ahead:
+            with updates.trainable_only(self.parameters, self.pruning.chosen(self._coins(step))) as chosen:
+                return self._sum(step, units, gradient_path(self.config, self.model, chosen), chosen)
+        path: Callable[[Rows, float], UnitSum] = self.path
+        if self.zeroth is not None:
+            path = partial(self.zeroth.clipped_sum, lines=self.zeroth.lines(self.key, step))
+        return self._sum(step, units, path, self.released)
+
+    def _coins(self, step: int) -> np.random.Generator:
+        """The public coins of the pruning of `step`."""
+        return self.key.generator(purpose="pruning", step=step)
+
+    def _sum(
+        self,
+        step: int,
+        units: Sequence[int],
+        path: Callable[[Rows, float], UnitSum],
+        like: Mapping[str, torch.Tensor],
+    ) -> UnitSum:
+        std, size = fusion_std(self.config, self.plan), self.plan.max_grad_norm
+        one_by_one = self.group.sharded and self.config.training.gradient_path == "micro-batch"
+        chunks = self.inputs.chunks(units, 1 if one_by_one else self.config.training.rows_at_once)
+        idle = self.group.passes(len(chunks)) - len(chunks)
+
+        def sums(chosen: Sequence[list[int]]) -> Iterator[UnitSum]:
+            for chunk in chosen:
+                part = self.inputs.select(chunk, key=self.key, step=step, fusion_std=std)
+                yield whole_units(path(part, size), part)
+
+        with self.group.guard():
+            total = add_sums(sums(chunks), like, self.model.device)
+            for _ in sums([[0]] * idle):  # any unit will do for an idle pass: its sum is thrown away
+                pass
+        return total
+
+    def with_injected(self, known: UnitSum, canaries: npt.NDArray[np.int64]) -> UnitSum:
+        """`known` plus the sampled gradient canaries, each clipped as one more unit."""
+        if self.injected is None or not len(canaries):
+            return known
+        rows = self.injected[torch.from_numpy(canaries)]
+        factors = clip_factors(rows.norm(dim=1), self.plan.max_grad_norm)
+        flat, at, total = factors @ rows, 0, {}
+        for name in sorted(self.parameters):
+            value = known.gradient[name]
+            total[name] = value + flat[at : at + value.numel()].view_as(value).to(value.device)
+            at += value.numel()
+        return UnitSum(total, known.norms, known.losses)
+
+    def noisy_mean(self, step: int, total: UnitSum) -> Gradient:
+        """(sum + N(0, (sigma C)^2)) / expected batch size; without a claim the plain mean."""
+        size = self.plan.expected_batch_size
+        if self.plan.claim is None:
+            return {name: value / size for name, value in total.gradient.items()}
+        noise = self._noise(step, self._std, total.gradient)
+        # Secure noise is float64: so is the sum, until the one rounding at the end.
+        return {name: ((value + noise[name]) / size).to(value.dtype) for name, value in total.gradient.items()}
+
+    @property
+    def _std(self) -> float:
+        """Of the noise on the sum, in units of the gradient."""
+        return self.config.planted.noise_scale * self.plan.noise_multiplier * self.plan.max_grad_norm
+
+    def _noise(self, step: int, scale: float, like: Gradient) -> Gradient:
+        """The noise of `step`: Gaussian of std `scale`, or Laplace of that scale where the method says so."""
+        if self.zeroth is None or self.zeroth.config.noise == "gaussian":
+            return self.noise.of(like, step=step, std=scale)
+        return {
+            name: scale * laplace(self.key, value.numel(), step=step, name=name).to(value.device)
+            for name, value in like.items()
+        }
+
+    def update(self, step: int, noisy: Gradient) -> set[str]:
+        """Prune and apply; returns the blocks that were updated."""
+        if self.zeroth is not None:
+            noisy = self.zeroth.update(noisy, self.zeroth.lines(self.key, step))
+        kept = self.pruning.select(noisy, self._coins(step))
+        self.pruning.observe(noisy)
+        rate = updates.learning_rate(self.config.training, step=step, steps=self.plan.steps)
+        updates.apply_update(self.parameters, noisy, kept, self.optimizer, rate)
+        return kept
+
+
+def gradient_path(
+    config: RunConfig, model: VisionLanguageModel, parameters: Mapping[str, nn.Parameter]
+) -> GradientPath:
+    """Plain sums without privacy, Opacus hooks by default, the micro-batch loop when asked for."""
+    path: GradientPath = Hooks(model, parameters)
+    if config.method == "non-private":
+        path = Plain(model, parameters)
+    elif config.training.gradient_path == "micro-batch":
+        path = MicroBatch(model, parameters)
+    model.set_checkpointing(choose_checkpointing(config.training.gradient_checkpointing, path))
+    return path
