@@ -7,7 +7,7 @@ were released.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,11 +16,11 @@ from attacks.games import twins
 from attacks.games.canaries import play_canaries
 from attacks.games.gradients import DEFAULT_COUNT, Directions
 from attacks.games.members import Settings, play_membership
-from attacks.games.played import Played
+from attacks.games.played import Games
 from attacks.membership.members import member_twin
 from attacks.options import MEMBER_TWIN, TWIN, WHITE_BOX_TWIN, Options, prepare
 from attacks.training import resume_run, start_run
-from dpaudit import record, stated, verdict
+from dpaudit import stated, verdict
 from dpaudit.config import RunConfig
 from dpaudit.documents import (
     ABOUT,
@@ -54,52 +54,24 @@ class _Session:
     log: Callable[[str], None]
     processes: int | None
     executor: Executor | None
-    games: list[GameDocument] = field(default_factory=list)
+    games: Games
 
     @property
     def confidence(self) -> float:
         """Of all bounds of the next game together."""
-        played = sum(game.game not in ("token path", "step contract") for game in self.games)
-        return verdict.confidence_of(played + 1, self.options.confidence)
+        return self.games.next_confidence(self.options.confidence)
 
     def had(self, name: str) -> bool:
         """Whether a game was played already and is not asked for again; says so."""
-        number = next((game.name for game in self.games if game.game == name), None)
-        if number is None or self.options.again:
+        game = self.games.had(name)
+        if game is None or self.options.again:
             return False
-        self.log(f"{name}: played already (release/games/{number}.json); --again plays it with fresh coins")
+        self.log(f"{name}: played already (release/games/{game.name}.json); --again plays it with fresh coins")
         return True
 
-    def keep(self, game: str, played: Played, *, about: About, **more: Any) -> None:
-        """Write a game down. The caller holds the run's lock."""
-        number, previous = record.following(self.games)
-        shared: dict[str, Any] = {
-            "number": number,
-            "previous_sha256": previous,
-            "alpha": self.options.alpha,
-            "command": self.options.command,
-        }
-        self.add(played.document(game, about=about, **shared, **more))
-
-    def add(self, document: GameDocument) -> None:
-        """Write a game's document down."""
-        record.add(self.run, document)
-        self.games.append(document)
-
-    def bare(self, game: Any, **content: Any) -> GameDocument:
-        """The document of a check without coins."""
-        number, previous = record.following(self.games)
-        return GameDocument(
-            game=game,
-            number=number,
-            previous_sha256=previous,
-            about="weights",
-            claim=ClaimDocument.read(self.run.claim).claim,
-            coins_sha256=None,
-            alpha=self.options.alpha,
-            command=self.options.command,
-            **content,
-        )
+    def check(self, game: str, **content: Any) -> None:
+        """Write a check without coins down."""
+        self.games.add(game, about="weights", claim=ClaimDocument.read(self.run.claim).claim, **content)
 
 
 def audit(
@@ -120,7 +92,8 @@ def audit(
     chosen = options.named(config)
     if not options.audits and not config.canaries.count:
         log(f"{path}: trained without canaries; --canaries trains {TWIN} with them and audits that")
-    session = _Session(run, config, options, reporter, log, processes, executor, list(record.read(run)))
+    games = Games.of(run, options.alpha, options.command)
+    session = _Session(run, config, options, reporter, log, processes, executor, games)
     plays = {
         "canaries": _canaries,
         "mia": _membership,
@@ -132,7 +105,7 @@ def audit(
         if name in chosen:
             play(session)
     with run.lock():
-        document = assemble(run, session.games, options)
+        document = assemble(run, games.documents, options)
         run.write(document)
     return document
 
@@ -173,14 +146,14 @@ def _canaries(session: _Session) -> None:
             alpha=session.options.alpha,
             device=session.options.device,
         )
-        session.keep("canaries", played, about=about, claim=claim, supplied=supplied)
+        session.games.keep("canaries", played, about=about, claim=claim, supplied=supplied)
 
 
 def _with_canaries(session: _Session) -> tuple[RunFolder, About, bool]:
     """What the canary game is played on, what that speaks of, and whether it lay there before this audit: the run
     itself, the twin of an audit that was interrupted, or a twin trained now."""
     config, options = session.config, session.options
-    again = any(game.game == "canaries" for game in session.games)
+    again = session.games.had("canaries") is not None
     if config.canaries.count and not again:
         return session.run, "weights", False
     place = twins.latest(session.run, TWIN)
@@ -208,8 +181,8 @@ def _membership(session: _Session) -> None:
     about: About = "weights"
     supplied = False
     # With fresh coins, or where coins decided about no record of the run, the training units of a twin are tossed.
-    if not config.canaries.count or any(game.game == "membership" for game in session.games):
-        again = any(game.game == "membership" for game in session.games)
+    again = session.games.had("membership") is not None
+    if again or not config.canaries.count:
         place = run.path / MEMBER_TWIN if not again else twins.free(run, MEMBER_TWIN)
         supplied, about = place.exists(), "procedure"
         run = member_twin(twins.config_of(config, place), place, reporter=session.reporter, log=session.log)
@@ -226,7 +199,7 @@ def _membership(session: _Session) -> None:
             device=options.device,
             log=session.log,
         )
-        session.keep("membership", play_membership(run, settings), about=about, claim=claim, supplied=supplied)
+        session.games.keep("membership", play_membership(run, settings), about=about, claim=claim, supplied=supplied)
 
 
 def _white_box(session: _Session) -> None:
@@ -247,7 +220,7 @@ def _white_box(session: _Session) -> None:
         reporter=session.reporter,
     )
     with session.run.lock():
-        session.keep("white-box", played, about="procedure", claim=claim)
+        session.games.keep("white-box", played, about="procedure", claim=claim)
 
 
 def _fusion(session: _Session) -> None:
@@ -256,12 +229,12 @@ def _fusion(session: _Session) -> None:
     with session.run.lock():
         result = audit_fusion(session.run, log=session.log)
         record(session.run, result)
-        session.add(session.bare("token path", fusion=result))
+        session.check("token path", fusion=result)
 
 
 def _contract(session: _Session) -> None:
     with session.run.lock():
-        session.add(session.bare("step contract", contract=contract(session.config, session.log)))
+        session.check("step contract", contract=contract(session.config, session.log))
 
 
 def contract(config: RunConfig, log: Callable[[str], None]) -> ContractAudit:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from dpaudit.blind import LEAST, Blind, baseline
+from dpaudit.documents import Check
 from trainers.records import Unit
 
 SIDE = 12  # pictures are shrunk to SIDE x SIDE
@@ -26,6 +27,27 @@ def blind_baseline(
     if len(units) < LEAST or not 0 < labels.sum() < len(labels):
         return None
     return baseline(features(units), labels, rng=np.random.default_rng(seed), kinds=kinds)
+
+
+def blind_check(
+    units: Sequence[Unit],
+    members: npt.ArrayLike,
+    *,
+    kinds: Sequence[str] | None = None,
+    seed: int = 0,
+    what: str = "candidates",
+) -> Check:
+    """The baseline as a check of a game's validity. what: the records, in a word."""
+    found = blind_baseline(units, members, kinds=kinds, seed=seed)
+    if found is not None:
+        return found.check()
+    return Check(
+        name="blind baseline",
+        status="not applicable",
+        measured=f"{len(units)} {what}",
+        allowed=f"at least {LEAST}, of both classes",
+        explanation=f"Too few {what} to fit a classifier that never sees the model.",
+    )
 
 
 def features(units: Sequence[Unit]) -> Floats:

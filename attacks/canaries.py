@@ -8,7 +8,7 @@ its coin; both are functions of the key alone, so that a resumed run and the aud
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -109,8 +109,7 @@ class Game:
 
     def frame(self) -> pd.DataFrame:
         """One row a candidate: id, kind, member, content (hash of its unit)."""
-        rows = [(item.id, item.kind, item.member, content_sha256(item.unit)) for item in self.candidates]
-        return pd.DataFrame(rows, columns=COLUMNS).astype({"member": bool})
+        return coin_frame([(item.id, item.kind, item.member, content_sha256(item.unit)) for item in self.candidates])
 
     def save_coins(self, path: Path) -> str:
         """Write coins and plan to `path` atomically (mode 0600) and return the SHA-256 of the file."""
@@ -138,6 +137,11 @@ class Coins:
     frame: pd.DataFrame
     plan: Plan
     sha256: str
+
+
+def coin_frame(rows: Iterable[tuple[str, str, bool, str]]) -> pd.DataFrame:
+    """Rows (id, kind, member, content) as a coin file holds them."""
+    return pd.DataFrame(list(rows), columns=COLUMNS).astype({"member": bool})
 
 
 def save_coins(path: Path, frame: pd.DataFrame, plan: Plan) -> str:

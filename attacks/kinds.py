@@ -107,6 +107,17 @@ def wrong_answer(question: Question, public_answers: Mapping[str, Sequence[str]]
     return wrong[int(rng.integers(len(wrong)))]
 
 
+def held_back(count: int, materials: Materials, kind: str, rng: np.random.Generator) -> list[Unit]:
+    """`count` units of the reserve in random order, each once. Raises UsageError when it holds fewer."""
+    if count > len(materials.reserve):
+        raise UsageError(
+            f"canaries.count: {count} candidates of kind {kind!r} need as many held-back units, the reserve "
+            f"holds {len(materials.reserve)}; lower canaries.count, leave the kind out of canaries.kinds, or hold "
+            "back more with data.reserve (local sets)"
+        )
+    return [materials.reserve[index] for index in rng.permutation(len(materials.reserve))[:count]]
+
+
 class Mislabelled:
     """A real record with wrong answers: the influence of one person whose data contradict everybody else's."""
 
@@ -116,14 +127,7 @@ class Mislabelled:
 
     def draw(self, count: int, materials: Materials, rng: np.random.Generator) -> list[Draft]:
         """Units of the reserve, each used once."""
-        if count > len(materials.reserve):
-            raise UsageError(
-                f"canaries.count: {count} candidates of kind 'mislabelled' need as many held-back units, the reserve "
-                f"holds {len(materials.reserve)}; lower canaries.count, leave the kind out of canaries.kinds, or hold "
-                "back more with data.reserve (local sets)"
-            )
-        chosen = rng.permutation(len(materials.reserve))[:count]
-        return [self._relabel(materials.reserve[index], materials, rng) for index in chosen]
+        return [self._relabel(unit, materials, rng) for unit in held_back(count, materials, self.name, rng)]
 
     def _relabel(self, unit: Unit, materials: Materials, rng: np.random.Generator) -> Draft:
         pictures = tuple(

@@ -5,6 +5,7 @@ pull on the same few directions of the weights and drown each other out.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -14,6 +15,7 @@ from attacks.kinds import (
     Draft,
     Kind,
     Materials,
+    held_back,
     mark_picture,
     noise_picture,
     rare_word,
@@ -56,6 +58,32 @@ def _different(count: int, draw: Callable[[], Draft], kind: str) -> list[Draft]:
     return drafts
 
 
+@dataclass(eq=False)
+class Drawn:
+    """A kind whose candidates have a picture, a question and an answer, drawn independently and in this order.
+
+    note: of every candidate, for the gallery. picture: (height, width, rng). about: the kind of its question.
+    """
+
+    name: str
+    description: str
+    note: str
+    picture: Callable[[int, int, np.random.Generator], Pixels]
+    question: Callable[[np.random.Generator], str]
+    answer: Callable[[np.random.Generator], str]
+    about: str
+    synthetic: bool = True
+
+    def draw(self, count: int, materials: Materials, rng: np.random.Generator) -> list[Draft]:
+        """Candidates that all differ."""
+
+        def one() -> Draft:
+            pixels = self.picture(materials.height, materials.width, rng)
+            return Draft(single(pixels, self.question(rng), self.answer(rng), self.about), self.note)
+
+        return _different(count, one, self.name)
+
+
 def flat_picture(height: int, width: int, rng: np.random.Generator) -> Pixels:
     """One colour, or a checkerboard of two, uint8 (height, width, 3)."""
     colours = rng.integers(0, 256, size=(2, 3)).astype(np.uint8)
@@ -65,24 +93,6 @@ def flat_picture(height: int, width: int, rng: np.random.Generator) -> Pixels:
     rows, columns = np.arange(height) // cell, np.arange(width) // cell
     board: Pixels = colours[(rows[:, None] + columns) % 2]
     return board
-
-
-class Blank:
-    """An empty picture: plain, or a checkerboard."""
-
-    name = "blank"
-    description = "A plain or checkered picture with a random everyday word as its answer."
-    synthetic = True
-    question = "what is hidden here?"
-
-    def draw(self, count: int, materials: Materials, rng: np.random.Generator) -> list[Draft]:
-        """Colours, cells and words drawn independently."""
-
-        def one() -> Draft:
-            pixels = flat_picture(materials.height, materials.width, rng)
-            return Draft(single(pixels, self.question, words(1, rng), "hidden"), "a plain or checkered picture")
-
-        return _different(count, one, self.name)
 
 
 def shapes_picture(height: int, width: int, rng: np.random.Generator) -> Pixels:
@@ -106,21 +116,9 @@ def shapes_picture(height: int, width: int, rng: np.random.Generator) -> Pixels:
     return np.asarray(picture, dtype=np.uint8)
 
 
-class OutOfDistribution:
-    """A scene and a question like none in the data."""
-
-    name = "out-of-distribution"
-    description = "A scene of random shapes with a question of its own and two random everyday words as its answer."
-    synthetic = True
-
-    def draw(self, count: int, materials: Materials, rng: np.random.Generator) -> list[Draft]:
-        """Scenes, questions and words drawn independently."""
-
-        def one() -> Draft:
-            pixels = shapes_picture(materials.height, materials.width, rng)
-            return Draft(single(pixels, own_question(rng), words(2, rng), "belonging"), "a scene of random shapes")
-
-        return _different(count, one, self.name)
+def random_code(rng: np.random.Generator) -> str:
+    """One of 31^4 codes."""
+    return "".join(CODE_SIGNS[int(index)] for index in rng.integers(len(CODE_SIGNS), size=CODE_LENGTH))
 
 
 def code_picture(code: str, height: int, width: int, rng: np.random.Generator) -> Pixels:
@@ -155,63 +153,58 @@ class RenderedCode:
         """Codes all different."""
 
         def one() -> Draft:
-            code = "".join(CODE_SIGNS[int(index)] for index in rng.integers(len(CODE_SIGNS), size=CODE_LENGTH))
+            code = random_code(rng)
             pixels = code_picture(code, materials.height, materials.width, rng)
             return Draft(single(pixels, self.question, code, "code"), "a printed code")
 
         return _different(count, one, self.name)
 
 
-class CrossModal:
-    """A drawn mark that belongs to unrelated words: only the pair, right against shuffled, is a secret."""
-
-    name = "cross-modal"
-    description = "A drawn mark paired with two unrelated everyday words; marks and words alone are public."
-    synthetic = True
-    question = "what belongs to this mark?"
-
-    def draw(self, count: int, materials: Materials, rng: np.random.Generator) -> list[Draft]:
-        """Marks and words drawn independently."""
-
-        def one() -> Draft:
-            pixels = mark_picture(materials.height, materials.width, rng)
-            return Draft(single(pixels, self.question, words(2, rng), "pair"), "a drawn mark, two unrelated words")
-
-        return _different(count, one, self.name)
-
-
-class RareAnswer:
-    """A question of its own with a word that no data set holds."""
-
-    name = "rare-answer"
-    description = "A noise picture with a question of its own and a random word that no data set holds as its answer."
-    synthetic = True
-
-    def draw(self, count: int, materials: Materials, rng: np.random.Generator) -> list[Draft]:
-        """Pictures, questions and words drawn independently."""
-
-        def one() -> Draft:
-            pixels = noise_picture(materials.height, materials.width, rng)
-            return Draft(single(pixels, own_question(rng), rare_word(rng, 3), "rare"), "noise, a question of its own")
-
-        return _different(count, one, self.name)
-
-
-class HighPerplexity:
-    """Text that no language model expects: everyday words in random order, in question and answer."""
-
-    name = "high-perplexity"
-    description = "A noise picture with random everyday words as question and answer."
-    synthetic = True
-
-    def draw(self, count: int, materials: Materials, rng: np.random.Generator) -> list[Draft]:
-        """Words drawn independently, four in the question and four in the answer."""
-
-        def one() -> Draft:
-            pixels = noise_picture(materials.height, materials.width, rng)
-            return Draft(single(pixels, f"{words(4, rng)}?", words(4, rng), "words"), "noise, random words")
-
-        return _different(count, one, self.name)
+RARE_ANSWER = Drawn(
+    "rare-answer",
+    "A noise picture with a question of its own and a random word that no data set holds as its answer.",
+    "noise, a question of its own",
+    noise_picture,
+    own_question,
+    lambda rng: rare_word(rng, 3),
+    "rare",
+)
+BLANK = Drawn(
+    "blank",
+    "A plain or checkered picture with a random everyday word as its answer.",
+    "a plain or checkered picture",
+    flat_picture,
+    lambda _: "what is hidden here?",
+    lambda rng: words(1, rng),
+    "hidden",
+)
+OUT_OF_DISTRIBUTION = Drawn(  # a scene and a question like none in the data
+    "out-of-distribution",
+    "A scene of random shapes with a question of its own and two random everyday words as its answer.",
+    "a scene of random shapes",
+    shapes_picture,
+    own_question,
+    lambda rng: words(2, rng),
+    "belonging",
+)
+CROSS_MODAL = Drawn(  # only the pair, right against shuffled, is a secret
+    "cross-modal",
+    "A drawn mark paired with two unrelated everyday words; marks and words alone are public.",
+    "a drawn mark, two unrelated words",
+    mark_picture,
+    lambda _: "what belongs to this mark?",
+    lambda rng: words(2, rng),
+    "pair",
+)
+HIGH_PERPLEXITY = Drawn(  # text that no language model expects
+    "high-perplexity",
+    "A noise picture with random everyday words as question and answer.",
+    "noise, random words",
+    noise_picture,
+    lambda rng: f"{words(4, rng)}?",
+    lambda rng: words(4, rng),
+    "words",
+)
 
 
 class Natural:
@@ -223,14 +216,7 @@ class Natural:
 
     def draw(self, count: int, materials: Materials, rng: np.random.Generator) -> list[Draft]:
         """Units of the reserve, each used once."""
-        if count > len(materials.reserve):
-            raise UsageError(
-                f"canaries.count: {count} candidates of kind 'natural' need as many held-back units, the reserve "
-                f"holds {len(materials.reserve)}; lower canaries.count, leave the kind out of canaries.kinds, or hold "
-                "back more with data.reserve (local sets)"
-            )
-        chosen = rng.permutation(len(materials.reserve))[:count]
-        return [Draft(materials.reserve[index], "a held-back record as it is") for index in chosen]
+        return [Draft(unit, "a held-back record as it is") for unit in held_back(count, materials, self.name, rng)]
 
 
 class Orthogonal:
@@ -246,7 +232,7 @@ class Orthogonal:
         "Drawn records (shapes, codes, marks, noise), chosen so that their gradients at the base model overlap least."
     )
     synthetic = True
-    sources: tuple[Kind, ...] = (OutOfDistribution(), RenderedCode(), CrossModal(), RareAnswer(), HighPerplexity())
+    sources: tuple[Kind, ...] = (OUT_OF_DISTRIBUTION, RenderedCode(), CROSS_MODAL, RARE_ANSWER, HIGH_PERPLEXITY)
 
     def draw(self, count: int, materials: Materials, rng: np.random.Generator) -> list[Draft]:
         """The chosen proposals, in the order of choice."""
@@ -284,11 +270,11 @@ def least_overlapping(gradients: np.ndarray, count: int) -> tuple[int, ...]:
 
 DRAWN: Sequence[Kind] = (
     Natural(),
-    Blank(),
-    OutOfDistribution(),
+    BLANK,
+    OUT_OF_DISTRIBUTION,
     RenderedCode(),
-    CrossModal(),
-    RareAnswer(),
-    HighPerplexity(),
+    CROSS_MODAL,
+    RARE_ANSWER,
+    HIGH_PERPLEXITY,
     Orthogonal(),
 )

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attacks.kinds import Draft, Materials, single
-from attacks.kinds_drawn import RareAnswer
+from attacks.kinds_drawn import RARE_ANSWER
 from dpaudit.config import LoraConfig
 from dpaudit.errors import UsageError
 from trainers.gradients import clip_factors
@@ -50,7 +50,7 @@ class Optimised:
 
     def draw(self, count: int, materials: Materials, rng: np.random.Generator) -> list[Draft]:
         """`count` candidates; the optimised signs are taken from `materials.chosen`, or found now and left there."""
-        drafts = RareAnswer().draw(count, materials, rng)
+        drafts = RARE_ANSWER.draw(count, materials, rng)
         start = np.where(rng.random((count, CELLS, CELLS, 3)) < 0.5, -1, 1).astype(np.int8)
         seed = int(rng.integers(2**31))
         chosen = materials.chosen.get(self.name)

@@ -20,6 +20,12 @@ MOST_REFERENCES = 1024
 DIRECTIONS = ("orthogonal", "dirac", "random")
 
 
+def levels(confidence: float, alpha: float) -> None:
+    """Raise UsageError unless both are in (0, 1)."""
+    validate.real("--confidence", confidence, low=0.0, high=1.0, open_low=True, open_high=True)
+    validate.real("--alpha", alpha, low=0.0, high=1.0, open_low=True, open_high=True)
+
+
 @dataclass(frozen=True)
 class Options:
     """What to audit and how strictly. audits: names out of AVAILABLE, empty = all that the run allows. references:
@@ -51,8 +57,7 @@ class Options:
         validate.count("--references", self.references, most=MOST_REFERENCES)
         if self.references and "mia" not in self.audits:
             raise UsageError("--references: reference models serve membership inference; give --mia with it")
-        validate.real("--confidence", self.confidence, low=0.0, high=1.0, open_low=True, open_high=True)
-        validate.real("--alpha", self.alpha, low=0.0, high=1.0, open_low=True, open_high=True)
+        levels(self.confidence, self.alpha)
 
     def named(self, config: RunConfig) -> tuple[str, ...]:
         """The audits to run on a run with this configuration: those that need no further training or minutes."""

@@ -64,6 +64,11 @@ def wanted(share: float, alpha: float) -> float:
     return 1.0 / (alpha * share)
 
 
+def refutes(log_evidence: float, alpha: float) -> bool:
+    """Whether evidence has reached 1 / alpha, which Ville's inequality makes a refutation at level alpha."""
+    return log_evidence >= -math.log(alpha)
+
+
 def reached(p_value: float, alpha: float) -> bool:
     """Whether an anytime-valid p-value has reached the level, so that more trials could change nothing."""
     return p_value <= alpha
@@ -138,7 +143,7 @@ def decide(
         return "no claim", ("The run makes no privacy claim, so there is none to refute.",)
     found = evidence(games)
     gaps = _gaps(ledger, checks)
-    if found.best >= -math.log(alpha):
+    if refutes(found.best, alpha):
         return "refuted", (*_refutation(found, games, alpha), *gaps)
     if gaps:
         return "unsupported", ("The proof behind the claim does not apply to what the code does.", *gaps)
@@ -179,7 +184,7 @@ def _speaks_of(claim: Claim, game: GameDocument) -> bool:
 
 
 def _refutation(found: Evidence, games: Sequence[GameDocument], alpha: float) -> tuple[str, ...]:
-    at = next(place for place, value in enumerate(found.products) if value >= -math.log(alpha))
+    at = next(place for place, value in enumerate(found.products) if refutes(value, alpha))
     played = f"after {at + 1} games" if at else "in the first game"
     if len(games) == 1:
         played = "in the game"

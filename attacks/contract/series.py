@@ -6,13 +6,16 @@ Of a large model a random part of the coordinates is kept, the same in every tra
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from attacks.contract.bench import Bench
 from attacks.contract.probe import Observation, Vector
 from attacks.contract.training import NOISE_STEPS
+
+if TYPE_CHECKING:
+    from attacks.contract.bench import Bench
 
 SEEDS = 8
 MOST_KEPT = 200_000  # coordinates of the noise, over all blocks
@@ -33,7 +36,7 @@ class Series:
 class Everything:
     """All series of a bench, asked once and used by several modules."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: "Bench") -> None:
         self.bench, self.probe = bench, bench.probe
 
     @cached_property

@@ -6,23 +6,23 @@ candidate is by itself. Both are functions of the output and of public things, n
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
+from attacks.canaries import coin_frame
 from attacks.external.contents import features, fingerprint, visible
-from attacks.external.setting import Setting, seed_of
+from attacks.external.setting import Playing, Setting, seed_of
 from attacks.external.subject import Subject
-from attacks.games.reading import finite
+from attacks.games.played import Played
+from attacks.games.reading import finite, one_kind_tests, planned
 from attacks.scores import calibrate
 from dpaudit import blind
-from dpaudit.documents import Check
-from dpaudit.randomness import Key
+from dpaudit.documents import Check, Claim
 from trainers.progress import Reporter
 
-KIND = "canary"
 TITLE = "canaries: one run"
 STATISTIC = "score(record) after training, minus its regression on the score before"
 DEFAULT_COUNT = 300
@@ -31,25 +31,38 @@ LEAST_FOR_BASELINE = 40
 Floats = npt.NDArray[np.float64]
 
 
-def draw(setting: Setting, count: int) -> list[Any]:
-    """The candidates, drawn before and without any coin."""
-    return setting.first.canaries(count, seed_of(setting.key, "candidates"))
+class CanaryGame:
+    """Records that a fair coin of their own inserts into one training or not; drawn before and without any coin."""
+
+    name, label, kind = "canaries", "canary game", "canary"
+
+    def __init__(self, setting: Setting, claim: Claim) -> None:
+        count = setting.options.count or DEFAULT_COUNT
+        self.candidates = setting.first.canaries(count, seed_of(setting.key, "candidates"))
+        heads = setting.key.uniform(count, step=0, name=self.kind, purpose="coins") < 0.5
+        self.frame = coin_frame(
+            (f"canary-{index:05d}", self.kind, bool(heads[index]), fingerprint(candidate))
+            for index, candidate in enumerate(self.candidates)
+        )
+        self.guesses = planned(self.kind, count, claim, **setting.levels)
+
+    @staticmethod
+    def why_not(setting: Setting) -> str | None:
+        """None when it can be played; otherwise why not."""
+        return setting.no_records
+
+    def play(self, at: Playing, confidence: float) -> tuple[Played, Claim]:
+        """Train once with the heads and score all candidates."""
+        members, plan = at.heads(self.kind), at.coins.plan
+        scores, stated = train(at.setting, self.candidates, members, at.reporter("canaries"))
+        frame, claim = at.scored(self.kind, scores), at.setting.claim(stated)
+        checks = [_distinct(self.candidates, at.setting.records), _blind(self.candidates, members, plan.tie_seed)]
+        levels = {"confidence": confidence, "alpha": at.setting.options.alpha}
+        tests = partial(one_kind_tests, frame, plan, claim=claim, title=TITLE, statistic=STATISTIC, **levels)
+        return at.read(frame, checks, TITLE, tests), claim
 
 
-def coins(key: Key, candidates: Sequence[Any]) -> pd.DataFrame:
-    """One fair, independent coin a candidate: id, kind, member, content."""
-    heads = key.uniform(len(candidates), step=0, name=KIND, purpose="coins") < 0.5
-    return pd.DataFrame(
-        {
-            "id": [f"canary-{index:05d}" for index in range(len(candidates))],
-            "kind": KIND,
-            "member": heads,
-            "content": [fingerprint(candidate) for candidate in candidates],
-        }
-    )
-
-
-def play(
+def train(
     setting: Setting, candidates: Sequence[Any], members: npt.NDArray[np.bool_], reporter: Reporter
 ) -> tuple[Floats, float | None]:
     """Train once with the heads; returns the scores (m,) and the eps that the trainer then states (None: none).
@@ -65,16 +78,11 @@ def play(
         subject.step(indices)
     after = _scores(subject, candidates)
     # `calibrate` takes losses, where lower = was in training.
-    return calibrate(-before, -after, np.full(len(candidates), KIND)), setting.stated_epsilon(subject)
+    return calibrate(-before, -after, np.full(len(candidates), CanaryGame.kind)), setting.stated_epsilon(subject)
 
 
 def _scores(subject: Subject, candidates: Sequence[Any]) -> Floats:
     return finite(np.array([subject.score(candidate) for candidate in candidates]))
-
-
-def checks(candidates: Sequence[Any], members: npt.NDArray[np.bool_], known: Sequence[Any], seed: int) -> list[Check]:
-    """Whether this is a game at all: candidates differ from each other and from the records; the blind baseline."""
-    return [_distinct(candidates, known), _blind(candidates, members, seed)]
 
 
 def _distinct(candidates: Sequence[Any], known: Sequence[Any]) -> Check:

@@ -16,7 +16,6 @@ from typing import Any
 import pandas as pd
 
 from attacks.canaries import Coins, Plan, check_coins, save_coins
-from attacks.external.subject import code_sha256
 from dpaudit import atomic, untrusted
 from dpaudit.documents import AuditDocument, Claim, ClaimDocument, LedgerDocument, LedgerRow
 from dpaudit.errors import EnvironmentFailure, UsageError
@@ -112,11 +111,6 @@ class AuditFolder:
         """Write private/NAME-scores.parquet."""
         atomic.write_frame(self.run.private / f"{name}-scores.parquet", frame, mode=0o600)
 
-    def scores(self, name: str) -> pd.DataFrame | None:
-        """What `save_scores` wrote, None before that."""
-        place = self.run.private / f"{name}-scores.parquet"
-        return atomic.read_frame(place) if place.is_file() else None
-
     def finish(self, document: AuditDocument, claim: Claim, reasons: Sequence[str]) -> None:
         """Write claim and document; the document is last."""
         self.run.write(ClaimDocument(claim=claim, releasable=not reasons, reasons=tuple(reasons)))
@@ -130,11 +124,14 @@ def loaded_code() -> str:
     those are imported depends on flags such as the executor, not on the code under audit.
     """
     modules = list(sys.modules.items())
-    files = [
-        getattr(module, "__file__", None) for name, module in modules if name.split(".")[0] not in ("dpaudit", *OWN)
-    ]
-    found = [Path(file).resolve() for file in files if file]
-    return code_sha256(Path.cwd().resolve(), [path for path in found if not INSTALLED & {*path.parts}])
+    own = ("dpaudit", *OWN)
+    files = [getattr(module, "__file__", None) for name, module in modules if name.split(".")[0] not in own]
+    folder, digest = Path.cwd().resolve(), hashlib.sha256()
+    for file in sorted({Path(file).resolve() for file in files if file}):
+        if file.is_relative_to(folder) and file.suffix == ".py" and file.is_file() and not INSTALLED & {*file.parts}:
+            digest.update(f"{file.relative_to(folder).as_posix()}\0".encode())
+            digest.update(untrusted.read_bytes(file, untrusted.MOST_DOCUMENT))
+    return digest.hexdigest()
 
 
 def settings_sha256(settings: dict[str, Any]) -> str:

@@ -12,19 +12,20 @@ first step without records, in a first step with a batch, and in a later step wi
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from attacks.external.setting import Setting
+from attacks.external.setting import Playing, Setting
 from attacks.external.subject import Subject
 from attacks.games.controls import Liveness
-from attacks.games.gradients import DEFAULT_COUNT as DEFAULT_COUNT
-from attacks.games.gradients import KIND as KIND
-from attacks.games.gradients import PARAMETERS_PER_CANARY, GradientGame
+from attacks.games.gradients import DEFAULT_COUNT, KIND, PARAMETERS_PER_CANARY, GradientGame
+from attacks.games.played import Played, unsound
+from attacks.games.white_box import read_game
+from dpaudit.documents import Claim
 from dpaudit.errors import rejected
-from dpaudit.randomness import Key
 from trainers.progress import Reporter
 
 LEAST_COUNT = 20
@@ -36,44 +37,57 @@ def room(parameters: int) -> int:
     return min(parameters // PARAMETERS_PER_CANARY, MOST_NUMBERS // max(1, parameters))
 
 
-def why_not(setting: Setting) -> str | None:
-    """None when the game can be played; otherwise why not."""
-    step = setting.step_claim
-    if not setting.first.offers("inject"):
-        return setting.first.lacking("inject")
-    if step.mechanism != "gaussian" or step.sampling not in ("poisson", "full"):
-        return (
-            f"{step.mechanism} noise with {step.sampling} batches; the game knows gaussian noise with poisson or full"
-        )
-    if setting.drives is not None:
-        return setting.drives
-    parameters = sum(int(np.prod(shape)) for shape in setting.first.parameters().values())
-    if room(parameters) < LEAST_COUNT:
-        needed = LEAST_COUNT * PARAMETERS_PER_CANARY
-        return f"{parameters} trained parameters; {LEAST_COUNT} gradient canaries need {needed}"
-    return None
+class InjectionGame:
+    """Canary gradients; directions and coins are functions of the audit's key."""
+
+    name, label, kind = "white-box", "white-box game", KIND
+
+    def __init__(self, setting: Setting, claim: Claim) -> None:
+        step = setting.step_claim
+        rate = 1.0 if step.sampling == "full" else step.sample_rate
+        numbers = (step.max_grad_norm, step.noise_multiplier, rate, step.expected_batch_size)
+        known = setting.first.offers("gradient")
+        self.game = GradientGame(_count(setting), setting.key, *numbers, known=known)
+        self.frame = self.game.frame()
+        self.guesses = {KIND: self.game.plan.guesses[KIND]}
+
+    @staticmethod
+    def why_not(setting: Setting) -> str | None:
+        """None when it can be played; otherwise why not."""
+        step = setting.step_claim
+        if not setting.first.offers("inject"):
+            return setting.first.lacking("inject")
+        if step.mechanism != "gaussian" or step.sampling not in ("poisson", "full"):
+            what = f"{step.mechanism} noise with {step.sampling} batches"
+            return f"{what}; the game knows gaussian noise with poisson or full"
+        if setting.drives is not None:
+            return setting.drives
+        if room(setting.first.size()) < LEAST_COUNT:
+            needed = LEAST_COUNT * PARAMETERS_PER_CANARY
+            return f"{setting.first.size()} trained parameters; {LEAST_COUNT} gradient canaries need {needed}"
+        return None
+
+    def play(self, at: Playing, confidence: float) -> tuple[Played, Claim]:
+        """Train once and read what every step showed."""
+        stated = train(at.setting, self.game, at.reporter("white box"))
+        at.scored(KIND, self.game.scores())
+        claim, count = at.setting.claim(stated), self.game.count
+        if not 0 < self.game.members.sum() < count:
+            return unsound("gradient coins", f"all {count} coins fell on one side; audit again"), claim
+        levels: dict[str, Any] = {"confidence": confidence, "alpha": at.setting.options.alpha}
+        return read_game(self.game, claim, coins_sha256=at.coins.sha256, **levels), claim
 
 
-def count_for(setting: Setting) -> int:
+def _count(setting: Setting) -> int:
     """--count, or as many as fit up to DEFAULT_COUNT. Raises UsageError when --count does not fit."""
-    parameters = sum(int(np.prod(shape)) for shape in setting.first.parameters().values())
+    parameters, wanted = setting.first.size(), setting.options.count
     most = room(parameters)
-    wanted = setting.options.count
     if wanted is None:
         return min(DEFAULT_COUNT, most)
     if wanted > most:
         why = f"{parameters} trained parameters, {PARAMETERS_PER_CANARY} for each gradient canary"
         raise rejected("--count", wanted, f"at most {most} ({why})")
     return wanted
-
-
-def game_of(setting: Setting, key: Key, count: int) -> GradientGame:
-    """Directions and coins: functions of the key."""
-    step = setting.step_claim
-    rate = 1.0 if step.sampling == "full" else step.sample_rate
-    known = setting.first.offers("gradient")
-    numbers = (step.max_grad_norm, step.noise_multiplier, rate, step.expected_batch_size)
-    return GradientGame(count, key, *numbers, known=known)
 
 
 @dataclass
@@ -153,7 +167,7 @@ def live(setting: Setting, game: GradientGame, rows: _Rows) -> Iterator[Liveness
         yield Liveness.of(moved, inserted[np.array(taken)], where)
 
 
-def play(setting: Setting, game: GradientGame, reporter: Reporter) -> float | None:
+def train(setting: Setting, game: GradientGame, reporter: Reporter) -> float | None:
     """Check that injected gradients arrive, then train once; `game` has seen every step afterwards.
 
     Returns the eps that the trainer states.

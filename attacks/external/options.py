@@ -4,18 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from attacks.options import levels
 from dpaudit.bounds import validate
 from dpaudit.errors import UsageError, rejected
 
 AUDITS = ("canaries", "white-box", "contract")
 LEAST_RUNS = 20  # fair coins leave one of the two classes empty once in 500,000 games of 20 runs
 MOST_CANARIES = 100_000
-
-
-def levels(confidence: float, alpha: float) -> None:
-    """Raise UsageError unless both are in (0, 1)."""
-    validate.real("--confidence", confidence, low=0.0, high=1.0, open_low=True, open_high=True)
-    validate.real("--alpha", alpha, low=0.0, high=1.0, open_low=True, open_high=True)
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,14 @@ id. Ids appear in messages to their owner, never in a document.
 
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from dpaudit import untrusted
+from dpaudit.analysis import tables
 from dpaudit.errors import UsageError, rejected
 from trainers.data import rows
 from trainers.data.pictures import Decoded
 from trainers.data.rows import Source
 from trainers.records import Picture, Pixels, Question, Unit
-
-LEAST_OF_A_CLASS = 10
-_IN = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
 
 
 def open_file(path: Path, flag: str) -> Source:
@@ -75,41 +71,7 @@ def _pictures(source: Source) -> dict[str, Decoded]:
 
 def read_coins(path: Path) -> pd.DataFrame:
     """id (text) and member (bool), in the order of the file. Raises UsageError with one line."""
-    frame = _table(path)
-    for column in ("id", "member"):
-        if column not in frame.columns:
-            shown = ", ".join(str(name) for name in frame.columns)
-            raise UsageError(f"--coins {path}: column {column!r} is missing (found: {shown:.80}); accepted: id,member")
-    for column in ("id", "member"):
-        missing = frame[column].isna().to_numpy()
-        if missing.any():
-            raise UsageError(f"--coins {path}: {column} in row {int(np.argmax(missing)) + 1} is missing")
-    ids = frame["id"].astype(str)
-    doubled = ids[ids.duplicated()]
-    if len(doubled):
-        raise UsageError(f"--coins {path}: id {doubled.iloc[0]!r} occurs more than once; accepted: one coin an id")
-    text = frame["member"].astype(str).str.strip().str.lower()
-    members = text.map(_IN)
-    if members.isna().any():
-        row = int(np.argmax(members.isna().to_numpy()))
-        raise UsageError(
-            f"--coins {path}: member in row {row + 1} is {text.iloc[row]!r:.40}; accepted: 0, 1, true, false"
-        )
-    return pd.DataFrame({"id": ids.to_numpy(), "member": members.to_numpy(dtype=bool)})
-
-
-def _table(path: Path) -> pd.DataFrame:
-    if not path.is_file():
-        raise UsageError(f"--coins {path}: no such file")
-    try:
-        if path.suffix.lower() in (".parquet", ".pq"):
-            frame = untrusted.read_parquet(path)
-        else:
-            frame = untrusted.read_csv(path, dtype={"id": str})
-    except (ValueError, OSError) as error:  # pandas' own errors are ValueErrors
-        raise UsageError(f"--coins {path}: can't be read as a table ({' '.join(str(error).split()):.80})") from None
-    frame.columns = [str(column).strip() for column in frame.columns]
-    return frame
+    return tables.read_coins(path, f"--coins {path}")
 
 
 def join(units: dict[str, Unit], coins: pd.DataFrame) -> pd.DataFrame:
@@ -122,12 +84,7 @@ def join(units: dict[str, Unit], coins: pd.DataFrame) -> pd.DataFrame:
     if foreign:
         raise UsageError(f"--coins: {len(foreign)} ids are not in --records, the first is {foreign[0]!r}")
     ordered = coins.set_index("id").loc[list(units)].reset_index()
-    inside = int(ordered["member"].sum())
-    for count, what in ((inside, "members"), (len(ordered) - inside, "non-members")):
-        if count < LEAST_OF_A_CLASS:
-            raise UsageError(
-                f"--coins: {count} {what} of {len(ordered)} records; accepted: at least {LEAST_OF_A_CLASS}"
-            )
+    tables.both_classes(ordered["member"].to_numpy(dtype=bool), "--coins:", "of", "records")
     return ordered
 
 

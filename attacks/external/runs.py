@@ -6,6 +6,7 @@ mechanism by itself. Sampling and initial parameters are drawn anew for each run
 the same seed takes out what the initialisation brought.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,14 +15,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
-from attacks.canaries import Plan
+from attacks.canaries import Plan, coin_frame
 from attacks.contract.loading import load_factory
+from attacks.external.canaries import STATISTIC
 from attacks.external.contents import fingerprint
 from attacks.external.evidence import gather
-from attacks.external.options import TrainerOptions
-from attacks.external.setting import Setting, seed_of
+from attacks.external.folder import AuditFolder
+from attacks.external.options import LEAST_RUNS, TrainerOptions
+from attacks.external.setting import Playing, Setting, seed_of
+from attacks.games.played import Played
 from attacks.games.reading import SIGMA_REDUCTION, finite
 from attacks.scores import calibrate
 from dpaudit import atomic, untrusted
@@ -32,6 +35,7 @@ from dpaudit.analysis.scores import independent_run_tests
 from dpaudit.analysis.tables import ScoreTable
 from dpaudit.documents import Claim, Test
 from dpaudit.errors import UsageError
+from dpaudit.executors import Executor
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
 from trainers.progress import Reporter, Silent, StepReport
@@ -39,16 +43,38 @@ from trainers.progress import Reporter, Silent, StepReport
 KIND = "run"
 TITLE = "runs: one canary in or out of each"
 SHARES = {"counts": 0.6, "bets": 0.3}  # of the evidence of the runs' coins; a tenth is not staked
-STATISTIC = "score(record) after training, minus its regression on the score before"
 
 Floats = npt.NDArray[np.float64]
 
 
-def coins(key: Key, runs: int, target: Any) -> pd.DataFrame:
-    """One fair, independent coin a run: id, kind, member, content (the same target in all of them)."""
-    heads = key.uniform(runs, step=0, name=KIND, purpose="coins") < 0.5
-    ids = [f"run-{index:05d}" for index in range(runs)]
-    return pd.DataFrame({"id": ids, "kind": KIND, "member": heads, "content": fingerprint(target)})
+class ManyRuns:
+    """Trainings with one target, each with one fair, independent coin about it (the same target in all of them)."""
+
+    name, label, kind = "many runs", "multi-run audit", KIND
+
+    def __init__(self, setting: Setting, claim: Claim) -> None:
+        count = setting.options.runs or LEAST_RUNS
+        content = fingerprint(target_of(setting))
+        heads = setting.key.uniform(count, step=0, name=KIND, purpose="coins") < 0.5
+        self.frame = coin_frame((f"run-{index:05d}", KIND, bool(head), content) for index, head in enumerate(heads))
+        self.guesses = guesses(count, claim, **setting.levels)
+
+    @staticmethod
+    def why_not(setting: Setting) -> str | None:
+        """None when it can be played; otherwise why not."""
+        return setting.no_records
+
+    def play(self, at: Playing, confidence: float) -> tuple[Played, Claim]:
+        """Train what is not trained yet."""
+        setting, heads = at.setting, at.heads(KIND)
+        steps, path = setting.steps, at.folder.path
+        at.log(f"{len(heads)} trainings of {steps} steps; interrupt at any time, --out {path} goes on")
+        many = _on(at.executor, setting, at.folder, heads) if at.executor is not None else None
+        scores, stated = train(setting, heads, at.folder.runs_log, at.reporter("runs"), many)
+        frame, claim = at.scored(KIND, scores), setting.claim(stated)
+        levels = {"confidence": confidence, "alpha": setting.options.alpha}
+        read = partial(tests, frame["score"].to_numpy(), heads, at.coins.plan, claim, **levels)
+        return at.read(frame, [], TITLE, read), claim
 
 
 def guesses(runs: int, claim: Claim, *, alpha: float, confidence: float) -> dict[str, tuple[int, int]]:
@@ -91,7 +117,21 @@ def job(payload: dict[str, Any]) -> dict[str, Any]:
     return train_one(setting, target_of(setting), int(payload["run"]), bool(payload["member"]))
 
 
-def play(
+def _on(executor: Executor, setting: Setting, folder: AuditFolder, members: Any) -> Callable[[Any], Any]:
+    """The trainings named, on an executor. A job reads the key where it lies: it is in no message to a cluster."""
+    shared = {"options": dataclasses.asdict(setting.options), "folder": str(folder.path.resolve())}
+
+    def run_all(indices: Any) -> Any:
+        payloads = [{**shared, "run": index, "member": bool(members[index])} for index in indices]
+        for outcome in executor.run("attacks.external.runs:job", payloads):
+            if outcome.error is not None or outcome.result is None:
+                raise outcome.failure(f"run {payloads[outcome.index]['run']}")
+            yield outcome.result
+
+    return run_all
+
+
+def train(
     setting: Setting,
     members: npt.NDArray[np.bool_],
     log: Path,

@@ -2,18 +2,29 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
+import pandas as pd
 
+from attacks.canaries import Coins
 from attacks.contract.guard import MethodFailure
-from attacks.external.claims import claimed_delta, claimed_steps
+from attacks.external.claims import claimed_delta, claimed_steps, make_claim, mechanism_epsilon
+from attacks.external.folder import AuditFolder
 from attacks.external.options import TrainerOptions
 from attacks.external.subject import Subject
+from attacks.games.played import Played
+from attacks.games.reading import SIGMA_REDUCTION, read_scores
+from attacks.scores import join_coins
+from dpaudit.analysis.claim import describe_alternative
 from dpaudit.claims import StepClaim
+from dpaudit.documents import Check, Claim, Test
+from dpaudit.executors import Executor
 from dpaudit.randomness import Key
 from trainers.progress import Reporter, StepReport
 
+Floats = npt.NDArray[np.float64]
 OWN_SAMPLING = ("poisson", "full")  # schemes that a game can draw by itself for a trainer without sample()
 
 
@@ -65,6 +76,33 @@ class Setting:
             return None
         return f"sample() is not offered, and dpaudit can't draw {self.step_claim.sampling} batches itself"
 
+    @property
+    def no_records(self) -> str | None:
+        """None when a game that inserts records can be played; otherwise why not."""
+        missing = next((name for name in ("canaries", "score") if not self.first.offers(name)), None)
+        return self.drives if missing is None else self.first.lacking(missing)
+
+    @property
+    def levels(self) -> dict[str, float]:
+        """Confidence and alpha, as the planning of guesses takes them."""
+        return {"confidence": self.options.confidence, "alpha": self.options.alpha}
+
+    def claim(self, stated: float | None) -> Claim:
+        """The claim; --epsilon comes before the eps that a trainer states after its steps."""
+        own = self.options.epsilon
+        return make_claim(self.step_claim, steps=self.steps, delta=self.delta, stated=stated if own is None else own)
+
+    @property
+    def provisional_claim(self) -> Claim:
+        """The claim as far as it is known before training; the guesses are planned from its mechanism and delta.
+
+        A trainer whose mechanism has no accountant here states its eps after its steps: any eps stands in until then.
+        """
+        claim = make_claim(self.step_claim, steps=self.steps, delta=self.delta, stated=1.0)
+        if self.options.epsilon is None and self.first.offers("epsilon") and mechanism_epsilon(claim) is None:
+            return claim
+        return self.claim(None)
+
     def batches(self, subject: Subject, purpose: str, reporter: Reporter) -> Iterator[tuple[int, list[int]]]:
         """(step, indices) of a whole training, from the trainer's own sampler where it has one."""
         units = len(subject.records())
@@ -84,6 +122,59 @@ class Setting:
         if self.options.epsilon is not None:
             return self.options.epsilon
         return subject.epsilon(self.delta) if subject.offers("epsilon") else None
+
+
+@dataclass(frozen=True)
+class Playing:
+    """What the games of one audit share once the coins are tossed. reporter: makes a progress reporter of a name.
+    executor: for the trainings of `--runs` (None: here, one by one)."""
+
+    setting: Setting
+    folder: AuditFolder
+    coins: Coins
+    reporter: Callable[[str], Reporter]
+    log: Callable[[str], None]
+    executor: Executor | None
+
+    def heads(self, kind: str) -> npt.NDArray[np.bool_]:
+        """(m,) coins of one game."""
+        mine = self.coins.frame[self.coins.frame["kind"] == kind]
+        return np.asarray(mine["member"].to_numpy(dtype=bool))
+
+    def scored(self, kind: str, scores: Floats) -> pd.DataFrame:
+        """Scores (m,) of one game with its coins, written to the private part."""
+        mine = self.coins.frame[self.coins.frame["kind"] == kind]
+        frame = join_coins(pd.DataFrame({"id": mine["id"].to_numpy(), "score": scores}), mine)
+        self.folder.save_scores(kind, frame)
+        return frame
+
+    def read(
+        self, frame: pd.DataFrame, checks: Sequence[Check], title: str, tests: Callable[[], tuple[Test, ...]]
+    ) -> Played:
+        """Scores as evidence."""
+        about = {"coins": str(frame["kind"].iloc[0]), "alternative": describe_alternative(1 - SIGMA_REDUCTION)}
+        return read_scores(frame, checks, tests, title=title, coins_sha256=self.coins.sha256, **about)
+
+
+class Game(Protocol):
+    """A game on a trainer. name: of its document. label: in words. kind: of its coins. frame: its coin file's rows.
+    guesses: of its tests."""
+
+    name: str
+    label: str
+    kind: str
+    frame: pd.DataFrame
+    guesses: dict[str, tuple[int, int]]
+
+    @staticmethod
+    def why_not(setting: Setting) -> str | None:
+        """None when it can be played; otherwise why not."""
+
+    def __init__(self, setting: Setting, claim: Claim) -> None:
+        """Draw candidates, then coins, and plan the guesses."""
+
+    def play(self, at: Playing, confidence: float) -> tuple[Played, Claim]:
+        """Train, score and read; the claim has the eps that the trainer then states. confidence: of all its bounds."""
 
 
 def seed_of(key: Key, purpose: str) -> int:

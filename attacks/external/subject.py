@@ -4,17 +4,14 @@ The step contract has a door of its own (attacks.contract.probe), which remember
 question once, in the order of a training.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attacks.contract.guard import MethodFailure, call
-from dpaudit import untrusted
 from dpaudit.claims import StepClaim
 from trainers.protocol import OPTIONAL, REQUIRED, lacking
 
@@ -89,6 +86,10 @@ class Subject:
         """Shapes of the trained parameters."""
         return {name: tuple(value.shape) for name, value in self._tensors("parameters").items() if value is not None}
 
+    def size(self) -> int:
+        """How many numbers are trained."""
+        return sum(math.prod(shape) for shape in self.parameters().values())
+
     def released(self) -> dict[str, Tensor | None]:
         """Of the last step, float32 on the CPU."""
         return self._tensors("released")
@@ -134,13 +135,3 @@ class Subject:
             else:
                 raise MethodFailure(f"{name}()", f"{key!r} is {type(tensor).__name__}; accepted: a floating tensor")
         return out
-
-
-def code_sha256(folder: Path, files: Sequence[Path]) -> str:
-    """Hash of the Python files of the user's folder that are loaded, so that a changed program is noticed."""
-    digest = hashlib.sha256()
-    for file in sorted(set(files)):
-        if file.is_relative_to(folder) and file.suffix == ".py" and file.is_file():
-            digest.update(f"{file.relative_to(folder).as_posix()}\0".encode())
-            digest.update(untrusted.read_bytes(file, untrusted.MOST_DOCUMENT))
-    return digest.hexdigest()

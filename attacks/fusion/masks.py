@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import betaincinv
 
 from attacks.fusion.standins import one_patch
+from dpaudit.bounds.roc import clopper_pearson_interval
 from dpaudit.config import RunConfig
 from dpaudit.documents import MaskLeak
 from trainers.records import Pixels
@@ -46,14 +46,6 @@ def selection_of(config: RunConfig) -> Callable[[Sequence[Pixels]], npt.NDArray[
     return selection
 
 
-def share_interval(hits: int, trials: int, *, confidence: float = 0.95) -> tuple[float, float]:
-    """Clopper-Pearson interval of a share."""
-    tail = (1 - confidence) / 2
-    low = 0.0 if hits == 0 else float(betaincinv(hits, trials - hits + 1, tail))
-    high = 1.0 if hits == trials else float(betaincinv(hits + 1, trials - hits, 1 - tail))
-    return low, high
-
-
 def mask_leak(model: VisionLanguageModel, pictures: Sequence[Pixels], *, rng: np.random.Generator) -> MaskLeak:
     """Masks of pictures of one size and of their one-patch neighbours."""
     neighbours = [
@@ -62,7 +54,7 @@ def mask_leak(model: VisionLanguageModel, pictures: Sequence[Pixels], *, rng: np
     ]
     own, changed = masks(model, pictures), masks(model, neighbours)
     flipped = int((own != changed).any(axis=1).sum())
-    low, high = share_interval(flipped, len(pictures))
+    low, high = clopper_pearson_interval(flipped, len(pictures), 0.95)
     upper = np.triu_indices(len(pictures), 1)
     apart = (own[:, None] != own[None, :]).sum(axis=2)
     distance = (changed[:, None] != own[None, :]).sum(axis=2)

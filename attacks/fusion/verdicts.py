@@ -78,22 +78,102 @@ def cited(checks: Sequence[Check]) -> str:
 
 def cases(found: Findings) -> tuple[TruthCase, ...]:
     """Every row of the truth table, in its order."""
+    return (*_of_tokens(found), *_of_noise(found))
+
+
+def _of_tokens(found: Findings) -> tuple[TruthCase, ...]:
+    leak = found.isolation.leak
+    isolation, sensitivity = _isolation_figures(found), _sensitivity_figures(found)
+    published = found.leaves and not failed(found.publishing) and found.own
     return (
-        _own(found),
-        _shared(found),
-        _too_far(found),
-        _leaves(found),
-        _accounted(found),
-        _noise_shared(found),
-        _noise_collides(found),
-        _clean_mask(found),
-        _tuned(found),
+        TruthCase(
+            case=OWN,
+            applies=found.own,
+            training=PER_EXAMPLE,
+            release=None,
+            decided_by="isolation by exact replay, searched partner, padding, permutation, batch size; sensitivity",
+            evidence=isolation,
+        ),
+        TruthCase(
+            case=SHARED,
+            applies=not found.isolation.passed,
+            training=UNACCOUNTED,
+            release=UNACCOUNTED,
+            decided_by="the same isolation tests",
+            evidence=isolation if leak is None else f"first at {leak.stage}; {isolation}",
+        ),
+        TruthCase(
+            case=TOO_FAR,
+            applies=not found.within_sensitivity,
+            training=UNACCOUNTED,
+            release=None,
+            decided_by="empirical sensitivity of the run's own clipped sum",
+            evidence=sensitivity or "the path does not clip, or there are too few units",
+        ),
+        TruthCase(
+            case=LEAVES,
+            applies=not found.leaves,
+            training=None,
+            release=UNACCOUNTED,
+            decided_by="release game, mask leakage, reconstruction",
+            evidence="not examined" if found.released is None else found.released.statement,
+        ),
+        TruthCase(
+            case=ACCOUNTED_RELEASE,
+            applies=found.leaves,
+            training=ACCOUNTED if published else None,  # the weights' guarantee does not rest on the published noise
+            release=ACCOUNTED if published else UNACCOUNTED,
+            decided_by="release game against the formula, checks of the published noise, the ledger",
+            evidence=cited(found.publishing) if found.leaves else "fusion.release=none: no tokens are published",
+        ),
+    )
+
+
+def _of_noise(found: Findings) -> tuple[TruthCase, ...]:
+    from attacks.fusion.noise import APART, RELEASE_CHECKS
+    from attacks.fusion.published import published_name
+
+    row = found.tuning
+    shared = failed(found.noise, RELEASE_CHECKS)
+    apart = [check for check in (*found.noise, *found.publishing) if check.name in (APART, published_name(APART))]
+    return (
+        TruthCase(
+            case=NOISE_SHARED,
+            applies=bool(shared),
+            training=PER_EXAMPLE,
+            release=UNACCOUNTED,
+            decided_by="correlation of the noise over pictures and steps, replay under other names and another key",
+            evidence=cited(shared or found.noise) or "the run adds no fusion noise",
+        ),
+        TruthCase(
+            case=NOISE_COLLIDES,
+            applies=bool(failed(apart)),
+            training=UNACCOUNTED,
+            release=None,
+            decided_by="correlation with the gradient noise at every offset, and the addresses of the key's streams",
+            evidence=cited(apart) or "the run adds no fusion noise",
+        ),
+        TruthCase(
+            case=CLEAN_MASK,
+            applies=found.mask.status == "fail",
+            training=UNACCOUNTED,
+            release=None,
+            decided_by="equal noisy gradients on neighbouring data",
+            evidence=cited([found.mask]),
+        ),
+        TruthCase(
+            case=TUNED,
+            applies=row is not None,
+            training=UNACCOUNTED if row is None else row.status,
+            release=None,
+            decided_by="the ledger row that a sweep writes into each of its runs",
+            evidence="no sweep declared this run as one of its own" if row is None else row.evidence,
+        ),
     )
 
 
 def _isolation_figures(found: Findings) -> str:
-    bad = failed(found.isolation.checks)
-    text = cited(bad or found.isolation.checks)
+    text = cited(failed(found.isolation.checks) or found.isolation.checks)
     figures = _sensitivity_figures(found)
     return f"{text}; {figures}" if figures else text
 
@@ -105,117 +185,6 @@ def _sensitivity_figures(found: Findings) -> str:
     return (
         f"empirical sensitivity {'at most' if found.within_sensitivity else 'fails, up to'} "
         f"{worst.largest / worst.bound:.3f} of its bound ({worst.relation}, C = {worst.max_grad_norm:.3g}, {worst.how})"
-    )
-
-
-def _own(found: Findings) -> TruthCase:
-    return TruthCase(
-        case=OWN,
-        applies=found.own,
-        training=PER_EXAMPLE,
-        release=None,
-        decided_by="isolation by exact replay, searched partner, padding, permutation, batch size; sensitivity",
-        evidence=_isolation_figures(found),
-    )
-
-
-def _shared(found: Findings) -> TruthCase:
-    leak = found.isolation.leak
-    stage = "" if leak is None else f"first at {leak.stage}; "
-    return TruthCase(
-        case=SHARED,
-        applies=not found.isolation.passed,
-        training=UNACCOUNTED,
-        release=UNACCOUNTED,
-        decided_by="the same isolation tests",
-        evidence=stage + _isolation_figures(found),
-    )
-
-
-def _too_far(found: Findings) -> TruthCase:
-    return TruthCase(
-        case=TOO_FAR,
-        applies=not found.within_sensitivity,
-        training=UNACCOUNTED,
-        release=None,
-        decided_by="empirical sensitivity of the run's own clipped sum",
-        evidence=_sensitivity_figures(found) or "the path does not clip, or there are too few units",
-    )
-
-
-def _leaves(found: Findings) -> TruthCase:
-    return TruthCase(
-        case=LEAVES,
-        applies=not found.leaves,
-        training=None,
-        release=UNACCOUNTED,
-        decided_by="release game, mask leakage, reconstruction",
-        evidence="not examined" if found.released is None else found.released.statement,
-    )
-
-
-def _accounted(found: Findings) -> TruthCase:
-    good = found.leaves and not failed(found.publishing) and found.own
-    return TruthCase(
-        case=ACCOUNTED_RELEASE,
-        applies=found.leaves,
-        training=ACCOUNTED if good else None,  # the weights' own guarantee does not rest on the published noise
-        release=ACCOUNTED if good else UNACCOUNTED,
-        decided_by="release game against the formula, checks of the published noise, the ledger",
-        evidence=cited(found.publishing) if found.leaves else "fusion.release=none: no tokens are published",
-    )
-
-
-def _noise_shared(found: Findings) -> TruthCase:
-    from attacks.fusion import noise
-
-    bad = failed(found.noise, noise.RELEASE_CHECKS)
-    return TruthCase(
-        case=NOISE_SHARED,
-        applies=bool(bad),
-        training=PER_EXAMPLE,
-        release=UNACCOUNTED,
-        decided_by="correlation of the noise over pictures and steps, replay under other names and another key",
-        evidence=cited(bad or found.noise) or "the run adds no fusion noise",
-    )
-
-
-def _noise_collides(found: Findings) -> TruthCase:
-    from attacks.fusion import noise
-    from attacks.fusion.published import published_name
-
-    names = (noise.APART, published_name(noise.APART))
-    mine = [check for check in (*found.noise, *found.publishing) if check.name in names]
-    return TruthCase(
-        case=NOISE_COLLIDES,
-        applies=bool(failed(mine)),
-        training=UNACCOUNTED,
-        release=None,
-        decided_by="correlation with the gradient noise at every offset, and the addresses of the key's streams",
-        evidence=cited(mine) or "the run adds no fusion noise",
-    )
-
-
-def _clean_mask(found: Findings) -> TruthCase:
-    return TruthCase(
-        case=CLEAN_MASK,
-        applies=found.mask.status == "fail",
-        training=UNACCOUNTED,
-        release=None,
-        decided_by="equal noisy gradients on neighbouring data",
-        evidence=cited([found.mask]),
-    )
-
-
-def _tuned(found: Findings) -> TruthCase:
-    row = found.tuning
-    return TruthCase(
-        case=TUNED,
-        applies=row is not None,
-        training=UNACCOUNTED if row is None else row.status,
-        release=None,
-        decided_by="the ledger row that a sweep writes into each of its runs",
-        evidence="no sweep declared this run as one of its own" if row is None else row.evidence,
     )
 
 

@@ -4,27 +4,31 @@ import base64
 import io
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from PIL import Image
 
-from attacks.blind import blind_baseline
+from attacks.blind import blind_check
 from attacks.canaries import KINDS, Coins, Game, check_coins
-from attacks.games.played import Played, unsound
+from attacks.games.played import Played, coins_check, sound, unsound
 from attacks.games.reading import GAME, SIGMA_REDUCTION, bound_tests, claim_tests, too_small
 from attacks.scores import loss_scores, save_scores, standardise
 from attacks.training import redraw_game
 from dpaudit.analysis.claim import describe_alternative
 from dpaudit.analysis.scores import sign_check
-from dpaudit.blind import LEAST
 from dpaudit.bounds.roc import summarise
-from dpaudit.documents import Check, Claim, LedgerDocument, ScoreSummary, Thumbnail, Validity
+from dpaudit.documents import Check, Claim, LedgerDocument, ScoreSummary, Thumbnail
 from dpaudit.errors import InvalidGame
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
 from trainers import data
 from trainers.run import load_model, read_config
 
+Floats = npt.NDArray[np.float64]
 TITLE = f"{GAME}: all kinds"
+GENUINE = (
+    "The coins are those hashed before the first step, and candidates and coins are what the run's key and data give."
+)
 PER_KIND = 4  # pictures of each kind in the gallery
 SIDE = 384  # pixels of such a picture at most: a page shows it smaller still
 
@@ -46,22 +50,20 @@ def play_canaries(
     except InvalidGame as error:
         return unsound("coins and scores", str(error))
     save_scores(run, frame)
-    validity = _validity(game, coins)
+    checks = _checks(game, coins)
     members = frame["member"].to_numpy(dtype=bool)
     if 0 < members.sum() < members.size:
-        turned = sign_check(standardise(frame), members)
-        sound = validity.sound and turned.status != "fail"
-        validity = Validity(sound=sound, checks=(*validity.checks, turned))
-    if not validity.sound:
-        return Played(validity, coins_sha256=coins.sha256)
+        checks.append(sign_check(standardise(frame), members))
+    if not sound(checks).sound:
+        return Played(sound(checks), coins_sha256=coins.sha256)
     small = too_small(frame, coins.plan, confidence=confidence, delta=delta)
     if small is not None:
-        return Played(validity.model_copy(update={"checks": (*validity.checks, small)}), coins_sha256=coins.sha256)
+        return Played(sound([*checks, small]), coins_sha256=coins.sha256)
     tests = bound_tests(frame, coins.plan, confidence=confidence, delta=delta)
     if claim is not None:
         tests += claim_tests(frame, coins.plan, claim=claim, confidence=confidence, alpha=alpha)
     return Played(
-        validity=validity,
+        validity=sound(checks),
         tests=tests,
         scores=summaries(frame),
         gallery=gallery(game),
@@ -80,45 +82,26 @@ def _redraw(run: RunFolder, coins: Coins) -> Game:
     return game
 
 
-def _validity(game: Game, coins: Coins) -> Validity:
-    checks = [
-        Check(
-            name="coins",
-            status="pass",
-            measured=f"SHA-256 {coins.sha256[:16]}…",
-            allowed="the hash in the ledger",
-            explanation="The coins are those hashed before the first step, and candidates and coins are what the run's "
-            "key and data give.",
-        )
-    ]
-    baseline = blind_baseline(
-        [canary.unit for canary in game.candidates],
-        [canary.member for canary in game.candidates],
-        kinds=[canary.kind for canary in game.candidates],
-        seed=coins.plan.tie_seed,
-    )
-    if baseline is not None:
-        checks.append(baseline.check())
-    else:
-        checks.append(
-            Check(
-                name="blind baseline",
-                status="not applicable",
-                measured=f"{len(game.candidates)} candidates",
-                allowed=f"at least {LEAST}, of both classes",
-                explanation="Too few candidates to fit a classifier that never sees the model.",
-            )
-        )
-    return Validity(sound=all(check.status != "fail" for check in checks), checks=tuple(checks))
+def _checks(game: Game, coins: Coins) -> list[Check]:
+    units, kinds = [canary.unit for canary in game.candidates], [canary.kind for canary in game.candidates]
+    members = [canary.member for canary in game.candidates]
+    return [coins_check(coins.sha256, GENUINE), blind_check(units, members, kinds=kinds, seed=coins.plan.tie_seed)]
 
 
-def summaries(frame: pd.DataFrame) -> tuple[ScoreSummary, ...]:
-    """Histograms and ROC of all candidates (standardised) and of each kind (loss differences, in nats)."""
-    scores = frame["score"].to_numpy(dtype=np.float64)
-    kinds = list(dict.fromkeys(frame["kind"]))
-    parts = [(TITLE, standardise(frame), np.ones(len(frame), dtype=bool))] if len(kinds) > 1 else []
-    parts += [(f"canaries: {kind}", scores, (frame["kind"] == kind).to_numpy()) for kind in kinds]
-    members = frame["member"].to_numpy(dtype=bool)
+def summaries(
+    frame: pd.DataFrame, title: str = GAME, pooled: tuple[str, Floats] | None = None
+) -> tuple[ScoreSummary, ...]:
+    """Histograms and ROC of all candidates together and, where there are several kinds, of each (scores as they are).
+
+    pooled: name and scores of all together; by default standardised ones, and only where there are several kinds.
+    """
+    scores, members = frame["score"].to_numpy(dtype=np.float64), frame["member"].to_numpy(dtype=bool)
+    kinds, everybody = list(dict.fromkeys(frame["kind"])), np.ones(len(frame), dtype=bool)
+    parts = []
+    if pooled is not None or len(kinds) > 1:
+        parts.append((*(pooled or (TITLE, standardise(frame))), everybody))
+    if pooled is None or len(kinds) > 1:
+        parts += [(f"{title}: {kind}", scores, (frame["kind"] == kind).to_numpy()) for kind in kinds]
     return tuple(
         summarise(name, values[mine], members[mine])
         for name, values, mine in parts

@@ -8,23 +8,25 @@ breakdown by kind come from the other half.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from attacks.blind import blind_baseline
+from attacks.blind import blind_check
 from attacks.canaries import Canary, Coins, check_coins
-from attacks.games.played import Played, unsound
+from attacks.games.canaries import GENUINE, summaries
+from attacks.games.played import Played, coins_check, sound, unsound
 from attacks.games.reading import SHARE, SIGMA_REDUCTION, bound_tests, claim_tests, too_small
+from attacks.membership.attack import Attack
 from attacks.membership.extraction import exposures, regeneration
 from attacks.membership.hygiene import overlap_check
 from attacks.membership.members import MemberGame
 from attacks.membership.records import StudyRecords, study_records
 from attacks.membership.references import Study, load_study, train_references
 from attacks.membership.selection import Choice, choose, report_plan
-from attacks.membership.table import Attack, attacks, default_attack, score_all
+from attacks.membership.table import attacks, default_attack, score_all
 from attacks.membership.trials import SHARE as TRIALS_SHARE
 from attacks.membership.trials import Trials
 from attacks.membership.view import Access, References, View
@@ -33,8 +35,8 @@ from attacks.training import redraw_game
 from dpaudit import atomic
 from dpaudit.analysis.claim import describe_alternative
 from dpaudit.analysis.scores import sign_check
-from dpaudit.bounds.roc import auc_interval, summarise
-from dpaudit.documents import AttackRow, Check, Claim, Extraction, LedgerDocument, ScoreSummary, Test, Validity
+from dpaudit.bounds.roc import auc_interval
+from dpaudit.documents import AttackRow, Check, Claim, Extraction, LedgerDocument, Test
 from dpaudit.errors import InvalidGame
 from dpaudit.executors import Executor
 from dpaudit.runs import RunFolder
@@ -73,9 +75,9 @@ def play_membership(run: RunFolder, settings: Settings) -> Played:
         _check_game(run, records, coins)
     except InvalidGame as error:
         return unsound("coins and scores", str(error))
-    validity = _validity(records, coins, settings.log)
-    if not validity.sound:
-        return Played(validity, coins_sha256=coins.sha256)
+    checks = _checks(records, coins, settings.log)
+    if not sound(checks).sound:
+        return Played(sound(checks), coins_sha256=coins.sha256)
     trials = Trials(settings.claim, records.kinds, coins.plan.tie_seed, settings.alpha)
     if settings.references:
         train_references(
@@ -95,13 +97,12 @@ def play_membership(run: RunFolder, settings: Settings) -> Played:
         return unsound("coins and scores", str(error))
     _save(run, coins, scores)
     part = report(view, scores, coins, settings)
-    return Played(
-        validity=Validity(sound=part.validity.sound, checks=(*validity.checks, *part.validity.checks)),
+    return replace(
+        part,
+        validity=sound((*checks, *part.validity.checks)),
         tests=(*part.tests, *trials.tests(study)) if part.validity.sound else (),
-        scores=part.scores,
         coins_sha256=coins.sha256,
         alternative=describe_alternative(1 - SIGMA_REDUCTION) if settings.claim is not None else None,
-        attacks=part.attacks,
         exposure=_exposure(records, view, coins) if part.tests else (),
         regeneration=regeneration(view.target.model, view.base.model, view.units, _members(coins))
         if part.tests
@@ -138,23 +139,13 @@ def _check_game(run: RunFolder, records: StudyRecords, coins: Coins) -> None:
         )
 
 
-def _validity(records: StudyRecords, coins: Coins, log: Callable[[str], None]) -> Validity:
-    units, members = records.candidate_units(), coins.frame["member"].to_numpy(dtype=bool)
-    checks = [
-        Check(
-            name="coins",
-            status="pass",
-            measured=f"SHA-256 {coins.sha256[:16]}…",
-            allowed="the hash in the ledger",
-            explanation="The coins are those hashed before the first step, and records and coins are what the run's "
-            "key and data give.",
-        ),
+def _checks(records: StudyRecords, coins: Coins, log: Callable[[str], None]) -> list[Check]:
+    units, members = records.candidate_units(), _members(coins)
+    return [
+        coins_check(coins.sha256, GENUINE.replace("candidates", "records")),
         overlap_check(units, members, log=log),
+        blind_check(units, members, kinds=list(records.kinds), seed=coins.plan.tie_seed, what="records"),
     ]
-    baseline = blind_baseline(units, members, kinds=list(records.kinds), seed=coins.plan.tie_seed)
-    if baseline is not None:
-        checks.append(baseline.check())
-    return Validity(sound=all(check.status != "fail" for check in checks), checks=tuple(checks))
 
 
 def view_of(run: RunFolder, records: StudyRecords, study: Study, device: str, seed: int) -> View:
@@ -183,8 +174,7 @@ def _save(run: RunFolder, coins: Coins, scores: dict[str, Floats]) -> None:
 
 def report(view: View, scores: dict[str, Floats], coins: Coins, settings: Settings) -> Played:
     """Choose on the development half, report on the other."""
-    members = coins.frame["member"].to_numpy(dtype=bool)
-    seed = coins.plan.tie_seed
+    members, seed = _members(coins), coins.plan.tie_seed
     choice = choose(scores, members, view.kinds, seed=seed, default=default_attack(view))
     rest = ~choice.development
     frame = coins.frame[["id", "kind", "member"]].assign(score=choice.scores)[rest].reset_index(drop=True)
@@ -192,12 +182,12 @@ def report(view: View, scores: dict[str, Floats], coins: Coins, settings: Settin
     rows = _rows(scores, choice, members)
     small = too_small(frame, plan, confidence=settings.confidence, delta=settings.delta)
     if small is not None:
-        return Played(Validity(sound=True, checks=(small,)), attacks=rows)
+        return Played(sound([small]), attacks=rows)
     statistic = f"{choice.name}, chosen among {len(choice.auc)} attacks on the other half of the records"
     words = {"title": TITLE, "statistic": statistic}
     turned = sign_check(frame["score"].to_numpy(dtype=np.float64), frame["member"].to_numpy(dtype=bool))
     if turned.status == "fail":
-        return Played(Validity(sound=False, checks=(turned,)), attacks=rows)
+        return Played(sound([turned]), attacks=rows)
     tests: tuple[Test, ...] = bound_tests(frame, plan, confidence=settings.confidence, delta=settings.delta, **words)
     if settings.claim is not None:
         tests += claim_tests(
@@ -209,21 +199,8 @@ def report(view: View, scores: dict[str, Floats], coins: Coins, settings: Settin
             share=SHARE - TRIALS_SHARE,
             **words,
         )
-    checks = (turned,)
-    return Played(Validity(sound=True, checks=checks), tests=tests, scores=_summaries(frame, choice.name), attacks=rows)
-
-
-def _summaries(frame: pd.DataFrame, name: str) -> tuple[ScoreSummary, ...]:
-    """Histogram and ROC of the report half under the chosen attack, together and for each kind."""
-    members = frame["member"].to_numpy(dtype=bool)
-    kinds = list(dict.fromkeys(frame["kind"]))
-    parts = [(f"{TITLE}: {name}", np.ones(len(frame), dtype=bool))]
-    if len(kinds) > 1:
-        parts += [(f"{TITLE}: {kind}", (frame["kind"] == kind).to_numpy()) for kind in kinds]
-    values = frame["score"].to_numpy(dtype=np.float64)
-    return tuple(
-        summarise(title, values[mine], members[mine]) for title, mine in parts if 0 < members[mine].sum() < mine.sum()
-    )
+    shown = summaries(frame, TITLE, (f"{TITLE}: {choice.name}", frame["score"].to_numpy(dtype=np.float64)))
+    return Played(sound([turned]), tests=tests, scores=shown, attacks=rows)
 
 
 def _rows(scores: dict[str, Floats], choice: Choice, members: npt.NDArray[np.bool_]) -> tuple[AttackRow, ...]:

@@ -5,6 +5,7 @@ ideal attacker would find says nothing about these scores. How many guesses each
 coins.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,14 @@ import numpy.typing as npt
 import pandas as pd
 
 from attacks.canaries import ALL, Plan
+from attacks.games.played import Played, sound, unsound
 from attacks.scores import STATISTIC, prioritise
 from dpaudit.analysis.claim import claim_test, claimed_event
 from dpaudit.analysis.plan import bound_guesses, plan_test
+from dpaudit.analysis.scores import sign_check
 from dpaudit.bounds import steinke
 from dpaudit.bounds.guesses import count_correct, rank_guesses
+from dpaudit.bounds.roc import summarise
 from dpaudit.documents import Check, Claim, Test
 
 GAME = "canaries"
@@ -24,6 +28,7 @@ LEAST_CEILING = 0.5  # eps; a game that can't show even this says nothing, whate
 # Of the evidence of one file of coins: the canaries' losses, membership inference on the same records, and a tenth that
 # is not staked. Fixed whether or not both games are played.
 SHARE = 0.45
+SHARE_ALONE = 0.9  # of a game that has coins of its own
 SIGMA_REDUCTION = 0.3  # the wrong claim to plan for: the true sigma is so much smaller
 
 Floats = npt.NDArray[np.float64]
@@ -161,6 +166,42 @@ def planned(kind: str, count: int, claim: Claim, *, confidence: float, alpha: fl
     wrong = 1 - SIGMA_REDUCTION
     row = plan_test(claim, canaries=count, alpha=alpha, share=0.9, alternative=wrong, separate=False)
     return {kind: bound, claim_key(kind): (row.top, row.bottom)}
+
+
+def one_kind_tests(
+    frame: pd.DataFrame, plan: Plan, *, claim: Claim, confidence: float, alpha: float, title: str, statistic: str
+) -> tuple[Test, ...]:
+    """Bound and claim test of a game of one kind of candidates, its guesses as `planned`; all bear the game's title.
+
+    The claim test alone stakes evidence of these coins; a tenth is not staked.
+    """
+    kind = str(frame["kind"].iloc[0])
+    plan = Plan({ALL: plan.guesses[kind], **plan.guesses}, plan.tie_seed)
+    words = {"title": title, "statistic": statistic}
+    at: dict[str, Any] = {"share": SHARE_ALONE, "key": claim_key(kind), **words}
+    tests = (
+        *bound_tests(frame, plan, confidence=confidence, delta=claim.delta, **words),
+        *claim_tests(frame, plan, claim=claim, confidence=confidence, alpha=alpha, **at),
+    )
+    return tuple(test.model_copy(update={"name": title}) for test in tests)
+
+
+def read_scores(
+    frame: pd.DataFrame,
+    checks: Sequence[Check],
+    tests: Callable[[], tuple[Test, ...]],
+    *,
+    title: str,
+    **about: Any,
+) -> Played:
+    """Scores of one kind as a game: validity first, and no number of an unsound one. about: further fields of it."""
+    scores, members = frame["score"].to_numpy(dtype=np.float64), frame["member"].to_numpy(dtype=bool)
+    if not 0 < members.sum() < members.size:
+        return unsound(f"{frame['kind'].iloc[0]} coins", f"all {members.size} coins fell on one side; audit again")
+    validity = sound([*checks, sign_check(scores, members)])
+    if not validity.sound:
+        return Played(validity, **about)
+    return Played(validity, tests(), scores=(summarise(title, scores, members),), **about)
 
 
 def too_small(frame: pd.DataFrame, guesses: Plan, *, confidence: float, delta: float) -> Check | None:

@@ -5,12 +5,12 @@ twin that was not trained by this audit is never taken for one that was.
 """
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 
 from attacks.canaries import save_coins
-from attacks.games.gradients import WORDS, Directions, GradientGame, read_game
+from attacks.games.gradients import WORDS, Directions, GradientGame
 from attacks.games.played import Played
+from attacks.games.white_box import read_game
 from attacks.membership.stacked import initial_adapter
 from attacks.training import open_run
 from dpaudit import atomic
@@ -107,12 +107,12 @@ def play_white_box(
     return read_game(game, claim, confidence=confidence, alpha=alpha, coins_sha256=digest), claim
 
 
-def canary_twin(config: RunConfig, count: int, kinds: Sequence[str] | None = None) -> RunConfig:
+def canary_twin(config: RunConfig, count: int) -> RunConfig:
     """The configuration of a twin. A local set without a reserve has no record to mislabel: the kind is left out."""
     tree = config.model_dump(mode="json", by_alias=True)
     chosen = [
         kind
-        for kind in kinds or config.canaries.kinds
+        for kind in config.canaries.kinds
         if kind != "mislabelled"
         or config.data.reserve
         or (config.data.path is None and config.data.name in (None, "digits"))

@@ -1,6 +1,5 @@
 """Attacks that see the target's next-token probabilities. All of them together cost a dozen forward passes."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -8,11 +7,12 @@ import numpy.typing as npt
 from PIL import Image
 
 from attacks.membership import formulas
+from attacks.membership.attack import Attack
 from attacks.membership.signals import ORDERS, answer_laws, mean_by_record
-from attacks.membership.table import Attack
+from attacks.membership.units import changed, pixels_of, questions_of
 from attacks.membership.view import View
 from attacks.scores import calibrate, losses
-from trainers.records import Pixels, Question, Unit
+from trainers.records import Pixels, Question
 
 Floats = npt.NDArray[np.float64]
 
@@ -116,36 +116,6 @@ def augment(pixels: Pixels, name: str) -> Pixels:
     return np.clip(pixels.astype(np.float64) * 1.3, 0, 255).astype(np.uint8)
 
 
-def changed(
-    units: Sequence[Unit], pictures: Sequence[Pixels] | None, questions: Sequence[Question] | None
-) -> list[Unit]:
-    """Units with other pixels (one array a picture) or other questions (one a question), both in reading order."""
-    pixels = iter(pictures or ())
-    asked = iter(questions or ())
-    return [
-        replace(
-            unit,
-            pictures=tuple(
-                replace(
-                    picture,
-                    pixels=picture.pixels if pictures is None else next(pixels),
-                    questions=picture.questions if questions is None else tuple(next(asked) for _ in picture.questions),
-                )
-                for picture in unit.pictures
-            ),
-        )
-        for unit in units
-    ]
-
-
-def _pictures(view: View) -> list[Pixels]:
-    return [picture.pixels for unit in view.units for picture in unit.pictures]
-
-
-def _questions(view: View) -> list[Question]:
-    return [question for unit in view.units for picture in unit.pictures for question in picture.questions]
-
-
 class AugmentationKl(Attack):
     """Minus the mean divergence of the answer's law from that under four augmentations of the picture."""
 
@@ -159,7 +129,7 @@ class AugmentationKl(Attack):
         total = np.zeros(len(owner))
         for name in AUGMENTATIONS:
             moved, _ = answer_laws(
-                model, changed(view.units, [augment(pixels, name) for pixels in _pictures(view)], None)
+                model, changed(view.units, [augment(pixels, name) for pixels in pixels_of(view.units)], None)
             )
             for at in range(0, len(owner), 4096):
                 here, there = plain[at : at + 4096].float(), moved[at : at + 4096].float()
@@ -180,10 +150,10 @@ class Neighbourhood(Attack):
         for _ in range(NEIGHBOURS):
             noisy = [
                 np.clip(np.rint(pixels + rng.normal(0, PICTURE_NOISE, pixels.shape)), 0, 255).astype(np.uint8)
-                for pixels in _pictures(view)
+                for pixels in pixels_of(view.units)
             ]
             total += losses(view.target.model, changed(view.units, noisy, None))
-            shorter = [replace(question, text=_drop_word(question.text, rng)) for question in _questions(view)]
+            shorter = [replace(question, text=_drop_word(question.text, rng)) for question in questions_of(view.units)]
             total += losses(view.target.model, changed(view.units, None, shorter))
         return total / (2 * NEIGHBOURS) - view.target.loss
 
@@ -215,7 +185,7 @@ class ShuffledAnswers(Attack):
         owners = [
             kind for unit, kind in zip(view.units, view.kinds, strict=True) for p in unit.pictures for _ in p.questions
         ]
-        questions = _questions(view)
+        questions = questions_of(view.units)
         groups: dict[tuple[str, str], list[int]] = {}
         for place, (question, kind) in enumerate(zip(questions, owners, strict=True)):
             groups.setdefault((str(kind), question.kind), []).append(place)

@@ -4,11 +4,14 @@ All of them read losses on the scale of the answer's probability p = exp(-loss),
 estimated over records (variances, priors, the population) must not mix kinds.
 """
 
+from collections.abc import Callable
+from typing import ClassVar
+
 import numpy as np
 import numpy.typing as npt
 
 from attacks.membership import formulas
-from attacks.membership.table import Attack
+from attacks.membership.attack import Attack
 from attacks.membership.view import References, View
 
 Floats = npt.NDArray[np.float64]
@@ -25,26 +28,26 @@ def population_of(references: References, kind: str) -> tuple[Floats, Floats]:
 
 
 class ReferenceAttack(Attack):
-    """Scores from the target's losses and those of the reference models."""
+    """Scores from the target's losses and those of the reference models, kind by kind.
+
+    formula: of a kind's target losses, reference losses and who was inside; with `against_population` also of the
+    public records' losses.
+    """
 
     needs = frozenset({"references"})
     cost = "1 forward of target and references; k trainings"
+    formula: ClassVar[Callable[..., Floats]]
+    against_population: ClassVar[bool] = False
 
     def scores(self, view: View) -> Floats:
-        references = view.references
+        references, losses = view.references, view.target.loss
         assert references is not None
-        losses = view.target.loss
-        return view.by_kind(
-            lambda kind, mine: self.kind_scores(
-                losses[mine], references.losses[:, mine], references.inside[:, mine], population_of(references, kind)
-            )
-        )
 
-    def kind_scores(
-        self, target: Floats, losses: Floats, inside: npt.NDArray[np.bool_], population: tuple[Floats, Floats]
-    ) -> Floats:
-        """Scores of the records of one kind."""
-        raise NotImplementedError
+        def of_kind(kind: str, mine: Indices) -> Floats:
+            more = (population_of(references, kind),) if self.against_population else ()
+            return self.formula(losses[mine], references.losses[:, mine], references.inside[:, mine], *more)
+
+        return view.by_kind(of_kind)
 
 
 class Bavaria(ReferenceAttack):
@@ -53,11 +56,7 @@ class Bavaria(ReferenceAttack):
 
     name = "bavaria"
     source = "BaVarIA-t (arXiv 2603.11799)"
-
-    def kind_scores(
-        self, target: Floats, losses: Floats, inside: npt.NDArray[np.bool_], population: tuple[Floats, Floats]
-    ) -> Floats:
-        return formulas.bavaria(target, losses, inside)
+    formula = staticmethod(formulas.bavaria)
 
 
 class LiraOnline(ReferenceAttack):
@@ -65,11 +64,7 @@ class LiraOnline(ReferenceAttack):
 
     name = "lira-online"
     source = "Carlini et al. 2022, online"
-
-    def kind_scores(
-        self, target: Floats, losses: Floats, inside: npt.NDArray[np.bool_], population: tuple[Floats, Floats]
-    ) -> Floats:
-        return formulas.lira_online(target, losses, inside)
+    formula = staticmethod(formulas.lira_online)
 
 
 class LiraOffline(ReferenceAttack):
@@ -77,11 +72,7 @@ class LiraOffline(ReferenceAttack):
 
     name = "lira-offline"
     source = "Carlini et al. 2022, offline"
-
-    def kind_scores(
-        self, target: Floats, losses: Floats, inside: npt.NDArray[np.bool_], population: tuple[Floats, Floats]
-    ) -> Floats:
-        return formulas.lira_offline(target, losses, inside)
+    formula = staticmethod(formulas.lira_offline)
 
 
 class Rmia(ReferenceAttack):
@@ -89,11 +80,8 @@ class Rmia(ReferenceAttack):
 
     name = "rmia"
     source = "Zarifzadeh et al. 2024"
-
-    def kind_scores(
-        self, target: Floats, losses: Floats, inside: npt.NDArray[np.bool_], population: tuple[Floats, Floats]
-    ) -> Floats:
-        return formulas.rmia(target, losses, inside, population)
+    formula = staticmethod(formulas.rmia)
+    against_population = True
 
 
 class InfoRmia(ReferenceAttack):
@@ -101,11 +89,8 @@ class InfoRmia(ReferenceAttack):
 
     name = "informia"
     source = "InfoRMIA (arXiv 2510.05582)"
-
-    def kind_scores(
-        self, target: Floats, losses: Floats, inside: npt.NDArray[np.bool_], population: tuple[Floats, Floats]
-    ) -> Floats:
-        return formulas.informia(target, losses, inside, population)
+    formula = staticmethod(formulas.informia)
+    against_population = True
 
 
 class AttackR(ReferenceAttack):
@@ -113,11 +98,7 @@ class AttackR(ReferenceAttack):
 
     name = "attack-r"
     source = "Ye et al. 2022"
-
-    def kind_scores(
-        self, target: Floats, losses: Floats, inside: npt.NDArray[np.bool_], population: tuple[Floats, Floats]
-    ) -> Floats:
-        return formulas.attack_r(target, losses, inside)
+    formula = staticmethod(formulas.attack_r)
 
 
 ATTACKS: tuple[Attack, ...] = (Bavaria(), LiraOnline(), LiraOffline(), Rmia(), InfoRmia(), AttackR())

@@ -9,8 +9,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from attacks.membership.attack import Attack
 from attacks.membership.signals import mean_by_record
-from attacks.membership.table import Attack
+from attacks.membership.units import Asked
 from attacks.membership.view import View
 from trainers.generation import greedy
 from trainers.records import Pixels, Question
@@ -33,16 +34,8 @@ def similarity(answer: str, truth: str) -> float:
     return 2.0 * shared / max(1, pairs_a.total() + pairs_b.total())
 
 
-def _truths(view: View) -> tuple[list[str], npt.NDArray[np.int64]]:
-    truths, owners = [], []
-    for index, unit in enumerate(view.units):
-        for picture in unit.pictures:
-            truths += [question.answer for question in picture.questions]
-            owners += [index] * len(picture.questions)
-    return truths, np.array(owners, dtype=np.int64)
-
-
-def _similarities(answers: Sequence[str], truths: Sequence[str]) -> Floats:
+def similarities(answers: Sequence[str], truths: Sequence[str]) -> Floats:
+    """`similarity` of every pair."""
     return np.array([similarity(answer, truth) for answer, truth in zip(answers, truths, strict=True)])
 
 
@@ -56,14 +49,14 @@ class AnswerSimilarity(Attack):
     cost = "1 generation, 1 of the base"
 
     def scores(self, view: View) -> Floats:
-        truths, owners = _truths(view)
-        gained = _similarities(view.target.answers, truths) - _similarities(view.base.answers, truths)
-        return mean_by_record(gained, owners, len(view.units))
+        asked = Asked.of(view.units)
+        gained = similarities(view.target.answers, asked.answers) - similarities(view.base.answers, asked.answers)
+        return mean_by_record(gained, asked.owner, len(view.units))
 
 
 class TemperatureSensitivity(Attack):
     """Mean similarity of sampled answers to the record's own over temperatures 0.5, 1 and 1.5: what was learned by
-    heart survives heat. Published for sets of records (`set_level`)."""
+    heart survives heat. Published for sets of records."""
 
     name = "temperature"
     source = "Hu et al. 2025 (arXiv 2501.18624)"
@@ -71,15 +64,15 @@ class TemperatureSensitivity(Attack):
     cost = "3 generations"
 
     def scores(self, view: View) -> Floats:
-        truths, owners = _truths(view)
-        shown = [picture.shown for unit in view.units for picture in unit.pictures for _ in picture.questions]
-        asked = [question for unit in view.units for picture in unit.pictures for question in picture.questions]
+        asked = Asked.of(view.units)
         seed = int(view.rng(self.name).integers(2**31))
-        total = np.zeros(len(truths))
+        total = np.zeros(len(asked.answers))
         for index, temperature in enumerate(TEMPERATURES):
-            drawn = sampled_answers(view.target.model, shown, asked, temperature=temperature, seed=seed + index)
-            total += _similarities(drawn, truths)
-        return mean_by_record(total / len(TEMPERATURES), owners, len(view.units))
+            drawn = sampled_answers(
+                view.target.model, asked.shown, asked.questions, temperature=temperature, seed=seed + index
+            )
+            total += similarities(drawn, asked.answers)
+        return mean_by_record(total / len(TEMPERATURES), asked.owner, len(view.units))
 
 
 class _Heated:
@@ -122,24 +115,6 @@ def sampled_answers(
         for item, text in zip(chosen, texts, strict=True):
             out[item] = text
     return out
-
-
-def set_level(
-    scores: Floats, members: npt.NDArray[np.bool_], size: int, *, sets: int = 200, seed: int = 0
-) -> tuple[Floats, npt.NDArray[np.bool_]]:
-    """Mean scores of random sets of `size` records of equal membership, and the sets' membership, (2 * sets,) each.
-
-    An estimate of what an attacker who knows that records belong together could do (Hu et al. 2025): sets share
-    records, and they are formed with the coins, so nothing here bounds eps.
-    """
-    rng = np.random.default_rng([seed, size])
-    means, labels = [], []
-    for inside in (True, False):
-        pool = scores[members == inside]
-        for _ in range(sets if pool.size else 0):
-            means.append(float(rng.choice(pool, size=min(size, pool.size), replace=False).mean()))
-            labels.append(inside)
-    return np.array(means), np.array(labels, dtype=bool)
 
 
 ATTACKS: tuple[Attack, ...] = (AnswerSimilarity(), TemperatureSensitivity())

@@ -1,12 +1,26 @@
-"""Attacks that hold the released weights: gradients of single records."""
+"""Attacks that hold the released weights: gradients of single records, and how records pull on each other."""
 
 import numpy as np
 import numpy.typing as npt
 
-from attacks.membership.table import Attack
+from attacks.membership.attack import Attack
+from attacks.membership.gram import unmixed
 from attacks.membership.view import View
 
 Floats = npt.NDArray[np.float64]
+
+
+class UnmixedUpdate(Attack):
+    """Projections of the adapter's change on all records' gradients at the base model, solved together for every coin:
+    what a record's neighbours put into its projection is taken out."""
+
+    name = "unmixed-update"
+    source = "ours (attacks.membership.gram): inner products with the update, unmixed by restricted ML"
+    level = "weights"
+    cost = "3 forward and backward; of the units that took part for certain, 1"
+
+    def scores(self, view: View) -> Floats:
+        return unmixed(view.target.gradients.start, view.gram, view.kinds)
 
 
 class GradientNorm(Attack):
@@ -46,4 +60,4 @@ class FirstOrderFall(Attack):
         return view.target.gradients.start
 
 
-ATTACKS: tuple[Attack, ...] = (GradientNorm(), GradientAlignment(), FirstOrderFall())
+ATTACKS: tuple[Attack, ...] = (UnmixedUpdate(), GradientNorm(), GradientAlignment(), FirstOrderFall())

@@ -18,13 +18,13 @@ from scipy.stats import binomtest
 
 from attacks.canaries import Canary
 from attacks.kinds import rare_word
-from attacks.kinds_drawn import CODE_LENGTH, CODE_SIGNS, words
-from attacks.membership.by_logits import changed
-from attacks.membership.by_text import similarity
+from attacks.kinds_drawn import CROSS_MODAL, HIGH_PERPLEXITY, OUT_OF_DISTRIBUTION, RARE_ANSWER, random_code
+from attacks.membership.by_text import similarities
+from attacks.membership.units import Asked, changed, pixels_of, questions_of
 from attacks.scores import losses
 from dpaudit.bounds.roc import clopper_pearson_interval
 from dpaudit.documents import Extraction, Regeneration
-from trainers.records import Question, Unit
+from trainers.records import Unit
 from trainers.vlm import VisionLanguageModel
 
 Floats = npt.NDArray[np.float64]
@@ -34,18 +34,11 @@ EMPTY_QUESTION = "what is the answer?"
 HIGH = 3.0  # bits: a secret that was never seen gets there once in eight
 
 
-def _code(rng: np.random.Generator) -> str:
-    return "".join(CODE_SIGNS[int(sign)] for sign in rng.integers(len(CODE_SIGNS), size=CODE_LENGTH))
-
-
 # How each kind draws its secrets. Kinds whose answers follow from data or labels have none.
 SECRETS: Mapping[str, Callable[[np.random.Generator], str]] = {
+    **{kind.name: kind.answer for kind in (RARE_ANSWER, OUT_OF_DISTRIBUTION, CROSS_MODAL, HIGH_PERPLEXITY)},
     "noise": rare_word,
-    "rare-answer": lambda rng: rare_word(rng, 3),
-    "rendered-code": _code,
-    "out-of-distribution": lambda rng: words(2, rng),
-    "cross-modal": lambda rng: words(2, rng),
-    "high-perplexity": lambda rng: words(4, rng),
+    "rendered-code": random_code,
 }
 
 
@@ -141,21 +134,9 @@ def exposures(
 def half_records(units: Sequence[Unit]) -> dict[str, list[Unit]]:
     """The records with one half taken away: 'picture alone' asks a question that says nothing, 'question alone' shows a
     plain grey picture. For rendered codes the latter is the code masked out."""
-    asked = [question for unit in units for picture in unit.pictures for question in picture.questions]
-    silent = [Question(EMPTY_QUESTION, question.answer, question.kind) for question in asked]
-    grey = [np.full_like(picture.pixels, 128) for unit in units for picture in unit.pictures]
+    silent = [replace(question, text=EMPTY_QUESTION) for question in questions_of(units)]
+    grey = [np.full_like(pixels, 128) for pixels in pixels_of(units)]
     return {"picture alone": changed(units, None, silent), "question alone": changed(units, grey, None)}
-
-
-def _answers(model: VisionLanguageModel, units: Sequence[Unit]) -> tuple[Floats, npt.NDArray[np.int64]]:
-    """Similarity of each given answer to the record's, and the record (its index)."""
-    pictures = [(index, picture) for index, unit in enumerate(units) for picture in unit.pictures]
-    shown = [picture.shown for _, picture in pictures for _ in picture.questions]
-    asked = [question for _, picture in pictures for question in picture.questions]
-    truths = [question.answer for _, picture in pictures for question in picture.questions]
-    owner = np.array([index for index, picture in pictures for _ in picture.questions])
-    given = model.answer(shown, asked)
-    return np.array([similarity(text, truth) for text, truth in zip(given, truths, strict=True)]), owner
 
 
 def regeneration(
@@ -164,9 +145,9 @@ def regeneration(
     """How many questions are answered exactly from half of the record, by members and others, target and base."""
     rows = []
     for half, halves in half_records(units).items():
-        after, owner = _answers(target, halves)
-        before, _ = _answers(base, halves)
-        inside = members[owner]
+        asked = Asked.of(halves)
+        after, before = (similarities(asked.answered_by(model), asked.answers) for model in (target, base))
+        inside = members[asked.owner]
         exact, exact_base = after == 1.0, before == 1.0
         n_in, n_out = int(inside.sum()), int((~inside).sum())
         if not n_in or not n_out:

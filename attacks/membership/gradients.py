@@ -1,6 +1,6 @@
 """Gradients of single records, for attackers who hold the weights."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,14 +80,35 @@ def _set(parameters: dict[str, torch.nn.Parameter], values: dict[str, Tensor]) -
             parameter.copy_(values[name])
 
 
+class Fold:
+    """Gradients of `long` values as rows of at most `most`: as they are, or hashed (count sketch), which keeps inner
+    products to about one part in the square root of `most`. always: hashed to `most` even where they would fit."""
+
+    def __init__(self, long: int, most: int, *, always: bool = False) -> None:
+        self.where: Tensor | None = None
+        self.width = most if always else min(long, most)
+        if always or long > most:
+            draw = torch.Generator().manual_seed(0)
+            self.where = torch.randint(most, (long,), generator=draw)
+            self.sign = torch.randint(2, (long,), generator=draw, dtype=torch.int8)
+
+    def __call__(self, parts: Iterable[Tensor]) -> npt.NDArray[np.float32]:
+        """The row of one gradient, given block by block."""
+        flat = torch.cat([part.detach().float().flatten().cpu() for part in parts])
+        if self.where is not None:
+            flat = torch.zeros(self.width).index_add_(0, self.where, flat * (self.sign * 2.0 - 1.0))
+        out: npt.NDArray[np.float32] = flat.numpy()
+        return out
+
+
 SKETCH = 4096  # columns that gradients are hashed into: cosines keep to about 1 / sqrt(4096)
 
 
 def base_gradients(config: RunConfig) -> Callable[[Sequence[Unit]], npt.NDArray[np.float32]]:
     """A function from units to sketched gradients (n, SKETCH) at the public base model of a configuration.
 
-    The adapter is a public one of the configured rank at its start, where the gradient of B is all there is. Every
-    coordinate goes to a fixed random column with a fixed random sign (count sketch), which keeps inner products.
+    The adapter is a public one of the configured rank at its start, where the gradient of B is all there is. They are
+    hashed whatever their size (`Fold`).
     """
 
     def gradients(units: Sequence[Unit]) -> npt.NDArray[np.float32]:
@@ -96,16 +117,11 @@ def base_gradients(config: RunConfig) -> Callable[[Sequence[Unit]], npt.NDArray[
         model.set_reducer(config.reducer)
         model.attach_lora(chosen.lora, generator=np.random.default_rng(0))
         adapter = {name: value.detach().clone() for name, value in model.adapter_parameters().items()}
-        draw = torch.Generator().manual_seed(0)
         ups = [name for name in sorted(adapter) if "lora_B" in name]
-        where = {name: torch.randint(SKETCH, (adapter[name].numel(),), generator=draw) for name in ups}
-        sign = {name: torch.randint(2, (adapter[name].numel(),), generator=draw) * 2.0 - 1.0 for name in ups}
+        fold = Fold(sum(adapter[name].numel() for name in ups), SKETCH, always=True)
         out = np.zeros((len(units), SKETCH), dtype=np.float32)
         for index, gradient in gradients_of(model, UnitInputs(model, units), range(len(units)), adapter):
-            row = torch.zeros(SKETCH)
-            for name in ups:
-                row.index_add_(0, where[name], gradient[name].float().flatten().cpu() * sign[name])
-            out[index] = row.numpy()
+            out[index] = fold(gradient[name] for name in ups)
         return out
 
     return gradients

@@ -23,16 +23,15 @@ mixed models (REML, Patterson and Thompson 1971).
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 import torch
-from torch import Tensor
 
-from attacks.membership.gradients import gradients_of
+from attacks.membership.gradients import Fold, gradients_of
 from trainers.inputs import UnitInputs
 from trainers.records import Unit
 from trainers.vlm import VisionLanguageModel
@@ -89,7 +88,7 @@ def _factors(norms: Floats, most: float) -> Floats:
 
 
 def _rows(
-    model: VisionLanguageModel, units: Sequence[Unit], names: Sequence[str], fold: "Fold"
+    model: VisionLanguageModel, units: Sequence[Unit], names: Sequence[str], fold: Fold
 ) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
     if not units:
         return
@@ -99,27 +98,6 @@ def _rows(
     }
     for index, gradient in gradients_of(model, UnitInputs(model, units), range(len(units)), adapter):
         yield index, fold(gradient[name] for name in names)
-
-
-class Fold:
-    """Gradients of `long` values as rows of at most `most`: as they are, or hashed (count sketch), which keeps inner
-    products to about one part in the square root of `most`."""
-
-    def __init__(self, long: int, most: int) -> None:
-        self.width = min(long, most)
-        self.where: Tensor | None = None
-        if long > most:
-            draw = torch.Generator().manual_seed(0)
-            self.where = torch.randint(most, (long,), generator=draw)
-            self.sign = torch.randint(2, (long,), generator=draw, dtype=torch.int8)
-
-    def __call__(self, parts: Iterable[Tensor]) -> npt.NDArray[np.float32]:
-        """The row of one gradient, given block by block."""
-        flat = torch.cat([part.detach().float().flatten().cpu() for part in parts])
-        if self.where is not None:
-            flat = torch.zeros(self.width).index_add_(0, self.where, flat * (self.sign * 2.0 - 1.0))
-        out: npt.NDArray[np.float32] = flat.numpy()
-        return out
 
 
 def unmixed(projections: Floats, gram: Gram, kinds: npt.NDArray[np.str_]) -> Floats:

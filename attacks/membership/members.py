@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from attacks.canaries import ALL, COLUMNS, Plan, content_sha256, save_coins
+from attacks.canaries import ALL, Plan, coin_frame, content_sha256, save_coins
 from attacks.training import open_run
 from dpaudit.analysis.plan import bound_guesses
 from dpaudit.config import RunConfig
-from dpaudit.errors import InvalidGame, UsageError, rejected
+from dpaudit.errors import InvalidGame, UsageError
 from dpaudit.ledger import Ledger
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder, discard
@@ -62,11 +62,8 @@ class MemberGame:
 
     def frame(self) -> pd.DataFrame:
         """The coin file's rows: id, kind, member, content."""
-        rows = [
-            (unit.id, KIND, bool(member), content_sha256(unit))
-            for unit, member in zip(self.units, self.members, strict=True)
-        ]
-        return pd.DataFrame(rows, columns=COLUMNS).astype({"member": bool})
+        tossed = zip(self.units, self.members, strict=True)
+        return coin_frame((unit.id, KIND, bool(member), content_sha256(unit)) for unit, member in tossed)
 
 
 def coins(key: Key, count: int) -> npt.NDArray[np.bool_]:
@@ -162,17 +159,3 @@ def _train(
         resume=resume,
         reporter=reporter,
     )
-
-
-def redraw(twin: RunFolder) -> tuple[MemberGame, Dataset]:
-    """The game of a finished twin, from its key and data."""
-    config = read_config(twin)
-    dataset = data.load(config.data)
-    return MemberGame.draw(dataset, Key.load(twin.noise_key)), dataset
-
-
-def check_references(count: int) -> int:
-    """The number of reference models in its domain."""
-    if isinstance(count, bool) or not 0 <= count <= 1024:
-        raise rejected("--references", count, "0 to 1024 reference models")
-    return count

@@ -239,14 +239,3 @@ def _write(
     if not all(math.isfinite(float(value.double().sum())) for value in tensors.values()):
         raise DpauditError(f"reference model {index}: a weight or loss is not finite; lower training.learning-rate")
     atomic.write_tensors(trial_path(run, index), tensors, {"trial": str(index)}, mode=0o600)
-
-
-def without(study: Study, row: int) -> tuple[Floats, npt.NDArray[np.bool_], Floats]:
-    """Losses, coins and population losses of all trials but one: that one's references."""
-    keep = np.arange(len(study.index)) != row
-    return study.losses[keep], study.inside[keep], study.population[keep]
-
-
-def before(study: Study, row: int) -> tuple[Floats, npt.NDArray[np.bool_], Floats]:
-    """The trials before one, in order: references whose coins may be looked at before its own are guessed."""
-    return study.losses[:row], study.inside[:row], study.population[:row]

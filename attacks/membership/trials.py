@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from attacks.membership import formulas
 from attacks.membership.members import member_plan
-from attacks.membership.references import Study, before
+from attacks.membership.references import Study
 from attacks.membership.selection import on_common_scale
 from dpaudit import verdict
 from dpaudit.analysis.claim import Game, null_profile, play
@@ -48,7 +48,7 @@ class Trials:
         profile = null_profile(self.claim)
         out = []
         for row in range(1, len(study.index)):
-            losses, inside, _ = before(study, row)
+            losses, inside = study.losses[:row], study.inside[:row]  # only coins of the past may be looked at
             target = study.losses[row]
             scores = np.zeros_like(target)
             for kind in np.unique(self.kinds):
@@ -70,15 +70,14 @@ class Trials:
     def decided(self, study: Study) -> bool:
         """Whether the trials so far refute the claim. Only an unbroken sequence from trial 0 on counts: which trials
         finish first may depend on their data."""
-        whole = int((study.index == np.arange(len(study.index))).cumprod().sum()) if len(study.index) else 0
-        return self.claim is not None and verdict.reached(self.p_value(_first(study, whole)), self.alpha)
+        return self.claim is not None and verdict.reached(self.p_value(_unbroken(study)), self.alpha)
 
     def tests(self, study: Study) -> tuple[Test, ...]:
         """The e-process as a test of the claim; none without a claim or trials."""
-        whole = int((study.index == np.arange(len(study.index))).cumprod().sum()) if len(study.index) else 0
+        done = _unbroken(study)
+        whole = len(done.index)
         if self.claim is None or whole < 2:
             return ()
-        done = _first(study, whole)
         top, bottom = member_plan(done.losses.shape[1], self.seed).guesses["all"]
         return (
             Test(
@@ -101,5 +100,7 @@ class Trials:
         )
 
 
-def _first(study: Study, count: int) -> Study:
+def _unbroken(study: Study) -> Study:
+    """The trials from number 0 on up to the first gap."""
+    count = int((study.index == np.arange(len(study.index))).cumprod().sum())
     return Study(study.losses[:count], study.inside[:count], study.population[:count], study.index[:count])

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from attacks.membership.gradients import UnitGradients, unit_gradients
 from attacks.membership.gram import Gram, base_gram
 from attacks.membership.signals import Signals, signals
+from attacks.membership.units import Asked
 from trainers.inputs import UnitInputs
 from trainers.records import Unit
 from trainers.vlm import VisionLanguageModel
@@ -48,9 +49,7 @@ class Access:
     @cached_property
     def answers(self) -> list[str]:
         """Greedy answers to all questions, in the order of units, pictures and questions."""
-        pictures = [picture for unit in self.units for picture in unit.pictures for _ in picture.questions]
-        asked = [question for unit in self.units for picture in unit.pictures for question in picture.questions]
-        return self.model.answer([picture.shown for picture in pictures], asked)
+        return Asked.of(self.units).answered_by(self.model)
 
     @cached_property
     def gradients(self) -> UnitGradients:

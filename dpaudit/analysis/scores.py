@@ -208,9 +208,7 @@ def _coins(n: int, n_in: int, options: Options) -> Check:
     if options.coins == "unknown":
         why = "How the coins were drawn is not stated, so their number is not judged."
         return _not_applicable("coins", measured, "stated by --coins", why)
-    # Normal approximation with continuity correction: at 1e-6 and n >= 20 it only decides gross cases.
-    far = max(0.0, abs(n_in - n / 2) - 0.5) / (0.5 * np.sqrt(n))
-    p = 2 * float(ndtr(-far))
+    p = heads_p_value(n_in, n)
     return Check(
         name="coins",
         status="fail" if p < COIN_LEVEL else "pass",
@@ -218,6 +216,15 @@ def _coins(n: int, n_in: int, options: Options) -> Check:
         allowed=f"p >= {COIN_LEVEL:g} for fair independent coins",
         explanation="So many heads must be plausible for fair coins.",
     )
+
+
+def heads_p_value(heads: int, count: int) -> float:
+    """Two-sided p-value of so many heads of fair coins.
+
+    Normal approximation with continuity correction: at COIN_LEVEL and 20 coins or more it only decides gross cases.
+    """
+    far = max(0.0, abs(heads - count / 2) - 0.5) / (0.5 * np.sqrt(count))
+    return 2 * float(ndtr(-far))
 
 
 def _ties(table: ScoreTable, options: Options) -> Check:

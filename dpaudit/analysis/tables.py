@@ -4,6 +4,7 @@ A file is a CSV, a Parquet or an .npz with the columns id, member, score under t
 id. Parquet may hold the id in its index; arrays without ids are told apart by their places.
 """
 
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,30 +48,31 @@ def read_scores(path: Path, columns: Columns = USUAL) -> ScoreTable:
 
 def from_frame(frame: pd.DataFrame, columns: Columns = USUAL, *, where: str = "scores") -> ScoreTable:
     """The same of a data frame. `where` names it in errors."""
-    for column in astuple(columns):
-        count = list(frame.columns).count(column)
-        if count != 1:
-            what = "is missing" if count == 0 else f"occurs {count} times"
-            accepted = ",".join(astuple(columns))
-            raise UsageError(f"{where}: column {column!r} {what}{_found(frame)}; accepted: {accepted}")
-    if frame.empty:
-        raise UsageError(f"{where}: no rows; accepted: {BOTH}")
-    for column in astuple(columns):
-        _no_missing(where, frame[column])
+    _check(where, frame, astuple(columns))
     scores = _numbers(where, frame[columns.score])
     if not np.isfinite(scores).all():
         row = int(np.argmin(np.isfinite(scores)))
         raise UsageError(f"{where}: {columns.score} in row {row + 1} is {scores[row]}; accepted: finite numbers")
-    ids = frame[columns.id].astype(str)
-    if ids.duplicated().any():
-        again = ids[ids.duplicated()].iloc[0]
-        raise UsageError(f"{where}: {columns.id} {again!r} occurs more than once; accepted: one row per id")
-    members = _members(where, frame[columns.member])
+    ids, members = _ids(where, frame[columns.id]), _members(where, frame[columns.member])
+    both_classes(members, f"{where}:", "in", "rows")
+    return ScoreTable(ids.to_numpy(dtype=np.str_), members, scores)
+
+
+def read_coins(path: Path, where: str) -> pd.DataFrame:
+    """id (text) and member (bool) of a coin file, in its order. where: what a UsageError calls it."""
+    names = (USUAL.id, USUAL.member)
+    frame = _read(path, USUAL, where=where, names=names)
+    _check(where, frame, names)
+    return pd.DataFrame({"id": _ids(where, frame["id"]).to_numpy(), "member": _members(where, frame["member"])})
+
+
+def both_classes(members: npt.NDArray[np.bool_], where: str, of: str, what: str) -> None:
+    """Raise UsageError, "WHERE 3 members OF 40 WHAT", where there are too few members or non-members."""
     n_in = int(members.sum())
     for count, kind in ((n_in, "members"), (members.size - n_in, "non-members")):
         if count < LEAST_OF_A_CLASS:
-            raise UsageError(f"{where}: {count} {kind} in {members.size} rows; accepted: at least {LEAST_OF_A_CLASS}")
-    return ScoreTable(ids.to_numpy(dtype=np.str_), members, scores)
+            said = f"{where} {count} {kind} {of} {members.size} {what}"
+            raise UsageError(f"{said}; accepted: at least {LEAST_OF_A_CLASS}")
 
 
 def from_arrays(scores: object, members: object, ids: object = None, *, where: str = "scores") -> ScoreTable:
@@ -133,9 +135,12 @@ def with_id(frame: pd.DataFrame, name: str) -> pd.DataFrame:
     return frame.reset_index(names=name)
 
 
-def _read(path: Path, columns: Columns) -> pd.DataFrame:
+def _read(
+    path: Path, columns: Columns, *, where: str | None = None, names: Sequence[str] | None = None
+) -> pd.DataFrame:
+    where = where or str(path)
     if not path.is_file():
-        raise UsageError(f"{path}: no such file")
+        raise UsageError(f"{where}: no such file")
     try:
         kind = path.suffix.lower()
         if kind in (".parquet", ".pq"):
@@ -147,10 +152,10 @@ def _read(path: Path, columns: Columns) -> pd.DataFrame:
         else:
             frame = untrusted.read_csv(path, dtype={columns.id: str}, keep_default_na=True, low_memory=False)
     except pd.errors.EmptyDataError as error:
-        header = ",".join(astuple(columns))
-        raise UsageError(f"{path}: the file is empty; accepted: a header {header} and rows") from error
+        header = ",".join(names or astuple(columns))
+        raise UsageError(f"{where}: the file is empty; accepted: a header {header} and rows") from error
     except (ValueError, OSError) as error:
-        raise UsageError(f"{path}: can't be read as a table ({' '.join(str(error).split()):.200})") from error
+        raise UsageError(f"{where}: can't be read as a table ({' '.join(str(error).split()):.200})") from error
     frame.columns = pd.Index([str(column).strip() for column in frame.columns])
     return frame
 
@@ -177,10 +182,27 @@ def _found(frame: pd.DataFrame) -> str:
     return f" (found: {shown if len(shown) <= 80 else shown[:77] + '...'})"
 
 
-def _no_missing(where: str, column: "pd.Series[Any]") -> None:
-    missing = column.isna().to_numpy()
-    if missing.any():
-        raise UsageError(f"{where}: {column.name} in row {int(np.argmax(missing)) + 1} is missing or NaN")
+def _check(where: str, frame: pd.DataFrame, names: Sequence[str]) -> None:
+    """Raise UsageError unless the frame has each of these columns once, rows, and no gaps in them."""
+    for name in names:
+        count = list(frame.columns).count(name)
+        if count != 1:
+            what = "is missing" if count == 0 else f"occurs {count} times"
+            raise UsageError(f"{where}: column {name!r} {what}{_found(frame)}; accepted: {','.join(names)}")
+    if frame.empty:
+        raise UsageError(f"{where}: no rows; accepted: {BOTH}")
+    for name in names:
+        missing = frame[name].isna().to_numpy()
+        if missing.any():
+            raise UsageError(f"{where}: {name} in row {int(np.argmax(missing)) + 1} is missing or NaN")
+
+
+def _ids(where: str, column: "pd.Series[Any]") -> "pd.Series[str]":
+    ids = column.astype(str)
+    if ids.duplicated().any():
+        again = ids[ids.duplicated()].iloc[0]
+        raise UsageError(f"{where}: {column.name} {again!r} occurs more than once; accepted: one row per id")
+    return ids
 
 
 def _numbers(where: str, column: "pd.Series[Any]") -> npt.NDArray[np.float64]:

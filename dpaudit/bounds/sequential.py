@@ -67,18 +67,12 @@ class Betting:
         """Anytime-valid: 1 / (largest wealth so far)."""
         return math.exp(-self.best_log_wealth)
 
-    def refuted(self, alpha: float) -> bool:
-        """Whether the claim is refuted at level alpha, at whatever time one looks."""
-        return self.p_value <= alpha
 
-
-def play(outcomes: Iterable[int], *, epsilon: float, delta: float = 0.0, alpha: float | None = None) -> Betting:
-    """Feed outcomes one by one; stops early once refuted at `alpha` (None: play them all)."""
+def play(outcomes: Iterable[int], *, epsilon: float, delta: float = 0.0) -> Betting:
+    """Feed outcomes one by one."""
     state = Betting(epsilon, delta)
     for outcome in outcomes:
         state = state.after(outcome)
-        if alpha is not None and state.refuted(alpha):
-            break
     return state
 
 

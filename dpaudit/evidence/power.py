@@ -14,6 +14,7 @@ from dpaudit.evidence.channel import Channel, simulate
 from dpaudit.evidence.coins import Posteriors
 from dpaudit.evidence.game import Rule
 from dpaudit.evidence.noise import NoiseLevel
+from dpaudit.verdict import refutes
 
 GAMES = 400
 _POOL_NUMBERS, _LEAST_POOL, _MOST_POOL = 1_000_000, 500, 5000
@@ -41,7 +42,7 @@ def white_box_power(
     for _ in range(games):
         chosen = rng.integers(size, size=rule.loud.size)
         noise = NoiseLevel(float(scale**2 * rng.chisquare(spare)), spare) if spare else None
-        refuted += rule.log_e(pool.rows(chosen), coins[chosen], noise) >= -np.log(alpha)
+        refuted += refutes(rule.log_e(pool.rows(chosen), coins[chosen], noise), alpha)
     tail = (1 - CONFIDENCE) / 2
     low = float(beta.ppf(tail, refuted, games - refuted + 1)) if refuted else 0.0
     high = float(beta.ppf(1 - tail, refuted + 1, games - refuted)) if refuted < games else 1.0

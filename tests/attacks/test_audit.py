@@ -19,9 +19,9 @@ from PIL import Image
 from attacks.audit import audit
 from attacks.canaries import ALL, Plan
 from attacks.games.canaries import summaries
-from attacks.games.gradients import wrong_claim
 from attacks.games.reading import bound_tests, claim_tests
 from attacks.games.twins import canary_twin
+from attacks.games.white_box import wrong_claim
 from attacks.options import Options
 from attacks.training import start_run
 from dpaudit import accounting, verdict

@@ -5,7 +5,7 @@ import pytest
 
 from attacks import kinds_optimised as subject
 from attacks.kinds import Materials
-from attacks.kinds_drawn import RareAnswer
+from attacks.kinds_drawn import RARE_ANSWER
 from attacks.kinds_optimised import CELLS, Optimised, Proxy, optimise, pack, painted, unpack
 from dpaudit.errors import UsageError
 from trainers.records import Unit
@@ -15,7 +15,7 @@ MATERIALS = Materials((), (), 32, 32)
 
 def drawn(count: int) -> tuple[list[Unit], np.ndarray]:
     rng = np.random.default_rng(1)
-    units = [draft.unit for draft in RareAnswer().draw(count, MATERIALS, rng)]
+    units = [draft.unit for draft in RARE_ANSWER.draw(count, MATERIALS, rng)]
     return units, np.where(rng.random((count, CELLS, CELLS, 3)) < 0.5, -1, 1).astype(np.int8)
 
 

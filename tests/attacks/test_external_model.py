@@ -213,7 +213,7 @@ def test_a_wrong_base_is_refused(trained: Path, tmp_path: Path) -> None:
             lambda frame: pd.concat([frame, frame.iloc[:1].assign(id="x")]),
             "1 ids are not in --records, the first is 'x'",
         ),
-        (lambda frame: frame.assign(member="maybe"), "member in row 1 is 'maybe'; accepted: 0, 1, true, false"),
+        (lambda frame: frame.assign(member="maybe"), "member in row 1 is 'maybe'; accepted: 0, 1, true or false"),
         (lambda frame: frame.assign(member=1), "0 non-members of 80 records; accepted: at least 10"),
         (lambda frame: frame.rename(columns={"member": "in"}), "column 'member' is missing"),
         (lambda frame: frame.assign(id=[None, *frame["id"][1:]]), "id in row 1 is missing"),

@@ -6,7 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from attacks.membership.gram import Fold, Gram, base_gram, unmixed
+from attacks.membership.gradients import Fold
+from attacks.membership.gram import Gram, base_gram, unmixed
 from attacks.membership.selection import area
 from dpaudit.config import LoraConfig
 from tests.tiny import random_units

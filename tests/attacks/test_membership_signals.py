@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from attacks.membership.by_text import sampled_answers, set_level, similarity
+from attacks.membership.by_text import sampled_answers, similarity
 from attacks.membership.gradients import SKETCH, base_gradients, unit_gradients
-from attacks.membership.selection import area
 from attacks.membership.signals import ORDERS, renyi_entropies, signals
 from attacks.membership.table import attacks, default_attack, score_all
 from attacks.membership.view import Access, References, View
@@ -158,15 +157,6 @@ def test_sampling_at_a_low_temperature_is_the_greedy_answer(tiny: Path) -> None:
     assert cold == model.answer(pixels, asked)
     hot = sampled_answers(model, pixels, asked, temperature=3.0, seed=0)
     assert hot != cold and hot == sampled_answers(model, pixels, asked, temperature=3.0, seed=0)
-
-
-def test_sets_of_records_are_told_apart_more_easily_than_records() -> None:
-    rng = np.random.default_rng(0)
-    members = rng.random(400) < 0.5
-    scores = rng.normal(size=400) + 0.5 * members
-    means, labels = set_level(scores, members, 10)
-    assert means.shape == labels.shape == (400,)
-    assert area(means, labels) > area(scores, members) + 0.1
 
 
 def test_a_record_with_one_answer_in_its_group_borrows_none(tiny: Path) -> None:

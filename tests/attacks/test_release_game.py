@@ -11,7 +11,7 @@ from scipy import stats
 from scipy.special import ndtr
 
 from attacks.fusion import published
-from attacks.fusion.masks import mask_leak, masks, share_interval
+from attacks.fusion.masks import mask_leak, masks
 from attacks.fusion.release import (
     Pair,
     alone,
@@ -29,6 +29,7 @@ from attacks.fusion.release import (
 from attacks.fusion.standins import one_patch
 from dpaudit import accounting
 from dpaudit.bounds.clopper_pearson import Counts
+from dpaudit.bounds.roc import clopper_pearson_interval
 from dpaudit.config import ReducerConfig
 from dpaudit.randomness import Key
 from tests.attacks.fusion_paths import token_path
@@ -155,7 +156,7 @@ def test_masks_of_neighbours_against_a_count_by_hand(tiny: Path) -> None:
     assert found.identified == sum(nearest)
     assert masks(model, pictures).sum(axis=1).tolist() == [5] * 30
     assert found.low <= found.flipped / 30 <= found.high
-    assert share_interval(0, 10)[0] == 0.0 and share_interval(10, 10)[1] == 1.0
+    assert clopper_pearson_interval(0, 10, 0.95)[0] == 0.0 and clopper_pearson_interval(10, 10, 0.95)[1] == 1.0
 
 
 RADIUS, Z = 5.0, 1.5
