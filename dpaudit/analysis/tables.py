@@ -16,6 +16,7 @@ from dpaudit import untrusted
 from dpaudit.errors import UsageError
 
 LEAST_OF_A_CLASS = 10  # fewer, and no bound can say anything
+LARGEST = 1e300  # of a score: beyond it differences overflow
 BOTH = f"at least {LEAST_OF_A_CLASS} members and as many non-members"
 
 
@@ -58,9 +59,11 @@ def from_frame(frame: pd.DataFrame, columns: Columns = USUAL, *, where: str = "s
     for column in astuple(columns):
         _no_missing(where, frame[column])
     scores = _numbers(where, frame[columns.score])
-    if not np.isfinite(scores).all():
-        row = int(np.argmin(np.isfinite(scores)))
-        raise UsageError(f"{where}: {columns.score} in row {row + 1} is {scores[row]}; accepted: finite numbers")
+    usable = np.abs(scores) <= LARGEST
+    if not usable.all():
+        row = int(np.argmin(usable))
+        accepted = f"finite numbers of at most {LARGEST:g} in size"
+        raise UsageError(f"{where}: {columns.score} in row {row + 1} is {scores[row]}; accepted: {accepted}")
     ids = frame[columns.id].astype(str)
     if ids.duplicated().any():
         again = ids[ids.duplicated()].iloc[0]
@@ -184,8 +187,9 @@ def _no_missing(where: str, column: "pd.Series[Any]") -> None:
 
 
 def _numbers(where: str, column: "pd.Series[Any]") -> npt.NDArray[np.float64]:
-    if column.dtype.kind == "c":
-        raise UsageError(f"{where}: {column.name} holds complex numbers; accepted: real ones")
+    if column.dtype.kind in "cmM":
+        kind = "complex numbers" if column.dtype.kind == "c" else "times"
+        raise UsageError(f"{where}: {column.name} holds {kind}; accepted: real numbers")
     numbers = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64)
     bad = np.isnan(numbers)
     if bad.any():
