@@ -9,7 +9,7 @@ from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from trainers.adapters.opacus_loop import FEATURES, OpacusLoop, Record
+from attacks.bugs.bases_opacus import FEATURES, OpacusLoop, Record
 
 
 class Units(Dataset[Record]):

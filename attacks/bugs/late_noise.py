@@ -6,10 +6,10 @@ import torch
 from opacus.schedulers import ExponentialNoise
 from torch import Tensor
 
+from attacks.bugs.bases_opacus import BATCH, PUBLIC_SIZE, SIGMA, OpacusLoop
+from attacks.bugs.bases_opacus import Record as Example
 from attacks.bugs.row import REASONING, Bug
 from trainers.adapters.compact import SHAPES, SIZES, Compact, join, split
-from trainers.adapters.opacus_loop import BATCH, PUBLIC_SIZE, SIGMA, OpacusLoop
-from trainers.adapters.opacus_loop import Record as Example
 
 
 class NoiseDecays(Compact):

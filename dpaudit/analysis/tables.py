@@ -17,6 +17,7 @@ from dpaudit import untrusted
 from dpaudit.errors import UsageError
 
 LEAST_OF_A_CLASS = 10  # fewer, and no bound can say anything
+LARGEST = 1e300  # of a score: beyond it differences overflow
 BOTH = f"at least {LEAST_OF_A_CLASS} members and as many non-members"
 
 
@@ -50,9 +51,11 @@ def from_frame(frame: pd.DataFrame, columns: Columns = USUAL, *, where: str = "s
     """The same of a data frame. `where` names it in errors."""
     _check(where, frame, astuple(columns))
     scores = _numbers(where, frame[columns.score])
-    if not np.isfinite(scores).all():
-        row = int(np.argmin(np.isfinite(scores)))
-        raise UsageError(f"{where}: {columns.score} in row {row + 1} is {scores[row]}; accepted: finite numbers")
+    usable = np.abs(scores) <= LARGEST
+    if not usable.all():
+        row = int(np.argmin(usable))
+        accepted = f"finite numbers of at most {LARGEST:g} in size"
+        raise UsageError(f"{where}: {columns.score} in row {row + 1} is {scores[row]}; accepted: {accepted}")
     ids, members = _ids(where, frame[columns.id]), _members(where, frame[columns.member])
     both_classes(members, f"{where}:", "in", "rows")
     return ScoreTable(ids.to_numpy(dtype=np.str_), members, scores)
@@ -206,8 +209,9 @@ def _ids(where: str, column: "pd.Series[Any]") -> "pd.Series[str]":
 
 
 def _numbers(where: str, column: "pd.Series[Any]") -> npt.NDArray[np.float64]:
-    if column.dtype.kind == "c":
-        raise UsageError(f"{where}: {column.name} holds complex numbers; accepted: real ones")
+    if column.dtype.kind in "cmM":
+        kind = "complex numbers" if column.dtype.kind == "c" else "times"
+        raise UsageError(f"{where}: {column.name} holds {kind}; accepted: real numbers")
     numbers = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64)
     bad = np.isnan(numbers)
     if bad.any():

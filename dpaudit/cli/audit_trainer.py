@@ -53,7 +53,7 @@ def command(
 
     if fail_above is not None:
         validate.real("--fail-above", fail_above, low=0.0, high=float("inf"))
-    elsewhere = {"--processes": processes, "--executor": None if executor == "local" else executor}
+    elsewhere: dict[str, object] = {"--processes": processes, "--executor": None if executor == "local" else executor}
     elsewhere |= {"--address": address, "--gpus-per-trial": gpus_per_trial}
     if runs is None:
         external.refuse(elsewhere, "belongs to --runs N")

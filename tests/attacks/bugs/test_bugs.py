@@ -20,6 +20,7 @@ from attacks.bugs import (
     sampling,
     updates,
 )
+from attacks.bugs.bases_opacus import OpacusLoop
 from attacks.bugs.benchmark import BugRow, document, run_bug
 from attacks.bugs.controls import CONTROLS
 from attacks.bugs.game import ALPHA, release_game
@@ -29,7 +30,6 @@ from attacks.contract.influence import Bench
 from attacks.contract.probe import Probe
 from trainers.adapters import compact, zeroth_order
 from trainers.adapters.compact import Compact
-from trainers.adapters.opacus_loop import OpacusLoop
 
 # One bug a check at least, with the check that exists for it. benchmarks/planted_bugs.py runs all of them.
 EXPECTED = {

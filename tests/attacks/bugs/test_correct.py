@@ -11,10 +11,9 @@ import pytest
 import torch
 from scipy.stats import binom, chi2, norm
 
-from attacks.bugs import correct, correct_opacus, correct_updates
+from attacks.bugs import bases_opacus, correct, correct_opacus, correct_updates
 from attacks.bugs.controls import CONTROLS
 from tests.attacks.bugs.measure import Factory, correlation, moved, noise_ratio, noises, noisy_sum, played
-from trainers.adapters import opacus_loop
 from trainers.adapters.compact import SHAPES, Compact, join, own_records, split
 
 MODULES = {correct.__name__, correct_updates.__name__}
@@ -192,11 +191,11 @@ def test_opacus_memory_manager_gives_the_clipped_sum(size: int) -> None:
     expected = np.zeros(sum(value.numel() for value in trainers[0].parameters().values()))
     for record in trainers[0].records[:size]:
         flat = np.concatenate([value.numpy().ravel() for value in trainers[0].gradient(record).values()])
-        expected += flat * min(1.0, opacus_loop.CLIP / float(np.linalg.norm(flat)))
+        expected += flat * min(1.0, bases_opacus.CLIP / float(np.linalg.norm(flat)))
     sums = []
     for trainer, batch in zip(trainers, (range(size), ()), strict=True):
         trainer.step(list(batch))
         released = [trainer.released()[name] for name in trainer.parameters()]
         sums.append(np.concatenate([value.numpy().ravel() for value in released if value is not None]))
-    assert np.allclose(opacus_loop.BATCH * (sums[0] - sums[1]), expected, atol=1e-5)
-    assert 0.5 < np.std(sums[1]) * opacus_loop.BATCH < 1.5
+    assert np.allclose(bases_opacus.BATCH * (sums[0] - sums[1]), expected, atol=1e-5)
+    assert 0.5 < np.std(sums[1]) * bases_opacus.BATCH < 1.5

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from attacks.bugs import late_clipping, late_noise, physical_batches
+from attacks.bugs import bases_opacus, late_clipping, late_noise, physical_batches
 from tests.attacks.bugs.measure import (
     WEIGHTS,
     Factory,
@@ -15,7 +15,6 @@ from tests.attacks.bugs.measure import (
     noisy_sum,
     played,
 )
-from trainers.adapters import opacus_loop
 from trainers.adapters.compact import Compact
 
 TEN = [[0, 1, 2, 3]] * 10
@@ -83,11 +82,11 @@ def test_opacus_noise_schedule() -> None:
                 trainer.step([])
             values = [value for value in trainer.released().values() if value is not None]
             rows.append(torch.cat([value.flatten() for value in values]).numpy())
-        return float(np.std(np.stack(rows))) * opacus_loop.BATCH
+        return float(np.std(np.stack(rows))) * bases_opacus.BATCH
 
     assert spread(1) == pytest.approx(1, abs=0.1)
     assert spread(12) == pytest.approx(0.9**11, rel=0.1)
-    late, plain = (made(seed=0, noise_seed=0) for made in (late_noise.OpacusScheduleStepped, opacus_loop.OpacusLoop))
+    late, plain = (made(seed=0, noise_seed=0) for made in (late_noise.OpacusScheduleStepped, bases_opacus.OpacusLoop))
     for trainer in (late, plain):
         for _ in range(3):
             trainer.step([1])

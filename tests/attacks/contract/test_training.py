@@ -11,6 +11,7 @@ import torch
 from scipy.stats import hypergeom
 from torch import Tensor
 
+from attacks.bugs import bases_opacus
 from attacks.contract import (
     FALSE_ALARMS,
     STATISTICAL,
@@ -30,7 +31,6 @@ from attacks.contract.training import PATTERN, STEPS
 from dpaudit.accounting import DpSgd
 from dpaudit.accounting import epsilon as spent
 from dpaudit.documents import Check
-from trainers.adapters import opacus_loop
 from trainers.adapters.compact import SHAPES, SIZES, Adam, Compact, FixedSize, Laplace, Record, join, split
 
 D = sum(SIZES.values())
@@ -464,7 +464,7 @@ def test_a_step_in_bfloat16_is_noticed() -> None:
 
 def test_copies_of_an_opacus_trainer_go_on_like_the_original() -> None:
     """And copying leaves the classes of PyTorch and Opacus as they were."""
-    probe = Probe(opacus_loop.factory)
+    probe = Probe(bases_opacus.OpacusLoop)
     assert probe.copyable
     one = probe.build()
     one.ask("step", [0, 1])
@@ -473,7 +473,7 @@ def test_copies_of_an_opacus_trainer_go_on_like_the_original() -> None:
         subject.ask("step", [2])
     assert all(np.array_equal(value, two.parameters()[name]) for name, value in one.parameters().items())
     assert "__deepcopy__" not in vars(torch.optim.Optimizer)
-    opacus_loop.factory(seed=0).step([0])
+    bases_opacus.OpacusLoop(seed=0).step([0])
 
 
 def test_a_slow_factory_is_called_once_a_data_set_and_noise_seed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,9 @@
-"""A plain Opacus loop under test: what to hand over so that the step contract can see inside `make_private`.
+"""What the planted bugs around Opacus have in common: a correct loop of its parts, each of which can be bent.
 
-Three things matter. The noise generator is Opacus' own (`noise_generator=`), seeded anew from (noise_seed, step), so
-that neighbours can be compared under frozen noise. The noisy gradient is read by Opacus' step hook, after noise and
-scaling and before the inner optimiser. And a canary gradient is one more row of `grad_sample`, which Opacus clips next.
+People's own loops come through `dpaudit.under_test.opacus_loop`, unchanged. Here the noise generator is Opacus' own,
+seeded anew from (noise_seed, step), so that neighbours can be compared under frozen noise; the noisy gradient is read
+by Opacus' step hook, after noise and scaling and before the inner optimiser; and a canary gradient is one more row of
+`grad_sample`, which Opacus clips next.
 
 Opacus takes q = 1 / len(loader) and an expected batch size of int(n q) from the private n (issue 571); this loop
 declares a public size instead, and sets both from it.
@@ -187,6 +188,3 @@ class OpacusLoop:
                     self.optimizer.original_optimizer.state[value]["momentum_buffer"] = state[f"momentum/{name}"]
         for _ in range(self.step_count):
             self.accountant.step(noise_multiplier=SIGMA, sample_rate=BATCH / PUBLIC_SIZE)
-
-
-factory = OpacusLoop
