@@ -265,7 +265,8 @@ def test_links_in_a_sweep_lead_nowhere(case: Case, name: str, target: str) -> No
     settings = {"model.path": str(case.world.model), "training.steps": 2, "training.batch-size": 8, **data}
     grid.write_text(json.dumps({"name": "x", "settings": settings}))
     ended = case.type("sweep", str(grid), "--out", str(sweep))
-    assert ended.code in (2, 4) and len(ended.err.strip().splitlines()) == 1, ended.err
+    told = [line for line in ended.err.splitlines() if line.startswith("dpaudit: ")]
+    assert ended.code in (2, 4) and told == [ended.line], ended.err
     assert untouched(case) and not (sweep / "sweep.json").exists()
 
 

@@ -278,7 +278,7 @@ def run_folders(draw: st.DrawFn) -> Case:
     """Commands that read a run, on one whose files are damaged.
 
     'sealed' damages a document and mends its checksum, 'extra' plants a file beside it, 'moved' makes its folder a
-    link, 'twice' gives it a second name outside of the run, 'key' changes one value and mends nothing.
+    link, 'twice' gives it a second name, 'key' changes one value and mends nothing.
     """
     damage = draw(
         st.lists(

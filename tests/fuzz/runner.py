@@ -152,10 +152,12 @@ def damage(run: Path, name: str, how: str, where: int) -> None:
         case "extra":
             _plant(path, content, where)
         case "moved" if path.parent != run and not path.parent.is_symlink():
-            path.parent.rename(run.parent / f"moved-{path.parent.name}")
-            path.parent.symlink_to(run.parent / f"moved-{path.parent.name}")
-        case "twice":
-            (run.parent / f"other-{where}").hardlink_to(path)
+            moved = path.parent.with_name(f"moved-{path.parent.name}")
+            if not os.path.lexists(moved):
+                path.parent.rename(moved)
+                path.parent.symlink_to(moved)
+        case "twice" if not os.path.lexists(run / f"other-{where}"):
+            (run / f"other-{where}").hardlink_to(path)
 
 
 ODD_VALUES = (

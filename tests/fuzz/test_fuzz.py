@@ -3,6 +3,7 @@
 `benchmarks/fuzz.py` plays new cases for as long as it is given.
 """
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -82,8 +83,13 @@ def test_damage_never_leaves_the_run(tmp_path: Path) -> None:
     (tmp_path / "run" / "folder").mkdir(parents=True)
     (tmp_path / "run" / "link").symlink_to(outside)
     for how in DAMAGES:
-        for name in ("link", "folder", "missing"):
-            damage(tmp_path / "run", name, how, 3)
+        for name in ("link", "folder", "missing", "a/file", "a/file"):
+            (tmp_path / "run" / "a").mkdir(exist_ok=True)
+            if not os.path.lexists(tmp_path / "run" / "a" / "file"):
+                (tmp_path / "run" / "a" / "file").write_text("x")
+            for where in (0, 3):
+                damage(tmp_path / "run", name, how, where)
+    assert {path.name for path in tmp_path.iterdir()} == {"outside", "run"}
     assert outside.read_text() == "precious" and (tmp_path / "run" / "link").is_symlink()
     assert (tmp_path / "run" / "folder").is_dir()
 
