@@ -11,7 +11,16 @@ from pathlib import Path
 from attacks.fusion.verdicts import run_ledger
 from dpaudit import record, stated, verdict
 from dpaudit.config import RunConfig
-from dpaudit.documents import AuditDocument, Claim, ClaimDocument, GameDocument, LedgerDocument, LedgerRow, RunInfo
+from dpaudit.documents import (
+    AuditDocument,
+    Check,
+    Claim,
+    ClaimDocument,
+    GameDocument,
+    LedgerDocument,
+    LedgerRow,
+    RunInfo,
+)
 from reports.text import clean, plural
 
 CONFIDENCE = 0.95  # of all bounds, where no audit.json says it: the default of `dpaudit audit`
@@ -67,8 +76,16 @@ def judge(
         confidence=audit.family_confidence if audit is not None else CONFIDENCE,
         games=games,
         ledger=rows,
+        checks=_beside(games, audit),
     )
     return Judged(found, games, _differences(audit, found, rows))
+
+
+def _beside(games: tuple[GameDocument, ...], audit: AuditDocument | None) -> tuple[Check, ...]:
+    """Checks of the audit as a whole, which no game records: how the coins were drawn, what was not offered. They are
+    shown as they were said; the judge reads those of the games."""
+    recorded = {check.name for game in games for check in game.validity.checks}
+    return tuple(check for check in audit.validity.checks if check.name not in recorded) if audit is not None else ()
 
 
 def _claim(claim: ClaimDocument | None, audit: AuditDocument | None) -> Claim | None:

@@ -4,6 +4,7 @@ Liveness: under frozen noise an injected gradient moves the release by exactly i
 and nothing along the others. Arrival: over the whole game, in the steps that took a canary, what its direction shows is
 1 in units of C on average (a channel that dies later, or lets through a part, shows less). Noise level: the directions
 without canaries show the claimed noise; more means that something blurs the channel, so that the power does not hold.
+Noise between steps: no two steps show the same along those directions.
 """
 
 import math
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from dpaudit.documents import Check, Control
 from dpaudit.evidence.noise import NoiseLevel
+from dpaudit.evidence.steps import LEVEL, dependence
 
 Floats = npt.NDArray[np.float64]
 
@@ -77,15 +79,15 @@ def judge_liveness(seen: Sequence[Liveness], arrived: Arrived, sigma: float) -> 
         elsewhere = max(item.elsewhere for item in seen)
         outcome = "earned"
         text = "An injected gradient moves the release by exactly its clipped size."
-        if worst.least < DEAD:
-            outcome, text = (
-                "failed",
-                "inject: the injected gradient does not arrive in the release, so this game sees nothing.",
-            )
-        elif most > 1 + TOLERANCE or elsewhere > TOLERANCE:
+        if most > 1 + TOLERANCE or elsewhere > TOLERANCE:  # what arrives too loudly somewhere is no dead channel
             outcome, text = (
                 "not earned",
                 "An injected gradient moves the release by more than C: clipping does not hold.",
+            )
+        elif worst.least < DEAD:
+            outcome, text = (
+                "failed",
+                "inject: the injected gradient does not arrive in the release, so this game sees nothing.",
             )
         elif worst.least < 1 - TOLERANCE:
             outcome, text = "not earned", "An injected gradient arrives in part only."
@@ -123,6 +125,19 @@ def noise_control(noise: NoiseLevel, spare: int) -> Control:
         outcome, text = "not earned", "Directions without canaries show less noise than the claim."
     measured = f"{noise.ratio:.4f} times the claim ({low:.4f} to {high:.4f}), {spare} directions"
     return _control("noise level", outcome, measured, "an interval that holds 1", text)
+
+
+def steps_control(empty: Floats) -> list[Control]:
+    """The control "noise between steps"; none for a single step. empty: (T, K), what the spare directions show."""
+    seen = dependence(empty)
+    if seen is None:
+        return []
+    outcome, text = "earned", "No two steps share their noise."
+    if seen.found:
+        outcome = "not earned"
+        text = "Steps share something along directions without canaries: noise that is not new, or records that blur."
+    measured = f"{seen.seen} (p = {seen.p_value:.2g})"
+    return [_control("noise between steps", outcome, measured, f"p of at least {LEVEL:g}", text)]
 
 
 def as_check(control: Control) -> Check:

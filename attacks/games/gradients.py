@@ -66,7 +66,7 @@ class GradientGame:
     arrived: controls.Arrived = field(init=False)
     liveness: list[controls.Liveness] = field(init=False, default_factory=list)
     _seen: list[npt.NDArray[np.float32]] = field(init=False, default_factory=list)
-    _squares: float = field(init=False, default=0.0)
+    _empty: list[npt.NDArray[np.float32]] = field(init=False, default_factory=list)
     _last: Floats = field(init=False)
 
     def __post_init__(self) -> None:
@@ -168,12 +168,16 @@ class GradientGame:
         size = self.expected_batch_size
         shown = self.project({name: noisy[name] - known[name] / size for name in noisy})
         self._seen.append(shown[: self.count].astype(np.float32))
-        self._squares += float(np.square(shown[self.count :]).sum()) / self.noise_multiplier**2
+        self._empty.append((shown[self.count :] / self.noise_multiplier).astype(np.float32))
         self.arrived.add(shown[: self.count][self.inserted[taken]])
 
     def seen(self) -> Floats:
         """(m, T) in units of C."""
         return np.stack(self._seen, axis=1).astype(np.float64) if self._seen else np.zeros((self.count, 0))
+
+    def empty(self) -> Floats:
+        """(T, K) what every step showed along the spare directions, over sigma C."""
+        return np.stack(self._empty).astype(np.float64) if self._empty else np.zeros((0, self.spare))
 
     def scores(self) -> Floats:
         """(m,) log-likelihood ratios under the claim, or projections of the final update."""

@@ -16,11 +16,12 @@ from dpaudit.analysis.claim import claimed_event, describe_alternative, sigma_se
 from dpaudit.bounds import pld
 from dpaudit.bounds.roc import summarise
 from dpaudit.documents import Claim, Control, Test, Validity
+from dpaudit.evidence import steps
 from dpaudit.evidence.channel import Channel
 from dpaudit.evidence.coins import Posteriors, p_value
 from dpaudit.evidence.game import ALL as ALL_CANARIES
 from dpaudit.evidence.game import LOUD as LOUD_CANARIES
-from dpaudit.evidence.game import NOISE, SHARES, Rule
+from dpaudit.evidence.game import NOISE, SHARES, STEPS, Rule
 from dpaudit.evidence.limits import sigma_upper
 from dpaudit.evidence.noise import NoiseLevel
 from dpaudit.evidence.power import white_box_power
@@ -47,9 +48,11 @@ def read_game(
     """
     rng = game.key.generator(purpose="gradient evidence")
     found = controls.judge_liveness(game.liveness, game.arrived, game.noise_multiplier)
-    noise = NoiseLevel(game._squares, game.spare * len(game._seen)) if game.spare and game._seen else None
+    empty = game.empty()
+    noise = NoiseLevel(float(np.square(empty).sum()), empty.size) if empty.size else None
     if noise is not None:
         found.append(controls.noise_control(noise, game.spare))
+        found += controls.steps_control(empty)
     checks = tuple(controls.as_check(control) for control in found if control.name == "liveness")
     shared: dict[str, Any] = {"coins_sha256": coins_sha256, "coins": "gradients", "controls": tuple(found)}
     if any(control.outcome == "failed" for control in found):
@@ -59,6 +62,8 @@ def read_game(
     tests = [*_coin_tests(game, scores, claim, noise, found, statistic, alpha, rng)]
     if noise is not None:
         tests.append(_noise_test(noise, game, claim, alpha))
+        if len(empty) > 1:
+            tests.append(_steps_test(empty, claim, alpha))
     # A third of the error of the bounds each: what assumes nothing, and within the mechanism the coins and the noise.
     level = 1 - (1 - confidence) / 3
     free = one_run_bound(
@@ -188,6 +193,24 @@ def _noise_test(noise: NoiseLevel, game: GradientGame, claim: Claim, alpha: floa
         share=SHARES[NOISE],
         control=ELSEWHERE,
         **_of_noise(game, noise),
+    )
+
+
+def _steps_test(empty: Floats, claim: Claim, alpha: float) -> Test:
+    log = steps.log_e(empty)
+    return _test(
+        claim,
+        1 - alpha,
+        name=f"{TITLE}: {STEPS}",
+        statistic=f"noise level along fixed combinations of the {len(empty)} steps, {empty.shape[1]} directions each",
+        bound="chi-square",
+        selection="combinations fixed beforehand: cosines, sums and differences of neighbours",
+        n=empty.size,
+        p_value=min(1.0, _plain(-log)),
+        statement="p-value (one over the e-value) of 'every step has noise of its own, at least as large as claimed'",
+        e_value=_plain(log),
+        share=SHARES[STEPS],
+        control=ELSEWHERE,
     )
 
 

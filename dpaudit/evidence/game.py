@@ -12,11 +12,11 @@ from dpaudit.evidence.noise import NoiseLevel
 Bools = npt.NDArray[np.bool_]
 
 # Shares of the game's evidence. All candidates together see a small deficit of noise; the loud ones alone see faulty
-# clipping that hides the others; the spare directions see the noise itself. What is not staked keeps a game that finds
-# nothing from wiping out the evidence of earlier and later ones.
-ALL, LOUD, NOISE = "all canaries", "loud canaries", "noise level"
-SHARES = {ALL: 0.45, LOUD: 0.2, NOISE: 0.25}
-KEPT = 0.1
+# clipping that hides the others; the spare directions see the noise itself, and whether every step has its own. What is
+# not staked keeps a game that finds nothing from wiping out the evidence of earlier and later ones.
+ALL, LOUD, NOISE, STEPS = "all canaries", "loud canaries", "noise level", "noise between steps"
+SHARES = {ALL: 0.45, LOUD: 0.2, NOISE: 0.25, STEPS: 0.05}
+KEPT = 0.05
 SPARE = 256  # directions without canaries, where the model has room for them
 
 

@@ -151,12 +151,12 @@ def test_similarity_is_graded_and_symmetric() -> None:
 def test_sampling_at_a_low_temperature_is_the_greedy_answer(tiny: Path) -> None:
     _, model = models(tiny)
     pictures = [unit.pictures[0] for unit in UNITS]
-    asked = [picture.questions[0].text for picture in pictures]
-    pixels = [picture.pixels for picture in pictures]
-    cold = sampled_answers(model, pixels, asked, temperature=1e-4, seed=0)
-    assert cold == model.answer(pixels, asked)
-    hot = sampled_answers(model, pixels, asked, temperature=3.0, seed=0)
-    assert hot != cold and hot == sampled_answers(model, pixels, asked, temperature=3.0, seed=0)
+    asked = [picture.questions[0] for picture in pictures]
+    shown = [picture.shown for picture in pictures]
+    cold = sampled_answers(model, shown, asked, temperature=1e-4, seed=0)
+    assert cold == model.answer(shown, asked)
+    hot = sampled_answers(model, shown, asked, temperature=3.0, seed=0)
+    assert hot != cold and hot == sampled_answers(model, shown, asked, temperature=3.0, seed=0)
 
 
 def test_a_record_with_one_answer_in_its_group_borrows_none(tiny: Path) -> None:

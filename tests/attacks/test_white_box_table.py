@@ -25,7 +25,23 @@ def audited(
     return code, json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("name", ["Half", "Ninety", "Tenth", "NoNoise", "LateHalf", "Unclipped", "NoNoiseNoGradient"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Half",
+        "Ninety",
+        "Tenth",
+        "NoNoise",
+        "LateHalf",
+        "Unclipped",
+        "NoNoiseNoGradient",
+        "Repeats",
+        "Cancels",
+        "Telescopes",
+        "Lagged",
+        "Pool",
+    ],
+)
 def test_what_leaks_more_than_claimed_is_refuted(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, document = audited(name, tmp_path / "a", capsys)
     assert (code, document["verdict"]) == (1, "refuted"), document["reasons"]
@@ -42,6 +58,16 @@ def test_a_way_in_that_is_dead_makes_the_game_invalid(
     said = " ".join(document["reasons"]) + json.dumps(document["validity"])
     assert "inject" in said
     assert not any(test["power"] for test in document["tests"])
+
+
+def test_one_step_with_old_noise_takes_the_power_away(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, document = audited("OneAgain", tmp_path / "a", capsys)
+    assert document["verdict"] in ("inconclusive", "refuted")
+    assert not any(test["power"] for test in document["tests"])
+    (control,) = [
+        item for game in document["games"] for item in game["controls"] if item["name"] == "noise between steps"
+    ]
+    assert control["outcome"] == "not earned" and "steps 5 and 18" in control["measured"]
 
 
 @pytest.mark.parametrize("name", ["HalfNoGradient", "UnclippedNoGradient"])

@@ -7,6 +7,7 @@ start, from some step on, for some coordinates, or only when a batch holds other
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from tests.attacks.external_toy import Toy
@@ -123,3 +124,71 @@ class Turned(Toy):
 
     def inject(self, gradient: Mapping[str, Tensor]) -> None:
         super().inject({name: -value for name, value in gradient.items()})
+
+
+class Remembering(Toy):
+    """Noise of every step from the steps before it; each step alone has the claimed law."""
+
+    def step(self, indices: Sequence[int]) -> None:
+        fresh = self.noise_rng
+        self.noise_rng = _Recorded(self, fresh)  # type: ignore[assignment]
+        super().step(indices)
+        self.noise_rng = fresh
+
+    def following(self, fresh: np.ndarray, before: list[np.ndarray]) -> np.ndarray:
+        return fresh
+
+
+class _Recorded:
+    def __init__(self, toy: Remembering, fresh: np.random.Generator) -> None:
+        self.toy, self.fresh = toy, fresh
+
+    def normal(self, size: int) -> np.ndarray:
+        drawn = self.fresh.normal(size=size)
+        earlier = self.toy.__dict__.setdefault("drawn", [])
+        earlier.append(drawn)
+        made = self.toy.following(drawn, earlier[:-1])
+        self.toy.__dict__.setdefault("used", []).append(made)
+        return made
+
+
+class Repeats(Remembering):
+    """Every second step has the noise of the step before."""
+
+    def following(self, fresh: np.ndarray, before: list[np.ndarray]) -> np.ndarray:
+        return before[-1] if len(before) % 2 else fresh
+
+
+class Cancels(Remembering):
+    """Every second step takes back the noise of the step before."""
+
+    def following(self, fresh: np.ndarray, before: list[np.ndarray]) -> np.ndarray:
+        return -before[-1] if len(before) % 2 else fresh
+
+
+class Telescopes(Remembering):
+    """(e_t - e_(t-1)) / sqrt 2: the sum over all steps has next to no noise."""
+
+    def following(self, fresh: np.ndarray, before: list[np.ndarray]) -> np.ndarray:
+        return (fresh - before[-1]) / np.sqrt(2) if before else fresh
+
+
+class Lagged(Remembering):
+    """(e_t + e_(t-1)) / sqrt 2: the alternating sum has next to no noise."""
+
+    def following(self, fresh: np.ndarray, before: list[np.ndarray]) -> np.ndarray:
+        return (fresh + before[-1]) / np.sqrt(2) if before else fresh
+
+
+class OneAgain(Remembering):
+    """A single step has the noise of an earlier one."""
+
+    def following(self, fresh: np.ndarray, before: list[np.ndarray]) -> np.ndarray:
+        return before[4] if len(before) == 17 else fresh
+
+
+class Pool(Remembering):
+    """Five draws, used in turn."""
+
+    def following(self, fresh: np.ndarray, before: list[np.ndarray]) -> np.ndarray:
+        return before[len(before) % 5] if len(before) >= 5 else fresh
