@@ -80,7 +80,8 @@ class RunReport:
 
     `key` is the letter that stands for the run in figures; `notices` are contradictions between its documents.
     `source`: what was given, a run folder or a bare document. `cell_of`: the sweep for one of whose configurations this
-    run stands. `place`: where its evidence is, as a relative address; pages don't show it.
+    run stands. `place`: where its evidence is, as a relative address; pages don't show it. `typed`: how a command names
+    it in the folder that holds all subjects.
     """
 
     key: str
@@ -99,6 +100,7 @@ class RunReport:
     source: Literal["run", "scores", "audit"] = "run"
     cell_of: str | None = None
     place: str = ""
+    typed: str = ""
     vouched: str = UNSIGNED
 
     @property

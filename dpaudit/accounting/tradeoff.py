@@ -1,4 +1,4 @@
-"""The trade-off curve of a mechanism: how often members are found (TPR) when others are called members at most so often.
+"""The trade-off curve of a mechanism: the largest true positive rate (TPR) of any attack at each false positive rate.
 
 Every attack on a mechanism with privacy profile delta(eps), "remove" from the run with the unit (P) and "add" from the
 run without it (Q), obeys for every eps >= 0
@@ -26,6 +26,7 @@ Floats = npt.NDArray[np.float64]
 
 _BOUNDS = 600  # pairs (eps, delta(eps)) of each direction whose smallest bound is taken
 _RARE = 1e-12  # probability of losses beyond which no pair is tried
+_ROUNDING = 1e-12  # of two sums of many probabilities, and of their difference
 
 
 def largest_tpr(event: DpSgd, fpr: npt.ArrayLike) -> Floats:
@@ -38,12 +39,12 @@ def largest_tpr(event: DpSgd, fpr: npt.ArrayLike) -> Floats:
     if step.noise == "gaussian" and step.sample_rate == 1:
         mu = moved(step) * math.sqrt(step.steps) / step.noise_multiplier
         return np.asarray(ndtr(ndtri(rates) + mu), dtype=np.float64)
-    found = np.ones_like(rates)
-    for epsilon, delta in _profile(step, "remove"):
-        found = np.minimum(found, math.exp(epsilon) * rates + delta)
-    for epsilon, delta in _profile(step, "add"):
-        found = np.minimum(found, 1.0 - math.exp(-epsilon) * np.clip(1.0 - rates - delta, 0.0, None))
-    return np.maximum(found, rates)
+    epsilons, deltas = _profile(step, "remove")
+    rising = np.exp(epsilons)[:, None] * rates + deltas[:, None]
+    epsilons, deltas = _profile(step, "add")
+    closing = 1.0 - np.exp(-epsilons)[:, None] * np.clip(1.0 - rates - deltas[:, None], 0.0, None)
+    found = np.minimum(rising.min(axis=0), closing.min(axis=0))
+    return np.asarray(np.clip(found, rates, 1.0), dtype=np.float64)
 
 
 def stated_largest_tpr(epsilon: float, delta: float, fpr: npt.ArrayLike) -> Floats:
@@ -62,18 +63,14 @@ def _rates(fpr: npt.ArrayLike) -> Floats:
 
 
 @lru_cache(maxsize=64)
-def _profile(step: DpSgd, direction: Direction) -> tuple[tuple[float, float], ...]:
-    """Pairs (eps, delta(eps)) from eps = 0 to the largest loss that is not all too rare."""
+def _profile(step: DpSgd, direction: Direction) -> tuple[Floats, Floats]:
+    """eps from 0 to the largest loss that is not all too rare, and delta(eps): shapes (k,)."""
     found = discrete_losses(step, direction, COARSE)
-    above = np.cumsum(found.probabilities[::-1])[::-1]
-    kept = found.losses[above > _RARE]
-    top = max(float(kept[-1]) if kept.size else 0.0, 0.0)
-    return tuple(
-        (float(epsilon), float(np.sum(found.probabilities * _excess(epsilon - found.losses))) + found.infinity_mass)
-        for epsilon in np.linspace(0.0, top, _BOUNDS)
-    )
-
-
-def _excess(log_ratio: Floats) -> Floats:
-    """max(0, 1 - e^x)."""
-    return np.asarray(-np.expm1(np.minimum(log_ratio, 0.0)), dtype=np.float64)
+    above = np.r_[np.cumsum(found.probabilities[::-1])[::-1], 0.0]  # P(loss >= that of each place)
+    other = np.r_[np.cumsum((found.probabilities * np.exp(-np.maximum(found.losses, 0.0)))[::-1])[::-1], 0.0]
+    kept = found.losses[above[:-1] > _RARE]
+    epsilons = np.linspace(0.0, max(float(kept[-1]) if kept.size else 0.0, 0.0), _BOUNDS)
+    first = np.searchsorted(found.losses, epsilons, side="right")
+    # Both sums are of losses above eps only, where P exceeds e^eps Q; what rounding took from them is added.
+    deltas = np.maximum(above[first] - np.exp(epsilons) * other[first], 0.0) + found.infinity_mass + _ROUNDING
+    return epsilons, np.minimum(deltas, 1.0)
