@@ -31,7 +31,7 @@ class Row:
         """Beside the mark."""
         if self.kind == "claim":
             return number(self.value)
-        could = f" (sees ≤ {number(self.reach)})" if self.reach is not None else ""
+        could = f" (sees ≤ {number(self.reach)})" if self.reach is not None and math.isfinite(self.reach) else ""
         return f"≥ {number(self.value)}{could}"
 
     @property

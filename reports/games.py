@@ -16,13 +16,14 @@ ON = {"weights": "the released weights", "procedure": "a retrained twin"}
 
 @dataclass(frozen=True)
 class GameRow:
-    """One game in words. decides: the one on which the verdict rests, as far as it rests on one."""
+    """One game in words. earned_by: controls. decides: the verdict rests on it, as far as it rests on one game."""
 
     entry: GameEntry
     about: str
     mechanism: str
     power: str
     controls: tuple[str, ...]
+    earned_by: tuple[str, ...]
     decides: bool
 
 
@@ -39,6 +40,7 @@ def game_rows(run: RunReport) -> tuple[GameRow, ...]:
             mechanism=mechanism(entry.claim),
             power="not earned" if entry.power is None else percent(entry.power, 0),
             controls=_controls(played.get(entry.name)),
+            earned_by=_earned_by(played.get(entry.name)),
             decides=entry.name == first,
         )
         for entry in _with_coins(run)
@@ -66,6 +68,20 @@ def _controls(game: GameDocument | None) -> tuple[str, ...]:
     if game.controls:
         return tuple(f"{item.name}: {item.outcome} ({clean(item.measured, 160)})" for item in game.controls)
     return tuple(dict.fromkeys(clean(test.control, 200) for test in game.tests if test.control is not None))
+
+
+def _earned_by(game: GameDocument | None) -> tuple[str, ...]:
+    """What earned the power, in a word or two each."""
+    if game is None:
+        return ()
+    said = tuple(item.name for item in game.controls if item.outcome == "earned")
+    return said or tuple(dict.fromkeys(clean(test.control, 80) for test in game.tests if test.control is not None))
+
+
+def game_of(run: RunReport, test: Test) -> GameDocument | None:
+    """The game that a test of the audit belongs to."""
+    alpha = run.audit.alpha if run.audit is not None else 1.0
+    return next((game for game in run.games if test in marked(game.tests, alpha)), None)
 
 
 def decider(run: RunReport) -> str | None:

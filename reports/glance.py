@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from dpaudit import verdict
-from dpaudit.documents import Claim, GameDocument, Test
+from dpaudit.documents import Claim, Test
 from reports import allowed, games, prose, utility
 from reports.evidence import Row, axis, guess_bar, scale_top
 from reports.inputs import RunReport
@@ -113,7 +113,7 @@ def evidence_rows(run: RunReport) -> tuple[Row, ...]:
         rows.append(Row("found", f"{where}, no assumption", float(test.epsilon_lower or 0.0), test.ceiling))
     within = run.within_mechanism
     if within is not None and within is not run.headline:
-        place = game_of(run, within)
+        place = games.game_of(run, within)
         where = " (twin)" if place is not None and place.about == "procedure" else ""
         text = f"Within claimed mechanism{where}"
         rows.append(Row("within", text, float(within.epsilon_lower or 0.0), within.ceiling))
@@ -136,12 +136,6 @@ def headlines(run: RunReport) -> dict[str, Test]:
         if best is not None:
             found[about] = best
     return found
-
-
-def game_of(run: RunReport, test: Test) -> GameDocument | None:
-    """The game that a test of the audit belongs to."""
-    alpha = run.audit.alpha if run.audit is not None else 1.0
-    return next((game for game in run.games if test in verdict.marked(game.tests, alpha)), None)
 
 
 def tested(run: RunReport) -> tuple[str, ...]:
@@ -170,9 +164,9 @@ def _sentence(about: str, game: str, rows: Sequence[games.GameRow], run: RunRepo
         return f"{first}."
     if best.entry.power is None:
         return f"{first}: could not have shown a wrong claim (no power earned)."
-    wrong = clean(best.entry.alternative or "the stated wrong claim", 120)
-    earned = "; ".join(control.partition(" (")[0] for control in best.controls) or "not stated"
-    return f"{first}: {percent(best.entry.power, 0)} sure to refute if {wrong} (control: {earned})."
+    wrong = clean((best.entry.alternative or "the stated wrong claim").partition(" (")[0], 120)
+    sure = percent(best.entry.power, 0) if best.entry.power < 0.995 else "over 99 %"
+    return f"{first}: {sure} sure to refute if {wrong} (control: {', '.join(best.earned_by) or 'not stated'})."
 
 
 def _played_by(run: RunReport) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from dpaudit import accounting
 from dpaudit.documents import ScoreSummary
 from reports import allowed
-from reports.games import ON, score_summaries
+from reports.games import ON, game_of, score_summaries
 from reports.inputs import RunReport
 from reports.text import clean, number, percent
 
@@ -50,12 +50,7 @@ def _meaning(run: RunReport) -> Meaning:
             guess = 2 * allowed.stated_guess(claim.epsilon, claim.delta) - 1
             stated = allowed.Rates(guess, dict(zip(allowed.FPRS, (float(rate) for rate in alone), strict=True)))
             readings.append(_reading("The same from eps and delta alone", stated, "≤ "))
-        shown = allowed.shown_event(claim, run.within_mechanism)
-        if shown is not None:
-            what = (
-                f"The evidence shows at least, within the claimed mechanism (sigma ≤ {number(shown.noise_multiplier)})"
-            )
-            readings.append(_reading(what, allowed.event_rates(shown), "≥ "))
+        readings += _shown(run)
         first, short = rates.tpr[allowed.FPRS[0]], clean(allowed.unit_of(claim), 60)
         sentence = (
             f"While the claim holds, an attacker who wrongly accuses 1 of 100 {short}s that were not in training finds "
@@ -64,8 +59,22 @@ def _meaning(run: RunReport) -> Meaning:
     abouts: dict[str, ScoreSummary] = {}
     for summary, game in score_summaries(run):
         abouts.setdefault(ON[game.about] if game is not None else "the scores", summary)
-    readings += [_measured(about, summary) for about, summary in abouts.items()]
+    readings += [_measured(about, abouts[about]) for about in sorted(abouts, reverse=True)]  # the weights, then a twin
     return Meaning(run, sentence, tuple(readings))
+
+
+def _shown(run: RunReport) -> list[Reading]:
+    """What the best bound within the claimed mechanism leaves, by q and T of what was attacked: a twin has its own."""
+    within = run.within_mechanism
+    game = game_of(run, within) if within is not None else None
+    claim = game.claim if game is not None else run.claim
+    event = allowed.shown_event(claim, within)
+    if event is None or claim is None:
+        return []
+    twin = "; a retrained twin" if game is not None and game.about == "procedure" else ""
+    sigma = f"sigma ≤ {number(event.noise_multiplier, 4)}, claimed {number(claim.noise_multiplier, 4)}{twin}"
+    what = f"The evidence shows at least, within the claimed mechanism ({sigma})"
+    return [_reading(what, allowed.event_rates(event), "≥ ")]
 
 
 def _reading(source: str, rates: allowed.Rates, sign: str) -> Reading:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dpaudit import accounting
 from dpaudit.cli import app
 from dpaudit.documents import Claim, ClaimDocument, GameDocument, LedgerDocument, Test, Validity
 from dpaudit.ledger import tuning_row
@@ -96,7 +97,7 @@ def test_power_is_named_with_what_earned_it_and_repeats_are_counted(tmp_path: Pa
     assert tested == (
         "The released weights, canaries game: could not have shown a wrong claim (no power earned).",
         "A retrained twin, white-box game, 2 times: 97 % sure to refute if the true sigma is 10 % smaller than claimed "
-        "(control: liveness: earned).",
+        "(control: liveness).",
     )
     supplied = white_box_game().model_copy(update={"supplied": True})
     write_audit(run, "dp-sgd", [canary_game("dp-sgd"), supplied])
@@ -150,6 +151,10 @@ def test_rates_of_the_claim_bound_those_of_the_evidence(tmp_path: Path) -> None:
         for name in ("The claim allows at most", "The evidence shows at least, within the claimed mechanism")
     )
     assert allowed_most.advantage == "≤ 54.8 %"  # 2 x 77.4 % - 1
+    (line,) = (reading.source for reading in meant.readings if reading.source.startswith("The evidence"))
+    assert "claimed 1.198; a retrained twin" in line  # the twin's own sigma, q and T, not the run's 1.519
+    sigma = float(line.split("sigma ≤ ")[1].split(",")[0])
+    assert accounting.epsilon(accounting.DpSgd(sigma, 0.119, 168), 1e-5) == pytest.approx(7.7, rel=5e-3)
     for most, least in zip(allowed_most.tpr, shown.tpr, strict=True):
         assert float(least.split()[1]) < float(most.split()[1])
     assert by_source["The same from eps and delta alone"].tpr[0] == "≤ 100.0 %"
