@@ -249,19 +249,13 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.skipif(not AXE, reason=NO_AXE)
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (375, False)])
-def test_axe_finds_no_serious_issue(page: Page, everything: Path, width: int, dark: bool) -> None:
+def test_axe_finds_nothing(page: Page, everything: Path, width: int, dark: bool) -> None:
     page.view(width, dark=dark)
     page.open(everything)
     page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     page.evaluate(AXE[-1].read_text(encoding="utf-8") + "; 1")
     found = page.wait_for("axe.run(document, {resultTypes: ['violations']})")
-    serious = [
-        (item["id"], item["impact"], node["html"][:160])
-        for item in found["violations"]
-        if item["impact"] in ("serious", "critical")
-        for node in item["nodes"][:3]
-    ]
-    assert serious == []
+    assert [(item["id"], node["html"][:160]) for item in found["violations"] for node in item["nodes"][:3]] == []
     # the instrument itself works: a picture without a text and a pale text are found
     page.evaluate(
         "document.querySelector('main').insertAdjacentHTML('afterbegin', '<img src=data:,><div role=button></div>')"
