@@ -24,6 +24,8 @@ PEOPLE = frozenset(
     ("person", "patient", "user", "subject", "participant", "individual", "writer", "author", "speaker", "customer")
 )
 
+SHOWN = (0.01, 100.0)  # bounds on eps of which a curve says something: not guessing, and not everything
+
 Floats = npt.NDArray[np.float64]
 
 
@@ -98,7 +100,7 @@ def shown_event(claim: Claim | None, within: Test | None) -> DpSgd | None:
     within: the bound on eps within that family; None where it shows nothing.
     """
     event = event_of(claim) if claim is not None else None
-    if event is None or within is None or not 0 < (within.epsilon_lower or 0.0) < math.inf:
+    if event is None or within is None or not SHOWN[0] <= (within.epsilon_lower or 0.0) <= SHOWN[1]:
         return None
     return _with_epsilon(event, float(within.epsilon_lower or 0.0), within.delta)
 

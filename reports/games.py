@@ -161,7 +161,13 @@ def _of_claimed(run: RunReport, name: str) -> tuple[str, str]:
 
 
 def _first_fault(run: RunReport) -> str:
-    """What stands first among the judge's reasons after its general sentence, else that sentence."""
+    """What failed, the first that a reader should look at: checks of the game, private paths, the step contract."""
     assert run.audit is not None
-    reasons = run.audit.reasons
-    return clean(reasons[1] if len(reasons) > 1 else next(iter(reasons), "what failed"), 240)
+    failed = [(check.name, check.explanation) for check in run.audit.validity.checks if check.status == "fail"]
+    failed += [(row.path, row.explanation) for row in run.ledger if row.status == "UNACCOUNTED"]
+    made = run.audit.contract.checks if run.audit.contract is not None else ()
+    failed += [(check.name, check.measured) for check in made if check.status == "fail" and check.waived is None]
+    if not failed:
+        return "the game is unsound" if not run.audit.validity.sound else "what the tests found"
+    name, why = failed[0]
+    return f"{clean(name, 80)} ({clean(why, 160).rstrip('.')})"

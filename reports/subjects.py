@@ -119,7 +119,8 @@ def _typed(paths: Sequence[Path]) -> dict[Path, str]:
         path: place.parent if place.name == "release" and place.is_dir() else place for path, place in whole.items()
     }
     parent = Path(os.path.commonpath([place.parent for place in named.values()]))
-    return {path: place.relative_to(parent).as_posix() for path, place in named.items()}
+    names = {path: place.relative_to(parent).as_posix() for path, place in named.items()}
+    return {path: f"./{name}" if name.startswith("-") else name for path, name in names.items()}
 
 
 def _is_sweep(path: Path) -> bool:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from scipy.special import ndtr, ndtri
 
 from dpaudit.accounting.events import Direction, DpSgd, trivial
+from dpaudit.accounting.groups import WIDEST
 from dpaudit.accounting.pld import COARSE, discrete_losses
 from dpaudit.accounting.schemes import composed_as, moved
 from dpaudit.errors import rejected
@@ -26,6 +27,9 @@ Floats = npt.NDArray[np.float64]
 
 _BOUNDS = 600  # pairs (eps, delta(eps)) of each direction whose smallest bound is taken
 _RARE = 1e-12  # probability of losses beyond which no pair is tried
+_LARGEST = (
+    600.0  # eps whose exponential is a number; a profile that is known up to there is an upper bound all the same
+)
 _ROUNDING = 1e-12  # of two sums of many probabilities, and of their difference
 
 
@@ -39,6 +43,8 @@ def largest_tpr(event: DpSgd, fpr: npt.ArrayLike) -> Floats:
     if step.noise == "gaussian" and step.sample_rate == 1:
         mu = moved(step) * math.sqrt(step.steps) / step.noise_multiplier
         return np.asarray(ndtr(ndtri(rates) + mu), dtype=np.float64)
+    if moved(step) / step.noise_multiplier > WIDEST:
+        return np.ones_like(rates)
     epsilons, deltas = _profile(step, "remove")
     rising = np.exp(epsilons)[:, None] * rates + deltas[:, None]
     epsilons, deltas = _profile(step, "add")
@@ -69,7 +75,8 @@ def _profile(step: DpSgd, direction: Direction) -> tuple[Floats, Floats]:
     above = np.r_[np.cumsum(found.probabilities[::-1])[::-1], 0.0]  # P(loss >= that of each place)
     other = np.r_[np.cumsum((found.probabilities * np.exp(-np.maximum(found.losses, 0.0)))[::-1])[::-1], 0.0]
     kept = found.losses[above[:-1] > _RARE]
-    epsilons = np.linspace(0.0, max(float(kept[-1]) if kept.size else 0.0, 0.0), _BOUNDS)
+    top = min(max(float(kept[-1]) if kept.size else 0.0, 0.0), _LARGEST)
+    epsilons = np.linspace(0.0, top, _BOUNDS)
     first = np.searchsorted(found.losses, epsilons, side="right")
     # Both sums are of losses above eps only, where P exceeds e^eps Q; what rounding took from them is added.
     deltas = np.maximum(above[first] - np.exp(epsilons) * other[first], 0.0) + found.infinity_mass + _ROUNDING

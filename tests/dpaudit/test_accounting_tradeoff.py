@@ -77,6 +77,15 @@ def test_without_noise_everything_shows_and_without_steps_nothing() -> None:
     assert largest_tpr(DpSgd(1.0, 0.1, 0), RATES) == pytest.approx(RATES)
 
 
+@pytest.mark.parametrize("event", [DpSgd(0.05, 0.1, 10), DpSgd(1e-4, 0.5, 3), DpSgd(0.3, 1e-6, 5), DpSgd(50.0, 0.9, 2)])
+def test_extreme_mechanisms_have_curves_too(event: DpSgd) -> None:
+    curve = largest_tpr(event, RATES)
+    assert np.all(np.isfinite(curve)) and np.all(curve >= RATES) and np.all(curve <= 1)
+    # somebody who knows the record is found whenever it was drawn and the noise is too small to hide it
+    if event.noise_multiplier < 0.1:
+        assert curve[1] >= 1 - (1 - event.sample_rate) ** event.steps - 1e-9
+
+
 def test_a_rate_outside_is_refused() -> None:
     with pytest.raises(UsageError, match="fpr"):
         largest_tpr(DpSgd(1.0, 0.1, 5), [1.5])
