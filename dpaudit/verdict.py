@@ -343,7 +343,12 @@ def _fit(document: AuditDocument | ScoresDocument, bounds: Sequence[Test]) -> bo
 
 def within_mechanism(document: AuditDocument | ScoresDocument) -> Test | None:
     """The best bound within DP-SGD of the claimed q and T; None without one."""
-    bounds = [test for test in document.tests if test.epsilon_lower is not None and test.assumes == "dp-sgd(q,T)"]
+    return best_within(document.tests)
+
+
+def best_within(tests: Sequence[Test]) -> Test | None:
+    """The same of some tests, such as those of one game."""
+    bounds = [test for test in tests if test.epsilon_lower is not None and test.assumes == "dp-sgd(q,T)"]
     exact = [test for test in bounds if test.bound in ("exact likelihood", "chi-square")]
     return max(exact or bounds[:1], key=lambda test: float(test.epsilon_lower or 0.0), default=None)
 

@@ -4,14 +4,13 @@ Each arrow carries the status of the ledger row behind it, as a line style and i
 private path that is not accounted for and has no arrow of its own goes around the noise, at the left.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
 from dpaudit.config import RunConfig
-from dpaudit.documents import Claim, LedgerRow, Stage, Test
+from dpaudit.documents import Claim, LedgerRow, Stage
 from reports.text import clean, number
 
 WIDTH, BOX_X, BOX_WIDTH, BOX_HEIGHT, TOP = 336, 46, 258, 40, 8
@@ -199,35 +198,3 @@ def _description(path: Sequence[Box], around: Sequence[LedgerRow]) -> str:
     if around:
         text += " Around the noise, unaccounted: " + clean(", ".join(row.path for row in around), 200) + "."
     return text
-
-
-def evidence_bar(test: Test, claim: Claim | None, top: float) -> Markup:
-    """What was found, what could have been found, and the claim, on a scale of log2(1 + eps) from 0 to `top`.
-
-    Hidden from screen readers: the cell around it says the same in words.
-    """
-
-    def place(epsilon: float) -> float:
-        return 4 + 192 * math.log2(1 + max(min(epsilon, top), 0.0)) / math.log2(1 + top)
-
-    found = test.epsilon_lower or 0.0
-    parts = ['<path class="track" d="M4 10H196"/>']
-    if test.ceiling is not None:
-        parts.append(f'<path class="reach" d="M4 10H{place(test.ceiling):.1f}"/>')
-        if math.isfinite(test.ceiling):
-            parts.append(f'<path class="limit" d="M{place(test.ceiling):.1f} 6V14"/>')
-    if found > 0:
-        parts.append(f'<path class="found" d="M4 10H{place(found):.1f}"/>')
-    parts.append('<path class="limit" d="M4 6V14"/>')
-    if claim is not None and math.isfinite(claim.epsilon):
-        parts.append(f'<path class="mark" d="M{place(claim.epsilon):.1f} 2V18"/>')
-    return Markup(f'<svg class="evidence" aria-hidden="true" viewBox="0 0 200 20">{"".join(parts)}</svg>')
-
-
-def scale_top(pairs: Sequence[tuple[Test, Claim | None]]) -> float:
-    """The end of a scale that all runs share."""
-    values = [8.0]
-    for test, claim in pairs:
-        values += [value for value in (test.epsilon_lower, test.ceiling) if value is not None]
-        values += [claim.epsilon] if claim is not None else []
-    return max(value for value in values if math.isfinite(value)) * 1.05

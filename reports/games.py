@@ -5,23 +5,25 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dpaudit.documents import ABOUT, Claim, GameDocument, GameEntry, ScoreSummary, Test
+from dpaudit.documents import ABOUT, AuditDocument, Claim, GameDocument, GameEntry, ScoreSummary, Test
 from dpaudit.verdict import marked
 from reports.inputs import RunReport
 from reports.text import clean, number, percent
 
 WITHOUT_COINS = ("token path", "step contract")  # checks that toss no coins and so hold no evidence
+ON = {"weights": "the released weights", "procedure": "a retrained twin"}
 
 
 @dataclass(frozen=True)
 class GameRow:
-    """One game in words. decides: the one on which the verdict rests, as far as it rests on one."""
+    """One game in words. earned_by: controls. decides: the verdict rests on it, as far as it rests on one game."""
 
     entry: GameEntry
     about: str
     mechanism: str
     power: str
     controls: tuple[str, ...]
+    earned_by: tuple[str, ...]
     decides: bool
 
 
@@ -38,6 +40,7 @@ def game_rows(run: RunReport) -> tuple[GameRow, ...]:
             mechanism=mechanism(entry.claim),
             power="not earned" if entry.power is None else percent(entry.power, 0),
             controls=_controls(played.get(entry.name)),
+            earned_by=_earned_by(played.get(entry.name)),
             decides=entry.name == first,
         )
         for entry in _with_coins(run)
@@ -65,6 +68,20 @@ def _controls(game: GameDocument | None) -> tuple[str, ...]:
     if game.controls:
         return tuple(f"{item.name}: {item.outcome} ({clean(item.measured, 160)})" for item in game.controls)
     return tuple(dict.fromkeys(clean(test.control, 200) for test in game.tests if test.control is not None))
+
+
+def _earned_by(game: GameDocument | None) -> tuple[str, ...]:
+    """What earned the power, in a word or two each."""
+    if game is None:
+        return ()
+    said = tuple(item.name for item in game.controls if item.outcome == "earned")
+    return said or tuple(dict.fromkeys(clean(test.control, 80) for test in game.tests if test.control is not None))
+
+
+def game_of(run: RunReport, test: Test) -> GameDocument | None:
+    """The game that a test of the audit belongs to."""
+    alpha = run.audit.alpha if run.audit is not None else 1.0
+    return next((game for game in run.games if test in marked(game.tests, alpha)), None)
 
 
 def decider(run: RunReport) -> str | None:
@@ -99,28 +116,58 @@ def test_groups(run: RunReport) -> tuple[tuple[str | None, Sequence[Test]], ...]
     return tuple((game.name, marked(game.tests, run.audit.alpha)) for game in run.games if game.tests)
 
 
-def threshold(run: RunReport) -> str:
+def log_threshold(audit: AuditDocument) -> float:
     """The log evidence that refutes."""
-    return number(-math.log(run.audit.alpha)) if run.audit is not None else "–"
+    return -math.log(audit.alpha)
 
 
 def next_step(run: RunReport) -> tuple[str, str] | None:
-    """(command, why) for a run whose audit could not tell; None where there is nothing to play."""
-    name = shlex.quote(run.name)
+    """(command, why): the one thing to do next; an empty command where only the owner of the code can act.
+
+    None for a bare document, about which nothing can be run. Commands run in the folder that holds the subjects.
+    """
+    name = shlex.quote(run.typed or run.name)
+    if run.source == "scores" and run.verdict == "inconclusive":
+        return "dpaudit scores FILE --control KNOWN", "scores of a game with a known leak can earn the power"
+    if run.source != "run":
+        return None
     if run.audit is None:
-        return (f"dpaudit audit {name}", "plays all games that this run allows") if run.source == "run" else None
-    if run.verdict != "inconclusive":
-        return None
-    if run.source == "scores":
-        return "dpaudit scores FILE --control KNOWN", "with scores of a game with a known leak the power can be earned"
-    if run.source == "audit" or run.claim is None:
-        return None
+        return f"dpaudit audit {name}", "plays all games that this run allows"
+    if run.verdict in ("invalid", "unsupported"):
+        return "", f"mend or explain: {_first_fault(run)}"
+    if run.claim is None:
+        return "dpaudit train method=dp-sgd --dry-run", "states eps, noise and cost of a private training beforehand"
+    return _of_claimed(run, name)
+
+
+def _of_claimed(run: RunReport, name: str) -> tuple[str, str]:
+    """For a run with a claim whose audit refuted, did not refute, or could not tell."""
+    assert run.audit is not None and run.claim is not None
     played = {entry.game for entry in run.audit.games}
-    if "white-box" in played:
-        return (
-            f"dpaudit audit {name} --white-box --again",
-            "plays once more with fresh coins; evidence of all games multiplies",
-        )
-    if run.claim.sampling == "poisson":
+    contract = f"dpaudit audit {name} --contract"
+    again = f"dpaudit audit {name} --white-box --again"
+    if run.verdict == "inconclusive" and run.claim.sampling == "poisson":
+        if "white-box" in played:
+            return again, "plays once more with fresh coins; evidence of all games multiplies"
         return f"dpaudit audit {name} --white-box", "tests the noise itself, in a twin of the training"
-    return f"dpaudit audit {name} --contract", "tests one step of the training code"
+    if run.audit.contract is None:
+        why = (
+            "shows which part of a step is wrong" if run.verdict == "refuted" else "tests one step of the training code"
+        )
+        return contract, why
+    if run.verdict == "refuted":
+        return "", f"mend the training and train again: {_first_fault(run)}"
+    return f"dpaudit audit {name} --again", "plays again with fresh coins; evidence of all audits multiplies"
+
+
+def _first_fault(run: RunReport) -> str:
+    """What failed, the first that a reader should look at: checks of the game, private paths, the step contract."""
+    assert run.audit is not None
+    failed = [(check.name, check.explanation) for check in run.audit.validity.checks if check.status == "fail"]
+    failed += [(row.path, row.explanation) for row in run.ledger if row.status == "UNACCOUNTED"]
+    made = run.audit.contract.checks if run.audit.contract is not None else ()
+    failed += [(check.name, check.measured) for check in made if check.status == "fail" and check.waived is None]
+    if not failed:
+        return "the game is unsound" if not run.audit.validity.sound else "what the tests found"
+    name, why = failed[0]
+    return f"{clean(name, 80)} ({clean(why, 160).rstrip('.')})"

@@ -11,6 +11,7 @@ import hashlib
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,31 +22,35 @@ from markupsafe import Markup
 from dpaudit import __version__
 from dpaudit.documents import ABOUT, Thumbnail
 from dpaudit.errors import UsageError
-from reports import figures, games, prose, text, utility
+from reports import allowed, figures, games, prose, text, utility
 from reports.checklist import checklist
-from reports.diagram import evidence_bar, scale_top
+from reports.diagram import boxes
 from reports.drawings import MOST_GAMES, Drawings, draw
 from reports.embedded import Change, embed
+from reports.evidence import factor
+from reports.glance import Glance, glances
 from reports.inputs import RunReport
+from reports.meaning import Meaning, meanings
 from reports.subjects import Page
-from reports.svg import StyleSheet
 
 TEMPLATES = Path(__file__).parent / "templates"
 SIZE_LIMIT = 500_000  # bytes; contract: a page that mail systems and reviewers accept
 PICTURE_PIXELS = 1 << 20
 PICTURE_BYTES = 12_000
 STRIP_BYTES = 60_000
+SIZE_WANTED = 400_000  # bytes up to which details stay; a page whose least is larger may still be up to the limit
 CONTENTS = (
-    ("verdicts", "Verdicts"),
-    ("claims", "What is claimed"),
-    ("checklist", "An evaluator's checklist"),
-    ("ledger", "Where private data is touched"),
+    ("glance", "At a glance"),
+    ("meaning", "What an attacker could tell"),
+    ("limits", "Limits"),
     ("audit", "What the audit found"),
+    ("claims", "What is claimed"),
     ("utility", "What privacy cost in accuracy"),
     ("frontier", "Privacy against accuracy"),
+    ("ledger", "Where private data is touched"),
+    ("checklist", "An evaluator's checklist"),
     ("curves", "Training curves"),
     ("gallery", "Canaries"),
-    ("limits", "Limits"),
     ("environment", "Environment and reproduction"),
 )
 
@@ -55,7 +60,7 @@ class Detail:
     """How much of a page is written; less of it when many runs would make it too large.
 
     cells: configurations of sweeps whose claim and ledger are described. games: score figures per run, the one
-    that says most first.
+    that says most first. informative: also tests that decide nothing, and configurations in full.
     """
 
     scores_embedded: bool = True
@@ -65,12 +70,14 @@ class Detail:
     games: int = MOST_GAMES
     histograms: bool = True
     cells: int = 12
+    informative: bool = True
 
     @property
     def left_out(self) -> tuple[str, ...]:
         if not self.documents_embedded:
             small = ["everything but the summary of each run", "cases of the token path that don't apply"]
-            small += ["figures of scores"] if not self.games else ["histograms"] if not self.histograms else []
+            small += ["histograms"] if not self.histograms else []
+            small += ["tests that decide nothing"] if not self.informative else []
             return (", ".join(small) + ", to keep the page small",)
         notes = ["the pictures of canaries"]
         return (
@@ -84,27 +91,35 @@ DETAILS = (
     Detail(scores_embedded=False, pictures=3, table_points=10, games=1, cells=6),
     Detail(scores_embedded=False, pictures=0, table_points=5, games=1, cells=3),
     Detail(scores_embedded=False, documents_embedded=False, pictures=0, table_points=3, games=1, cells=1),
-    Detail(False, False, pictures=0, table_points=3, games=1, histograms=False, cells=1),
-    Detail(False, False, pictures=0, table_points=3, games=0, cells=1),
+    Detail(False, False, pictures=0, table_points=0, games=1, histograms=False, cells=1),
+    # the figures of the game that decides always stay
+    Detail(False, False, pictures=0, table_points=0, games=1, histograms=False, cells=1, informative=False),
 )
+
+LEAST_WITH_DOCUMENTS = next(detail for detail in reversed(DETAILS) if detail.documents_embedded)
 
 
 def render(
     page: Page, *, title: str, show_examples: bool = False, changes: Sequence[Change] | None = None, against: str = ""
 ) -> tuple[str, Detail]:
-    """The page as text, with as much detail as fits into `SIZE_LIMIT`; UsageError if the least doesn't.
+    """The page as text, with as much detail as fits into `SIZE_WANTED`; UsageError if the least is over `SIZE_LIMIT`.
+
+    The documents are left out only where they would go beyond `SIZE_LIMIT`.
 
     changes: what is different from the page called `against`; None when no comparison was asked for.
     """
     size = 0
-    styles, tables = StyleSheet(), utility.tables(page.runs)
-    drawn = draw(page, tables, styles)
+    tables = utility.tables(page.runs)
+    drawn = draw(page, tables)
+    first = glances(page.runs, tables[0] if tables else None)
+    meant = meanings(page.runs)
     for detail in DETAILS:
         made = _render(
             page,
             tables,
             drawn,
-            styles,
+            first,
+            meant,
             title=text.clean(title, 160),
             show_examples=show_examples,
             detail=detail,
@@ -112,7 +127,8 @@ def render(
             against=text.clean(against, 80),
         )
         size = len(made.encode())
-        if size < SIZE_LIMIT:
+        last = detail in (DETAILS[-1], LEAST_WITH_DOCUMENTS)
+        if size < (SIZE_LIMIT if last else SIZE_WANTED):
             return made, detail
     raise UsageError(
         f"SUBJECT: what was given makes a page of {text.file_size(size)}; accepted: under "
@@ -124,7 +140,8 @@ def _render(
     page: Page,
     tables: Sequence[utility.TaskTable],
     drawn: Drawings,
-    styles: StyleSheet,
+    first: Sequence[Glance],
+    meant: Sequence[Meaning],
     *,
     title: str,
     show_examples: bool,
@@ -133,7 +150,8 @@ def _render(
     against: str,
 ) -> str:
     described, silent = _described(page, detail.cells)
-    style = (TEMPLATES / "style.css").read_text(encoding="utf-8") + styles.css()
+    contents = [(anchor, title) for anchor, title in CONTENTS if anchor not in _absent(page)]
+    style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
     script = (TEMPLATES / "sort.js").read_text(encoding="utf-8")
     policy = (
         f"default-src 'none'; style-src {_source(style)}; script-src {_source(script)}; img-src data:; "
@@ -149,28 +167,28 @@ def _render(
             style=Markup(style),
             script=Markup(script),
             limit_sentence=prose.LIMIT,
-            contents=CONTENTS,
-            number_of={anchor: place for place, (anchor, _) in enumerate(CONTENTS, 1)},
+            contents=contents,
+            number_of={anchor: place for place, (anchor, _) in enumerate(contents, 1)},
             page=page,
             runs=page.runs,
             described=described,
             silent=silent,
             changes=changes,
             against=against,
-            verdict_rows=_verdict_rows(page.runs, tables[0] if tables else None),
-            verdict_meaning=prose.VERDICT_MEANING,
+            glances=first,
+            meanings=meant,
+            fprs=allowed.FPRS,
             claim_groups=_claim_groups(described),
             ledger_groups=_ledger_groups(described),
             checklist=[(group, list(lines)) for group, lines in groupby(checklist(described), lambda line: line.group)],
             ceiling_note=prose.ceiling_note,
             power=prose.power,
-            speaks_of=prose.speaks_of,
             about=ABOUT,
             game_rows=games.game_rows,
             test_groups=games.test_groups,
             score_summaries=games.score_summaries,
-            threshold=games.threshold,
-            next_step=games.next_step,
+            factor=factor,
+            log_threshold=games.log_threshold,
             picture=lambda encoded: _picture(encoded, STRIP_BYTES),
             limits=[*prose.limits(described), *prose.sweep_limits(page.sweeps)],
             figures=drawn,
@@ -182,6 +200,7 @@ def _render(
             galleries=_galleries(page.runs, detail.pictures),
             environments=_environments(described),
             show_examples=show_examples,
+            command=_command(page, title=title, show_examples=show_examples, against=against),
             base_mark=figures.BASE_MARK,
             embedded=embed(page, scores=detail.scores_embedded, documents=detail.documents_embedded, changes=changes),
             left_out=", without " + " and ".join(detail.left_out),
@@ -194,6 +213,7 @@ def _source(content: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
 
 
+@lru_cache(maxsize=1)
 def environment() -> jinja2.Environment:
     """The template environment: everything is escaped, an unknown name is an error."""
     env = jinja2.Environment(
@@ -217,7 +237,6 @@ def environment() -> jinja2.Environment:
         points=text.points,
         signed=text.signed,
         meaning=utility.meaning,
-        shell=shlex.quote,
     )
     return env
 
@@ -232,19 +251,6 @@ def _described(page: Page, cells: int) -> tuple[tuple[RunReport, ...], int]:
     wanted = sorted(own, key=lambda run: run.key != firsts[run.cell_of, run.method])[:cells]
     kept = {run.key for run in wanted}
     return tuple(run for run in page.described if run.cell_of is None or run.key in kept), len(own) - len(wanted)
-
-
-def _verdict_rows(runs: Sequence[RunReport], table: utility.TaskTable | None) -> list[dict[str, Any]]:
-    top = scale_top([(run.headline, run.claim) for run in runs if run.headline is not None])
-    return [
-        {
-            "run": run,
-            "utility": utility.utility(run, runs, table),
-            "note": prose.ceiling_note(run.headline, run.claim) if run.headline is not None else None,
-            "evidence": evidence_bar(run.headline, run.claim, top) if run.headline is not None else "",
-        }
-        for run in runs
-    ]
 
 
 def _claim_groups(runs: Sequence[RunReport]) -> list[dict[str, Any]]:
@@ -263,13 +269,33 @@ def _claim_groups(runs: Sequence[RunReport]) -> list[dict[str, Any]]:
 
 
 def _ledger_groups(runs: Sequence[RunReport]) -> list[list[RunReport]]:
-    """Runs by ledger: configurations of a sweep that go the same path share a drawing, other runs have their own."""
+    """Runs by ledger: those that say word for word the same share it, and configurations of a sweep that go the same
+    path share a drawing."""
     groups: dict[tuple[object, ...], list[RunReport]] = {}
     for run in runs:
-        path = tuple((row.path, row.status) for row in run.ledger)
-        own = run.key if run.cell_of is None else None
-        groups.setdefault((own, run.cell_of, run.method, path), []).append(run)
+        path: tuple[object, ...] = tuple((row.path, row.status) for row in run.ledger)
+        if run.cell_of is None:
+            path = (run.ledger, run.ledger_document.spent if run.ledger_document is not None else None)
+            path = (*path, boxes(run.config, run.claim, run.ledger))
+        groups.setdefault((run.cell_of, run.method, path), []).append(run)
     return list(groups.values())
+
+
+def _absent(page: Page) -> set[str]:
+    """Sections that would be empty."""
+    absent = set() if any(run.curves for run in page.runs) else {"curves"}
+    return absent if any(run.gallery for run in page.runs) else absent | {"gallery"}
+
+
+def _command(page: Page, *, title: str, show_examples: bool, against: str) -> str:
+    """The command that writes this page again, in the folder that holds the subjects."""
+    subjects = [run.typed for run in page.runs] + [sweep.typed for sweep in page.sweeps]
+    subjects += [check.typed for check in page.checks] + [bugs.typed for bugs in page.bugs]
+    words = ["dpaudit", "report", *subjects, "--title", title]
+    words += ["--include-private"] if any(run.curves for run in page.runs) else []
+    words += ["--show-examples"] if show_examples else []
+    words += ["--against", against] if against else []
+    return shlex.join([*words, "-o", "report.html"])
 
 
 def _gap_rows(runs: Sequence[RunReport]) -> list[dict[str, Any]]:

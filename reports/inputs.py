@@ -81,6 +81,7 @@ class RunReport:
     `source`: what was given, a run folder or a bare document. `cell_of`: the sweep for one of whose configurations this
     run stands. `place`: where its evidence is, as a relative address; pages don't show it. `vouched`: who signed it.
     `unfit`: those of the notices for which it can't be signed.
+    `typed`: how a command names it in the folder that holds all subjects.
     """
 
     key: str
@@ -101,6 +102,7 @@ class RunReport:
     place: str = ""
     vouched: Vouched = field(default_factory=Vouched)
     unfit: tuple[str, ...] = ()
+    typed: str = ""
 
     @property
     def claim(self) -> Claim | None:

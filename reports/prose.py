@@ -7,10 +7,9 @@ a particular run.
 import math
 from collections.abc import Sequence
 
-from dpaudit import accounting
-from dpaudit.analysis.claim import claimed_event
-from dpaudit.documents import ABOUT, Claim, Test
+from dpaudit.documents import Claim, Test
 from dpaudit.verdict import NO_CONTROL, POWER_NEEDED, marked, powerful
+from reports import allowed
 from reports.inputs import RunReport
 from reports.subjects import SweepReport
 from reports.text import clean, number, percent, plural
@@ -31,34 +30,13 @@ _SAMPLING = {
     "full": "Each step uses all of the data",
 }
 VERDICT_MEANING = {
-    "invalid": "The game itself is unsound, so no number of it counts.",
+    "invalid": "The test itself is unsound, so none of its numbers counts.",
     "refuted": "The evidence contradicts the claim.",
-    "unsupported": "A check of the training path failed: the proof behind the claim does not apply.",
+    "unsupported": "The training does not do what the claim's proof assumes.",
     "inconclusive": "This audit could not reliably have caught a wrong claim. Treat the claim as untested.",
-    "not refuted": "A test that could have found the stated wrong claim was run, and found nothing. No proof.",
-    "no claim": "The run makes no privacy claim; the audit shows what leaks without one.",
+    "not refuted": "No contradiction found by a test that could have found the stated wrong claim. Not a proof.",
+    "no claim": "No privacy is promised; the audit shows what leaks without it.",
 }
-
-
-def best_guess(claim: Claim) -> float:
-    """The largest share of right guesses about one record's membership (fair coin) that the claim allows.
-
-    Of the claimed mechanism where it is stated (dpaudit.accounting.best_guess), and never more than (eps, delta) allow.
-    """
-    event = claimed_event(claim) if claim.token_multiplier is None else None
-    stated = stated_guess(claim.epsilon, claim.delta)
-    return stated if event is None else min(stated, accounting.best_guess(event))
-
-
-def stated_guess(epsilon: float, delta: float) -> float:
-    """The largest share of right guesses about one record's membership (fair coin) under (eps, delta)-DP alone.
-
-    The rates of any test obey FNR + e^eps FPR >= 1 - delta and FPR + e^eps FNR >= 1 - delta (Kairouz, Oh, Viswanath
-    2015, theorem 2.1); their sum gives FPR + FNR >= 2 (1 - delta) / (1 + e^eps), and accuracy = 1 - (FPR + FNR) / 2.
-    """
-    if math.isinf(epsilon) or epsilon > 700:
-        return 1.0
-    return min(1.0, (math.exp(epsilon) + delta) / (math.exp(epsilon) + 1))
 
 
 def claim_paragraphs(run: RunReport) -> list[str]:
@@ -98,15 +76,13 @@ def _meaning(claim: Claim, unit: str) -> str:
     return (
         f"In words: whether or not one {unit} took part changes the probability of any outcome by a factor of at most "
         f"e^eps = {number(factor)}, apart from {number(claim.delta)}. Someone who must guess from the release whether "
-        f"it took part is right at most {percent(best_guess(claim))} of the time{_guess_source(claim)}; a coin flip is "
-        "right 50 % of the time."
+        f"it took part is right at most {percent(allowed.best_guess(claim))} of the time{_guess_source(claim)}; a coin "
+        "flip is right 50 % of the time."
     )
 
 
 def _guess_source(claim: Claim) -> str:
-    if claim.token_multiplier is None and claimed_event(claim) is not None:
-        return " (by the claimed mechanism)"
-    return " (by eps and delta alone)"
+    return " (by eps and delta alone)" if allowed.event_of(claim) is None else " (by the claimed mechanism)"
 
 
 def group_sentence(claim: Claim) -> str:
@@ -115,13 +91,7 @@ def group_sentence(claim: Claim) -> str:
     first = f"Anyone who contributes more than one {unit} is protected less, by more than k × eps for k of them"
     if math.isinf(claim.epsilon):
         return f"Anyone who contributes more than one {unit}: nothing is promised."
-    event = claimed_event(claim) if claim.token_multiplier is None else None
-    losses = {
-        k: accounting.stated_group_loss(claim.epsilon, claim.delta, k)
-        if event is None
-        else accounting.group_loss(event, k, claim.delta)
-        for k in GROUPS
-    }
+    losses = allowed.group_losses(claim, GROUPS)
     parts = []
     for k, loss in losses.items():
         if loss.delta >= USELESS:
@@ -224,19 +194,6 @@ def power(run: RunReport) -> list[str]:
     return items
 
 
-def speaks_of(run: RunReport) -> list[str]:
-    """What the games of a run speak of: its weights, or a twin that was trained the same way."""
-    if run.audit is None:
-        return []
-    abouts: dict[str, list[str]] = {}
-    for entry in run.audit.games:
-        if entry.game not in ("token path", "step contract"):
-            abouts.setdefault(entry.about, []).append(entry.game)
-    if not abouts and run.audit.run is not None:
-        return [] if run.audit.run.about == "weights" else [f"the audit is about {ABOUT[run.audit.run.about]}."]
-    return [f"{', '.join(dict.fromkeys(games))}: about {ABOUT[about]}." for about, games in abouts.items()]
-
-
 def sweep_limits(sweeps: Sequence[SweepReport]) -> list[str]:
     """What a sweep's table does not say."""
     items = []
@@ -280,7 +237,12 @@ def limits(runs: Sequence[RunReport]) -> list[str]:
                 f"{run.key} is a file of scores from elsewhere: that its coins were fair, independent and drawn before "
                 "training is its owner's word."
             )
-        items += [f"Run {run.key}: {said}" for said in speaks_of(run)]
+        twins = [] if run.audit is None else [entry.game for entry in run.audit.games if entry.about == "procedure"]
+        if twins:
+            games = ", ".join(dict.fromkeys(twins))
+            items.append(
+                f"Run {run.key}: {games}: played on a retrained twin, so it says nothing of these very weights."
+            )
     unmeasured = [run.key for run in runs if run.benchmark is None and run.source == "run"]
     if unmeasured:
         items.append(f"No accuracy was measured for run {', '.join(unmeasured)}.")

@@ -1,6 +1,7 @@
 """What a page is about: run folders, sweeps, and bare documents of `dpaudit scores`, `audit`, `check` and `bugs`."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +40,7 @@ class SweepReport:
     document: SweepDocument
     file: ReleasedFile
     place: str
+    typed: str
     lines: tuple[SweepLine, ...]
 
 
@@ -51,6 +53,7 @@ class CheckReport:
     document: CheckDocument
     file: ReleasedFile
     place: str
+    typed: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class BugsReport:
     document: "BugsDocument"
     file: ReleasedFile
     place: str
+    typed: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,18 +90,38 @@ def load_page(paths: Sequence[Path], *, include_private: bool = False, show_exam
     sweeps = [path for path in paths if _is_sweep(path)]
     files = [path for path in paths if path not in sweeps and path.is_file()]
     folders = [path for path in paths if path not in sweeps and path not in files]
+    typed = _typed(paths)
     runs = load_runs(folders, include_private=include_private, show_examples=show_examples) if folders else ()
+    runs = tuple(replace(run, typed=typed[path]) for run, path in zip(runs, folders, strict=True))
     used = len(runs)
     page = Page(runs)
     for path in dict.fromkeys(sweeps):
-        sweep = _sweep(path, first=used)
+        sweep = _sweep(path, typed[path], first=used)
         used += len(sweep.lines)
         page = replace(page, sweeps=(*page.sweeps, sweep))
     for path in dict.fromkeys(files):
-        page = _with_document(page, path, letter(used))
+        page = _with_document(page, path, letter(used), typed[path])
         used += 1
     names = distinct([run.name for run in page.runs])
-    return replace(page, runs=tuple(replace(run, name=name) for run, name in zip(page.runs, names, strict=True)))
+    runs = tuple(replace(run, name=name) for run, name in zip(page.runs, names, strict=True))
+    return replace(page, runs=_claims_first(runs))
+
+
+def _claims_first(runs: Sequence[RunReport]) -> tuple[RunReport, ...]:
+    """Runs with a claim before runs without one, otherwise as given; letters follow the order of the page."""
+    ordered = sorted(runs, key=lambda run: run.claim is None)
+    return tuple(replace(run, key=before.key) for run, before in zip(ordered, runs, strict=True))
+
+
+def _typed(paths: Sequence[Path]) -> dict[Path, str]:
+    """How a command names each subject in the deepest folder that holds all of them; a run by its own folder."""
+    whole = {path: Path(os.path.abspath(path)) for path in paths}
+    named = {
+        path: place.parent if place.name == "release" and place.is_dir() else place for path, place in whole.items()
+    }
+    parent = Path(os.path.commonpath([place.parent for place in named.values()]))
+    names = {path: place.relative_to(parent).as_posix() for path, place in named.items()}
+    return {path: f"./{name}" if name.startswith("-") else name for path, name in names.items()}
 
 
 def _is_sweep(path: Path) -> bool:
@@ -111,7 +135,7 @@ def _file(path: Path) -> ReleasedFile:
     return ReleasedFile(clean(path.name, 80), hashlib.sha256(content).hexdigest(), len(content))
 
 
-def _sweep(path: Path, *, first: int) -> SweepReport:
+def _sweep(path: Path, typed: str, *, first: int) -> SweepReport:
     """A sweep folder, or its sweep.json alone (then nothing but the table is known)."""
     folder = path if path.is_dir() else path.parent
     document = SweepDocument.read(folder / SWEEP)
@@ -131,19 +155,21 @@ def _sweep(path: Path, *, first: int) -> SweepReport:
             run = load_release(release, key=key, name=row.configuration)
             run = replace(run, cell_of=document.name)
         lines.append(SweepLine(key, row, run))
-    return SweepReport(clean(document.name, 60), document, _file(folder / SWEEP), place(folder / SWEEP), tuple(lines))
+    return SweepReport(
+        clean(document.name, 60), document, _file(folder / SWEEP), place(folder / SWEEP), typed, tuple(lines)
+    )
 
 
-def _with_document(page: Page, path: Path, key: str) -> Page:
+def _with_document(page: Page, path: Path, key: str, typed: str) -> Page:
     name = clean(path.stem, 60)
     kind = _kind(path)
     if kind == "check":
-        check = CheckReport(key, name, CheckDocument.read(path), _file(path), place(path))
+        check = CheckReport(key, name, CheckDocument.read(path), _file(path), place(path), typed)
         return replace(page, checks=(*page.checks, check))
     if kind == "bugs":
         from attacks.bugs.benchmark import BugsDocument
 
-        bugs = BugsReport(name, BugsDocument.read(path), _file(path), place(path))
+        bugs = BugsReport(name, BugsDocument.read(path), _file(path), place(path), typed)
         return replace(page, bugs=(*page.bugs, bugs))
     audit = AuditDocument.read(path) if kind == "audit" else _as_audit(ScoresDocument.read(path))
     for index, summary in enumerate(audit.scores):
@@ -160,6 +186,7 @@ def _with_document(page: Page, path: Path, key: str) -> Page:
         files=(_file(path),),
         source="audit" if kind == "audit" else "scores",
         place=place(path),
+        typed=typed,
     )
     return replace(page, runs=(*page.runs, run))
 

@@ -39,6 +39,7 @@ from dpaudit.accounting.pld import (
 )
 from dpaudit.accounting.repetition import Repetitions, TunedEpsilon, draw_runs, tuning
 from dpaudit.accounting.search import noise_multiplier_for
+from dpaudit.accounting.tradeoff import largest_tpr, stated_largest_tpr
 
 __all__ = [
     "COARSE",
@@ -65,6 +66,7 @@ __all__ = [
     "joint_after",
     "joint_curve",
     "joint_epsilon",
+    "largest_tpr",
     "noise_multiplier_beside",
     "noise_multiplier_for",
     "prv_epsilon",
@@ -72,5 +74,6 @@ __all__ = [
     "release_event",
     "sensitivity",
     "stated_group_loss",
+    "stated_largest_tpr",
     "tuning",
 ]

@@ -27,7 +27,7 @@ from dpaudit.accounting.pld import COARSE, discrete_losses, together
 from dpaudit.accounting.schemes import composed_as, moved
 from dpaudit.accounting.steps import directions
 
-_WIDEST = 30.0  # standard deviations of one step; beyond, the loss distribution of a group says nothing worth its cost
+WIDEST = 30.0  # standard deviations of one step; beyond, the loss distribution of a group says nothing worth its cost
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def group_loss(event: DpSgd, units: int, delta: float) -> GroupLoss:
     if step.noise == "gaussian" and step.sample_rate == 1:
         return GroupLoss(gaussian_epsilon(mu * math.sqrt(step.steps), delta), delta, "mechanism")
     sampled = step.noise == "gaussian" and step.sampling == "poisson" and step.relation != "replace"
-    if sampled and mu <= _WIDEST:
+    if sampled and mu <= WIDEST:
         return GroupLoss(_sampled(step, units, delta), delta, "mechanism")
     return _by_lemma(step, units, delta)
 
@@ -114,7 +114,7 @@ def best_guess(event: DpSgd) -> float:
     mu = moved(step) / step.noise_multiplier
     if step.noise == "gaussian" and step.sample_rate == 1:
         return (1 + gaussian_delta(mu * math.sqrt(step.steps), 0.0)) / 2
-    if mu > _WIDEST:
+    if mu > WIDEST:
         return 1.0
     both = [discrete_losses(step, direction, COARSE) for direction in directions(step)]
     apart = max(

@@ -100,7 +100,7 @@ def test_opens_without_a_word_and_without_a_request(page: Page, report: Path, sc
         if event.get("method") == "Network.requestWillBeSent" and event["params"]["request"]["url"].startswith("file:")
     ]
     assert files == [report.resolve().as_uri()]
-    assert page.evaluate("document.querySelectorAll('main section').length") == 11
+    assert page.evaluate("document.querySelectorAll('main section').length") == 11  # no curves without private parts
     page.call("Emulation.setScriptExecutionDisabled", value=False)
 
 
@@ -138,8 +138,9 @@ def test_every_figure_is_drawn_in_every_view(page: Page, report: Path) -> None:
                 "[...document.querySelectorAll('svg.figure')].map(s => {const b = s.getBoundingClientRect();"
                 "return [b.width, b.height, s.querySelectorAll('path,rect,use').length]})"
             )
-            assert len(boxes) == 3 + 3 * 2 * 2 + 1  # ledger diagrams; histogram and ROC of two games each; frontier
-            assert all(w > 200 and h > 120 and shapes > 5 for w, h, shapes in boxes), (width, dark, boxes)
+            # ledger diagrams and axes; evidence of two claims; trade-off, ROC and histogram of two games; frontier
+            assert len(boxes) == 3 + 3 + 2 + 3 * 2 * 3 + 1
+            assert all(w > 200 and h > 60 and shapes > 5 for w, h, shapes in boxes), (width, dark, boxes)
             assert page.evaluate("document.documentElement.scrollWidth") <= width  # no sideways scrolling of the page
             assert page.evaluate(OVERLAPS) == [] and page.evaluate(CUT) == [], width
 
@@ -248,19 +249,13 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.skipif(not AXE, reason=NO_AXE)
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (375, False)])
-def test_axe_finds_no_serious_issue(page: Page, everything: Path, width: int, dark: bool) -> None:
+def test_axe_finds_nothing(page: Page, everything: Path, width: int, dark: bool) -> None:
     page.view(width, dark=dark)
     page.open(everything)
     page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     page.evaluate(AXE[-1].read_text(encoding="utf-8") + "; 1")
     found = page.wait_for("axe.run(document, {resultTypes: ['violations']})")
-    serious = [
-        (item["id"], item["impact"], node["html"][:160])
-        for item in found["violations"]
-        if item["impact"] in ("serious", "critical")
-        for node in item["nodes"][:3]
-    ]
-    assert serious == []
+    assert [(item["id"], node["html"][:160]) for item in found["violations"] for node in item["nodes"][:3]] == []
     # the instrument itself works: a picture without a text and a pale text are found
     page.evaluate(
         "document.querySelector('main').insertAdjacentHTML('afterbegin', '<img src=data:,><div role=button></div>')"
@@ -284,7 +279,7 @@ def test_a_page_of_everything_fits(page: Page, everything: Path, width: int) -> 
 def test_tables_sort_by_number_and_keyboard_where_there_is_javascript(page: Page, everything: Path) -> None:
     page.view(1280)
     page.open(everything)
-    table = "document.querySelector('#verdicts [aria-label^=Sweep] table')"
+    table = "document.querySelector('#glance [aria-label^=Sweep] table')"
     column = f"[...{table}.tBodies[0].rows].map(r => r.cells[4].firstChild.textContent.trim())"
     press = f"{table}.tHead.rows[0].cells[4].querySelector('button').click()"
     before = page.evaluate(column)

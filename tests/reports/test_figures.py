@@ -5,36 +5,28 @@ import re
 from statistics import NormalDist
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from dpaudit.accounting import gaussian_epsilon
+from dpaudit.accounting import epsilon, gaussian_epsilon, stated_largest_tpr
 from dpaudit.documents import LedgerRow, Metric
-from reports.diagram import boxes, diagram, evidence_bar, scale_top, stage_rows, worst
-from reports.figures import FrontierPoint, allowed_tpr, frontier, histogram, roc
-from reports.prose import best_guess, ceiling_note, group_sentence, stated_guess
-from reports.svg import StyleSheet
-from tests.reports.fixtures import audit, claim, config, ledger_rows, score_summary
+from reports.allowed import best_guess, shown_event, stated_guess
+from reports.diagram import boxes, diagram, stage_rows, worst
+from reports.evidence import Row, Step, axis, growth, guess_bar, scale_top
+from reports.figures import FrontierPoint, curve, frontier
+from reports.inputs import Curve
+from reports.plot import decades, linear
+from reports.prose import ceiling_note, group_sentence
+from reports.rates import histogram, tradeoff
+from tests.reports.fixtures import audit, claim, claim_test, config, ledger_rows, score_summary
 
 
-@given(st.floats(0.01, 12), st.floats(0, 1))
-def test_allowed_rates_obey_both_inequalities_with_equality_in_one(epsilon: float, fpr: float) -> None:
-    delta = 1e-5
-    tpr = allowed_tpr(fpr, epsilon, delta)
-    assert 0 <= tpr <= 1
-    assert tpr <= math.exp(epsilon) * fpr + delta + 1e-12
-    assert 1 - fpr <= math.exp(epsilon) * (1 - tpr) + delta + 1e-9
-    tight = min(math.exp(epsilon) * fpr + delta, 1 - math.exp(-epsilon) * max(1 - fpr - delta, 0.0), 1.0)
-    assert tpr == pytest.approx(tight)
-
-
-@pytest.mark.parametrize("epsilon", [0.1, 1.0, 3.0, 8.0])
-def test_best_guess_is_the_maximum_over_the_curve(epsilon: float) -> None:
+@pytest.mark.parametrize("eps", [0.1, 1.0, 3.0, 8.0])
+def test_best_guess_is_the_maximum_over_the_curve(eps: float) -> None:
     delta = 1e-5
     grid = [i / 20000 for i in range(20001)]
-    best = max((1 + allowed_tpr(fpr, epsilon, delta) - fpr) / 2 for fpr in grid)
-    assert best <= stated_guess(epsilon, delta) + 1e-12
-    assert best == pytest.approx(stated_guess(epsilon, delta), abs=5e-4)
+    rates = stated_largest_tpr(eps, delta, grid)
+    best = max((1 + float(tpr) - fpr) / 2 for fpr, tpr in zip(grid, rates, strict=True))
+    assert best <= stated_guess(eps, delta) + 1e-12
+    assert best == pytest.approx(stated_guess(eps, delta), abs=5e-4)
     assert stated_guess(0.0, 0.0) == 0.5 and stated_guess(math.inf, 1e-5) == 1.0
 
 
@@ -65,40 +57,92 @@ def test_several_units_cost_more_than_their_number_times_eps() -> None:
 TEXT = re.compile(r'<text[^>]*? x="([\d.]+)" y="([\d.]+)"[^>]*>([^<]+)</text>')
 
 
+def frame(svg: str) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """Ticks of a plot as (value, pixel): of x, and of y."""
+    texts = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="(middle|end)">([^<]+)</text>', svg)
+    ticks = [(float(x), float(y), kind, float(text.replace("−", "-"))) for x, y, kind, text in texts]
+    across = [(value, x) for x, _, kind, value in ticks if kind == "middle"]
+    return across, [(value, y - 3.5) for _, y, kind, value in ticks if kind == "end"]
+
+
+def pixels(svg: str, kind: str) -> list[tuple[float, float]]:
+    """Corners of a line as they are drawn."""
+    drawn = re.findall(rf'<path class="line k-{kind}" d="([^"]+)"/>', svg)[0]
+    found: list[tuple[float, float]] = []
+    for command, text in re.findall(r"([MHVL]?) ?([\d.]+(?: [\d.]+)*)", drawn):
+        numbers = [float(number) for number in text.split()]
+        if command == "H":
+            found.append((numbers[0], found[-1][1]))
+        elif command == "V":
+            found.append((found[-1][0], numbers[0]))
+        else:
+            found += list(zip(numbers[::2], numbers[1::2], strict=True))
+    return found
+
+
+def value_at(pixel: float, ticks: list[tuple[float, float]]) -> float:
+    """Read a linear axis at a pixel, by its first and last ticks."""
+    (low, first), (high, last) = ticks[0], ticks[-1]
+    return low + (high - low) * (pixel - first) / (last - first)
+
+
 def test_histogram_is_drawn_to_its_own_scale() -> None:
     """Read back from the drawing: the outline is as tall as the fullest bin's share on the axis' own ticks."""
     summary = score_summary("s", 1.0)
-    styles = StyleSheet()
-    svg = str(histogram(summary, key="h", styles=styles))
+    svg = str(histogram(summary, key="h"))
     assert svg.startswith("<svg") and "<title" in svg and "<desc" in svg and " style=" not in svg
-    assert svg == str(histogram(summary, key="h", styles=StyleSheet()))
-    numbers = [(float(x), float(y), float(t.replace("−", "-"))) for x, y, t in TEXT.findall(svg) if t[-1].isdigit()]
-    column = min(x for x, _, _ in numbers)
-    ticks = sorted((value, y) for x, y, value in numbers if x == column)
-    pixels = (ticks[0][1] - ticks[-1][1]) / (ticks[-1][0] - ticks[0][0])  # per cent point
-    name = next(name for text, name in styles.classes.items() if "stroke:var(--in)" in text and "fill:none" in text)
-    outline = max(re.findall(rf'<path[^>]*?d="([^"]+)"[^>]*class="{name}"', svg), key=len)
-    heights = [float(y) for _, y in re.findall(r"(-?[\d.]+) (-?[\d.]+)", outline)]
-    tallest = 100 * max(summary.counts_in) / summary.n_in
-    assert (max(heights) - min(heights)) / pixels == pytest.approx(tallest, abs=0.15)
+    assert svg == str(histogram(summary, key="h")) and f"in (n = {summary.n_in})" in svg
+    across, up = frame(svg)
+    outline = pixels(svg, "in")
+    assert value_at(min(y for _, y in outline), up) == pytest.approx(100 * max(summary.counts_in) / 150, abs=0.15)
+    assert value_at(outline[0][0], across) == pytest.approx(summary.edges[0], abs=0.03)
+    assert value_at(outline[-1][0], across) == pytest.approx(summary.edges[-1], abs=0.03)
 
 
-def test_two_figures_share_no_id_and_refer_to_their_own() -> None:
-    styles = StyleSheet()
-    summary = score_summary("s", 0.5)
-    both = str(roc(summary, claim(), key="one", styles=styles)) + str(roc(summary, claim(), key="two", styles=styles))
+def test_the_claims_curve_is_the_mechanisms_and_the_attack_its_own() -> None:
+    """One Gaussian: type II = Phi(z - mu) where type I = Phi(-z); read back from the drawing."""
+    full = claim().model_copy(update={"sampling": "full", "sample_rate": None, "steps": 4, "noise_multiplier": 2.0})
+    summary, normal = score_summary("s", 1.0), NormalDist()
+    svg = str(tradeoff(summary, full, None, key="t"))
+    across, up = frame(svg)
+    for x, y in pixels(svg, "claim")[1:-1]:
+        first, second = value_at(x, across), value_at(y, up)
+        if 0.02 < first < 0.98:
+            assert second == pytest.approx(normal.cdf(-normal.inv_cdf(first) - 1.0), abs=0.02)
+    points = {(round(point.fpr, 2), round(1 - point.tpr, 2)) for point in summary.roc}
+    drawn = [(value_at(x, across), value_at(y, up)) for x, y in pixels(svg, "attack")[::2]]
+    assert all(min(abs(a - x) + abs(b - y) for a, b in points) < 0.02 for x, y in drawn)
+    assert "evidence" not in svg
+    sampled = claim()
+    shown = shown_event(sampled, claim_test(assumes="dp-sgd(q,T)", epsilon_lower=4.0))
+    assert shown is not None and epsilon(shown, 1e-5) == pytest.approx(4.0, rel=2e-3)
+    assert "evidence" in str(tradeoff(summary, sampled, shown, key="t"))
+    assert shown_event(sampled, claim_test(assumes="dp-sgd(q,T)", epsilon_lower=0.0)) is None
+
+
+def test_two_figures_share_no_id_and_bring_no_colour() -> None:
+    metric = Metric(value=0.8, low=0.7, high=0.9, n=10)
+    points = [FrontierPoint("A", 8.0, (3.0,), metric, "A")]
+    both = "".join(str(frontier(points, metric, key=key)) for key in ("one", "two"))
+    both += str(curve(Curve("loss", (1.0, 2.0, 3.0), (2.0, math.nan, 1.0)), key="three"))
     ids = re.findall(r'\sid="([^"]+)"', both)
-    assert len(ids) == len(set(ids))
-    assert set(re.findall(r'(?:href="#|url\(#)([\w-]+)', both)) <= set(ids)
-    used = set(re.findall(r'class="(v\d+)"', both))
-    assert used <= set(styles.classes.values())
-    assert "#" not in re.sub(r"url\(#|var\(", "", styles.css())  # every colour is a variable of the page
+    assert len(ids) == len(set(ids)) == 6
+    assert " style=" not in both and "#" not in both and "fill=" not in both and "nan" not in both
+
+
+def test_axes_have_round_ticks_within_their_ends() -> None:
+    for low, high in ((0.0, 1.0), (-3.2, 4.7), (80.1, 97.3), (0.0, 1e-6), (5.0, 5.0)):
+        ticks = linear("x", low, high).ticks
+        assert len(ticks) <= 6 and all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
+    assert linear("x", 0.0, 1.0).ticks == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert decades("x", 0.001).ticks == pytest.approx([0.001, 0.01, 0.1, 1.0])
+    assert decades("x", 0.001).share(0.1) == pytest.approx(2 / 3) and decades("x", 0.001).share(0.0) == 0.0
 
 
 def test_frontier_draws_every_run_and_no_claim_at_the_right() -> None:
     metric = Metric(value=0.8, low=0.7, high=0.9, n=10)
     points = [FrontierPoint("A", math.inf, (3.0,), metric, "A"), FrontierPoint("B", 8.0, (0.0,), metric, "B")]
-    svg = str(frontier(points, metric, key="f", styles=StyleSheet()))
+    svg = str(frontier(points, metric, key="f"))
     text = re.findall(r"<text[^>]*>([^<]+)</text>", svg)
     assert {"A", "B", "no claim", "8"} <= set(text)
     place = {label: float(x) for x, _, label in TEXT.findall(svg)}
@@ -107,7 +151,7 @@ def test_frontier_draws_every_run_and_no_claim_at_the_right() -> None:
     assert place["0"] < place["1"] < place["3"] < place["8"] < place["no claim"]
     unit = place["1"] - place["0"]  # log2(1 + eps)
     assert place["8"] - place["0"] == pytest.approx(math.log2(9) * unit, abs=0.5)
-    lonely = str(frontier([FrontierPoint("A", math.inf, (), metric, "A")], None, key="g", styles=StyleSheet()))
+    lonely = str(frontier([FrontierPoint("A", math.inf, (), metric, "A")], None, key="g"))
     assert "no claim" in lonely
 
 
@@ -154,14 +198,41 @@ def test_diagram_tells_private_from_protected_and_shows_a_bypass() -> None:
     assert silent[2].status == "missing"  # a reducer that the ledger does not mention
 
 
-def test_evidence_bar_is_to_scale() -> None:
-    test = audit("dual-priv").tests[0]
-    top = scale_top([(test, claim())])
-    bar = str(evidence_bar(test, claim(), top))
-    ends = [float(x) for x in re.findall(r'class="(?:reach|found)" d="M4 10H([\d.]+)', bar)]
-    mark = float(re.findall(r'class="mark" d="M([\d.]+)', bar)[0])
-    scale = [4 + 192 * math.log2(1 + eps) / math.log2(1 + top) for eps in (3.66, 0.12, 8.0)]
-    assert [*ends, mark] == pytest.approx(scale, abs=0.06)
+def test_the_axis_holds_every_bound_at_its_place_and_says_it() -> None:
+    rows = [
+        Row("claim", "Claim: at most", 8.0, None),
+        Row("found", "Released weights", 0.12, 3.66),
+        Row("within", "Within <b>", 7.7, math.inf),
+    ]
+    top = scale_top([8.0, 3.66, math.inf])
+    svg = str(axis(rows, top, key="a"))
+    left, right = 6.0, 312.0
+    scale = {eps: left + (right - left) * math.log2(1 + eps) / math.log2(1 + top) for eps in (8.0, 3.66, 0.12, 7.7)}
+    ends = re.findall(r'class="(allowed|reach|found|within)" d="M6 \d+H([\d.]+)', svg)
+    wanted = [("allowed", 8.0), ("reach", 3.66), ("found", 0.12), ("reach", None), ("within", 7.7)]
+    for (kind, x), (name, eps) in zip(ends, wanted, strict=True):
+        assert kind == name and float(x) == pytest.approx(right if eps is None else scale[eps], abs=0.06)
+    assert "at least 0.12, could show up to 3.66" in svg and "Within &lt;b&gt;" in svg
+    assert re.findall(r'middle">(\d+)</text>', svg) == ["0", "1", "2", "4", "8"]
+    assert axis([], top, key="a") == ""
+
+
+def test_evidence_climbs_game_by_game_and_repeats_show() -> None:
+    steps = [Step("01-canaries", math.log(0.5), False), Step("02-white-box", math.log(100), True)]
+    steps += [Step("03-white-box", math.log(1e12), True), Step("04-white-box", -math.inf, True)]
+    svg = str(growth(steps, math.log(1000), key="g"))
+    assert "01-canaries: 0.5; 02-white-box: 100; 03-white-box: 10^12; 04-white-box: 0." in svg
+    assert "refuted from 1,000" in svg and re.findall(r'y="126" text-anchor="middle">(\d)', svg) == ["1", "2", "3", "4"]
+    heights = [float(y) for y in re.findall(r"V([\d.]+)", re.findall(r'class="stairs" d="([^"]+)"', svg)[0])]
+    line = float(re.findall(r'class="refuted" d="M46 ([\d.]+)', svg)[0])
+    assert heights[2] < line < heights[1] < heights[0] < heights[3]
+    unit = (heights[0] - heights[1]) / (math.log10(100) - math.log10(0.5))  # of a power of ten
+    assert heights[1] - line == pytest.approx(unit, abs=0.1)
+    assert svg.count("h9v9h-9Z") == 3  # squares are twins
+
+
+def test_a_guess_is_drawn_beside_the_coin() -> None:
+    assert 'class="right" d="M2 8H149.0"' in guess_bar(0.75) and 'class="coin" d="M100 2V14"' in guess_bar(0.75)
 
 
 def test_ceiling_notes() -> None:

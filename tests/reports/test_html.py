@@ -4,7 +4,6 @@ import base64
 import hashlib
 import html
 import json
-import math
 import re
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from dpaudit.documents import AuditDocument, LedgerDocument, Thumbnail
 from dpaudit.errors import UsageError
 from dpaudit.ledger import tuning_row
 from reports.embedded import ReportDocument
-from reports.html import SIZE_LIMIT, render
+from reports.html import SIZE_LIMIT, SIZE_WANTED, render
 from reports.inputs import Gallery, load_runs
 from reports.subjects import load_page
 from tests.reports.fixtures import (
@@ -66,6 +65,11 @@ class Balance(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
+
+
+def claims_first(paths: list[Path]) -> list[Path]:
+    """Three runs in the order of their page: the first of them makes no claim."""
+    return [*paths[1:], paths[0]]
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +127,12 @@ def test_says_what_an_auditor_needs(three: tuple[list[Path], str]) -> None:
         "6.2 to 6.6",
         "tokens published with the paper's noise does not apply",
         "No test of this audit has earned power",
-        "dpaudit audit dp-sgd --white-box tests the noise itself",
+        "dpaudit audit dp-sgd --white-box : tests the noise itself",
         "--strict turns an inconclusive audit into exit code 3",
+        "Each image, not each person (or patient). Two images of one person: eps up to 19.1.",
+        "is right at most 78 times in 100; a coin: 50.",
+        "could not have shown a wrong claim (no power earned)",
+        "Nothing for or against the claim: it rests on the owner's word.",
     ):
         assert words in text, words
 
@@ -134,7 +142,7 @@ def test_embedded_json_is_the_documents(three: tuple[list[Path], str]) -> None:
     data = embedded(page)
     runs = data["runs"]
     assert isinstance(runs, list) and [run["summary"]["key"] for run in runs] == ["A", "B", "C"]
-    for path, run in zip(paths, runs, strict=True):
+    for path, run in zip(claims_first(paths), runs, strict=True):
         release = path / "release"
         files = {file.relative_to(release).as_posix(): file for file in release.rglob("*") if file.is_file()}
         assert run["files"] == {name: hashlib.sha256(f.read_bytes()).hexdigest() for name, f in files.items()}
@@ -151,7 +159,7 @@ def test_ten_runs_stay_small_and_say_what_was_left_out(tmp_path: Path) -> None:
     methods = ["non-private", *["dp-sgd", "dual-priv"] * 5][:10]
     paths = [write_run(tmp_path, method, name=f"run-{index}") for index, method in enumerate(methods)]
     page = page_of(*paths)
-    assert len(page.encode()) < SIZE_LIMIT
+    assert len(page.encode()) <= SIZE_WANTED
     assert "to keep the page small" in visible(page)
 
 
@@ -285,9 +293,9 @@ def test_command_line(tmp_path: Path) -> None:
     document = ReportDocument.model_validate_json(done.stdout)
     assert document.bytes == out.stat().st_size and document.sha256 == hashlib.sha256(out.read_bytes()).hexdigest()
     assert [(run.verdict, run.epsilon_lower) for run in document.runs] == [
-        ("no claim", 3.41),
         ("inconclusive", 0.0),
         ("inconclusive", 0.12),
+        ("no claim", 3.41),
     ]
     assert "<h1><bdi>Ours &amp; theirs</bdi></h1>" in out.read_text()
     for arguments, words in (
@@ -366,13 +374,13 @@ def test_every_figure_says_what_it_speaks_of_and_the_deciding_one_stays(tmp_path
     assert document.verdict == "not refuted"
     page = page_of(run)
     text = visible(page)
-    assert "canaries: about these weights." in text
-    assert "white-box: about the training procedure, not these weights." in text
+    assert "The released weights, canaries game: could not have shown" in text
+    assert "A retrained twin, white-box game: 97 % sure to refute if the true sigma is 10 % smaller" in text
     own = "(game 02-white-box: the training procedure, not these weights; sigma 1.198, q 0.119, T 168)"
-    assert f"Scores in “ white box ” {own}" in text and f"ROC of “ white box ” {own}" in text
+    assert f"Scores in “ white box ” {own}" in text and f"Trade-off of “ white box ” {own}" in text
     assert "02-white-box says most" in text and "97 % liveness: earned (1.000 C)" in text
-    assert "Next:" not in text and "within DP-SGD of the claimed q and T: eps ≥ 7.7 (ceiling 9.9)" in text
-    assert f"of {-math.log(0.001):.3g} 97 %" in text
+    assert "Within claimed mechanism (twin) ≥ 7.7 (sees ≤ 9.9)" in text and "dpaudit audit dp-sgd --contract" in text
+    assert "of 1,000 97 %" in text
     many = [run]
     for index in range(11):
         other = write_run(tmp_path, "dual-priv", name=f"run-{index}")
@@ -380,8 +388,8 @@ def test_every_figure_says_what_it_speaks_of_and_the_deciding_one_stays(tmp_path
         many.append(other)
     small, detail = render(load_page(many), title="T")
     assert len(small.encode()) < SIZE_LIMIT and not detail.documents_embedded
-    assert visible(small).count("ROC of “ white box ”") == (12 if detail.games else 0)
-    assert "ROC of “ canaries" not in visible(small)
+    assert visible(small).count("Trade-off of “ white box ”") == 12
+    assert "Trade-off of “ canaries" not in visible(small)
 
 
 def test_a_refuting_game_is_the_one_that_decides(tmp_path: Path) -> None:
