@@ -160,8 +160,12 @@ def decide(
         names = "; ".join(
             dict.fromkeys(f"{test.name}: power {test.power:.0%}, earned by {test.control}" for test in powered)
         )
+        sought = dict.fromkeys(
+            game.alternative for game in games if game.alternative and any(map(powerful, game.tests))
+        )
+        wrong = " or ".join(sought) or "the stated wrong claim"
         return "not refuted", (
-            f"No test refuted the claim, and one that could have did look ({names}).",
+            f"No test refuted the claim, and a test that could have found this was run: {wrong} ({names}).",
             "This is no proof of privacy.",
         )
     return "inconclusive", _why_inconclusive(games, tests)

@@ -141,7 +141,7 @@ def _after(
     """The release of `batch` after each path at equal parameters; None if these can't be set."""
     probe, training = bench.probe, bench.training
     subjects = [probe.grown(tuple(map(tuple, path)), training.beside(records)) for path, records in paths]
-    effective = all(subject.put(meant) for subject in subjects) and _heard(bench, paths[0][0], batch, meant)
+    effective = all(subject.put(meant) for subject in subjects) and heard(bench, paths[0][0], batch, meant)
     if not effective:
         if not {"save", "load"} <= probe.offered:
             return None
@@ -153,7 +153,7 @@ def _after(
     return [probe.watch(subject, batch) for subject in subjects]
 
 
-def _heard(bench: Bench, path: list[list[int]], batch: list[int], meant: dict[str, Vector]) -> bool:
+def heard(bench: Bench, path: list[list[int]], batch: list[int], meant: dict[str, Vector]) -> bool:
     """Whether the parameters set are those that gradients are computed from (an average of weights may be shown)."""
     probe, records = bench.probe, bench.training.records
     subject = probe.grown(tuple(map(tuple, path)), records)

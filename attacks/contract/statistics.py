@@ -129,6 +129,19 @@ def spread_p(sizes: Vector, units: int, rate: float) -> float:
     return min(1.0, 2.0 * math.exp(min(tails)))
 
 
+def extremes_p(sizes: Vector, units: int, rate: float) -> float:
+    """Exact p-value (by Bonferroni's inequality over four tails) of the largest and the smallest of independent
+    Binomial(n, q) batch sizes: a cap, or batches that are never empty."""
+    largest, smallest, draws = int(sizes.max()), int(sizes.min()), sizes.size
+    tails = (
+        draws * float(binom.logcdf(largest, units, rate)),
+        math.log(max(5e-324, -math.expm1(draws * float(binom.logcdf(largest - 1, units, rate))))),
+        draws * float(binom.logsf(smallest - 1, units, rate)),
+        math.log(max(5e-324, -math.expm1(draws * float(binom.logsf(smallest, units, rate))))),
+    )
+    return min(1.0, 4.0 * math.exp(min(tails)))
+
+
 def gaussian_leak(hits_in: int, hits_out: int, runs: int, alpha: float) -> float:
     """Lower bound on mu from an event seen `hits_in` of `runs` times with a unit and `hits_out` without (GDP).
 

@@ -17,16 +17,15 @@ from scipy.stats import rankdata
 from dpaudit import blind, verdict
 from dpaudit.analysis import claim as claims
 from dpaudit.analysis.claim import ALTERNATIVE, Alternative, Game, claim_test, play
+from dpaudit.analysis.control import with_power
 from dpaudit.analysis.plan import bound_guesses, plan_test
 from dpaudit.analysis.tables import ScoreTable
 from dpaudit.bounds import bayes, mahloujifar, order_statistic, roc, selection, steinke
 from dpaudit.bounds.clopper_pearson import Counts
 from dpaudit.documents import Assumes, Check, Claim, Control, GameDocument, ScoresDocument, Test, Validity
-from dpaudit.errors import UsageError
 from dpaudit.evidence import calibrate
 
 Coins = Literal["independent", "half", "unknown"]
-CONTROL_GAMES = 400
 SIGN_LEVEL = 0.001  # one-sided, for "members score lower than chance allows"; a guard outside the error budget
 COIN_LEVEL = 1e-6  # two-sided, for "so many heads from fair coins": a broken coin misses it by far
 
@@ -72,10 +71,12 @@ def analyse(
     if validity.sound and options.independent_runs:
         tests += independent_run_tests(table, options)
     controls: tuple[Control, ...] = ()
+    alternative: str | None = None
     if control is not None and options.claim is not None:
-        tests, controls = with_power(tests, table, control, options)
+        tests, controls, alternative = with_power(tests, control, options.claim, alpha=options.alpha, seed=options.seed)
     game = GameDocument(
         game="scores",
+        alternative=alternative,
         number=1,
         previous_sha256=None,
         about="weights",
@@ -92,6 +93,7 @@ def analyse(
         verdict=found,
         reasons=reasons,
         claim=options.claim,
+        alternative=alternative,
         alpha=options.alpha,
         family_confidence=options.confidence,
         tests=verdict.marked(tests, options.alpha),
@@ -100,56 +102,6 @@ def analyse(
         # An unsound game may print no number about the model.
         scores=(roc.summarise(options.name, table.scores, table.members),) if validity.sound else (),
     )
-
-
-def with_power(
-    tests: Sequence[Test], table: ScoreTable, control: ScoreTable, options: Options
-) -> tuple[list[Test], tuple[Control, ...]]:
-    """The tests with the power that the control shows: how often games of this size, drawn from its scores, refute.
-
-    Each drawn game has as many records as the real one, fair coins, and scores of the control's members and non-members
-    (with replacement); guesses and level are those of the real test. The share that refutes has an exact interval.
-    """
-    if options.claim is None or len({bool(member) for member in control.members}) < 2:
-        raise UsageError(
-            "--control: needs members and non-members, and a claim to test (--claim-sigma ... or --epsilon)"
-        )
-    inside, outside = control.scores[control.members], control.scores[~control.members]
-    profile = claims.null_profile(options.claim)
-    rng = np.random.default_rng([options.seed, 1])
-    found, controls = [], list[Control]()
-    for test in tests:
-        if not verdict.counts(test) or test.guesses is None:
-            found.append(test)
-            continue
-        top, bottom = test.guesses - test.guesses // 2, test.guesses // 2
-        critical = claims.critical_errors(
-            profile,
-            canaries=test.n,
-            guesses=test.guesses,
-            alpha=calibrate.level(wanted=verdict.wanted(test.share, options.alpha)),
-            separate=test.bound == "order-statistic",
-        )
-        refuted = 0
-        for _ in range(CONTROL_GAMES):
-            coins = rng.random(test.n) < 0.5
-            drawn = np.where(coins, rng.choice(inside, test.n), rng.choice(outside, test.n))
-            game = play(drawn, coins, top=top, bottom=bottom, rng=rng)
-            refuted += game.guesses - game.correct <= critical
-        low, high = roc.clopper_pearson_interval(refuted, CONTROL_GAMES, 0.99)
-        earned = f"a known leak in {control.scores.size} scores"
-        update = {"power": refuted / CONTROL_GAMES, "power_low": low, "control": earned}
-        found.append(test.model_copy(update=update))
-        controls.append(
-            Control(
-                name="known leak",
-                outcome="earned",
-                measured=f"{refuted} of {CONTROL_GAMES} games drawn from the control refute ({low:.0%} to {high:.0%})",
-                allowed=f"at least {verdict.POWER_NEEDED:.0%} to support 'not refuted'",
-                explanation="That the control's leak is the one this audit must find is its owner's statement.",
-            )
-        )
-    return found, tuple(controls)
 
 
 def validity_checks(

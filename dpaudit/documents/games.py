@@ -117,6 +117,7 @@ class ScoresDocument(Document):
     verdict: Verdict
     reasons: tuple[str, ...]
     claim: Claim | None = None
+    alternative: str | None = Field(default=None, description="What the earned power is against.")
     alpha: float
     family_confidence: float
     tests: tuple[Test, ...]

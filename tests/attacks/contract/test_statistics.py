@@ -99,3 +99,15 @@ def test_law_tells_uniform_and_laplace_from_normal() -> None:
     assert stats.law_p((rng.random(n) - 0.5) * math.sqrt(12), "norm") < stats.ALPHA
     assert stats.law_p(rng.laplace(size=n) / math.sqrt(2), "norm") < stats.ALPHA
     assert stats.law_p(rng.laplace(size=n), "laplace") > 1e-6
+
+
+def test_extremes_of_binomial_sizes_against_simulation_and_by_hand() -> None:
+    """Uniform enough under the law (never below 1e-7 in 2,000 sets; expected 2e-4), and small for a cap and a floor."""
+    rng = np.random.default_rng(6)
+    sets = rng.binomial(60, 0.1, size=(2000, 400)).astype(float)
+    values = np.array([stats.extremes_p(sizes, 60, 0.1) for sizes in sets])
+    assert values.min() > 1e-7 and np.mean(values < 0.05) < 0.05 + 4.9 * math.sqrt(0.05 * 0.95 / 2000)
+    assert stats.extremes_p(np.minimum(sets[0], 8), 60, 0.1) < 1e-12
+    assert stats.extremes_p(np.maximum(sets[0], 3), 60, 0.1) < 1e-7
+    one = stats.extremes_p(np.array([9.0]), 10, 0.1)  # one draw of 9 of 10: P[B >= 9] = 10 * 0.9 * 1e-9 + 1e-10
+    assert one == pytest.approx(4 * (10 * 0.9 * 1e-9 + 1e-10), rel=1e-6)
