@@ -357,6 +357,12 @@ def best_within(tests: Sequence[Test]) -> Test | None:
     return max(exact or bounds[:1], key=lambda test: float(test.epsilon_lower or 0.0), default=None)
 
 
+def highest_ceiling(document: AuditDocument | ScoresDocument) -> float | None:
+    """The largest bound that the headline tests could have shown; None without one, or where one has no ceiling."""
+    found = [None if test.ceiling is None else float(test.ceiling) for test in _headlines(document)]
+    return None if not found or None in found else max(value for value in found if value is not None)
+
+
 def exceeds(document: AuditDocument | ScoresDocument, epsilon: float) -> bool:
     """Whether the headline bound lies above a gate's eps."""
     best = headline(document)

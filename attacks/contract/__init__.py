@@ -17,6 +17,7 @@ from attacks.contract import (
     accounting,
     history,
     influence,
+    later,
     liveness,
     noise,
     production,
@@ -35,7 +36,7 @@ from dpaudit.errors import rejected
 __all__ = ["FALSE_ALARMS", "Examination", "MethodFailure", "assert_contract", "check", "check_names", "run_checks"]
 
 # In the order of a step.
-MODULES = (units, influence, history, noise, production, updates, liveness, sampling, resume, accounting)
+MODULES = (units, influence, history, noise, production, later, updates, liveness, sampling, resume, accounting)
 
 # Without these a pass would say too little: the verdict is then "inconclusive".
 CORE = (influence.INFLUENCE, influence.CLIPPING, noise.LEVEL, noise.OF_DATA)
@@ -49,6 +50,7 @@ STATISTICAL = (
     noise.OVER_PARAMETERS,
     noise.WITHIN,
     production.UNSEEDED,
+    later.LATER,
     updates.LEAK,
     *(sampling.MARGINALS, sampling.SPREAD, sampling.EPOCH) * 2,
     resume.RESUME_NOISE,

@@ -84,6 +84,7 @@ class Subject:
             if tensor is None:
                 out[str(name)] = None
                 continue
+            tensor = as_tensor("released()", name, tensor)
             values = flat("released()", name, tensor)
             self.probe.precision = max(self.probe.precision, float(torch.finfo(tensor.dtype).eps))
             if name in shapes and tuple(tensor.shape) != shapes[name]:
@@ -100,12 +101,14 @@ class Subject:
         shown = self.ask("parameters")
         if not isinstance(shown, Mapping) or set(shown) != set(blocks):
             return False
-        new = {
-            name: torch.from_numpy(blocks[name].reshape(tuple(value.shape))).to(value.dtype).to(value.device)
-            for name, value in shown.items()
-        }
+        new = {}
+        for name, value in shown.items():
+            like = as_tensor("parameters()", name, value)
+            new[name] = torch.from_numpy(blocks[name].reshape(tuple(like.shape))).to(like.dtype).to(like.device)
         if self.offers("assign"):
-            self.ask("assign", {name: value.clone() for name, value in new.items()})
+            # Arrays where the trainer shows arrays, tensors where it shows tensors.
+            given = {name: value.clone() for name, value in new.items()}
+            self.ask("assign", {n: v if isinstance(shown[n], Tensor) else v.numpy() for n, v in given.items()})
         elif not _live(shown, self.ask("parameters")):
             return False
         else:
@@ -170,9 +173,22 @@ def short(value: object) -> str:
     return repr(value) if value is None or type(value) in (bool, int, float) else f"a {type(value).__name__}"
 
 
-def flat(method: str, name: object, tensor: object) -> Vector:
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        raise MethodFailure(method, f"{name!r} is {type(tensor).__name__}; accepted: a floating-point torch.Tensor")
+def as_tensor(method: str, name: object, value: object) -> Tensor:
+    """A floating-point tensor as it is, or of an array of numpy, jax or what else `numpy.asarray` understands."""
+    found = value
+    if not isinstance(found, Tensor) and hasattr(found, "__array__"):
+        array = np.asarray(found)
+        # bfloat16 of jax is a type of its own in numpy, which torch does not know.
+        found = torch.as_tensor(array if array.dtype.kind in "fiub" else array.astype(np.float32))
+    if not isinstance(found, Tensor) or not found.is_floating_point():
+        what = type(value).__name__ if not hasattr(value, "dtype") else f"{type(value).__name__} of {value.dtype}"
+        raise MethodFailure(method, f"{name!r} is {what}; accepted: a floating-point tensor or array")
+    return found
+
+
+def flat(method: str, name: object, value: object) -> Vector:
+    """One block in float64, flat, a copy."""
+    tensor = as_tensor(method, name, value)
     return np.asarray(tensor.detach().to("cpu", torch.float64).numpy(), dtype=np.float64).reshape(-1).copy()
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attacks.contract.guard import MethodFailure, call
+from attacks.contract.subject import as_tensor
 from dpaudit.claims import StepClaim
 from trainers.protocol import OPTIONAL, REQUIRED, lacking
 
@@ -128,10 +129,8 @@ class Subject:
             raise MethodFailure(f"{name}()", f"returned {type(value).__name__}; accepted: a dict of tensors by name")
         out: dict[str, Tensor | None] = {}
         for key, tensor in value.items():
-            if tensor is None and name == "released":
-                out[str(key)] = None
-            elif isinstance(tensor, Tensor) and tensor.is_floating_point():
-                out[str(key)] = tensor.detach().to("cpu", torch.float32)
-            else:
-                raise MethodFailure(f"{name}()", f"{key!r} is {type(tensor).__name__}; accepted: a floating tensor")
+            none = tensor is None and name == "released"
+            out[str(key)] = (
+                None if none else as_tensor(f"{name}()", key, tensor).detach().to("cpu", torch.float32, copy=True)
+            )
         return out

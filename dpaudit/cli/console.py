@@ -70,6 +70,12 @@ def exit_code(document: "AuditDocument | ScoresDocument", *, strict: bool, fail_
     elif verdict.exceeds(document, fail_above):
         log(f"dpaudit: --fail-above: eps >= {float(best.epsilon_lower or 0):.3g}, the gate allows {fail_above:g}")
         return REFUTED
+    elif (most := verdict.highest_ceiling(document)) is not None and most <= fail_above:
+        log(
+            f"dpaudit: --fail-above: no bound here could exceed {most:.3g}, so a gate of {fail_above:g} can't fail "
+            "(--strict: exit code 3)"
+        )
+        return INCONCLUSIVE if strict and code == DONE else code
     return code
 
 

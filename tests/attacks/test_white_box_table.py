@@ -77,7 +77,7 @@ def test_a_blurred_channel_earns_no_power(name: str, tmp_path: Path, capsys: pyt
     assert document["verdict"] == "refuted" or not any(test["power"] for test in document["tests"])
 
 
-@pytest.mark.parametrize("name", ["Toy", "NoGradient", "MoreNoise"])
+@pytest.mark.parametrize("name", ["Toy", "NoGradient", "MoreNoise", "Arrays"])
 def test_what_leaks_no_more_is_not_refuted(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, document = audited(name, tmp_path / "a", capsys, "--alpha", "1e-6")
     assert code == 0 and document["verdict"] in ("not refuted", "inconclusive")

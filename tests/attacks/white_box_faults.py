@@ -192,3 +192,16 @@ class Pool(Remembering):
 
     def following(self, fresh: np.ndarray, before: list[np.ndarray]) -> np.ndarray:
         return before[len(before) % 5] if len(before) >= 5 else fresh
+
+
+class Arrays(Toy):
+    """The protocol in numpy arrays."""
+
+    def released(self) -> Mapping[str, Any]:
+        return {"w": self.last.numpy()}
+
+    def parameters(self) -> Mapping[str, Any]:
+        return {"w": self.w.numpy()}
+
+    def gradient(self, record: Tensor) -> Mapping[str, Any]:
+        return {"w": -record.numpy()}

@@ -244,3 +244,16 @@ def test_null_scores_bound_nothing() -> None:
             if not test.estimate:
                 alarms[test.bound] = alarms.get(test.bound, 0) + ((test.epsilon_lower or 0) > 0)
     assert len(alarms) == 5 and max(alarms.values()) <= 16, alarms
+
+
+def test_a_gate_above_every_ceiling_says_so(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    members = rng.random(200) < 0.5
+    lines = [f"r{row},{int(member)},{10 * member + rng.normal()}" for row, member in enumerate(members)]
+    path = tmp_path / "scores.csv"
+    path.write_text("\n".join(["id,member,score", *lines]))
+    for more, code in (([], 0), (["--strict"], 3)):
+        done = run(str(path), "--delta", "1e-5", "--coins", "independent", "--fail-above", "40", *more)
+        assert done.returncode == code and "a gate of 40 can't fail" in done.stderr
+    low = run(str(path), "--delta", "1e-5", "--coins", "independent", "--fail-above", "1")
+    assert low.returncode == 1 and "can't fail" not in low.stderr

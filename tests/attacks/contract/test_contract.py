@@ -264,7 +264,7 @@ class WrongName(Compact):
 
 class NotATensor(Compact):
     def released(self) -> Any:
-        return {name: np.zeros(shape) for name, shape in SHAPES.items()}
+        return dict.fromkeys(SHAPES, "zeros")
 
 
 class NoClaim(Compact):
@@ -303,7 +303,7 @@ class TwoRecords(Compact):
         (Leaving, r"parameters\(\): raised SystemExit"),
         (WrongShape, r"released\(\): 'w1' has shape \(3,\), the parameter has \(6, 8\)"),
         (WrongName, r"released\(\): names 'w9'"),
-        (NotATensor, r"released\(\): 'w1' is ndarray"),
+        (NotATensor, r"released\(\): '(w1|b1)' is str; accepted: a floating-point tensor or array"),
         (NoClaim, "claim: got tuple; accepted: dpaudit.claims.StepClaim"),
         (Blind, r"^gradient\(a Record\): raised ValueError: no gradient"),  # and nothing of the record
         (NegativeC, r"^claim.max_grad_norm: got -1.0; accepted: a finite number above 0"),
@@ -345,3 +345,82 @@ def test_the_frozen_difference_is_the_clipped_gradient() -> None:
         wanted = (flat * min(1.0, trainer.max_grad_norm / float(flat.norm()))).double().numpy()
         found = bench.contribution(unit, [bench.picks.anchor])
         assert np.abs(found - wanted).max() < 1e-5
+
+
+class Arrays(Compact):
+    """The protocol in numpy arrays instead of tensors."""
+
+    def released(self) -> dict[str, Any]:
+        return {name: None if value is None else value.numpy() for name, value in super().released().items()}
+
+    def parameters(self) -> dict[str, Any]:
+        return {name: value.numpy() for name, value in super().parameters().items()}
+
+    def assign(self, parameters: Mapping[str, Any]) -> None:
+        assert all(isinstance(value, np.ndarray) for value in parameters.values())
+        super().assign({name: torch.from_numpy(value) for name, value in parameters.items()})
+
+    def select(self, noisy: Mapping[str, Any]) -> set[str]:
+        return super().select({name: torch.as_tensor(value) for name, value in noisy.items()})
+
+
+def test_arrays_will_do() -> None:
+    one, two = check(Arrays), check(Compact)
+    assert one.verdict == "pass"
+    assert [(item.name, item.status) for item in one.checks] == [(item.name, item.status) for item in two.checks]
+
+
+class Whole(Compact):
+    def parameters(self) -> dict[str, Any]:
+        return {name: value.to(torch.int64) for name, value in super().parameters().items()}
+
+
+def test_whole_numbers_are_no_parameters() -> None:
+    with pytest.raises(MethodFailure, match="accepted: a floating-point tensor or array"):
+        check(Whole)
+
+
+class UnclippedLater(Compact):
+    """In production alone, and from the second step on, nothing is clipped."""
+
+    def __init__(self, records: Sequence[Record] | None = None, *, seed: int, noise_seed: int | None = None) -> None:
+        super().__init__(records, seed=seed, noise_seed=noise_seed)
+        self.live, self.taken = noise_seed is None, 0
+
+    def step(self, indices: Sequence[int]) -> None:
+        self.taken += 1
+        if self.live and self.taken > 1:
+            self.max_grad_norm, kept = 1e6, self.max_grad_norm
+            self.noise_multiplier, sigma = self.noise_multiplier * kept / 1e6, self.noise_multiplier
+            super().step(indices)
+            self.max_grad_norm, self.noise_multiplier = kept, sigma
+        else:
+            super().step(indices)
+
+
+class NoiselessBatchesLater(Compact):
+    """In production alone batches of later steps have a tenth of the noise; empty ones have it all."""
+
+    def __init__(self, records: Sequence[Record] | None = None, *, seed: int, noise_seed: int | None = None) -> None:
+        super().__init__(records, seed=seed, noise_seed=noise_seed)
+        self.live, self.taken = noise_seed is None, 0
+
+    def step(self, indices: Sequence[int]) -> None:
+        self.taken += 1
+        kept = self.noise_multiplier
+        if self.live and self.taken > 1 and len(indices):
+            self.noise_multiplier = kept / 10
+        super().step(indices)
+        self.noise_multiplier = kept
+
+
+@pytest.mark.parametrize("kind", [UnclippedLater, NoiselessBatchesLater])
+@pytest.mark.parametrize("lacking", [(), ("assign",), ("assign", "gradient")])
+def test_production_is_looked_at_in_later_batches(kind: type[Compact], lacking: tuple[str, ...]) -> None:
+    """By parameters set alike, or by clipped gradients; where neither is offered the check says so."""
+    subject = type("Lacking", (kind,), dict.fromkeys(lacking))
+    item = by_name(check(subject))["batches without a seed"]
+    if lacking == ("assign", "gradient"):
+        assert item.status == "not applicable" and "neither assign() nor a gradient()" in item.measured
+    else:
+        assert item.status == "fail" and "a later batch" in item.measured, item.measured
