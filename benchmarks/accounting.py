@@ -141,6 +141,8 @@ class Contour:
         values = [self.steps * self.real(theta + d) - math.log((theta + d) * (1 + theta + d)) for d in (-step, 0, step)]
         width = 1 / math.sqrt(abs(values[0] + values[2] - 2 * values[1]) / step**2)
         du, nodes, base = width / 8, 256, values[1]
+        if not 0 < du < math.inf:  # the exponent's curvature is lost in rounding: this oracle says nothing
+            return guess, math.inf
         while True:
             s = theta + 1j * du * np.arange(nodes)
             logs = self.steps * self.log_moment(s) - np.log(s) - np.log1p(s) - base
@@ -154,12 +156,16 @@ class Contour:
             total = float((weights * np.exp(logs - (s - theta) * eps).real).sum()) * du / math.pi
             return math.log(max(total, 1e-300)) + base - theta * eps
 
-        if log_delta(0.0) <= math.log(delta):
+        # Near the guess only: far from it the integrand oscillates away.
+        low, gap = max(0.0, guess - spread / 10), spread / 10
+        while low > 0 and log_delta(low) <= math.log(delta):
+            low, gap = max(0.0, low - gap), 2 * gap
+        if low == 0 and log_delta(0.0) <= math.log(delta):
             return 0.0, tail
         high = guess + spread / 10
         while log_delta(high) > math.log(delta):
             high += spread
-        eps = float(brentq(lambda e: log_delta(e) - math.log(delta), 0.0, high, xtol=1e-14 * spread, rtol=1e-12))
+        eps = float(brentq(lambda e: log_delta(e) - math.log(delta), low, high, xtol=1e-14 * spread, rtol=1e-12))
         # The tail against the sum, both in units of e^base.
         return eps, tail * du / math.pi / max(math.exp(log_delta(eps) - base + theta * eps), 1e-300)
 

@@ -88,7 +88,13 @@ def moments(parts: Parts, theta: float) -> Moments:
         losses, p = part.points()
         exponents = theta * losses
         top = max(0.0, float(exponents.max()) - 600.0)
-        weights = p * np.exp(exponents - top)
+        if top:  # what is likely may be far below what is large, and the other way round: in logarithms
+            with np.errstate(divide="ignore"):
+                logs = np.log(p) + exponents
+            top = float(logs.max())
+            weights = np.exp(logs - top)
+        else:
+            weights = p * np.exp(exponents)
         total = float(weights.sum())
         # Near 1, through the difference from 1: T multiplies the rounding of what is left.
         growth = float(p @ np.expm1(exponents)) + float(p.sum() - 1.0) if top == 0 and abs(total - 1) < 0.5 else None
