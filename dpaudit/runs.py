@@ -251,7 +251,7 @@ class RunFolder:
         that may take a while: DPAUDIT_WAIT_FOR_LOCK in the environment gives it so many seconds.
         """
         path = self.private / "lock"
-        if not os.path.lexists(self.private):  # a release that was handed over alone
+        if self.release.is_dir() and not os.path.lexists(self.private):  # a release that was handed over alone
             atomic.make_folder(self.private, mode=0o700)
         try:
             descriptor = atomic.open_own(path, os.O_RDWR | os.O_CREAT)

@@ -12,7 +12,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("dpaudit", "trainers", "attacks", "reports")  # each may import those before it
 DOORS = ("dpaudit.cli", "dpaudit.api", "dpaudit.pytest_plugin", "dpaudit.under_test", "dpaudit.__main__")
 MOST_LINES = 400
-TO_SPLIT = {"dpaudit.analysis.scores", "dpaudit.untrusted", "trainers.vlm", "attacks.contract.noise"}  # larger for now
+TO_SPLIT = {  # larger for now
+    "dpaudit.analysis.scores", "dpaudit.untrusted", "trainers.vlm", "attacks.contract.noise", "trainers.prompts",
+    "trainers.data.formats",
+}  # fmt: skip
 
 
 @cache

@@ -16,6 +16,7 @@ import json
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -26,7 +27,9 @@ from dpaudit.runs import RunFolder
 from trainers.generation import Encoded
 from trainers.prompts import HeadRow
 from trainers.records import Pixels
-from trainers.vlm import VisionLanguageModel
+
+if TYPE_CHECKING:
+    from trainers.vlm import VisionLanguageModel
 
 FORMAT = "dpaudit-features-1"
 # Reading and checking is cheaper than encoding for every tower that was measured (benchmarks/feature_cache.py, one CPU
@@ -40,12 +43,12 @@ def picture_sha256(pixels: Pixels) -> str:
     return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
 
 
-def tower_parameters(model: VisionLanguageModel) -> int:
+def tower_parameters(model: "VisionLanguageModel") -> int:
     """How many parameters the vision tower has."""
     return sum(parameter.numel() for parameter in model.family.tower.parameters())
 
 
-def settings_sha256(model: VisionLanguageModel) -> str:
+def settings_sha256(model: "VisionLanguageModel") -> str:
     """Hex SHA-256 of everything but the picture that its encoding depends on."""
     weights = hashlib.sha256()
     for name, value in sorted(model.family.tower.state_dict().items()):
@@ -68,7 +71,9 @@ def settings_sha256(model: VisionLanguageModel) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
-def cache_of(run: RunFolder, wanted: str, model: VisionLanguageModel, warn: Callable[[str], None]) -> "Features | None":
+def cache_of(
+    run: RunFolder, wanted: str, model: "VisionLanguageModel", warn: Callable[[str], None]
+) -> "Features | None":
     """The feature cache of a run, or None where the configuration (auto: the size of the tower) wants none.
 
     A twin lives in its run's folder and reads what the run has encoded, without writing there.
@@ -95,7 +100,7 @@ class Features:
         self._known: dict[str, Encoded] = {}
         self.encoded_now = 0  # pictures that were not found
 
-    def encoded(self, model: VisionLanguageModel, pixels: Sequence[Pixels]) -> list[Encoded]:
+    def encoded(self, model: "VisionLanguageModel", pixels: Sequence[Pixels]) -> list[Encoded]:
         """Pictures in their order, encoded now where no file has them."""
         if self._settings is None:
             self._settings = settings_sha256(model)

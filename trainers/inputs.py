@@ -6,6 +6,7 @@ length of the run, or in its feature cache (trainers.features). Fusion noise is 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,9 @@ from trainers.features import Features
 from trainers.generation import Encoded, pad_tokens
 from trainers.prompts import Packed, stack_heads
 from trainers.records import Picture, Unit
-from trainers.vlm import VisionLanguageModel
+
+if TYPE_CHECKING:
+    from trainers.vlm import VisionLanguageModel
 
 PURPOSE = "fusion"
 
@@ -87,7 +90,7 @@ class UnitInputs:
 
     def __init__(
         self,
-        model: VisionLanguageModel,
+        model: "VisionLanguageModel",
         units: Sequence[Unit],
         *,
         features: Features | None = None,

@@ -369,7 +369,9 @@ def _late_ratio(bench: Bench) -> float | None:
         if not subject.put(probe.start):
             return None
         seen.append(probe.watch(subject, training.pool[: training.largest]))
-    names = [name for name in bench.series.blocks if all(name in item.noised for item in seen)]
+    if seen[0].noised != seen[1].noised:  # blocks chosen by earlier noise: the clipped sums differ, not the noise alone
+        return None
+    names = [name for name in bench.series.blocks if name in seen[0].noised]
     pure = [bench.series.noises[noise].noise for noise in (0, 1)]
     names = [name for name in names if not np.isnan(pure[0][name][step - 1]).any()]
     if not names or not all(np.isfinite(item.vector).all() for item in seen):

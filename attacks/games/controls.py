@@ -79,7 +79,8 @@ def judge_liveness(seen: Sequence[Liveness], arrived: Arrived, sigma: float) -> 
         elsewhere = max(item.elsewhere for item in seen)
         outcome = "earned"
         text = "An injected gradient moves the release by exactly its clipped size."
-        if most > 1 + TOLERANCE or elsewhere > TOLERANCE:  # what arrives too loudly somewhere is no dead channel
+        loud = most > 1 + TOLERANCE or elsewhere > TOLERANCE
+        if loud and math.isfinite(most):  # what arrives too loudly somewhere is no dead channel
             outcome, text = (
                 "not earned",
                 "An injected gradient moves the release by more than C: clipping does not hold.",

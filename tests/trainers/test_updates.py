@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -257,7 +258,7 @@ def test_the_step_contract_holds_for_previous(tiny: Path) -> None:
         "nothing carried over",
     ):
         assert measured[name].status == "pass"
-    assert "4 of 8 blocks moved" in measured["every trained parameter noised"].measured
+    assert re.search("[4-7] of 8 blocks moved", measured["every trained parameter noised"].measured)
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,11 @@ def test_a_correct_trainer_passes_beside_packages_of_our_names(folder: Path, mod
     assert tree["verdict"] == "pass" and "a line of foreign output" in done.stderr
 
 
+def test_a_package_of_the_users_that_is_named_like_ours_is_tried_too(folder: Path) -> None:
+    done = run(folder, "check", "trainers.mine:factory")
+    assert done.returncode == 2 and "import trainers.mine: raised SystemExit" in done.stderr, done.stderr
+
+
 def test_a_wrong_trainer_fails_with_measured_allowed_and_the_usual_bug(folder: Path) -> None:
     done = run(folder, "check", "mine:Bad")
     assert done.returncode == 1
@@ -89,7 +94,6 @@ def test_a_hang_is_one_line_and_exit_2(folder: Path) -> None:
         (["mine:Missing"], "accepted: a callable of mine: Compact, Good, Bad"),
         (["mine:TRAINER"], "accepted: a callable; TRAINER is str"),
         (["nowhere:factory"], "no module of this name"),
-        (["trainers.mine:factory"], "import trainers.mine: raised SystemExit"),
         (["mine"], "accepted: module:factory"),
         (["mine:Good", "--time-limit", "0"], "--time-limit"),
     ],
