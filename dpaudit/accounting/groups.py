@@ -27,6 +27,7 @@ from dpaudit.accounting.pld import COARSE, discrete_losses, together
 from dpaudit.accounting.schemes import composed_as, moved
 from dpaudit.accounting.steps import directions
 
+MOST_NOISE = 1e4
 WIDEST = 30.0  # standard deviations of one step; beyond, the loss distribution of a group says nothing worth its cost
 
 
@@ -58,6 +59,8 @@ def group_loss(event: DpSgd, units: int, delta: float) -> GroupLoss:
 def _sampled(step: DpSgd, units: int, delta: float) -> float:
     from dp_accounting.pld import privacy_loss_distribution
 
+    # Less noise leaks more, so the bound stays one; beyond this the grid of losses has no useful width.
+    step = replace(step, noise_multiplier=min(step.noise_multiplier, MOST_NOISE))
     rate = step.sample_rate
     # One unit that moves k C and is there whenever one of the k is: wider than the mixture, so its grid serves.
     wide = replace(step, noise_multiplier=step.noise_multiplier / units, sample_rate=1 - (1 - rate) ** units)

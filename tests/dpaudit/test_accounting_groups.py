@@ -71,3 +71,10 @@ def test_the_best_guess_of_one_sampled_step() -> None:
     apart = 0.3 * (2 * NormalDist().cdf(0.5 / 0.7) - 1)
     assert best_guess(DpSgd(0.7, 0.3, 1)) == pytest.approx((1 + apart) / 2, abs=1e-4)
     assert best_guess(DpSgd(0.0, 0.3, 1)) == 1.0 and best_guess(DpSgd(1.0, 0.3, 0)) == 0.5
+
+
+@pytest.mark.parametrize("sigma", [1e4, 1e6, 1e12, 1e300])
+def test_noise_beyond_all_use_costs_no_time(sigma: float) -> None:
+    """A bound from less noise stands in, far below what a single step of sigma = 1,000 costs."""
+    found = group_loss(DpSgd(sigma, 0.1, 100), 3, 1e-5)
+    assert 0 <= found.epsilon <= group_loss(DpSgd(1e3, 0.1, 100), 3, 1e-5).epsilon
