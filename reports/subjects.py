@@ -192,9 +192,9 @@ def _with_document(page: Page, path: Path, key: str, typed: str) -> Page:
 
 
 def _as_audit(document: ScoresDocument) -> AuditDocument:
-    """The same evidence in the form of an audit: scores from elsewhere come without ledger, run and alternative."""
+    """The same evidence in the form of an audit: scores from elsewhere come without ledger and run."""
     shared: dict[str, Any] = {name: getattr(document, name) for name in ScoresDocument.model_fields if name != "kind"}
-    return AuditDocument(**shared, alternative=None)
+    return AuditDocument(**shared)
 
 
 SHOWN = ("audit", "scores", "bugs", "check")

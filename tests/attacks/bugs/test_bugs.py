@@ -84,6 +84,7 @@ def test_every_other_check_has_a_bug_that_only_it_was_made_for() -> None:
         "moves along the public line",
         "equal parameters, equal release",
         "noise without a seed",
+        "batches without a seed",
         "every released block moves",
         "gradients follow the parameters",
         "parameters after a resume",
