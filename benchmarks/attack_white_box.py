@@ -29,6 +29,7 @@ import torch
 from scipy.stats import binom
 
 import trainers.run
+from attacks.games.played import Games
 from attacks.games.twins import play_white_box
 from dpaudit import verdict
 from dpaudit.config import resolve
@@ -95,7 +96,9 @@ def row(fault: str, seed: int, count: int) -> dict[str, object]:
         config = resolve({"method": "dp-sgd"}, [*SETTINGS, f"seed={seed}", *extra])
         confidence = verdict.confidence_of(1, 0.95)
         part, claim = play_white_box(config, Path(folder) / "twin", count=count, confidence=confidence, alpha=ALPHA)
-    game = part.document("white-box", number=1, previous_sha256=None, about="procedure", claim=claim, alpha=ALPHA)
+    games = Games(None, ALPHA, None)
+    games.keep("white-box", part, about="procedure", claim=claim)
+    (game,) = games.documents
     found, _ = verdict.decide(claim=claim, alpha=ALPHA, games=[game])
     tests = {test.bound: test for test in reversed(part.tests) if test.decides}  # of two, the first: all canaries
     bounds = [test for test in part.tests if test.assumes == "dp-sgd(q,T)"]
