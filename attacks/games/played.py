@@ -24,7 +24,8 @@ from dpaudit.runs import RunFolder
 
 @dataclass(frozen=True)
 class Played:
-    """One game as it was played. coins_sha256: hash of its coin file; coins: which coins of that file it uses."""
+    """One game as it was played. coins_sha256: hash of its coin file; coins: which coins of that file it uses; kept:
+    share of its evidence that no test has."""
 
     validity: Validity
     tests: tuple[Test, ...] = ()
@@ -37,6 +38,7 @@ class Played:
     exposure: tuple[Extraction, ...] = ()
     regeneration: tuple[Regeneration, ...] = ()
     alternative: str | None = None
+    kept: float = 0.1
 
 
 @dataclass

@@ -20,8 +20,8 @@ from dpaudit.evidence import steps
 from dpaudit.evidence.channel import Channel
 from dpaudit.evidence.coins import Posteriors, p_value
 from dpaudit.evidence.game import ALL as ALL_CANARIES
+from dpaudit.evidence.game import KEPT, NOISE, SHARES, STEPS, Rule
 from dpaudit.evidence.game import LOUD as LOUD_CANARIES
-from dpaudit.evidence.game import NOISE, SHARES, STEPS, Rule
 from dpaudit.evidence.limits import sigma_upper
 from dpaudit.evidence.noise import NoiseLevel
 from dpaudit.evidence.power import white_box_power
@@ -54,7 +54,12 @@ def read_game(
         found.append(controls.noise_control(noise, game.spare))
         found += controls.steps_control(empty)
     checks = tuple(controls.as_check(control) for control in found if control.name == "liveness")
-    shared: dict[str, Any] = {"coins_sha256": coins_sha256, "coins": "gradients", "controls": tuple(found)}
+    shared: dict[str, Any] = {
+        "coins_sha256": coins_sha256,
+        "coins": "gradients",
+        "controls": tuple(found),
+        "kept": KEPT,
+    }
     if any(control.outcome == "failed" for control in found):
         return Played(Validity(sound=False, checks=checks), **shared)
     scores, plan = game.scores(), game.plan

@@ -65,6 +65,10 @@ def test_one_step_with_old_noise_takes_the_power_away(tmp_path: Path, capsys: py
     assert document["verdict"] in ("inconclusive", "refuted")
     assert not any(test["power"] for test in document["tests"])
     game = json.loads((tmp_path / "a" / "release" / "games" / "01-white-box.json").read_text())
+    # The shares of one game are one: its evidence is then an e-value without any further division.
+    assert game["kept"] + sum(test["share"] for test in game["tests"] if test["e_value"] is not None) == pytest.approx(
+        1
+    )
     (control,) = [item for item in game["controls"] if item["name"] == "noise between steps"]
     assert control["outcome"] == "not earned" and "steps 5 and 18" in control["measured"]
 
