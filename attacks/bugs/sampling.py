@@ -58,6 +58,15 @@ class WithReplacement(Compact):
         return sorted(indices)
 
 
+class CappedBatches(Compact):
+    """Poisson draws, of which a batch takes at most B + 2 sqrt(B) at random: memory is bounded, eps is plain Poisson's."""
+
+    def sample(self) -> list[int]:
+        drawn = super().sample()
+        most = int(self.expected_batch_size + 2 * self.expected_batch_size**0.5)
+        return sorted(int(index) for index in self.sampler.permutation(drawn)[:most])
+
+
 class CorrelatedBatches(Compact):
     """Units are sampled in blocks of four neighbours (a shard at a time); each unit's own rate is right."""
 

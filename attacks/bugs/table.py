@@ -123,6 +123,7 @@ FIRST_STEP: tuple[Bug, ...] = (
     Bug("weighted-sampler", "B17", sampling.WeightedSampler, "Opacus issue 335"),
     Bug("rate-from-loader", "B17", sampling.RateFromLoader, "Opacus issues 813 and 814"),
     Bug("with-replacement", "B17", sampling.WithReplacement, "Opacus issue 335"),
+    Bug("capped-batches", "B17", sampling.CappedBatches, "jax_privacy accounts a truncated batch apart from Poisson"),
     Bug("correlated-batches", "B17", sampling.CorrelatedBatches, REASONING),
     Bug("sampler-sees-data", "B17", sampling.SamplerSeesData, REASONING),
     Bug("rate-of-another-n", "B17", sampling.RateOfAnotherN, "Opacus issues 813 and 814"),

@@ -13,6 +13,7 @@ from attacks.contract.probe import Probe
 from attacks.contract.subject import Subject
 
 EPOCHS, MOST_DRAWS, LEAST_DRAWS, SECONDS = 40, 20_000, 400, 8.0
+CHEAP_DRAWS, CHEAP_SECONDS = 5_000, 1.5  # as many where they take no longer: a cap at B + 2.5 sqrt(B) shows in the size
 
 Drawn = npt.NDArray[np.bool_]
 
@@ -28,15 +29,13 @@ class Draws:
 def draw(probe: Probe, *, path: Sequence[Sequence[int]] = (), playing: int = 0) -> Draws:
     """Draws of one trainer after the steps `path`; the first `playing` of them are also stepped on, as in a training.
 
-    As many draws as EPOCHS epochs take, fewer where they are slow.
+    As many draws as EPOCHS epochs take, fewer where they are slow and more where they are cheap.
     """
-    rate = probe.claim.sample_rate
-    wanted = min(MOST_DRAWS, max(LEAST_DRAWS, math.ceil(EPOCHS / rate)))
     subject = probe.grown(tuple(tuple(part) for part in path))
     count, began = len(probe.own.items), time.monotonic()
     rows: list[Drawn] = []
     twice = 0
-    while len(rows) < wanted and (len(rows) < 10 * window_of(rate) or time.monotonic() - began < SECONDS):
+    while _another(len(rows), probe.claim.sample_rate, time.monotonic() - began):
         indices = ask(subject, count)
         row = np.zeros(count, dtype=bool)
         row[indices] = True
@@ -45,6 +44,14 @@ def draw(probe: Probe, *, path: Sequence[Sequence[int]] = (), playing: int = 0) 
         if len(rows) <= playing:
             subject.ask("step", sorted(set(indices)))
     return Draws(np.stack(rows), twice)
+
+
+def _another(done: int, rate: float, spent: float) -> bool:
+    """Whether one more draw is worth its time after `done` of them in `spent` seconds."""
+    wanted = min(MOST_DRAWS, max(LEAST_DRAWS, math.ceil(EPOCHS / rate)))
+    if done >= wanted:
+        return done < CHEAP_DRAWS and spent < CHEAP_SECONDS
+    return done < 10 * window_of(rate) or spent < SECONDS
 
 
 def ask(subject: Subject, count: int) -> list[int]:
