@@ -1,6 +1,7 @@
 """Every planted bug against every audit, and correct trainers over many seeds. Resumable; one process.
 
     python benchmarks/planted_bugs.py                       # writes benchmarks/results/planted_bugs.json
+    python benchmarks/planted_bugs.py --only controls --no-games      # the step contract alone on the correct trainers
     python benchmarks/planted_bugs.py --table               # prints the Markdown table of docs/planted-bugs.md
     python benchmarks/planted_bugs.py --effects             # prints its tables of effects, which need no run
 
@@ -45,6 +46,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=50, help="seeds per control")
     parser.add_argument("--slow-seeds", type=int, default=50, help="seeds per control on a language model")
+    parser.add_argument("--only", default="bugs,paths,canaries,controls", help="parts, separated by commas")
+    parser.add_argument("--no-games", action="store_true", help="no statistical game on the correct trainers")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="only print the Markdown table of what is there")
     parser.add_argument("--effects", action="store_true", help="only print what each bug does, and the controls")
@@ -70,25 +73,27 @@ def main() -> None:
         watched = [paths[plant.name] for plant in PATHS if plant.name in paths]
         atomic.write_document(options.out, document(ordered, held, watched))
 
-    for bug in BUGS:
+    parts = options.only.split(",")
+    for bug in BUGS if "bugs" in parts else ():
         if bug.name not in rows:
             rows[bug.name] = run_bug(bug)
             write()
             print(bug.name, rows[bug.name].contract[:2], rows[bug.name].seconds, flush=True)
-    for plant in PATHS:
+    for plant in PATHS if "paths" in parts else ():
         if plant.name not in paths:
             paths[plant.name] = run_path(plant)
             write()
             print(plant.name, paths[plant.name].as_planted, paths[plant.name].seconds, flush=True)
-    for bug in BUGS:
-        if bug.name not in played:
+    for bug in BUGS if "canaries" in parts else ():
+        if bug.name in rows and bug.name not in played:
             rows[bug.name] = add_canaries(rows[bug.name], bug)
             write()
             print(bug.name, "canaries", rows[bug.name].canaries_p, flush=True)
-    for control in CONTROLS:
+    for control in CONTROLS if "controls" in parts else ():
         wanted = options.slow_seeds if control.slow else options.seeds
         while (done := _done(controls, control)) < wanted:
-            new = run_control(control, range(done, min(wanted, done + PER_WRITE)), game=not control.slow)
+            game = not (control.slow or options.no_games)
+            new = run_control(control, range(done, min(wanted, done + PER_WRITE)), game=game)
             controls[control.name] = merged(controls.get(control.name), new)
             write()
             print(controls[control.name], flush=True)
