@@ -24,6 +24,8 @@ from dpaudit import stated, verdict
 from dpaudit.config import RunConfig
 from dpaudit.documents import (
     ABOUT,
+    STEP_CONTRACT,
+    TOKEN_PATH,
     About,
     AuditDocument,
     ClaimDocument,
@@ -66,7 +68,9 @@ class _Session:
         game = self.games.had(name)
         if game is None or self.options.again:
             return False
-        self.log(f"{name}: played already (release/games/{game.name}.json); --again plays it with fresh coins")
+        self.log(
+            f"{name}: played already (release/games/{game.name}.json); --again plays it once more, with fresh coins"
+        )
         return True
 
     def check(self, game: str, **content: Any) -> None:
@@ -224,17 +228,21 @@ def _white_box(session: _Session) -> None:
 
 
 def _fusion(session: _Session) -> None:
+    if session.had(TOKEN_PATH):
+        return
     from attacks.fusion.audit import audit_fusion, record
 
     with session.run.lock():
         result = audit_fusion(session.run, log=session.log)
         record(session.run, result)
-        session.check("token path", fusion=result)
+        session.check(TOKEN_PATH, fusion=result)
 
 
 def _contract(session: _Session) -> None:
+    if session.had(STEP_CONTRACT):
+        return
     with session.run.lock():
-        session.check("step contract", contract=contract(session.config, session.log))
+        session.check(STEP_CONTRACT, contract=contract(session.config, session.log))
 
 
 def contract(config: RunConfig, log: Callable[[str], None]) -> ContractAudit:

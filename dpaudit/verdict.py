@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from dpaudit.documents import (
     ABOUT,
+    WITHOUT_COINS,
     AuditDocument,
     Check,
     Claim,
@@ -250,7 +251,7 @@ def document(
     judged = [check for contract in contracts for check in contract.checks]
     verdict, reasons = decide(claim=claim, alpha=alpha, games=games, ledger=ledger, checks=judged)
     found = evidence(games)
-    played = [game for game in games if game.game not in ("token path", "step contract")]
+    played = [game for game in games if game.game not in WITHOUT_COINS]
     abouts = {game.about for game in played} or {"weights"}
     sayings = (
         []

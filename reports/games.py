@@ -5,12 +5,11 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dpaudit.documents import ABOUT, AuditDocument, Claim, GameDocument, GameEntry, ScoreSummary, Test
+from dpaudit.documents import ABOUT, WITHOUT_COINS, AuditDocument, Claim, GameDocument, GameEntry, ScoreSummary, Test
 from dpaudit.verdict import marked
 from reports.inputs import RunReport
 from reports.text import clean, number, percent
 
-WITHOUT_COINS = ("token path", "step contract")  # checks that toss no coins and so hold no evidence
 ON = {"weights": "the released weights", "procedure": "a retrained twin"}
 
 

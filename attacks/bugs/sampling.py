@@ -59,7 +59,7 @@ class WithReplacement(Compact):
 
 
 class CappedBatches(Compact):
-    """Poisson draws, of which a batch takes at most B + 2 sqrt(B) at random: memory is bounded, eps is plain Poisson's."""
+    """A batch takes at most B + 2 sqrt(B) of its Poisson draws, to bound memory; eps is plain Poisson's."""
 
     def sample(self) -> list[int]:
         drawn = super().sample()

@@ -6,6 +6,7 @@ from typing import Any
 
 from dpaudit import record, verdict
 from dpaudit.documents import (
+    WITHOUT_COINS,
     About,
     AttackRow,
     Check,
@@ -64,7 +65,7 @@ class Games:
 
     def next_confidence(self, confidence: float) -> float:
         """Of all bounds of the next game together, when `confidence` is that of all games ever played."""
-        played = sum(game.game not in ("token path", "step contract") for game in self.documents)
+        played = sum(game.game not in WITHOUT_COINS for game in self.documents)
         return verdict.confidence_of(played + 1, confidence)
 
     def keep(self, game: Any, played: Played, *, about: About, claim: Claim | None, supplied: bool = False) -> None:

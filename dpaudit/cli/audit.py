@@ -283,11 +283,11 @@ def describe(document: "AuditDocument", sharper: str | None = None) -> list[str]
 
 def _games(document: "AuditDocument") -> list[str]:
     """The games in the order of play with the evidence after each, where there is more to say than the tests do."""
-    from dpaudit.documents import ABOUT
+    from dpaudit.documents import ABOUT, WITHOUT_COINS
 
     lines = []
     for entry in document.games:
-        if entry.game in ("token path", "step contract"):
+        if entry.game in WITHOUT_COINS:
             continue
         power = "no power earned" if entry.power is None else f"power {entry.power:.0%}"
         evidence = f"log evidence {float(entry.log_evidence):.1f}, of all so far {float(entry.log_product):.1f}"

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from dpaudit.documents.audit import (
     ABOUT,
+    STEP_CONTRACT,
+    TOKEN_PATH,
+    WITHOUT_COINS,
     About,
     AttackRow,
     AuditDocument,
@@ -90,6 +93,9 @@ __all__ = [
     "DOCUMENTS",
     "MOST_BYTES",
     "SCHEMA_VERSION",
+    "STEP_CONTRACT",
+    "TOKEN_PATH",
+    "WITHOUT_COINS",
     "About",
     "Assumes",
     "AttackRow",

@@ -1,6 +1,6 @@
 """The audit of a run: everything that was played against it, and the verdict."""
 
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import Field, model_validator
 
@@ -96,6 +96,11 @@ class Thumbnail(Part):
     png_base64: str
     question: str
     answer: str
+
+
+TOKEN_PATH: Final = "token path"
+STEP_CONTRACT: Final = "step contract"
+WITHOUT_COINS = (TOKEN_PATH, STEP_CONTRACT)  # checks that toss no coins and so hold no evidence
 
 
 class GameDocument(Document):
