@@ -25,6 +25,7 @@ from dpaudit.bounds import validate
 
 Floats = npt.NDArray[np.float64]
 _CHUNK = 2_000_000  # numbers per block of the sum over steps; bounds the memory of the exponentials
+_LARGEST = 700.0  # exponent that exp still holds; beyond it log(1 - q + q e^x) is log(q) + x to the last digit
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ def log_ratio(seen: Floats, *, sigma: float, rate: float, amplitude: float = 1.0
         if rate >= 1:
             total[first : first + rows] = exponent.sum(axis=1)
         else:
-            total[first : first + rows] = np.logaddexp(np.log1p(-rate), np.log(rate) + exponent).sum(axis=1)
+            inside = np.log((1.0 - rate) + rate * np.exp(np.minimum(exponent, _LARGEST)))
+            total[first : first + rows] = (inside + np.maximum(exponent - _LARGEST, 0.0)).sum(axis=1)
     return total
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import expit, logsumexp
+from scipy.special import expit
 
 from dpaudit.evidence.channel import Channel, log_ratio
 
@@ -41,11 +41,32 @@ DRAWS = 2000  # of coins, for the p-value
 
 
 @dataclass(frozen=True)
+class Ratios:
+    """values: (m, J) log-likelihood ratios. softplus: log(1 + e^L) of each, kept since every set of coins needs it."""
+
+    values: Floats
+    softplus: Floats
+
+    @classmethod
+    def of(cls, values: Floats) -> "Ratios":
+        """With their softplus."""
+        return cls(values, np.logaddexp(0.0, values))
+
+    def rows(self, chosen: Bools | npt.NDArray[np.intp]) -> "Ratios":
+        """Those of some candidates."""
+        return Ratios(self.values[chosen], self.softplus[chosen])
+
+    def log_probability(self, coins: Bools) -> Floats:
+        """log prod_i expit(+-L_i): (..., m) coins -> (..., J)."""
+        return np.asarray(coins.astype(np.float64) @ self.values - self.softplus.sum(axis=0))
+
+
+@dataclass(frozen=True)
 class Posteriors:
     """Log-likelihood ratios under each hypothesis. alternatives: (m, J); nulls: (m, K), the claim itself first."""
 
-    alternatives: Floats
-    nulls: Floats
+    alternatives: Ratios
+    nulls: Ratios
 
     @classmethod
     def of(cls, seen: Floats, channel: Channel) -> "Posteriors":
@@ -55,22 +76,17 @@ class Posteriors:
             return log_ratio(seen, sigma=scale * channel.sigma, rate=channel.rate, amplitude=amplitude)
 
         wrong = np.stack([ratios(*pair) for pair in ALTERNATIVES], axis=1)
-        return cls(wrong, np.stack([ratios(scale, 1.0) for scale in NULLS], axis=1))
+        return cls(Ratios.of(wrong), Ratios.of(np.stack([ratios(scale, 1.0) for scale in NULLS], axis=1)))
 
-    def rows(self, chosen: npt.NDArray[np.bool_] | npt.NDArray[np.intp]) -> "Posteriors":
+    def rows(self, chosen: Bools | npt.NDArray[np.intp]) -> "Posteriors":
         """Those of some candidates."""
-        return Posteriors(self.alternatives[chosen], self.nulls[chosen])
+        return Posteriors(self.alternatives.rows(chosen), self.nulls.rows(chosen))
 
     def log_e(self, coins: Bools) -> Floats:
         """Log e-values of coins: (..., m) -> (...)."""
-        wrong, right = (_log_probability(coins, item) for item in (self.alternatives, self.nulls))
-        mixed = logsumexp(wrong, axis=-1) - np.log(wrong.shape[-1])
+        wrong, right = self.alternatives.log_probability(coins), self.nulls.log_probability(coins)
+        mixed = np.logaddexp.reduce(wrong, axis=-1) - np.log(wrong.shape[-1])
         return np.asarray(mixed - right.max(axis=-1))
-
-
-def _log_probability(coins: Bools, ratios: Floats) -> Floats:
-    """log prod_i expit(+-L_i): (..., m) coins and (m, J) ratios -> (..., J)."""
-    return np.asarray(coins.astype(np.float64) @ ratios - np.logaddexp(0.0, ratios).sum(axis=0))
 
 
 def p_value(posteriors: Posteriors, coins: Bools, rng: np.random.Generator, *, draws: int = DRAWS) -> float:
@@ -80,16 +96,17 @@ def p_value(posteriors: Posteriors, coins: Bools, rng: np.random.Generator, *, d
     as large ones; the observed coins count as one more draw, which makes the result a valid p-value whatever the number
     of draws (Harrison 2012, Biometrika 99, eq. 2.5).
     """
-    m, wrong = posteriors.alternatives.shape
+    claim_ratios = posteriors.nulls.values[:, :1]
+    m, wrong = posteriors.alternatives.values.shape
     sources = np.concatenate([np.zeros(draws // 2, dtype=int), 1 + rng.integers(wrong, size=draws - draws // 2)])
-    columns = np.concatenate([posteriors.nulls[:, :1], posteriors.alternatives], axis=1)
+    columns = np.concatenate([claim_ratios, posteriors.alternatives.values], axis=1)
     drawn = np.empty((draws, m), dtype=bool)
     for source in np.unique(sources):
         mine = sources == source
         drawn[mine] = rng.random((int(mine.sum()), m)) < expit(columns[:, source])
     everything = np.concatenate([coins[None], drawn])
-    claim = _log_probability(everything, posteriors.nulls[:, :1])[:, 0]
-    mixed = logsumexp(_log_probability(everything, posteriors.alternatives), axis=1) - np.log(wrong)
+    claim = Ratios.of(claim_ratios).log_probability(everything)[:, 0]
+    mixed = np.logaddexp.reduce(posteriors.alternatives.log_probability(everything), axis=1) - np.log(wrong)
     weight = np.exp(-np.logaddexp(np.log(0.5), np.log(0.5) + np.clip(mixed - claim, -700, 700)))
     statistic = posteriors.log_e(everything)
     return float(min(1.0, weight[statistic >= statistic[0] - 1e-9].sum() / (draws + 1)))

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import logsumexp
 
 from dpaudit.evidence.coins import Posteriors
 from dpaudit.evidence.noise import NoiseLevel
@@ -44,4 +43,6 @@ class Rule:
     def log_e(self, posteriors: Posteriors, coins: Bools, noise: NoiseLevel | None) -> float:
         """Log e-value of the game: the average of its tests. A test that is not played counts as 0."""
         parts = self.parts(posteriors, coins, noise)
-        return float(logsumexp([np.log(KEPT), *(np.log(SHARES[name]) + value for name, value in parts.items())]))
+        return float(
+            np.logaddexp.reduce([np.log(KEPT), *(np.log(SHARES[name]) + value for name, value in parts.items())])
+        )

@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import expit, logsumexp
+from scipy.special import expit
 
 from dpaudit.evidence.channel import Channel, log_ratio
 
@@ -59,7 +59,7 @@ def _p_value(seen: Floats, coins: Bools, rate: float, uniform: npt.NDArray[np.fl
     spread = inside * (1 - inside)
     centred = np.clip(ratios, -30, 30)
     centred = centred - (spread @ centred) / max(float(spread.sum()), 1e-300)
-    statistics = (logsumexp(gains, axis=1), drawn @ centred, drawn.sum(axis=1))
+    statistics = (np.logaddexp.reduce(gains, axis=1), drawn @ centred, drawn.sum(axis=1))
     shares = (
         np.count_nonzero(statistic >= statistic[0] - 1e-9) / (statistic.size * share)
         for statistic, share in zip(statistics, SHARES, strict=True)

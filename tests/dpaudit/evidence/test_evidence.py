@@ -73,7 +73,7 @@ def test_p_value_equals_enumeration() -> None:
     channel = Channel(0.8, 0.5, 6)
     seen, _ = simulate(channel, 8, np.random.default_rng(4))
     posteriors = Posteriors.of(seen, channel)
-    p = expit(posteriors.nulls[:, 0])
+    p = expit(posteriors.nulls.values[:, 0])
     chance = np.where(ALL_COINS, p, 1 - p).prod(axis=1)
     statistic = posteriors.log_e(ALL_COINS)
     for place in (int(np.argmax(statistic)), int(np.argsort(statistic)[200])):
