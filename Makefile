@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo test test-long lint docs browser npm format schemas clean
+.PHONY: install demo test test-long gpu lint docs browser npm format schemas clean
 
 install: $(STAMP)
 
@@ -47,7 +47,7 @@ $(NPM)/.installed: | install
 # which must not carry threads or the state of other tests: a process each.
 TESTERS ?= 2
 LONG := tests/faults tests/fuzz tests/examples tests/test_end_to_end.py tests/dpaudit/test_executors_ray.py \
-	tests/reports/sweep tests/attacks/bugs/test_real_trainers.py
+	tests/reports/sweep tests/attacks/bugs/test_real_trainers.py tests/test_gpu_command.py
 test: install browser npm
 	@start=$$(date +%s); \
 	$(BIN)/python -m pytest $(addprefix --ignore=,$(LONG)) -n $(TESTERS) --dist loadscope; code=$$?; \
@@ -57,6 +57,10 @@ test-long: install browser npm
 	@start=$$(date +%s); code=0; \
 	for part in $(LONG); do $(BIN)/python -m pytest $$part -n $(TESTERS) --dist loadscope || code=$$?; done; \
 	echo "make test-long took $$(( $$(date +%s) - start )) s"; exit $$code
+
+# On a CUDA machine with torch, transformers, peft, opacus, dp-accounting and pytest in the present environment.
+gpu:
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --out benchmarks/results/gpu.json
 
 lint: install docs
 	$(BIN)/ruff format --check .
