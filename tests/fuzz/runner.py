@@ -202,7 +202,7 @@ def _change_a_key(path: Path, content: bytes, where: int) -> None:
     """Change, add or remove one value of a JSON file."""
     try:
         tree = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):  # an earlier damage left no tree
         return
     leaves = _leaves(tree)
     if not leaves or not isinstance(tree, dict):
@@ -254,7 +254,7 @@ def _reseal(run: Path, path: Path, content: bytes, where: int) -> None:
     """Change one value of a JSON document and mend every checksum: what somebody who can edit a release could do."""
     try:
         tree = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):  # an earlier damage left no tree
         return
     leaves = _leaves(tree)
     if not leaves:
