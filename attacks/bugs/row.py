@@ -21,6 +21,7 @@ KINDS = {
     "dead": "nothing happened",
     "probes": "few records",
     "accounting": "accounting of another scheme",
+    "unusual": "one size, one moment, one delta",
 }
 
 

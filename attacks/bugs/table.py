@@ -19,6 +19,7 @@ from attacks.bugs import (
     probes,
     production,
     sampling,
+    unusual,
     updates,
 )
 from attacks.bugs.row import REASONING, Bug
@@ -156,6 +157,7 @@ BUGS: tuple[Bug, ...] = (
     *dead.BUGS,
     *probes.BUGS,
     *accounting.BUGS,
+    *unusual.BUGS,
 )
 
 

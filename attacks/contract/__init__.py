@@ -16,6 +16,7 @@ from typing import Any, Literal
 from attacks.contract import (
     accounting,
     history,
+    independence,
     influence,
     later,
     liveness,
@@ -39,20 +40,20 @@ __all__ = ["FALSE_ALARMS", "Examination", "MethodFailure", "assert_contract", "c
 MODULES = (units, influence, history, noise, production, later, updates, liveness, sampling, resume, accounting)
 
 # Without these a pass would say too little: the verdict is then "inconclusive".
-CORE = (influence.INFLUENCE, influence.CLIPPING, noise.LEVEL, noise.OF_DATA)
+CORE = (influence.INFLUENCE, influence.CLIPPING, influence.ISOLATION, noise.LEVEL, noise.OF_DATA)
 
 # Checks with a statistical test: each alarms on a correct trainer with probability at most stats.ALPHA. Those of the
-# sampler are made twice, on fresh draws and on those of a trainer that trains.
+# sampler are made three times: on fresh draws, on those of a trainer that trains, and on those without a noise seed.
 STATISTICAL = (
     noise.LEVEL,
     noise.LAW,
-    noise.OVER_STEPS,
-    noise.OVER_PARAMETERS,
-    noise.WITHIN,
+    independence.OVER_STEPS,
+    independence.OVER_PARAMETERS,
+    independence.WITHIN,
     production.UNSEEDED,
     later.LATER,
     updates.LEAK,
-    *(sampling.MARGINALS, sampling.SPREAD, sampling.EPOCH) * 2,
+    *(sampling.MARGINALS, sampling.SPREAD, sampling.EPOCH) * 3,
     resume.RESUME_NOISE,
 )
 FALSE_ALARMS = len(STATISTICAL) * stats.ALPHA

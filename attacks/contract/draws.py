@@ -26,12 +26,14 @@ class Draws:
     twice: int
 
 
-def draw(probe: Probe, *, path: Sequence[Sequence[int]] = (), playing: int = 0) -> Draws:
+def draw(probe: Probe, *, path: Sequence[Sequence[int]] = (), playing: int = 0, noise: int | None = 0) -> Draws:
     """Draws of one trainer after the steps `path`; the first `playing` of them are also stepped on, as in a training.
+
+    noise: which noise seed it has; None: none, as in production.
 
     As many draws as EPOCHS epochs take, fewer where they are slow and more where they are cheap.
     """
-    subject = probe.grown(tuple(tuple(part) for part in path))
+    subject = probe.grown(tuple(tuple(part) for part in path), noise=noise)
     count, began = len(probe.own.items), time.monotonic()
     rows: list[Drawn] = []
     twice = 0

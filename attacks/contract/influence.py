@@ -13,6 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from attacks.contract import boundary
 from attacks.contract.bench import FROZEN as FROZEN
 from attacks.contract.bench import SHARE
 from attacks.contract.bench import Bench as Bench
@@ -24,6 +25,7 @@ from dpaudit.documents import Check
 
 REACHED = 0.9  # a unit that moves the sum by less than this times C did not put clipping to the test
 GROUP = 8  # units whose joint sum is compared with the sum of their own
+SMALL = range(2, 17)  # sizes of batches that are all tried: one size may take a path of its own
 
 
 def checks(bench: Bench) -> Iterator[Check]:
@@ -48,7 +50,7 @@ def influence(bench: Bench) -> Check:
     probe = bench.probe
     moves = [*_first_step(bench)]
     if bench.empty_problem is None:
-        moves += [*_one_by_one(bench), *_over_histories(bench), *_branched(bench)]
+        moves += [*_one_by_one(bench), *_over_histories(bench), *_branched(bench), *boundary.moves(bench)]
     moves += _large(bench)
     worst, what = max(moves)
     allowed = 1 + AGREEMENT + bench.slack() / probe.claim.max_grad_norm
@@ -243,11 +245,14 @@ class _Gap:
 
 
 def _groups(bench: Bench) -> Iterator[_Gap]:
-    """All probed units, GROUP at a time, at the initial parameters: each is in one of the batches."""
+    """All probed units, GROUP at a time, at the initial parameters: each is in one of the batches; and every SMALL
+    size of batch."""
     probe = bench.probe
     alone = {unit: bench.difference([unit], []) for unit in bench.sample}
-    for start in range(0, len(bench.sample), GROUP):
-        group = bench.sample[start : start + GROUP]
+    groups = [bench.sample[start : start + GROUP] for start in range(0, len(bench.sample), GROUP)]
+    for size in SMALL if len(bench.sample) >= SMALL[-1] else ():
+        groups.append(sorted(np.roll(bench.sample, size * (size - 1) // 2)[:size].tolist()))
+    for group in groups:
         if len(group) > 1:
             seen = probe.observe(group)
             parts = sum((alone[unit] for unit in group), np.zeros_like(seen.vector))

@@ -13,10 +13,11 @@ from attacks.contract import statistics as stats
 from attacks.contract.bench import Bench
 from attacks.contract.guard import MethodFailure
 from attacks.contract.history import heard
-from attacks.contract.noise import Draws, level_of, squares
+from attacks.contract.noise import level_of, squares
 from attacks.contract.probe import Vector
 from attacks.contract.production import TRAINERS, row_of
 from attacks.contract.result import judged, skipped
+from attacks.contract.seeds import Draws
 from attacks.contract.subject import Subject
 from dpaudit.documents import Check
 

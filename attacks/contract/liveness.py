@@ -10,6 +10,8 @@ from attacks.contract.result import joined, judged, skipped
 from attacks.contract.training import STAGES
 from dpaudit.documents import Check
 
+FEWEST = 5  # steps in which a released block that does not move has stopped
+
 
 def checks(bench: Bench) -> Iterator[Check]:
     """All checks of this module."""
@@ -26,7 +28,8 @@ MOVES_WHY = (
 
 
 def moves(bench: Bench) -> Check:
-    """Blocks that received noise (and were updated, where the trainer says which) and did not move in any step."""
+    """Blocks that received noise (and were updated, where the trainer says which) and did not move in any step, or in
+    none of the last third of a training in which others did."""
     probe, training = bench.probe, bench.training
     courses = [training.first, training.second]
     if bench.empty_problem is None:
@@ -41,7 +44,26 @@ def moves(bench: Bench) -> Check:
     measured = f"{len(moved)} of {len(probe.shapes)} blocks moved in {len(steps)} steps"
     if still:
         measured = f"never moved in {len(steps)} steps: {joined(still)} ({len(still)} of {len(due)} released blocks)"
-    return judged(MOVES, not still, measured, "every block that is updated moves", MOVES_WHY)
+    stopped = {} if still else _stopped(bench, courses)
+    if stopped:
+        measured = f"moved no more: {', '.join(f'{name} after step {step}' for name, step in sorted(stopped.items()))}"
+    return judged(MOVES, not still and not stopped, measured, "every block that is updated moves", MOVES_WHY)
+
+
+def _stopped(bench: Bench, courses: list[list[Observation]]) -> dict[str, int]:
+    """Blocks that are released in the last third of a training and don't move in it, and their last step that did.
+
+    Only where another block still moves: at the end of a schedule the learning rate may be 0 for all.
+    """
+    found: dict[str, int] = {}
+    for course in courses:
+        tail = course[2 * len(course) // 3 :]
+        moving = {name for seen in tail for name, value in seen.moved.items() if value.any()}
+        if moving and len(tail) >= FEWEST:
+            for name in _due(bench, tail) - moving:
+                steps = [step for step, seen in enumerate(course, 1) if name in seen.moved and seen.moved[name].any()]
+                found[name] = max(steps, default=0)
+    return found
 
 
 def _due(bench: Bench, steps: list[Observation]) -> set[str]:
@@ -73,9 +95,12 @@ def gradients_live(bench: Bench) -> Check:
     if not alive:
         measured = f"no unit moved any block in {len(training.batches)} steps: the training consists of noise"
         return judged(LIVE, False, measured, "contributions that are not zero", LIVE_WHY)
-    if len(silent) > len(alive):
-        measured = f"no unit ever moved {joined(silent)} ({len(silent)} of {len(silent) + len(alive)} released blocks)"
-        return judged(LIVE, False, measured, "contributions in most blocks", LIVE_WHY)
+    count = len(alive) + len(silent)
+    silent, far = _silent_far_away(bench, silent)
+    if silent and (far or len(silent) > len(alive)):
+        where = ", also at other parameters" if far else ""
+        measured = f"no unit ever moved {joined(silent)} ({len(silent)} of {count} released blocks){where}"
+        return judged(LIVE, False, measured, "contributions in every released block", LIVE_WHY)
     moved = any(seen.moved[name].any() for seen in training.first for name in seen.moved)
     units = [unit for unit in bench.picks.group if _size(bench, 1, unit) > 0]
     if not moved or not units:
@@ -99,12 +124,18 @@ def _signals(bench: Bench) -> tuple[set[str], set[str]]:
             noise = training.noise[step - 1]
             for name in noise.noised & seen.noised if batch else ():
                 named.add(name)
-                mine, pure = seen.released[name], noise.released[name]
-                assert mine is not None and pure is not None
-                gap = float(np.linalg.norm(mine - pure))
-                if not gap <= ROUNDING * bench.probe.precision * float(np.linalg.norm(mine)):
+                if _heard(bench, seen, noise, name):
                     alive.add(name)
     return alive, named - alive
+
+
+def _heard(bench: Bench, seen: Observation, noise: Observation, name: str) -> bool:
+    """Whether a block was released with more than the noise of its step."""
+    mine, pure = seen.released[name], noise.released[name]
+    if mine is None or pure is None:
+        return False
+    gap = float(np.linalg.norm(mine - pure))
+    return not gap <= ROUNDING * bench.probe.precision * float(np.linalg.norm(mine))
 
 
 def _signal(bench: Bench, step: int, unit: int) -> tuple[Vector, float] | None:
@@ -130,21 +161,44 @@ def _changed(bench: Bench, unit: int) -> bool:
     return False
 
 
-def _changed_far_away(bench: Bench, unit: int) -> bool:
-    """Whether the contribution changes when all parameters are set elsewhere; True where they can't be set."""
-    probe = bench.probe
-    subject = probe.build(probe.own)
-    rng = np.random.default_rng([probe.seed, 31])
-    far = {
+def _far(bench: Bench) -> dict[str, Vector]:
+    """Parameters far from the first ones: a LoRA matrix that starts at 0 is none, so that its partner has gradients."""
+    rng = np.random.default_rng([bench.probe.seed, 31])
+    return {
         name: value + (0.1 + np.abs(value).mean()) * rng.standard_normal(value.size)
-        for name, value in sorted(probe.start.items())
+        for name, value in sorted(bench.probe.start.items())
     }
-    if not subject.put(far):
+
+
+def _silent_far_away(bench: Bench, silent: set[str]) -> tuple[set[str], bool]:
+    """Those of the silent blocks that no unit moves far away either, and whether that could be looked at.
+
+    Early in a training the gradient of a block may drown in the rounding of its noise (A of a LoRA, whose B is small).
+    """
+    probe, training = bench.probe, bench.training
+    if not silent:
+        return silent, False
+    for unit in bench.picks.group:
+        subject = probe.build(training.records)
+        if not subject.put(_far(bench)):
+            return silent, False
+        seen = probe.watch(subject, [unit])
+        if training.comparable(1, seen) and np.isfinite(seen.vector).all():
+            silent = {name for name in silent if not _heard(bench, seen, training.noise[0], name)}
+    return silent, True
+
+
+def _changed_far_away(bench: Bench, unit: int) -> bool:
+    """Whether the contribution changes when all parameters are set elsewhere in the middle of a training, where a copy
+    of them that was made in the first step is old; True where they can't be set."""
+    probe, training, step = bench.probe, bench.training, STAGES["in the middle"]
+    subject = probe.grown(tuple(map(tuple, training.batches[: step - 1])), training.records)
+    if not subject.put(_far(bench)):
         return _displaced(bench) < 1e-3
     seen = probe.watch(subject, [unit])
-    if not bench.training.comparable(1, seen) or not np.isfinite(seen.vector).all():
+    here = training.at(step, [unit])
+    if seen.noised != here.noised or not (np.isfinite(seen.vector).all() and np.isfinite(here.vector).all()):
         return True
-    here = bench.training.at(1, [unit])
     return probe.size(seen.vector - here.vector) > 2 * probe.slack(seen, here)
 
 

@@ -11,75 +11,16 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from attacks.contract import independence
 from attacks.contract import statistics as stats
 from attacks.contract.bench import FROZEN, Bench
-from attacks.contract.probe import AGREEMENT, Observation, Probe, Records, Vector
+from attacks.contract.probe import AGREEMENT, Probe, Records, Vector
 from attacks.contract.result import joined, judged, skipped
+from attacks.contract.seeds import WHITENED_STEPS, Draws, block_of
 from attacks.contract.training import NOISE_STEPS, STAGES
 from dpaudit.documents import Check
 
-MOST_SEEDS, LEAST_SEEDS, VALUES_WANTED = 200, 24, 400
-FEW_SEEDS = 10  # where the factory is slow
-MOST_PAIRED = 20_000  # values of a pair of blocks
-WHITENED_STEPS = 24  # of correlated noise
-
-
-class Draws:
-    """Repeated releases under different noise seeds, asked once and used by several checks."""
-
-    def __init__(self, bench: Bench) -> None:
-        self.bench, self.probe = bench, bench.probe
-        self.empty = bench.empty_problem is None
-        first = self.probe.observe(self.batch)
-        self.blocks = sorted(first.noised)
-        smallest = min((first.released[name].size for name in self.blocks), default=1)  # type: ignore[union-attr]
-        wanted = 0 if self.empty else 2 * math.ceil(VALUES_WANTED / smallest / 2)
-        few = FEW_SEEDS if self.probe.slow else LEAST_SEEDS
-        self.seeds = min(MOST_SEEDS, max(few, wanted))
-        self.mixing = None if self.probe.mechanism != "correlated" else mixing(self.probe, WHITENED_STEPS)
-
-    @property
-    def unknown(self) -> bool:
-        """Whether the noise is correlated and the trainer does not say how."""
-        return self.probe.mechanism == "correlated" and self.mixing is None
-
-    @property
-    def batch(self) -> list[int]:
-        """Two ordinary units."""
-        return [self.bench.picks.anchor, self.bench.picks.group[0]]
-
-    def full(self, name: str) -> Vector:
-        """(K, d) released block `name` on the batch in the first step, a row a noise seed."""
-        rows = [_block(self.probe.observe(self.batch, noise=k), name) for k in range(self.seeds)]
-        kept = self.bench.series.kept.get(name)
-        return np.stack(rows) if kept is None else np.stack(rows)[:, kept]
-
-    def paired(self, name: str) -> Vector:
-        """(K / 2, d) differences of disjoint pairs of seeds: the signal is gone, the noise has twice the variance."""
-        values = self.full(name)
-        even = len(values) // 2 * 2
-        return np.asarray((values[0:even:2] - values[1:even:2]) / math.sqrt(2.0))
-
-    def white(self, name: str) -> Vector:
-        """(seeds, steps, d) noise of empty batches; correlated noise is made white by the trainer's own matrix."""
-        table = self.bench.series.table(name)
-        if self.mixing is None:
-            return table
-        return np.asarray(np.einsum("ts,ksd->ktd", np.linalg.inv(self.mixing), table[:, :WHITENED_STEPS]))
-
-    def rows(self, name: str) -> Vector:
-        """(n, d) independent rows of noise of a block: over seeds and steps, or over pairs of seeds."""
-        if not self.empty or name not in self.bench.series.kept:  # or never noised on an empty batch
-            return self.paired(name)
-        white = self.white(name)
-        flat = white.reshape(-1, white.shape[2])
-        return np.asarray(flat[~np.isnan(flat).any(axis=1)])
-
-
-def _block(seen: Observation, name: str) -> Vector:
-    value = seen.released.get(name)
-    size = seen.moved[name].size if name in seen.moved else 1
-    return value if value is not None else np.zeros(size)
+PARTS = 8  # of the training on empty batches: the level of each, and from each to the end
 
 
 def checks(bench: Bench) -> Iterator[Check]:
@@ -88,9 +29,7 @@ def checks(bench: Bench) -> Iterator[Check]:
     level_check = level(draws)
     yield level_check
     yield law(draws, right_level=level_check.status == "pass")
-    yield over_steps(draws)
-    yield over_parameters(draws)
-    yield within_parameters(draws)
+    yield from independence.checks(draws, right_level=level_check.status == "pass")
     yield of_data(draws)
     yield normalisation(draws)
     yield empty_batch(draws)
@@ -140,14 +79,6 @@ def level_of(sums: Squares, *, laplace: bool, alpha: float = stats.ALPHA) -> tup
     return p_of(*sums[worst]) > share, measured
 
 
-def mixing(probe: Probe, steps: int) -> Vector | None:
-    """The trainer's own statement of how its correlated noise is made; None if it makes none."""
-    if "mixing" not in probe.offered:
-        return None
-    matrix = probe.build().ask("mixing", steps)
-    return np.asarray(matrix.detach().to("cpu").double().numpy(), dtype=np.float64)
-
-
 def _on_a_batch(draws: Draws) -> Squares:
     """First step, two units: deviations from the mean over noise seeds."""
     std = draws.probe.std * (abs(float(draws.mixing[0, 0])) if draws.mixing is not None else 1.0)
@@ -181,11 +112,33 @@ def _over_training(draws: Draws) -> Squares:
             np.concatenate([values[:, step].reshape(-1) for values in white.values()]), laplace
         )
     if draws.mixing is None:
-        for step, seen in enumerate(draws.bench.training.noise[steps:], steps + 1):
-            parts = [value for value in seen.released.values() if value is not None]
-            if parts:
-                sums[f"step {step}"] = squares(np.concatenate(parts) / probe.std, laplace)
+        sums |= _later(draws, steps)
     return {label: found for label, found in sums.items() if found[1] > 0}
+
+
+def _later(draws: Draws, steps: int) -> Squares:
+    """The first training beyond `steps`: every step; and each block and all of them in parts of it, and from each part
+    to the end, so that a level that falls late is seen by all steps after it together."""
+    probe, laplace, course = draws.probe, draws.probe.mechanism == "laplace", draws.bench.training.noise
+    names = draws.bench.series.blocks
+    each: dict[str, list[tuple[float, int]]] = {name: [] for name in names}
+    for seen in course:
+        for name in names:
+            value = seen.released.get(name)
+            each[name].append((0.0, 0) if value is None else squares(value / probe.std, laplace))
+    each["all blocks"] = [_added(row) for row in zip(*each.values(), strict=True)]
+    sums = {f"step {step}": each["all blocks"][step - 1] for step in range(steps + 1, len(course) + 1)}
+    if len(course) > steps:
+        for name, row in each.items():
+            for part in np.array_split(np.arange(len(course)), PARTS):
+                first, last = int(part[0]), int(part[-1])
+                sums[f"{name}, steps {first + 1} to {last + 1} of one training"] = _added(row[first : last + 1])
+                sums[f"{name}, from step {first + 1} of one training on"] = _added(row[first:])
+    return sums
+
+
+def _added(found: Sequence[tuple[float, int]]) -> tuple[float, int]:
+    return sum(part[0] for part in found), sum(part[1] for part in found)
 
 
 LAW = "noise law"
@@ -196,7 +149,7 @@ LAW_WHY = (
 
 
 def law(draws: Draws, *, right_level: bool) -> Check:
-    """Kolmogorov-Smirnov of the pooled noise."""
+    """The pooled noise: its body, its largest values, and whether it lies on a grid."""
     probe = draws.probe
     if not right_level:
         return skipped(LAW, "the noise level is not as claimed, so its law can't be compared", LAW_WHY)
@@ -204,129 +157,20 @@ def law(draws: Draws, *, right_level: bool) -> Check:
         return skipped(LAW, f"empty batch: {draws.bench.empty_problem}", LAW_WHY)
     first = abs(float(draws.mixing[0, 0])) if draws.mixing is not None and not draws.empty else 1.0
     values = np.concatenate([draws.rows(name).reshape(-1) for name in draws.blocks]) / (probe.std * first)
-    p, count = law_of(probe, values)
-    measured = f"Kolmogorov-Smirnov p = {p:.2g} over {count} values"
+    if draws.empty and draws.mixing is None:  # one longer training beside the shorter ones
+        later = [seen.vector for seen in draws.bench.training.noise[NOISE_STEPS:]]
+        values = np.concatenate([values, *(part[part != 0] / probe.std for part in later)])
+    p, which, count = law_of(probe, values)
+    measured = f"p = {p:.2g} over {count} values ({which})"
     return judged(LAW, p > stats.ALPHA, measured, f"p above {stats.ALPHA:g}", LAW_WHY)
 
 
-def law_of(probe: Probe, values: Vector) -> tuple[float, int]:
-    """p of standardised noise under the claimed law, and over how many values."""
+def law_of(probe: Probe, values: Vector) -> tuple[float, str, int]:
+    """p of standardised noise under the claimed law, by which test, and over how many values."""
     if values.size > 100_000:
         values = np.random.default_rng(probe.seed).choice(values, 100_000, replace=False)
-    return stats.law_p(values, "laplace" if probe.mechanism == "laplace" else "norm"), values.size
-
-
-OVER_STEPS = "noise over steps"
-OVER_STEPS_WHY = (
-    "The noise of one step must be independent of that of every other; the same noise twice cancels in a difference. "
-    "Usually a generator that is seeded anew in every step, or a pool of draws that is used in turn."
-)
-
-
-def over_steps(draws: Draws) -> Check:
-    """Empty batches release pure noise whatever the parameters; all pairs of steps are compared."""
-    bench, probe = draws.bench, draws.probe
-    if bench.empty_problem is not None:
-        return skipped(OVER_STEPS, f"needs an empty batch: {bench.empty_problem}", OVER_STEPS_WHY)
-    if draws.unknown:
-        return skipped(OVER_STEPS, "correlated noise by claim, and no mixing() to judge it by", OVER_STEPS_WHY)
-    white = [draws.white(name) for name in bench.series.blocks]
-    steps = np.concatenate([values.transpose(1, 0, 2).reshape(values.shape[1], -1) for values in white], axis=1)
-    tests = [stats.most_correlated(np.nan_to_num(steps), symmetric=probe.mechanism == "laplace")]
-    longest = len(bench.training.noise)
-    if draws.mixing is None and longest > NOISE_STEPS:  # a pool of draws that is longer than the trainings above
-        whole = np.stack([seen.vector for seen in bench.training.noise])
-        if whole.shape[1] >= stats.FEWEST:
-            tests.append(stats.most_correlated(whole, symmetric=probe.mechanism == "laplace"))
-    r, p, where, pairs = min(tests, key=lambda test: test[1])
-    p = min(1.0, p * len(tests))
-    what = f"steps {where[0] + 1} and {where[1] + 1}"
-    measured = f"largest correlation {r:.3g} ({what}), p = {p:.2g} over {pairs} pairs of steps 1 to {longest}"
-    return judged(OVER_STEPS, p > stats.ALPHA, measured, f"no correlation: p above {stats.ALPHA:g}", OVER_STEPS_WHY)
-
-
-Pair = tuple[str, Vector, Vector]
-
-
-def worst_pair(probe: Probe, pairs: Sequence[Pair]) -> tuple[float, float, str, int]:
-    """(p corrected for the number of pairs, correlation, which, pairs)."""
-    test = stats.symmetric_correlation if probe.mechanism == "laplace" else stats.correlation
-    best = (1.0, 0.0, "")
-    for what, x, y in pairs:
-        r, p = test(x, y)
-        if p < best[0]:
-            best = (p, r, what)
-    return min(1.0, best[0] * len(pairs)), best[1], best[2], len(pairs)
-
-
-def correlation_check(name: str, worst: tuple[float, float, str, int], why: str) -> Check:
-    """No correlation at the level of one check."""
-    p, r, what, pairs = worst
-    measured = f"largest correlation {r:.3g} ({what or 'none'}), p = {p:.2g} over {pairs} pairs"
-    return judged(name, p > stats.ALPHA, measured, f"no correlation: p above {stats.ALPHA:g}", why)
-
-
-OVER_PARAMETERS = "noise over parameters"
-OVER_PARAMETERS_WHY = (
-    "Blocks must not share noise: it cancels in differences between them. Usually a generator that is seeded anew for "
-    "every parameter, or the same stream on every rank."
-)
-
-
-def over_parameters(draws: Draws) -> Check:
-    """Beginnings of all pairs of blocks, over seeds and steps."""
-    if draws.probe.mechanism == "zeroth-order" or len(draws.blocks) < 2:
-        return skipped(OVER_PARAMETERS, "only one noisy block (zeroth-order noise is one number)", OVER_PARAMETERS_WHY)
-    if draws.unknown:
-        return skipped(OVER_PARAMETERS, "correlated noise, and no mixing() to judge it by", OVER_PARAMETERS_WHY)
-    values = {name: _all_rows(draws, name) for name in draws.blocks}
-    pairs: list[Pair] = []
-    for place, one in enumerate(draws.blocks):
-        for two in draws.blocks[:place]:
-            m = min(values[one].shape[1], values[two].shape[1])
-            x, y = values[one][:, :m].reshape(-1), values[two][:, :m].reshape(-1)
-            pairs.append((f"{two} and {one}", x[:MOST_PAIRED], y[:MOST_PAIRED]))
-    return correlation_check(OVER_PARAMETERS, worst_pair(draws.probe, pairs), OVER_PARAMETERS_WHY)
-
-
-def _all_rows(draws: Draws, name: str) -> Vector:
-    """Rows in one order for all blocks; zeros where a block was not noised (they say nothing, and are left out)."""
-    if not draws.empty:
-        return draws.paired(name)
-    white = draws.white(name)
-    return np.nan_to_num(white.reshape(-1, white.shape[2]))
-
-
-WITHIN = "noise within a parameter"
-WITHIN_WHY = "Every coordinate needs its own noise. Usually one row of noise that is broadcast over a matrix."
-
-
-def within_parameters(draws: Draws) -> Check:
-    """Disjoint pairs of neighbouring rows and of neighbouring coordinates of each block."""
-    if draws.probe.mechanism == "zeroth-order":
-        return skipped(WITHIN, "zeroth-order noise is one number", WITHIN_WHY)
-    if draws.unknown:
-        return skipped(WITHIN, "correlated noise, and no mixing() to judge it by", WITHIN_WHY)
-    pairs: list[Pair] = []
-    for name in draws.blocks:
-        # Of a large block a part of the coordinates is kept; rows are then compared in the first step.
-        values, shape = draws.rows(name), draws.probe.shapes[name]
-        if values.shape[1] < math.prod(shape):
-            values = _whole_rows(draws, name)
-        if values.shape[1] >= 2:
-            even = values.shape[1] // 2 * 2
-            pairs.append((f"coordinates of {name}", values[:, 0:even:2].reshape(-1), values[:, 1:even:2].reshape(-1)))
-        if len(shape) > 1 and shape[0] >= 2:
-            rows = values.reshape(values.shape[0], shape[0], -1)[:, : shape[0] // 2 * 2]
-            pairs.append((f"rows of {name}", rows[:, 0::2].reshape(-1), rows[:, 1::2].reshape(-1)))
-    if not pairs:
-        return skipped(WITHIN, "every block has a single coordinate", WITHIN_WHY)
-    return correlation_check(WITHIN, worst_pair(draws.probe, pairs), WITHIN_WHY)
-
-
-def _whole_rows(draws: Draws, name: str) -> Vector:
-    values = [_block(draws.probe.observe(draws.batch, noise=k), name) for k in range(2)]
-    return np.asarray((values[0] - values[1])[None] / math.sqrt(2.0))
+    p, which = stats.law_p(values, "laplace" if probe.mechanism == "laplace" else "norm")
+    return p, which, values.size
 
 
 OF_DATA = "noise independent of data"
@@ -377,7 +221,9 @@ def _late_ratio(bench: Bench) -> float | None:
     if not names or not all(np.isfinite(item.vector).all() for item in seen):
         return None
     kept = bench.series.kept
-    batch = np.concatenate([_block(seen[0], name)[kept[name]] - _block(seen[1], name)[kept[name]] for name in names])
+    batch = np.concatenate(
+        [block_of(seen[0], name)[kept[name]] - block_of(seen[1], name)[kept[name]] for name in names]
+    )
     empty = np.concatenate([(pure[0][name] - pure[1][name])[step - 1].astype(np.float64) for name in names])
     rounding = 4 * probe.slack(*seen) / max(float(np.linalg.norm(empty)), 1e-300)
     return max(0.0, float(np.linalg.norm(batch - empty)) / max(float(np.linalg.norm(empty)), 1e-300) - rounding)

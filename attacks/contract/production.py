@@ -16,12 +16,15 @@ import numpy as np
 from attacks.contract import statistics as stats
 from attacks.contract.bench import Bench
 from attacks.contract.guard import MethodFailure
-from attacks.contract.noise import Draws, Pair, law_of, level_of, mixing, squares, worst_pair
+from attacks.contract.independence import Pair, neighbours, worst_pair
+from attacks.contract.noise import law_of, level_of, squares
 from attacks.contract.probe import Observation, Vector
 from attacks.contract.result import judged, skipped
+from attacks.contract.seeds import Draws, mixing
 from dpaudit.documents import Check
 
 TRAINERS, STEPS, PROCESSES = 4, 12, 2
+QUICK_STEPS = 60  # where a step takes a moment
 MOST_COMPARED = 4096  # coordinates that another process hands over
 TESTS = 5  # level, law, steps and trainers, parameters, signal: each at ALPHA / TESTS
 GRACE = 120.0  # seconds that a process may take beyond the time limit of a call, most of them for imports
@@ -71,14 +74,15 @@ def unseeded(bench: Bench) -> Check:
 
 
 def _released(bench: Bench) -> tuple[Vector, Vector]:
-    """(TRAINERS, d) of a batch in the first step, and (TRAINERS, STEPS - 1, d) of the empty steps that follow."""
+    """(TRAINERS, d) of a batch in the first step, and (TRAINERS, steps - 1, d) of the empty steps that follow."""
     probe = bench.probe
     first, rest = [], []
     for _ in range(TRAINERS):
         subject = probe.build(probe.own, None)
         first.append(row_of(probe.watch(subject, list(bench.picks.group))))
         if bench.empty_problem is None:
-            rest.append(np.stack([row_of(probe.watch(subject, [])) for _ in range(STEPS - 1)]))
+            steps = QUICK_STEPS if bench.training.quick else STEPS
+            rest.append(np.stack([row_of(probe.watch(subject, [])) for _ in range(steps - 1)]))
     return np.stack(first), np.stack(rest) if rest else np.zeros((0, 0, 0))
 
 
@@ -107,12 +111,13 @@ def _independent(bench: Bench, trainers: list[Vector]) -> tuple[bool, str]:
     probe = bench.probe
     symmetric = probe.mechanism == "laplace"
     size = min(MOST_COMPARED, *(rows.shape[1] for rows in trainers))
-    rows = [_white(bench, noise[:, :size]) for noise in trainers]
+    rows = [_white(bench, noise[:, :size]) for noise in trainers]  # as many steps each as it was watched for
     if rows and probe.mechanism == "correlated" and mixing(probe, 1) is None:
         whole = np.stack([noise.reshape(-1) for noise in rows])
         r, _, where, pairs = stats.most_correlated(whole, symmetric=True)
         return abs(r) < 1 - 1e-9, f"correlation {r:.3g} of trainers {where[0] + 1} and {where[1] + 1}, {pairs} pairs"
-    tests = [stats.most_correlated(np.stack([noise.reshape(-1) for noise in rows]), symmetric=symmetric)]
+    common = min(len(noise) for noise in rows)
+    tests = [stats.most_correlated(np.stack([noise[:common].reshape(-1) for noise in rows]), symmetric=symmetric)]
     names = [f"trainers {tests[0][2][0] + 1} and {tests[0][2][1] + 1}"]
     if size >= stats.FEWEST:
         steps = np.concatenate(rows)
@@ -127,7 +132,7 @@ def _independent(bench: Bench, trainers: list[Vector]) -> tuple[bool, str]:
 
 
 def _white(bench: Bench, noise: Vector) -> Vector:
-    if bench.probe.mechanism != "correlated" or (matrix := mixing(bench.probe, STEPS)) is None:
+    if bench.probe.mechanism != "correlated" or (matrix := mixing(bench.probe, len(noise) + 1)) is None:
         return noise
     # The first step had a batch: its noise is not known, so only what is new in later steps is taken.
     return np.asarray(noise / np.abs(np.diag(matrix))[1:, None])
@@ -141,21 +146,22 @@ def _as_claimed(bench: Bench, draws: Draws, batch: Vector, empty: Vector) -> lis
     alpha = stats.ALPHA / TESTS
     values = empty[~np.isnan(empty)] / probe.std
     by_step = {
-        f"step {step + 2}": squares(empty[:, step].reshape(-1) / probe.std, laplace) for step in range(STEPS - 1)
+        f"step {step + 2}": squares(empty[:, step].reshape(-1) / probe.std, laplace) for step in range(empty.shape[1])
     }
     fine, said = level_of({"all steps": squares(values, laplace)} | by_step, laplace=laplace, alpha=alpha)
     results = [(fine, f"{said})")]
-    p, _ = law_of(probe, values)
-    results.append((p > alpha, f"the noise has another law (p = {p:.2g})"))
+    p, which, _ = law_of(probe, values)
+    results.append((p > alpha, f"the noise has another law (p = {p:.2g}: {which})"))
     blocks = _blocks(bench.probe.observe([]), np.nan_to_num(empty))
-    if len(blocks) > 1 and probe.mechanism != "zeroth-order":
+    if probe.mechanism != "zeroth-order":
         pairs: list[Pair] = []
         for place, one in enumerate(sorted(blocks)):
+            pairs += neighbours(one, blocks[one], probe.shapes.get(one, ()))
             for two in sorted(blocks)[:place]:
                 m = min(blocks[one].shape[1], blocks[two].shape[1])
                 pairs.append((f"{two} and {one}", blocks[one][:, :m].reshape(-1), blocks[two][:, :m].reshape(-1)))
-        p, r, what, _ = worst_pair(probe, pairs)
-        results.append((p > alpha, f"blocks share noise: correlation {r:.3g} of {what} (p = {p:.2g})"))
+        p, r, what, _ = worst_pair(probe, pairs) if pairs else (1.0, 0.0, "", 0)
+        results.append((p > alpha, f"parameters share noise: correlation {r:.3g} of {what} (p = {p:.2g})"))
     if probe.deterministic:
         frozen = probe.observe(list(bench.picks.group)).vector - probe.observe([]).vector
         rest = (batch - frozen) / probe.std

@@ -34,26 +34,30 @@ PLAYED = 24  # steps of a training on the sampler's own batches, whose later dra
 
 
 def checks(bench: Bench) -> Iterator[Check]:
-    """All checks of this module: each on the draws of a fresh trainer, and on those of one that trains."""
+    """All checks of this module: each on the draws of a fresh trainer, of one that trains, and of one in production."""
     named = ((TWICE, TWICE_WHY), (MARGINALS, MARGINALS_WHY), (SPREAD, SPREAD_WHY), (EPOCH, EPOCH_WHY))
     if bench.draws is None:
         yield from (skipped(name, bench.probe.lacking["sample"], why) for name, why in named)
         return
-    both = (("fresh", bench.draws), (f"after {PLAYED} steps", draw(bench.probe, playing=PLAYED)))
-    twice = [f"{when} {found.twice} of {len(found.drawn)}" for when, found in both]
-    fine = all(found.twice == 0 for _, found in both)
+    drawn = (
+        ("fresh", bench.draws),
+        (f"after {PLAYED} steps", draw(bench.probe, playing=PLAYED)),
+        ("without a noise seed", draw(bench.probe, noise=None)),
+    )
+    twice = [f"{when} {found.twice} of {len(found.drawn)}" for when, found in drawn]
+    fine = all(found.twice == 0 for _, found in drawn)
     yield judged(TWICE, fine, f"batches that name a unit twice: {', '.join(twice)}", "none", TWICE_WHY)
     for check in (marginals, spread, epochs):
-        yield _worse(bench, check, both)
+        yield _worse(bench, check, drawn)
 
 
-def _worse(bench: Bench, check: Callable[[Bench, Drawn], Check], both: tuple[tuple[str, Draws], ...]) -> Check:
-    """The one that fails, if any; otherwise the fresh draws', with both named."""
-    made = [(when, check(bench, found.drawn)) for when, found in both]
+def _worse(bench: Bench, check: Callable[[Bench, Drawn], Check], drawn: tuple[tuple[str, Draws], ...]) -> Check:
+    """The one that fails, if any; otherwise the fresh draws', with all named."""
+    made = [(when, check(bench, found.drawn)) for when, found in drawn]
     when, worst = next(((when, item) for when, item in made if item.status == "fail"), made[0])
     said = f"{when}: {worst.measured}"
     if worst.status == "pass":
-        said += f"; {made[1][0]}: {made[1][1].measured}"
+        said += "".join(f"; {when}: {item.measured}" for when, item in made[1:])
     return worst.model_copy(update={"measured": said if worst.status != "not applicable" else worst.measured})
 
 

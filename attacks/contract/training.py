@@ -18,7 +18,8 @@ from attacks.contract.probe import Observation, Probe, Records, Vector
 
 STEPS = 24
 STAGES = {"in the middle": 12, "late": 24}  # step of a history that is branched; "early" is step 1
-NOISE_STEPS, LONGEST, FAST = 24, 120, 0.004
+NOISE_STEPS, LONGEST, FAST = 24, 500, 0.004  # steps, steps, seconds of one
+FREE = 120  # steps that a quick trainer takes where its claim names fewer, or none
 MOST_HELD = 40_000_000  # numbers of the noise of every step
 LARGEST = 64  # a batch this large costs little; larger ones are looked at up to REACH x the expected size
 REACH = 3.0
@@ -108,15 +109,20 @@ class Training:
         return self.probe.course([[]] * self._length)
 
     @cached_property
-    def _length(self) -> int:
+    def quick(self) -> bool:
+        """Whether a step takes so little that hundreds of them may be watched."""
         subject = self.probe.build(self.probe.own)
         subject.ask("step", [])
         began = time.process_time()
         for _ in range(3):
             self.probe.watch(subject, [])
-        quick = (time.process_time() - began) / 3 < FAST
+        return (time.process_time() - began) / 3 < FAST
+
+    @property
+    def _length(self) -> int:
         held = max(NOISE_STEPS, MOST_HELD // max(1, sum(value.size for value in self.probe.start.values())))
-        return min(held, max(NOISE_STEPS, self.longest + 1, LONGEST if quick else 0))
+        claimed = min(LONGEST, max(FREE, self.probe.claim.steps or FREE))
+        return min(held, max(NOISE_STEPS, self.longest + 1, claimed if self.quick else 0))
 
     @cached_property
     def first(self) -> list[Observation]:

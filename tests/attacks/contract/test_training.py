@@ -17,6 +17,7 @@ from attacks.contract import (
     STATISTICAL,
     accounting,
     history,
+    independence,
     influence,
     liveness,
     noise,
@@ -77,7 +78,7 @@ class SinceData(Compact):
 
 @pytest.mark.parametrize(
     ("factory", "name"),
-    [(Fading, noise.LEVEL), (Pool, noise.OVER_STEPS), (SinceData, noise.OF_DATA)],
+    [(Fading, noise.LEVEL), (Pool, independence.OVER_STEPS), (SinceData, noise.OF_DATA)],
 )
 def test_noise_that_changes_over_the_steps(factory: type[Compact], name: str) -> None:
     assert made(factory, noise)[name].status == "fail"
