@@ -177,11 +177,13 @@ def command(
     prepare(RunFolder.open(run), options)  # a wrong flag is told before the heavy imports
 
     from attacks.audit import audit
+    from reports import card
     from trainers.progress import Live
 
     with many.connection if many else nullcontext():
         shares, runner = (many.lanes, many.make(None)) if many else (None, None)
         document = audit(run, options, reporter=Live("twin"), log=console.log, processes=shares, executor=runner)
+    card.renew(run, console.log)
     sharper = None if white_box else f"dpaudit audit {shlex.quote(str(run))} --white-box"
     finish(document, as_json=as_json, strict=strict, fail_above=fail_above, sharper=sharper)
 

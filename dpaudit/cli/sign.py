@@ -31,6 +31,7 @@ def command(
     from dpaudit.printable import field
     from dpaudit.runs import RunFolder
     from dpaudit.signing import PrivateKey
+    from reports import card
     from reports.inputs import load_runs, release_of
     from reports.vouched import SIGNATURE, sign
 
@@ -45,6 +46,9 @@ def command(
     whole = release.name == "release" and folder.private.is_dir()
     with folder.lock() if whole else contextlib.nullcontext():
         (loaded,) = load_runs([run])
+        wrong = card.problem(release, loaded)
+        if wrong is not None:
+            raise UsageError(f"run {loaded.name}: not signed: {wrong}")
         document = sign(loaded, signer, name=name, today=datetime.datetime.now(datetime.UTC).date())
         write_document(release / SIGNATURE, document)
     if as_json:

@@ -86,7 +86,9 @@ def _resume(path: Path, as_json: bool) -> None:
 
 def _finish(path: Path, as_json: bool) -> None:
     from dpaudit.runs import RunFolder
+    from reports import card
 
+    card.renew(path, console.log)
     document = ClaimDocument.read(RunFolder(path).claim)
     if as_json:
         return console.emit(document)

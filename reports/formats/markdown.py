@@ -13,7 +13,7 @@ from reports.sweep.document import Averaged
 from reports.text import clean, number, points
 
 MOST_ROWS = 30
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>()!|~:])")
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<>!|~]|:(?!\s|$))")  # a colon in a word may start an emoji or a link
 _BREAK = "\u200b"  # a zero-width space: GitHub turns @name, #1 and www. into links even where they are escaped
 
 
@@ -42,9 +42,9 @@ def markdown(page: Page, found: Sequence[Finding], *, title: str, changes: Seque
     return "\n".join([*lines, "", f"_{prose.LIMIT}_", ""])
 
 
-def escape(text: str) -> str:
+def escape(text: str, limit: int = 400) -> str:
     """Foreign text as Markdown text: nothing in it is markup, a link, a mention or a table cell's end."""
-    shown = _SPECIAL.sub(r"\\\1", clean(text, 400)).replace("&", "&amp;")
+    shown = _SPECIAL.sub(r"\\\1", clean(text, limit)).replace("&", "&amp;")
     return re.sub(r"[@#]|(?i:www)(?=\.)", lambda match: match.group() + _BREAK, shown)
 
 
