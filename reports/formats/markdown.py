@@ -61,9 +61,21 @@ def _runs(runs: Sequence[RunReport]) -> list[str]:
         claim = f"{number(run.claim.epsilon)} at {number(run.claim.delta)}" if run.claim is not None else "none"
         bound = "–" if test is None else f"{number(test.epsilon_lower)} (ceiling {number(test.ceiling)})"
         accuracy = describe_interval(measured.metric) if measured is not None else "–"
-        rows.append((escape(run.name), claim, bound, run.verdict or "not audited", accuracy))
+        rows.append((escape(run.name), claim, bound, run.verdict or "not audited", _signer(run), accuracy))
     measure = escape(tables[0].headline.replace("_", " ")) if tables else "exact match"
-    return _table(("run", "claimed eps", "audited eps ≥", "verdict", measure), rows)
+    return _table(("run", "claimed eps", "audited eps ≥", "verdict", "who vouches", measure), rows)
+
+
+def _signer(run: RunReport) -> str:
+    """Who stands behind the files of a run: a key, which proves no name, or nobody."""
+    found = run.vouched
+    if found.status == "unsigned" or found.key is None:
+        return "nobody (unsigned)"
+    key = f"`{found.key.sha256[:16]}…`"
+    if found.status == "invalid":
+        return f"nobody: the signature by key {key} is **invalid**"
+    name = found.statement.signer if found.statement is not None else ""
+    return f"key {key}" + (f", by its own account {escape(name, 80)}" if name else "")
 
 
 def _sweep(sweep: SweepReport) -> list[str]:

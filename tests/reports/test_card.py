@@ -1,11 +1,8 @@
 """The model card: metadata that YAML reads, sentences of the page, code that runs, and an owner's text."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +24,6 @@ from tests.reports.hostile import write_hostile_run
 from trainers.public.synthetic import synthetic_pictures
 from trainers.vlm import REFERENCE, VisionLanguageModel
 
-PROGRAM = Path(sys.executable).with_name("dpaudit")
 FENCE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
@@ -211,28 +207,21 @@ def test_an_unfinished_run_gets_none(tmp_path: Path) -> None:
 # -- a real run ------------------------------------------------------------------------------------------------------
 
 
-def test_the_card_of_a_training_loads_what_was_trained(tmp_path: Path) -> None:
+def test_the_card_of_a_training_loads_what_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train, read the card, type its code: PEFT and transformers give dpaudit's answers."""
     settings = ["method=non-private", "reducer.name=none", "data.limit=40", "training.steps=12",
                 "training.batch-size=20", "training.learning-rate=0.01", "--out", "run"]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(
-        [str(PROGRAM), "train", *settings], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert ended.returncode == 0, ended.stderr
+    monkeypatch.chdir(tmp_path)
+    assert command(["train", *settings]) == 0
     text = (tmp_path / "run" / "release" / "model" / "README.md").read_text()
     assert "**NOT AUDITED.**" in text and "makes no privacy claim" in text
     shown = synthetic_pictures("base", 6, np.random.default_rng(2))
     Image.fromarray(shown[0].pixels).save(tmp_path / "run" / "picture.png")
     with_peft, with_dpaudit = FENCE.findall(text)
     space: dict[str, Any] = {}
-    before = Path.cwd()
-    os.chdir(tmp_path / "run")
-    try:
-        exec(with_peft, space)
-        exec(with_dpaudit, space)
-    finally:
-        os.chdir(before)
+    monkeypatch.chdir(tmp_path / "run")
+    exec(with_peft, space)
+    exec(with_dpaudit, space)
     model, vlm = space["model"], space["vlm"]
     tokenizer: Any = AutoTokenizer.from_pretrained(str(REFERENCE))
     pairs = [(picture, question) for picture in shown for question in picture.questions]

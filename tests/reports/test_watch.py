@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 
+from dpaudit import atomic
 from reports.watch import marks
 from tests.reports.fixtures import write_run
 from tests.reports.sweep.fakes import write_sweep
@@ -77,7 +78,13 @@ def test_only_what_a_page_reads_wakes_it(tmp_path: Path) -> None:
     seen = marks(subjects)
     (run / "private").mkdir(exist_ok=True)
     (run / "private" / "metrics.jsonl").write_text("{}\n")
-    (run / "release" / ".audit.json.abc.tmp").write_text("x")
+    with atomic.replacing(run / "release" / "claim.json") as half:
+        half.write_text("x")
+        assert marks(subjects) == seen
+        shutil.copy(run / "release" / "claim.json", half)
+        half.touch()
+    assert marks(subjects) != seen
+    seen = marks(subjects)
     assert marks(subjects) == seen
     cell = next(path for path in (tmp_path / "sweep" / "runs").iterdir() if (path / "release").is_dir())
     for changed in (run / "release" / "claim.json", cell / "release" / "claim.json", tmp_path / "sweep" / "sweep.json"):
