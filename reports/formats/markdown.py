@@ -61,9 +61,9 @@ def _runs(runs: Sequence[RunReport]) -> list[str]:
         claim = f"{number(run.claim.epsilon)} at {number(run.claim.delta)}" if run.claim is not None else "none"
         bound = "–" if test is None else f"{number(test.epsilon_lower)} (ceiling {number(test.ceiling)})"
         accuracy = describe_interval(measured.metric) if measured is not None else "–"
-        rows.append((escape(run.name), claim, bound, run.verdict or "not audited", _signer(run), accuracy))
+        rows.append((escape(run.name), claim, bound, run.verdict or "not audited", accuracy, _signer(run)))
     measure = escape(tables[0].headline.replace("_", " ")) if tables else "exact match"
-    return _table(("run", "claimed eps", "audited eps ≥", "verdict", "who vouches", measure), rows)
+    return _table(("run", "claimed eps", "audited eps ≥", "verdict", measure, "who vouches"), rows)
 
 
 def _signer(run: RunReport) -> str:

@@ -145,6 +145,9 @@ def test_a_refuted_claim_and_an_unaccounted_path_fail(tmp_path: Path) -> None:
     rows = json.loads(ledger.read_text())
     rows["rows"].append({"path": "vocabulary", "status": "UNACCOUNTED", "explanation": "e", "evidence": "v"})
     ledger.write_text(json.dumps(rows))
+    said = {f.name: f.message for f in findings(load_page([run])) if f.rule == "claim-test"}
+    assert "; refutes by itself at level" in said["canaries: all kinds (f-dp)"]
+    assert "; does not refute by itself at level" in said["quiet (f-dp)"]
     found = {(f.rule, f.name): f.outcome for f in findings(load_page([run]))}
     assert found["claim", "claim"] == "fail" and found["ledger", "vocabulary"] == "fail"
     assert found["claim-test", "canaries: all kinds (f-dp)"] == "fail"
