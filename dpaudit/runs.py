@@ -1,6 +1,6 @@
 """The run folder: what lies where, one process at a time, and nothing used before it is whole.
 
-`release/` may leave the house, `private/` (mode 0700) may not. A run is finished when `release/model/complete.json`
+`release/` may be published, `private/` (mode 0700) may not. A run is finished when `release/model/complete.json`
 exists: it is written last and holds the SHA-256 of every file of the model.
 """
 

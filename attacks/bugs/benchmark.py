@@ -98,7 +98,7 @@ def run_bug(row: Bug, *, seed: int = 0, game: bool = True) -> BugRow:
     """The contract, and the release game if asked for."""
     began = time.monotonic()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a bug may divide by zero; that is its business
+        warnings.simplefilter("ignore")  # a bug may divide by zero
         probe = Probe(row.factory, seed=seed)
         checks = run_checks(probe)
         outcome = verdict(checks)

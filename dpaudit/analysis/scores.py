@@ -1,6 +1,6 @@
 """The whole analysis of a score file from any system: validity first, then what the scores show, then what they prove.
 
-Which bounds apply depends on how the scores came about, and a file can't show that: fair independent coins in one run
+Which bounds apply depends on how the scores were obtained, which a file can't show: fair independent coins in one run
 open the one-run bounds, independent runs open Clopper-Pearson; without either statement nothing is bounded.
 """
 
@@ -32,7 +32,7 @@ COIN_LEVEL = 1e-6  # two-sided, for "so many heads from fair coins": a broken co
 
 @dataclass(frozen=True)
 class Options:
-    """How the scores came about and what is asked of them.
+    """How the scores were obtained, and what is asked.
 
     coins: how membership was drawn. independent_runs: every row is a training of its own. separate: canaries act on
     separate directions of the noise. seed: for ties.
