@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dpaudit.atomic import is_temporary
 from dpaudit.errors import DpauditError
+from reports.subjects import SWEEP
 from reports.sweep.layout import RUNS
 from reports.writing import Request, Written, check, write
 
@@ -15,22 +16,27 @@ EVERY = 1.0  # seconds between looks: a document is written seldom, a page takes
 Marks = frozenset[tuple[str, int, int]]
 
 
-def marks(subjects: Sequence[Path]) -> Marks:
-    """(path, time of change in ns, bytes) of every file that a page over these subjects would read."""
-    return frozenset(mark for subject in subjects for mark in _below(subject))
+def marks(subjects: Sequence[Path], written: Sequence[Path] = ()) -> Marks:
+    """(path, time of change in ns, bytes) of every file that a page over these subjects would read.
+
+    written: the page's own files, which would wake it for ever.
+    """
+    own = {os.path.abspath(path) for path in written}
+    return frozenset(mark for subject in subjects for mark in _below(subject) if os.path.abspath(mark[0]) not in own)
 
 
 def _below(subject: Path) -> Iterator[tuple[str, int, int]]:
-    """Files of a subject, its own or those of its release, and of the runs of a sweep; links are not followed."""
+    """Files of a document, of a release, or of a sweep with the releases of its runs; links are not followed."""
     if not subject.is_dir():
         yield from _mark(subject)
         return
-    cells = _folders(subject / RUNS)
-    for folder in (subject, *cells):
-        release = folder / "release" if (folder / "release").is_dir() else folder
-        if release is folder and folder in cells:
-            continue  # not begun
-        for entry in sorted(release.rglob("*") if release is not subject else release.glob("*")):
+    if (subject / SWEEP).exists() or (subject / RUNS).is_dir():
+        yield from _mark(subject / SWEEP)
+        releases = [cell / "release" for cell in _folders(subject / RUNS)]
+    else:
+        releases = [subject / "release" if (subject / "release").is_dir() else subject]
+    for release in releases:
+        for entry in sorted(release.rglob("*")):
             if not is_temporary(entry.name):
                 yield from _mark(entry)
 
@@ -68,7 +74,7 @@ def watch(
     seen: Marks | None = None
     trouble = ""
     while True:
-        before = marks(request.subjects)
+        before = marks(request.subjects, [place for _, place in request.files])
         if before != seen:
             try:
                 written = write(request)

@@ -352,7 +352,7 @@ def _row(test: "Test") -> tuple[str, ...]:
         notes.append(f"assumes {test.assumes}")
     lower, top = test.epsilon_lower, test.ceiling
     if lower is not None and top is not None and lower >= top > 0:
-        notes.append("at its ceiling: more canaries needed")
+        notes.append("every guess was right: eps may be larger, use more canaries")
     if not test.decides or test.estimate:
         notes.append("informs only")
     return (

@@ -57,5 +57,7 @@ def command(
     if method == "order-statistic":
         console.say("exact for canaries on separate directions of the noise, no theorem for canaries that interfere")
     if result.epsilon_lower > 0 and result.epsilon_lower >= result.ceiling * (1 - 1e-6):
-        console.say("The bound is at its ceiling: more canaries or runs are needed to say more.")
+        console.say(
+            "Every guess was right: eps may be larger than this test can measure; more canaries or runs are needed."
+        )
     console.say(console.LIMIT_SENTENCE)

@@ -86,6 +86,14 @@ def test_only_what_a_page_reads_wakes_it(tmp_path: Path) -> None:
     assert marks(subjects) != seen
     seen = marks(subjects)
     assert marks(subjects) == seen
+    (tmp_path / "sweep" / "report.html").write_text("x")
+    assert marks(subjects) == seen
+    card = run / "release" / "model" / "README.md"
+    card.parent.mkdir(exist_ok=True)
+    card.write_text("x")
+    assert marks(subjects) != seen and marks(subjects, [card]) == seen
+    assert marks([run / "release"]) == marks([run])
+    card.unlink()
     cell = next(path for path in (tmp_path / "sweep" / "runs").iterdir() if (path / "release").is_dir())
     for changed in (run / "release" / "claim.json", cell / "release" / "claim.json", tmp_path / "sweep" / "sweep.json"):
         before = marks(subjects)
