@@ -66,6 +66,7 @@ lint: install docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 	$(BIN)/python .ci/dependencies.py constraints.txt
 
 # Into build/site. A link or anchor that leads nowhere is an error.

@@ -139,7 +139,7 @@ def code_picture(code: str, height: int, width: int, rng: np.random.Generator) -
 
 
 class RenderedCode:
-    """A code printed into the picture (OCR canary): readable by a model that reads, and by heart by one that does not.
+    """A code printed into the picture (OCR canary): which some models read and others memorise as an image.
 
     Query it with the code masked out to tell the two apart (attacks.membership.extraction).
     """

@@ -25,7 +25,7 @@ from trainers.records import Unit
 from trainers.run import load_model, read_config
 from trainers.vlm import VisionLanguageModel
 
-STATISTIC = "loss of the base model (times its regression slope within the kind) minus loss"
+STATISTIC = "b loss(base) - loss(model), b fitted per canary kind"
 ROWS_AT_ONCE = 64
 Floats = npt.NDArray[np.float64]
 
@@ -95,7 +95,7 @@ def join_coins(scores: pd.DataFrame, coins: pd.DataFrame) -> pd.DataFrame:
 
 
 def save_scores(run: RunFolder, frame: pd.DataFrame) -> None:
-    """Write private/scores.parquet: exact losses of single records never leave the house."""
+    """Write private/scores.parquet: exact losses of single records are never released."""
     atomic.write_frame(run.scores, frame, mode=0o600)
 
 

@@ -128,7 +128,7 @@ def open_run(
 
 
 def resume_run(path: Path, *, reporter: Reporter | None = None, dataset: Dataset | None = None) -> RunFolder:
-    """Go on with an interrupted run: same key, same coins, same ledger. A finished run is left as it is."""
+    """Continue an interrupted run: same key, same coins, same ledger. A finished run is left as it is."""
     group = distributed.current()
     if not group.first:
         return _follow(group, path, dataset)
@@ -151,7 +151,7 @@ def resume_run(path: Path, *, reporter: Reporter | None = None, dataset: Dataset
 
 
 def _begun(run: RunFolder) -> bool:
-    """Whether an unfinished run has a key to go on with; else it was stopped before that and starts with a fresh one.
+    """Whether an unfinished run has a key to continue with; without one it starts with a fresh key.
 
     Raises UsageError where the ledger of a key is missing, or the key of steps.
     """

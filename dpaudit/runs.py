@@ -1,6 +1,6 @@
 """The run folder: what lies where, one process at a time, and nothing used before it is whole.
 
-`release/` may leave the house, `private/` (mode 0700) may not. A run is finished when `release/model/complete.json`
+`release/` may be published, `private/` (mode 0700) may not. A run is finished when `release/model/complete.json`
 exists: it is written last and holds the SHA-256 of every file of the model.
 """
 
@@ -22,6 +22,7 @@ from dpaudit.documents import Document
 from dpaudit.errors import EnvironmentFailure, UsageError
 
 MODEL_COMPLETE = "complete.json"
+MODEL_CARD = "README.md"  # about the model and no part of it: its owner completes it, audits renew it (reports.card)
 WAIT_FOR_LOCK = "DPAUDIT_WAIT_FOR_LOCK"
 PARTS = ("release", "private")
 # What dpaudit writes into the two parts, by name: `discard` removes a folder only where it knows all that is in it.
@@ -335,7 +336,7 @@ class RunFolder:
         hashes = {
             file.relative_to(self.model).as_posix(): atomic.sha256_file(file)
             for file in sorted(self.model.rglob("*"))
-            if file.is_file() and file.name != MODEL_COMPLETE and not file.name.startswith(".")
+            if file.is_file() and not file.name.startswith(".") and file.name not in (MODEL_COMPLETE, MODEL_CARD)
         }
         if not hashes:
             raise ValueError("a model without files can't be complete")

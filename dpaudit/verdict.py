@@ -198,7 +198,9 @@ def _refutation(found: Evidence, games: Sequence[GameDocument], alpha: float) ->
         for test in marked(game.tests, alpha):
             if test.refutes:
                 shown = "" if test.p_value is None else f", p = {test.p_value:.2g}"
-                reasons.append(f"{test.name}: e = {float(test.e_value or 0):.3g}{shown} ({ABOUT[game.about]}).")
+                # What a file of scores speaks of is not known; the name of the test says which file.
+                where = "" if game.game == "scores" else f" ({ABOUT[game.about]})"
+                reasons.append(f"{test.name}: e = {float(test.e_value or 0):.3g}{shown}{where}.")
     return tuple(dict.fromkeys(reasons))
 
 

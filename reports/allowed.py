@@ -17,6 +17,7 @@ from dpaudit import accounting
 from dpaudit.accounting import DpSgd
 from dpaudit.analysis.claim import claimed_event
 from dpaudit.documents import Claim, Test
+from dpaudit.errors import UsageError
 
 FPRS = (0.01, 0.001)  # at which rates are stated
 # A unit that is a person with everything that they gave; any other unit protects a person with several of them less.
@@ -78,6 +79,18 @@ def group_losses(claim: Claim, sizes: Sequence[int]) -> dict[int, accounting.Gro
         else accounting.group_loss(event, k, claim.delta)
         for k in sizes
     }
+
+
+def replacement_loss(claim: Claim) -> accounting.GroupLoss:
+    """eps of replacing one unit by another, for a claim about adding, removing or blanking one."""
+    event = event_of(claim)
+    if event is not None:
+        try:
+            mechanism = accounting.joint_epsilon([replace(event, relation="replace")], claim.delta)
+            return accounting.GroupLoss(mechanism, claim.delta, "mechanism")
+        except UsageError:
+            pass  # no accountant for it under this relation
+    return accounting.stated_group_loss(claim.epsilon, claim.delta, 2)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from dpaudit.config import RunConfig
 from dpaudit.documents import BenchmarkDocument, Gap, Metric, TaskAbout
 from dpaudit.errors import EnvironmentFailure, UsageError, rejected
 from dpaudit.runs import RunFolder
-from reports import catalogue, groups, heldout, process
+from reports import card, catalogue, groups, heldout, process
 from reports.catalogue import HELD_OUT, OWN_TASKS, TaskSpec
 from reports.heldout import Questions
 from reports.process import LOG, Outcome, Progress, Settings, TaskOutcome
@@ -94,6 +94,8 @@ def benchmark_many(
         own = [(runs[index], configs[index]) for index in members]
         made = _group(own, asked, settings, progress)
         documents.update(zip(members, made, strict=True))
+    for run in runs:
+        card.renew(run.path, progress)
     return [documents[index] for index in range(len(runs))]
 
 

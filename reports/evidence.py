@@ -68,12 +68,11 @@ def axis(rows: Sequence[Row], top: float, *, key: str) -> Markup:
             parts.append(f'<path class="claimed" d="M{x:.1f} {BAR - 6}V{foot}"/>')
     for index, row in enumerate(rows):
         parts.append(_row(row, PITCH * index, top))
-    parts.append(f'<path class="axis" d="M{LEFT} {foot}H{RIGHT}"/>')
-    for tick in TICKS:
-        if tick <= top:
-            x = place(tick, top)
-            parts.append(f'<path class="axis" d="M{x:.1f} {foot}v4"/>')
-            parts.append(f'<text class="tick" x="{x:.1f}" y="{foot + 14}" text-anchor="middle">{tick}</text>')
+    ticks = [(f"{place(tick, top):.1f}", tick) for tick in TICKS if tick <= top]
+    marks = "".join(f"M{x} {foot}v4" for x, _ in ticks)
+    texts = "".join(f'<text x="{x}" y="{foot + 14}">{tick}</text>' for x, tick in ticks)
+    parts.append(f'<path class="axis" d="M{LEFT} {foot}H{RIGHT}{marks}"/>')
+    parts.append(f'<g class="tick" text-anchor="middle">{texts}</g>')
     parts.append(f'<text class="tick" x="{RIGHT}" y="{foot + 25}" text-anchor="end">eps: more leaks →</text>')
     return Markup("".join(parts) + "</svg>")
 
@@ -146,11 +145,10 @@ def growth(steps: Sequence[Step], threshold: float, *, key: str) -> Markup:
     limit = f"{math.exp(threshold):,.0f}"
     title = "Evidence against the claim, game by game"
     parts = [_head("growth", title, f"{said}. The claim is refuted from {limit} on.", foot + 32, key)]
-    for power in range(low, high + 1, max(1, (high - low) // 4)):
-        parts.append(f'<path class="grid" d="M{left} {y(power):.1f}H{right}"/>')
-        parts.append(
-            f'<text class="tick" x="{left - 5}" y="{y(power) + 3:.1f}" text-anchor="end">{_tens_of(power)}</text>'
-        )
+    powers = range(low, high + 1, max(1, (high - low) // 4))
+    grid = "".join(f"M{left} {y(power):.1f}H{right}" for power in powers)
+    texts = "".join(f'<text x="{left - 5}" y="{y(power) + 3:.1f}">{_tens_of(power)}</text>' for power in powers)
+    parts.append(f'<path class="grid" d="{grid}"/><g class="tick" text-anchor="end">{texts}</g>')
     parts.append(f'<path class="refuted" d="M{left} {y(line):.1f}H{right}"/>')
     parts.append(f'<text class="value" x="{right}" y="{y(line) - 4:.1f}" text-anchor="end">refuted from {limit}</text>')
     stairs = f"M{left} {y(0):.1f}" + "".join(f"H{x(i):.1f}V{y(ten):.1f}" for i, ten in enumerate(tens)) + f"H{right}"

@@ -8,6 +8,7 @@ nothing is missing but the sorting. The same files give the same bytes.
 import base64
 import binascii
 import hashlib
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from reports.evidence import factor
 from reports.glance import Glance, glances
 from reports.inputs import RunReport
 from reports.meaning import Meaning, meanings
+from reports.plot import shared_frames
 from reports.subjects import Page
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -96,8 +98,6 @@ DETAILS = (
     Detail(False, False, pictures=0, table_points=0, games=1, histograms=False, cells=1, informative=False),
 )
 
-LEAST_WITH_DOCUMENTS = next(detail for detail in reversed(DETAILS) if detail.documents_embedded)
-
 
 def render(
     page: Page, *, title: str, show_examples: bool = False, changes: Sequence[Change] | None = None, against: str = ""
@@ -127,8 +127,7 @@ def render(
             against=text.clean(against, 80),
         )
         size = len(made.encode())
-        last = detail in (DETAILS[-1], LEAST_WITH_DOCUMENTS)
-        if size < (SIZE_LIMIT if last else SIZE_WANTED):
+        if size < (SIZE_LIMIT if detail is DETAILS[-1] else SIZE_WANTED):
             return made, detail
     raise UsageError(
         f"SUBJECT: what was given makes a page of {text.file_size(size)}; accepted: under "
@@ -151,13 +150,13 @@ def _render(
 ) -> str:
     described, silent = _described(page, detail.cells)
     contents = [(anchor, title) for anchor, title in CONTENTS if anchor not in _absent(page)]
-    style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
+    style = re.sub(r"\s*([{};])\s*", r"\1", (TEMPLATES / "style.css").read_text(encoding="utf-8"))
     script = (TEMPLATES / "sort.js").read_text(encoding="utf-8")
     policy = (
         f"default-src 'none'; style-src {_source(style)}; script-src {_source(script)}; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
-    return (
+    return shared_frames(
         environment()
         .get_template("report.html.j2")
         .render(
@@ -181,6 +180,7 @@ def _render(
             claim_groups=_claim_groups(described),
             ledger_groups=_ledger_groups(described),
             checklist=[(group, list(lines)) for group, lines in groupby(checklist(described), lambda line: line.group)],
+            key_ranges=_key_ranges,
             ceiling_note=prose.ceiling_note,
             power=prose.power,
             about=ABOUT,
@@ -296,6 +296,23 @@ def _command(page: Page, *, title: str, show_examples: bool, against: str) -> st
     words += ["--show-examples"] if show_examples else []
     words += ["--against", against] if against else []
     return shlex.join([*words, "-o", "report.html"])
+
+
+def _key_ranges(keys: Sequence[str], runs: Sequence[RunReport]) -> list[str]:
+    """Letters of runs, three and more that follow each other on the page as one range: A–D, F."""
+    order = [run.key for run in runs]
+    places = [order.index(key) for key in keys]
+    ranges: list[list[int]] = []
+    for place in places:
+        if ranges and place == ranges[-1][-1] + 1:
+            ranges[-1].append(place)
+        else:
+            ranges.append([place])
+    shown = []
+    for found in ranges:
+        ends = [order[found[0]], order[found[-1]]]
+        shown += [f"{ends[0]}–{ends[1]}"] if len(found) > 2 else [order[place] for place in found]
+    return shown
 
 
 def _gap_rows(runs: Sequence[RunReport]) -> list[dict[str, Any]]:

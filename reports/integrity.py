@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from dpaudit import checksums
-from dpaudit.runs import MODEL_COMPLETE
+from dpaudit.runs import MODEL_CARD, MODEL_COMPLETE
 from dpaudit.untrusted import MOST_DOCUMENT, read_bytes
 from reports.text import clean
 
 COMPLETE = f"model/{MODEL_COMPLETE}"
+CARD = f"model/{MODEL_CARD}"
 MOST_NAMED = 8  # files of one kind in a notice
 
 
@@ -48,7 +49,7 @@ def _about(what: str, names: list[str]) -> Iterator[str]:
 
 def _model(folder: Path, hashes: Mapping[str, str]) -> Iterator[str]:
     """The list that was written when training ended against the files of the model."""
-    weights = [name for name in hashes if name.startswith("model/") and name != COMPLETE]
+    weights = [name for name in hashes if name.startswith("model/") and name not in (COMPLETE, CARD)]
     if COMPLETE not in hashes:
         if weights:
             yield f"{COMPLETE} is missing: nothing tells whether the model is the one that was trained."

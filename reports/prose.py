@@ -141,10 +141,19 @@ def not_covered(run: RunReport) -> list[str]:
         "Side channels: timing, memory, floating-point artefacts of the noise, and who can read the private folder.",
     ]
     if claim.relation != "replace":
-        items.insert(1, "Replacing one record by another: that costs up to twice the eps of adding or removing one.")
+        items.insert(1, _replacing(claim))
     if all(row.stage != "tuning" for row in run.ledger):
         items.insert(2, "The choice of hyper-parameters: the ledger has no row about it.")
     return items
+
+
+def _replacing(claim: Claim) -> str:
+    first = "Replacing one record by another"
+    loss = allowed.replacement_loss(claim)
+    if not math.isfinite(loss.epsilon) or loss.delta >= USELESS:
+        return f"{first}: nothing useful is known."
+    by = "by the group lemma" if loss.rule == "group lemma" else "by the mechanism"
+    return f"{first}: eps up to {number(loss.epsilon)} at delta = {number(loss.delta)}, {by}."
 
 
 def ceiling_note(test: Test, claim: Claim | None) -> str | None:

@@ -90,7 +90,7 @@ def load_page(paths: Sequence[Path], *, include_private: bool = False, show_exam
     sweeps = [path for path in paths if _is_sweep(path)]
     files = [path for path in paths if path not in sweeps and path.is_file()]
     folders = [path for path in paths if path not in sweeps and path not in files]
-    typed = _typed(paths)
+    typed = named_from(paths)
     runs = load_runs(folders, include_private=include_private, show_examples=show_examples) if folders else ()
     runs = tuple(replace(run, typed=typed[path]) for run, path in zip(runs, folders, strict=True))
     used = len(runs)
@@ -113,7 +113,7 @@ def _claims_first(runs: Sequence[RunReport]) -> tuple[RunReport, ...]:
     return tuple(replace(run, key=before.key) for run, before in zip(ordered, runs, strict=True))
 
 
-def _typed(paths: Sequence[Path]) -> dict[Path, str]:
+def named_from(paths: Sequence[Path]) -> dict[Path, str]:
     """How a command names each subject in the deepest folder that holds all of them; a run by its own folder."""
     whole = {path: Path(os.path.abspath(path)) for path in paths}
     named = {

@@ -133,7 +133,7 @@ def meaning(table: TaskTable) -> str:
 
 @dataclass(frozen=True)
 class Measured:
-    """How the numbers of a task came about, for the runs that share it all."""
+    """How the numbers of a task were measured, for the runs that share it all."""
 
     runs: tuple[RunReport, ...]
     task: str

@@ -73,7 +73,7 @@ def train(
     injection: Injection | None = None,
     group: Group = ALONE,
 ) -> Plan:
-    """Train (or go on with) the run in `run`, whose lock the caller holds, and release the adapter.
+    """Train (or continue) the run in `run`, whose lock the caller holds, and release the adapter.
 
     `after_step(step, noisy, known)` sees every released noisy gradient, before pruning, and the clipped sum of the
     batch's records (without gradient canaries). With several ranks (`group`) rank 0 alone touches `run`, takes

@@ -3,7 +3,7 @@
 PyTorch's FSDP2 (`fully_shard`) gathers a layer's weights when its turn comes, forwards and backwards, and drops them
 again. Only frozen weights are sharded. The adapter is small, lies whole on every rank, and FSDP never sees it
 (`ignored_params`), so per-unit gradients, clipping, noise and checkpoints are those of plain data parallel training, to
-the bit; the checkpoint of an adapter is not worth sharding, and a run may go on with another number of ranks.
+the bit; the checkpoint of an adapter is not worth sharding, and a run may continue with another number of ranks.
 
 Opacus has an FSDP mode of its own (1.6, `ghost_fsdp`). It is not used: it knows ghost clipping alone, the dearest path
 for low-rank adapters (trainers.gradients says why), draws its noise from torch's generator on every rank and shards the

@@ -140,7 +140,7 @@ def train(
 ) -> tuple[Floats, float | None]:
     """Train what `log` does not hold yet; returns the scores (runs,) and the eps stated after the last run.
 
-    `log`: JSON lines, one a finished run, so that an interrupted audit goes on where it stopped. `run_all`: yields the
+    `log`: JSON lines, one a finished run, so that an interrupted audit continues. `run_all`: yields the
     results of the runs named, in any order (None: one after the other, here).
     """
     done = read_log(log, len(members))

@@ -69,7 +69,7 @@ def audit_fusion(
 ) -> FusionAudit:
     """Every test of the token path that this run allows. Raises UsageError when the data hold fewer than two units.
 
-    The tests run on held-out records where there are any: the figures go into a document that may leave the house, and
+    The tests run on held-out records where there are any: the figures go into a document that may be published, and
     exact figures of training records must not (docs/fusion-path.md).
     """
     config = read_config(run)

@@ -55,8 +55,8 @@ class AnswerSimilarity(Attack):
 
 
 class TemperatureSensitivity(Attack):
-    """Mean similarity of sampled answers to the record's own over temperatures 0.5, 1 and 1.5: what was learned by
-    heart survives heat. Published for sets of records."""
+    """Mean similarity of sampled answers to the record's own over temperatures 0.5, 1 and 1.5: what was memorised
+    survives heat. Published for sets of records."""
 
     name = "temperature"
     source = "Hu et al. 2025 (arXiv 2501.18624)"

@@ -111,8 +111,8 @@ def train_references(
     """Train what is missing of `count` trials and return all that are finished.
 
     decided(study) is asked whenever a trial is done; once it says yes, no further training starts. processes: shares
-    into which the trials are dealt, default one for each core. executor: where the shares run (None: processes here).
-    A share that runs again, because its worker died, goes on with what is missing. Raises DpauditError when one fails.
+    into which the trials are divided, default one for each core. executor: where the shares run (None: processes here).
+    A share that runs again after its worker died continues with what is missing. Raises DpauditError when one fails.
     """
     place = folder_of(run)
     atomic.make_folder(place, mode=0o700)

@@ -1,6 +1,6 @@
 """The whole analysis of a score file from any system: validity first, then what the scores show, then what they prove.
 
-Which bounds apply depends on how the scores came about, and a file can't show that: fair independent coins in one run
+Which bounds apply depends on how the scores were obtained, which a file can't show: fair independent coins in one run
 open the one-run bounds, independent runs open Clopper-Pearson; without either statement nothing is bounded.
 """
 
@@ -32,7 +32,7 @@ COIN_LEVEL = 1e-6  # two-sided, for "so many heads from fair coins": a broken co
 
 @dataclass(frozen=True)
 class Options:
-    """How the scores came about and what is asked of them.
+    """How the scores were obtained, and what is asked.
 
     coins: how membership was drawn. independent_runs: every row is a training of its own. separate: canaries act on
     separate directions of the noise. seed: for ties.
@@ -123,6 +123,9 @@ def validity_checks(
     if 0 < n_in < n:
         checks.append(sign_check(table.scores, table.members))
     checks.append(_blind(table, features, rng))
+    if options.delta == 0 and (options.coins == "independent" or options.independent_runs):
+        why = "No Gaussian mechanism has a finite eps at delta = 0, so bounds within that family need a larger delta."
+        checks.append(_not_applicable("Gaussian bounds", "delta = 0", "--delta above 0", why))
     if options.coins != "independent":
         why = {
             "unknown": "A file can't show how its coins were drawn; if each was an independent fair toss before "
@@ -246,6 +249,8 @@ def one_run_tests(table: ScoreTable, options: Options, rng: np.random.Generator)
         ("order-statistic", "gaussian"),
     )
     for method, assumes in rows:
+        if assumes == "gaussian" and delta == 0:  # no Gaussian mechanism has a finite eps there
+            continue
         guesses = bound_guesses(method, canaries=n, delta=delta, confidence=confidence)
         game, words = _play(table, guesses, options, rng)
         lower, top = (_one_run_bound(method, g, delta, confidence) for g in (game, game.perfect()))
@@ -329,6 +334,8 @@ def independent_run_tests(table: ScoreTable, options: Options) -> list[Test]:
     )
     tests = []
     for method, assumes, bound in rows:
+        if assumes == "gaussian" and delta == 0:
+            continue
         found, top = (
             selection.runs_lower(inside + shift, outside, bound, rule=band, delta=delta, confidence=confidence)
             for shift in (0.0, far)

@@ -227,11 +227,14 @@ def audit(
         from attacks.audit import audit as audit_run
         from attacks.options import Options
         from dpaudit.cli.console import log
+        from reports import card
 
         options = Options(audits=audits, again=again, **levels)
         place = Path(str(subject))
         reporter = _reporter("twin", progress)
-        return Audit(audit_run(place, options, reporter=reporter, log=log if progress else _quiet), place)
+        document = audit_run(place, options, reporter=reporter, log=log if progress else _quiet)
+        card.renew(place, log if progress else _quiet)
+        return Audit(document, place)
 
 
 def _audit_trainer(subject: Any, out: Path | None, progress: bool, **options: Any) -> Audit:

@@ -24,23 +24,23 @@ ABOUT = "Privacy audits for DP fine-tuning of vision-language models."
 # Command name -> module with a typer function `command`. Modules are imported only when their command runs, so that
 # `dpaudit bound` never pays for torch.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "demo": ("dpaudit.cli.demo", "The whole story in minutes on the embedded data."),
+    "demo": ("dpaudit.cli.demo", "Train, audit, benchmark and report on the embedded data, in minutes."),
     "train": ("dpaudit.cli.train", "Fine-tune a vision-language model, with or without differential privacy."),
-    "audit": ("dpaudit.cli.audit", "Attack a run and say what its claim of eps is worth."),
-    "audit-trainer": ("dpaudit.cli.audit_trainer", "Games on training code that dpaudit did not write."),
-    "audit-model": ("dpaudit.cli.audit_model", "A model that is already trained, with its owner's coins."),
-    "check": ("dpaudit.cli.check", "The step contract on training code; seconds, no training."),
-    "bugs": ("dpaudit.cli.bugs", "Which audits catch which planted bug."),
-    "benchmark": ("dpaudit.cli.benchmark", "VQA utility of a run through lmms-eval."),
-    "sweep": ("dpaudit.cli.sweep", "Many runs from one grid: trained, measured, compared; resumable."),
-    "report": ("dpaudit.cli.report", "One self-contained HTML file over one or more runs."),
-    "keygen": ("dpaudit.cli.keygen", "A key pair to sign releases with."),
-    "sign": ("dpaudit.cli.sign", "Vouch for the release of a run with a key."),
-    "verify": ("dpaudit.cli.verify", "Whether a key vouches for a release as it is."),
-    "scores": ("dpaudit.cli.scores", "Audit score arrays from anywhere."),
-    "bound": ("dpaudit.cli.bound", "The bounds as a calculator."),
-    "plan": ("dpaudit.cli.plan", "How many canaries it takes to refute a wrong claim, before any training."),
-    "doctor": ("dpaudit.cli.doctor", "What this machine can run, what is broken, and the command that mends it."),
+    "audit": ("dpaudit.cli.audit", "Test the eps that a training run claims."),
+    "audit-trainer": ("dpaudit.cli.audit_trainer", "Audit training code that dpaudit did not write."),
+    "audit-model": ("dpaudit.cli.audit_model", "Audit a model that is already trained, using its owner's coins."),
+    "check": ("dpaudit.cli.check", "Test single DP-SGD steps of training code (about a minute)."),
+    "bugs": ("dpaudit.cli.bugs", "Benchmark of the audits: which planted bugs each one finds."),
+    "benchmark": ("dpaudit.cli.benchmark", "Measure VQA accuracy of a run with lmms-eval."),
+    "sweep": ("dpaudit.cli.sweep", "Train, benchmark and compare a grid of configurations; resumable."),
+    "report": ("dpaudit.cli.report", "Write a report on runs, sweeps or documents (HTML and other formats)."),
+    "keygen": ("dpaudit.cli.keygen", "Make a key pair for signing releases."),
+    "sign": ("dpaudit.cli.sign", "Sign the release of a run."),
+    "verify": ("dpaudit.cli.verify", "Check the signature of a release."),
+    "scores": ("dpaudit.cli.scores", "Audit membership scores from any source."),
+    "bound": ("dpaudit.cli.bound", "Calculate a lower bound on eps from counts."),
+    "plan": ("dpaudit.cli.plan", "Plan an audit: canaries and guesses needed to refute a wrong claim."),
+    "doctor": ("dpaudit.cli.doctor", "Check the installation; print a command that fixes each problem."),
 }
 
 
@@ -83,7 +83,7 @@ def _group() -> Any:
     return typer.main.get_command(app)
 
 
-_INTERRUPTED = "dpaudit: interrupted; what was written stays, nothing is lost"
+_INTERRUPTED = "dpaudit: interrupted; finished work is kept"
 
 
 def _one_line(text: str) -> str:
@@ -137,7 +137,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _defect(error: BaseException) -> int:
-    """A defect of dpaudit: the traceback for whoever mends it, and a code that no verdict has (Python's own is 1)."""
+    """A defect of dpaudit: the traceback for its developers, and a code that no verdict has (Python's own is 1)."""
     for part in traceback.format_exception(error):
         for text in part.splitlines():
             console.log(f"| {text}")  # a message of several lines can start none of its own

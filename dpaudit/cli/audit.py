@@ -17,13 +17,17 @@ if TYPE_CHECKING:
 
 def command(
     run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A finished run folder.")] = None,
-    canaries: Annotated[bool, typer.Option("--canaries", help="The canary game; trains a twin if need be.")] = False,
-    mia: Annotated[
-        bool, typer.Option("--mia", help="Membership inference: canaries, or real records of a twin.")
+    canaries: Annotated[
+        bool, typer.Option("--canaries", help="Canary game; trains a twin if the run has no canaries.")
     ] = False,
-    fusion: Annotated[bool, typer.Option("--fusion", help="The token path: isolation, and what tokens tell.")] = False,
-    contract: Annotated[bool, typer.Option("--contract", help="The step contract on this run's trainer.")] = False,
-    white_box: Annotated[bool, typer.Option("--white-box", help="The game with injected gradients.")] = False,
+    mia: Annotated[
+        bool, typer.Option("--mia", help="Membership inference on canaries, or on real records of a twin.")
+    ] = False,
+    fusion: Annotated[
+        bool, typer.Option("--fusion", help="Token path: isolation test, and what the tokens reveal.")
+    ] = False,
+    contract: Annotated[bool, typer.Option("--contract", help="Step contract on this run's trainer.")] = False,
+    white_box: Annotated[bool, typer.Option("--white-box", help="White-box game with injected gradients.")] = False,
     count: Annotated[int | None, typer.Option(help="Canary candidates of a twin or a game (default 300).")] = None,
     directions: Annotated[
         str, typer.Option(help="--white-box: gradient canaries along orthogonal, dirac or random directions.")
@@ -32,7 +36,7 @@ def command(
         bool, typer.Option("--final-only", help="--white-box: the auditor sees the final update only.")
     ] = False,
     again: Annotated[
-        bool, typer.Option("--again", help="Play once more, with fresh coins, what was played already.")
+        bool, typer.Option("--again", help="Repeat games that were already played, with fresh coins.")
     ] = False,
     references: Annotated[int, typer.Option(metavar="K", help="--mia: reference models to train.")] = 0,
     trainer: Annotated[
@@ -41,7 +45,10 @@ def command(
     setting: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="--trainer: an argument of the factory.")
     ] = None,
-    runs: Annotated[int | None, typer.Option(help="--trainer: trainings with one canary in or out of each.")] = None,
+    runs: Annotated[
+        int | None,
+        typer.Option(help="--trainer: number of trainings, each with one canary either included or left out."),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="--trainer: steps of a training (default: its claim's).")] = None,
     processes: Annotated[int | None, typer.Option(help="Trainings of --runs or --references at a time.")] = None,
     executor: ExecutorName = "local",
@@ -57,7 +64,7 @@ def command(
         Path | None, typer.Option(metavar="FILE", help="--model: id, image, question, answer (Parquet or JSONL).")
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="--model: pictures by image_id, where they are apart.")
+        Path | None, typer.Option(metavar="FILE", help="--model: images by image_id, if stored separately.")
     ] = None,
     coins: Annotated[
         Path | None, typer.Option(metavar="FILE", help="--model: id, member: the fair coins of the records.")
@@ -73,14 +80,14 @@ def command(
     fail_above: Annotated[
         float | None, typer.Option(metavar="EPS", help="Exit 1 when the best lower bound on eps exceeds EPS.")
     ] = None,
-    confidence: Annotated[float, typer.Option(help="Of all bounds together.")] = 0.95,
+    confidence: Annotated[float, typer.Option(help="Joint confidence of all bounds.")] = 0.95,
     alpha: Annotated[float, typer.Option(help="Level of the test of the claim itself.")] = 0.001,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     online: Annotated[bool, console.ONLINE_OPTION] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 3 when the verdict is inconclusive.")] = False,
     as_json: Annotated[bool, console.JSON_OPTION] = False,
 ) -> None:
-    """Attack a run, a trainer or a model and say what its claim of eps is worth.
+    """Test the eps that a run, a trainer or a model claims.
 
     RUN, none named: the canary game (if the run was trained with canaries) and the isolation test. --contract takes
     about a minute more; --white-box, and --canaries on a run trained without them, train a twin of the run first.
@@ -108,7 +115,7 @@ def command(
     of_model |= {"--claim-sigma": claim_sigma, "--claim-rate": claim_rate, "--claim-steps": claim_steps}
     both: dict[str, object] = {"--epsilon": epsilon, "--delta": delta, "--out": out}
     if (run is not None) + (trainer is not None) + (model is not None) != 1:
-        raise UsageError("audit: needs one of RUN, --trainer MODULE:FACTORY and --model PATH")
+        raise UsageError("audit: accepted: exactly one of RUN, --trainer MODULE:FACTORY and --model PATH")
     many = _many(runs, references, processes, executor, address, gpus_per_trial)
     if run is None:
         external.refuse({"--references": references or None}, "belongs to RUN --mia")
@@ -138,7 +145,7 @@ def command(
         document = external.trainer(asked, out, many)
         finish(document, as_json=as_json, strict=strict, fail_above=fail_above)
     if model is not None:
-        external.refuse(of_trainer | dict.fromkeys([f"--{name}" for name in named], True), "says nothing with --model")
+        external.refuse(of_trainer | dict.fromkeys([f"--{name}" for name in named], True), "has no effect with --model")
         needed: dict[str, object] = {"--base": base, "--records": records, "--coins": coins, "--epsilon": epsilon}
         external.required(needed, "--model needs --base, --records, --coins and --epsilon")
         assert base is not None and records is not None and coins is not None and epsilon is not None
@@ -177,11 +184,13 @@ def command(
     prepare(RunFolder.open(run), options)  # a wrong flag is told before the heavy imports
 
     from attacks.audit import audit
+    from reports import card
     from trainers.progress import Live
 
     with many.connection if many else nullcontext():
         shares, runner = (many.lanes, many.make(None)) if many else (None, None)
         document = audit(run, options, reporter=Live("twin"), log=console.log, processes=shares, executor=runner)
+    card.renew(run, console.log)
     sharper = None if white_box else f"dpaudit audit {shlex.quote(str(run))} --white-box"
     finish(document, as_json=as_json, strict=strict, fail_above=fail_above, sharper=sharper)
 
@@ -343,7 +352,7 @@ def _row(test: "Test") -> tuple[str, ...]:
         notes.append(f"assumes {test.assumes}")
     lower, top = test.epsilon_lower, test.ceiling
     if lower is not None and top is not None and lower >= top > 0:
-        notes.append("at its ceiling: more canaries needed")
+        notes.append("every guess was right: eps may be larger, use more canaries")
     if not test.decides or test.estimate:
         notes.append("informs only")
     return (

@@ -16,7 +16,7 @@ def command(
     epsilon: Annotated[float, typer.Option(help="The claimed eps.")],
     delta: Annotated[float, typer.Option(help="Its delta.")] = 1e-5,
     images: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Pictures by image_id, where they are apart.")
+        Path | None, typer.Option(metavar="FILE", help="Images by image_id, if stored separately.")
     ] = None,
     claim_sigma: Annotated[float | None, typer.Option(help="Claimed noise multiplier: sharpens the test.")] = None,
     claim_rate: Annotated[float | None, typer.Option(help="Claimed Poisson sample rate.")] = None,
@@ -25,7 +25,7 @@ def command(
     fail_above: Annotated[
         float | None, typer.Option(metavar="EPS", help="Exit 1 when the best lower bound on eps exceeds EPS.")
     ] = None,
-    confidence: Annotated[float, typer.Option(help="Of all bounds together.")] = 0.95,
+    confidence: Annotated[float, typer.Option(help="Joint confidence of all bounds.")] = 0.95,
     alpha: Annotated[float, typer.Option(help="Level of the test of the claim itself.")] = 0.001,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     online: Annotated[bool, console.ONLINE_OPTION] = False,

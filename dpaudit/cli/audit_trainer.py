@@ -13,10 +13,12 @@ from dpaudit.cli.executor import Address, ExecutorName, GpusPerTrial
 
 def command(
     factory: Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help="The trainer under test.")],
-    white_box: Annotated[bool, typer.Option("--white-box", help="The game with injected gradients.")] = False,
-    canaries: Annotated[bool, typer.Option("--canaries", help="The game with records that are in or out.")] = False,
+    white_box: Annotated[bool, typer.Option("--white-box", help="White-box game with injected gradients.")] = False,
+    canaries: Annotated[bool, typer.Option("--canaries", help="Canary game with whole records.")] = False,
     contract: Annotated[bool, typer.Option("--contract", help="The step contract.")] = False,
-    runs: Annotated[int | None, typer.Option(help="Trainings with one canary in or out of each.")] = None,
+    runs: Annotated[
+        int | None, typer.Option(help="Number of trainings, each with one canary either included or left out.")
+    ] = None,
     count: Annotated[int | None, typer.Option(help="Canaries of a game (default 300).")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of a training (default: its claim's).")] = None,
     setting: Annotated[
@@ -34,7 +36,7 @@ def command(
     fail_above: Annotated[
         float | None, typer.Option(metavar="EPS", help="Exit 1 when the best lower bound on eps exceeds EPS.")
     ] = None,
-    confidence: Annotated[float, typer.Option(help="Of all bounds together.")] = 0.95,
+    confidence: Annotated[float, typer.Option(help="Joint confidence of all bounds.")] = 0.95,
     alpha: Annotated[float, typer.Option(help="Level of the test of the claim itself.")] = 0.001,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 3 when the verdict is inconclusive.")] = False,
     as_json: Annotated[bool, console.JSON_OPTION] = False,

@@ -1,4 +1,4 @@
-"""`dpaudit benchmark`: VQA utility of a run through lmms-eval."""
+"""`dpaudit benchmark`: Measure VQA accuracy of a run with lmms-eval."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -37,11 +37,11 @@ def command(
     limit: Annotated[
         int | None, typer.Option(help="Only the first N held-out units, or questions of another task (quick look).")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Questions answered at a time; answers don't depend on it.")] = 128,
+    batch_size: Annotated[int, typer.Option(help="Questions answered at a time; does not change the answers.")] = 128,
     device: Annotated[str, typer.Option(help="auto, cpu, mps, cuda or cuda:N.")] = "auto",
     as_json: Annotated[bool, console.JSON_OPTION] = False,
 ) -> None:
-    """Measure how well runs answer questions about pictures they were not trained on.
+    """Measure how well runs answer questions about held-out images.
 
     Default: the held-out questions of the run's own data, by exact match. --tasks: textvqa_val, vqav2_val, gqa, pope,
     slake, scienceqa_img, ok_vqa_val2014, vizwiz_vqa_val or another task of lmms-eval, scored by its own code; or a

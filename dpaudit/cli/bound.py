@@ -12,10 +12,10 @@ def command(
         str,
         typer.Argument(metavar="METHOD", help="clopper-pearson, gdp, bayes, steinke, mahloujifar or order-statistic."),
     ],
-    tp: Annotated[int | None, typer.Option(help="Runs with the record, told apart.")] = None,
-    fn: Annotated[int | None, typer.Option(help="Runs with the record, missed.")] = None,
-    fp: Annotated[int | None, typer.Option(help="Runs without the record, accused.")] = None,
-    tn: Annotated[int | None, typer.Option(help="Runs without the record, cleared.")] = None,
+    tp: Annotated[int | None, typer.Option(help="Runs with the record, detected (true positives).")] = None,
+    fn: Annotated[int | None, typer.Option(help="Runs with the record, missed (false negatives).")] = None,
+    fp: Annotated[int | None, typer.Option(help="Runs without the record, flagged (false positives).")] = None,
+    tn: Annotated[int | None, typer.Option(help="Runs without the record, not flagged (true negatives).")] = None,
     canaries: Annotated[int | None, typer.Option(help="Records with a coin (m).")] = None,
     guesses: Annotated[int | None, typer.Option(help="Guesses, fixed beforehand (r).")] = None,
     correct: Annotated[int | None, typer.Option(help="Correct guesses.")] = None,
@@ -57,5 +57,7 @@ def command(
     if method == "order-statistic":
         console.say("exact for canaries on separate directions of the noise, no theorem for canaries that interfere")
     if result.epsilon_lower > 0 and result.epsilon_lower >= result.ceiling * (1 - 1e-6):
-        console.say("The bound is at its ceiling: more canaries or runs are needed to say more.")
+        console.say(
+            "Every guess was right: eps may be larger than this test can measure; more canaries or runs are needed."
+        )
     console.say(console.LIMIT_SENTENCE)

@@ -18,14 +18,14 @@ def command(
     canaries: Annotated[
         bool, typer.Option("--canaries", help="Also black-box canaries: 200 whole trainings a bug (slower).")
     ] = False,
-    slow: Annotated[bool, typer.Option("--slow", help="Also those on the vision-language trainer.")] = False,
+    slow: Annotated[bool, typer.Option("--slow", help="Also the bugs of the vision-language trainer.")] = False,
     fusion: Annotated[bool, typer.Option("--fusion", help="Also the fusion audit on planted token paths.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of every audit.")] = 0,
     as_json: Annotated[bool, console.JSON_OPTION] = False,
 ) -> None:
-    """Run the audits on trainers with one deliberate, documented bug each, and on nothing else.
+    """Run the audits on trainers that each contain one deliberate, documented bug.
 
-    Exit code 1 when a bug slips through that is not declared out of reach, or when a token path is put into the wrong
+    Exit code 1 when a bug that is not declared out of reach is missed, or when a token path is put into the wrong
     row of the truth table. docs/planted-bugs.md has the tables, with the correct trainers beside them.
     """
     from attacks.bugs.benchmark import document, run_bugs

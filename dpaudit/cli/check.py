@@ -24,7 +24,7 @@ DOMINATES = 0.5  # share of the time that is worth a word of advice
 
 def command(
     factory: Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help="The trainer under test.")],
-    seed: Annotated[int, typer.Option(min=0, help="Parameters, sampling and noise seeds of the test.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of initial parameters, sampling and noise.")] = 0,
     epsilon: Annotated[
         float | None, typer.Option(help="The eps claimed for the whole training, which its claim must cover.")
     ] = None,
@@ -44,7 +44,7 @@ def command(
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Also write the JSON.")] = None,
     as_json: Annotated[bool, console.JSON_OPTION] = False,
 ) -> None:
-    """The step contract on training code: what DP-SGD steps must satisfy, early and late, without trusting the code.
+    """Test DP-SGD steps of training code: clipping, noise, sampling and accounting, early and late in training.
 
     MODULE:FACTORY names a callable factory(records=None, *, seed, noise_seed=None) in the working directory or on the
     Python path; docs/step-contract.md says what its trainer must offer. Exit code 0 pass, 1 fail, 2 the trainer can't

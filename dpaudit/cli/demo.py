@@ -32,13 +32,13 @@ def command(
     out: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path("demo"),
     canaries: Annotated[int, typer.Option(help="Canary candidates per run.", min=30)] = CANARIES,
     seed: Annotated[
-        int | None, typer.Option(help="Makes the demo repeatable; its runs are then not for release.")
+        int | None, typer.Option(help="Make the demo repeatable; its runs must then not be released.")
     ] = None,
 ) -> None:
-    """The whole story in minutes on the embedded data: train, attack, benchmark, report.
+    """Train, audit, benchmark and report on the embedded data, in minutes.
 
     Trains OUT/runs/non-private, dp-sgd and dual-priv with canaries, audits and benchmarks them, and writes
-    OUT/report.html. Finished parts are kept when the demo is started again.
+    OUT/report.html. Run it again after an interruption: finished parts are kept.
     """
     began = time.monotonic()
     runs = {name: out / "runs" / name for name in RUNS}

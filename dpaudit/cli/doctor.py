@@ -9,12 +9,14 @@ from dpaudit.cli import console
 
 
 def command(
-    out: Annotated[Path, typer.Option("--out", help="Folder in which runs would be written.")] = Path("."),
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for runs, to be checked for space and permissions.")
+    ] = Path("."),
     as_json: Annotated[bool, console.JSON_OPTION] = False,
 ) -> None:
-    """What this machine can run, what is broken, and the command that mends it.
+    """Check the installation; print a command that fixes each problem.
 
-    Exit code 0: healthy; 4: something is broken.
+    Exit code 0: everything works; 4: something is broken.
     """
     from dpaudit.environment import examine
 

@@ -12,7 +12,7 @@ def command(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The private key; the public one becomes FILE.pub.")],
     as_json: Annotated[bool, console.JSON_OPTION] = False,
 ) -> None:
-    """Make an Ed25519 key pair: FILE (mode 0600, yours alone, never inside a run) and FILE.pub, to be given away.
+    """Make an Ed25519 key pair: the private key FILE (mode 0600, outside of any run) and the public key FILE.pub.
 
     Publish the fingerprint where readers of your reports can find it: nothing else tells them whose key it is.
     """

@@ -18,13 +18,13 @@ THEORIES = {
 
 
 def command(
-    claim_sigma: Annotated[float | None, typer.Option(help="Claimed noise multiplier; needed.")] = None,
+    claim_sigma: Annotated[float | None, typer.Option(help="Claimed noise multiplier; required.")] = None,
     claim_rate: Annotated[
-        float | None, typer.Option(help="Claimed Poisson sample rate (1 = everybody in every step); needed.")
+        float | None, typer.Option(help="Claimed Poisson sample rate (1: all records in every step); required.")
     ] = None,
-    claim_steps: Annotated[int | None, typer.Option(help="Claimed number of steps; needed.")] = None,
+    claim_steps: Annotated[int | None, typer.Option(help="Claimed number of steps; required.")] = None,
     alternative: Annotated[
-        str, typer.Option(help="What may be true instead: 30% (sigma smaller by so much), noise-missing, no-dp.")
+        str, typer.Option(help="Alternative to detect: 30% (sigma smaller by that much), noise-missing, no-dp.")
     ] = "30%",
     canaries: Annotated[str, typer.Option(help="Numbers of canaries to compare, separated by commas.")] = (
         "50,100,200,500,1000,2000,5000,10000"
@@ -37,8 +37,8 @@ def command(
 ) -> None:
     """Plan an audit: for a claim and an alternative, the guesses to fix, the power and the expected p-value.
 
-    Power is that of an ideal attack, an upper limit for a real one. Fix the guesses of the row that you use before
-    training: they then cost nothing.
+    The power is that of an ideal attack: an upper limit for a real one. Fix the guesses of the row that you use before
+    training; they then need no correction.
     """
     from dpaudit.analysis import plan
     from dpaudit.analysis.stating import stated_claim

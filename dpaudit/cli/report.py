@@ -1,6 +1,6 @@
-"""`dpaudit report`: one self-contained HTML file over runs, sweeps and bare documents."""
+"""`dpaudit report`: a page over runs, sweeps and bare documents, and the same for machines."""
 
-import hashlib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,10 +9,7 @@ import typer
 from dpaudit.cli import console
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from reports.embedded import Change, ReportDocument
-    from reports.subjects import Page
+    from reports.embedded import ReportDocument
 
 
 def command(
@@ -22,9 +19,19 @@ def command(
             metavar="SUBJECT...", help="Run or sweep folders; JSON of dpaudit scores, audit, check or bugs."
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", readable=False, help="The HTML file to write.")] = Path(
-        "report.html"
-    ),
+    output: Annotated[
+        list[Path] | None,
+        typer.Option("--output", "-o", readable=False, help="The file to write; one for each --format, in order."),
+    ] = None,
+    forms: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="What to write, repeatable: html (default), card (model card of one run), md (summary for pull "
+            "requests), junit, sarif, json (the claims as a record for registries).",
+        ),
+    ] = None,
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "Privacy audit report",
     against: Annotated[
         Path | None, typer.Option(metavar="OLD", help="An earlier report: also say what got better or worse.")
@@ -36,89 +43,58 @@ def command(
         bool,
         typer.Option("--show-examples", help="Show canaries made from real pictures; adds an UNACCOUNTED ledger row."),
     ] = False,
-    junit: Annotated[Path | None, typer.Option(metavar="FILE", readable=False, help="Also write JUnit XML.")] = None,
-    sarif: Annotated[
-        Path | None, typer.Option(metavar="FILE", readable=False, help="Also write SARIF 2.1.0 for code scanning.")
-    ] = None,
-    markdown: Annotated[
-        Path | None, typer.Option(metavar="FILE", readable=False, help="Also write a summary for pull requests.")
-    ] = None,
-    disclosure: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", readable=False, help="Also write the claims as a record for registries (JSON)."),
-    ] = None,
+    watching: Annotated[
+        bool, typer.Option("--watch", help="Write again whenever a document changes; Ctrl-C ends it (exit code 0).")
+    ] = False,
     as_json: Annotated[bool, console.JSON_OPTION] = False,
 ) -> None:
-    """Write one self-contained HTML file: claim, evidence, limits and how to reproduce them.
+    """Write a report: claim, evidence, limits and how to reproduce them, by default as one self-contained HTML file.
 
     Reads the release/ part of each run and nothing else, unless asked. The page makes no request, works without
-    JavaScript and is under 500 kB; the same files give the same bytes.
+    JavaScript and is under 500 kB; the same files give the same bytes. --format card -o RUN/release/model/README.md
+    renews the model card of a run; what its owner wrote in it stays.
     """
-    from dpaudit.atomic import write_text
-    from reports.changes import compare, read_earlier
-    from reports.embedded import ReportDocument, summarise, summarise_checks, summarise_sweeps
-    from reports.html import render
-    from reports.outputs import check
-    from reports.subjects import load_page
+    from dpaudit.errors import UsageError
+    from reports.changes import read_earlier
+    from reports.watch import watch
+    from reports.writing import Request, check, paired, write
 
-    named = [("--output", output), ("--junit", junit), ("--sarif", sarif), ("--markdown", markdown)]
-    check([*named, ("--disclosure", disclosure)], subjects)
-    earlier = read_earlier(against) if against is not None else None  # before it may be overwritten
-    page = load_page(subjects, include_private=include_private, show_examples=show_examples)
-    changes = compare(page, earlier) if earlier is not None else None
-    name = against.name if against is not None else ""
-    made, detail = render(page, title=title, show_examples=show_examples, changes=changes, against=name)
-    write_text(output, made)
-    _write_formats(page, changes, title, junit=junit, sarif=sarif, markdown=markdown, disclosure=disclosure)
-    encoded = made.encode()
-    document = ReportDocument(
-        path=str(output),
-        bytes=len(encoded),
-        sha256=hashlib.sha256(encoded).hexdigest(),
+    if watching and as_json:
+        raise UsageError("--watch: writes again and again; accepted: without --json, which prints one document")
+    request = Request(
+        subjects=tuple(subjects),
+        files=paired(forms or [], output or []),
         title=title,
-        runs=summarise(page.runs),
-        sweeps=summarise_sweeps(page),
-        checks=summarise_checks(page),
-        changes=changes,
-        left_out=detail.left_out,
+        include_private=include_private,
+        show_examples=show_examples,
+        earlier=read_earlier(against) if against is not None else None,  # before it may be overwritten
+        against=against.name if against is not None else "",
     )
-    for run in page.runs:
+    if watching:
+        try:
+            watch(request, _say_at_once)
+        except KeyboardInterrupt:
+            console.finish(console.DONE)
+    check(request)
+    written = write(request)
+    for run in written.page.runs:
         for notice in run.notices:
             console.log(f"dpaudit: run {run.key} {run.name}: {notice}")
     if as_json:
-        console.emit(document)
+        console.emit(written.document)
     else:
-        for line in describe(document):
+        for line in describe(written.document):
             console.say(line)
-        console.say(f"{output} ({len(encoded) / 1000:.0f} kB). {console.LIMIT_SENTENCE}")
-    if any(run.vouched.status == "invalid" for run in page.described):
+        for place, size in written.sizes:
+            console.say(f"{place} ({size / 1000:.0f} kB)")
+        console.say(console.LIMIT_SENTENCE)
+    if any(run.vouched.status == "invalid" for run in written.page.described):
         console.finish(console.REFUTED)  # a gate failed: somebody vouched for other files
 
 
-def _write_formats(
-    page: "Page",
-    changes: "Sequence[Change] | None",
-    title: str,
-    *,
-    junit: Path | None,
-    sarif: Path | None,
-    markdown: Path | None,
-    disclosure: Path | None,
-) -> None:
-    """The page for machines, each in the file that was named for it."""
-    from dpaudit.atomic import write_document, write_text
-    from reports import formats
-    from reports.formats.findings import findings
-
-    found = findings(page, changes)
-    if junit is not None:
-        write_text(junit, formats.junit(found))
-    if sarif is not None:
-        write_text(sarif, formats.sarif(found))
-    if markdown is not None:
-        write_text(markdown, formats.markdown(page, found, title=title, changes=changes))
-    if disclosure is not None:
-        write_document(disclosure, formats.disclosure(page))
+def _say_at_once(text: str) -> None:
+    console.say(text)
+    sys.stdout.flush()
 
 
 def describe(document: "ReportDocument") -> list[str]:

@@ -26,7 +26,7 @@ def command(
     control: Annotated[
         Path | None,
         typer.Option(
-            help="Scores of the same kind from a game with a known leak (id, member, score): earns the power."
+            help="Scores of the same kind from a game with a known leak (id, member, score); needed for stating power."
         ),
     ] = None,
     fail_above: Annotated[
@@ -48,14 +48,14 @@ def command(
         str, typer.Option(metavar="NAME", help="Column of coins: 0, 1, true or false.")
     ] = "member",
     score_column: Annotated[str, typer.Option(metavar="NAME", help="Column of scores.")] = "score",
-    seed: Annotated[int, typer.Option(min=0, help="Breaks ties.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for breaking ties.")] = 0,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 when inconclusive.")] = False,
     as_json: Annotated[bool, console.JSON_OPTION] = False,
 ) -> None:
     """Audit scores (higher = "was in training") of any system: validity, AUC, TPR at small FPR, bounds, verdict.
 
-    A file can't show how it came about: --coins independent opens the one-run bounds, --independent-runs those for
-    independent runs. With --claim-sigma, --claim-rate and --claim-steps the claimed mechanism itself is tested.
+    A file cannot show how its coins were drawn: --coins independent enables the one-run bounds, --independent-runs
+    those for independent runs. --claim-sigma, --claim-rate and --claim-steps test the claimed mechanism itself.
     """
     from dpaudit.analysis.scores import Options, advantage, analyse
     from dpaudit.analysis.stating import stated_claim
@@ -134,7 +134,11 @@ def show_test(test: "Test") -> None:
     counted = "" if test.guesses is None else f", {test.correct} of {test.guesses} guesses right"
     console.say(f"  {test.bound} [{label}; assumes {test.assumes}] {test.selection}{counted}")
     if test.epsilon_lower is not None and test.ceiling is not None:
-        at_top = "; at its ceiling: more canaries needed" if 0 < test.ceiling <= test.epsilon_lower * (1 + 1e-6) else ""
+        at_top = (
+            "; every guess was right: eps may be larger, use more canaries"
+            if 0 < test.ceiling <= test.epsilon_lower * (1 + 1e-6)
+            else ""
+        )
         bound = f"eps >= {test.epsilon_lower:.4f} with confidence {test.confidence:g}"
         console.say(f"    {bound} (ceiling {test.ceiling:.4f}{at_top})")
     if test.p_value is not None:

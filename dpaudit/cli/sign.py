@@ -12,16 +12,14 @@ from dpaudit.cli import console
 def command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or its release/ alone.")],
     key: Annotated[Path, typer.Option("--key", metavar="FILE", help="Your private key, as dpaudit keygen writes it.")],
-    name: Annotated[
-        str, typer.Option("--name", help="Who you are, for readers; it is signed, but proves nothing.")
-    ] = "",
+    name: Annotated[str, typer.Option("--name", help="Your name, for readers; it is signed, but not proven.")] = "",
     as_json: Annotated[bool, console.JSON_OPTION] = False,
 ) -> None:
-    """Sign every file under release/, with the claim and the verdict that they amount to: release/signature.json.
+    """Sign all files under release/ together with their claim and verdict: writes release/signature.json.
 
-    The verdict is computed again from the recorded games. Files that contradict each other are not signed; whatever
-    changes a file afterwards (another audit, a benchmark) makes the signature invalid, so sign last. One signature
-    stands beside a release: the last one.
+    The verdict is computed again from the recorded games. Files that contradict each other are not signed. Any later
+    change of a file (another audit, a benchmark) makes the signature invalid, so sign last. A new signature replaces
+    the earlier one.
     """
     import datetime
 
@@ -31,6 +29,7 @@ def command(
     from dpaudit.printable import field
     from dpaudit.runs import RunFolder
     from dpaudit.signing import PrivateKey
+    from reports import card
     from reports.inputs import load_runs, release_of
     from reports.vouched import SIGNATURE, sign
 
@@ -45,6 +44,9 @@ def command(
     whole = release.name == "release" and folder.private.is_dir()
     with folder.lock() if whole else contextlib.nullcontext():
         (loaded,) = load_runs([run])
+        wrong = card.problem(release, loaded)
+        if wrong is not None:
+            raise UsageError(f"run {loaded.name}: not signed: {wrong}")
         document = sign(loaded, signer, name=name, today=datetime.datetime.now(datetime.UTC).date())
         write_document(release / SIGNATURE, document)
     if as_json:

@@ -25,9 +25,10 @@ def command(
     preset: Annotated[str | None, typer.Option(help="frontier, dual-priv-ablation or iso-parameter.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the sweep; default sweeps/NAME.")] = None,
     processes: Annotated[
-        int | None, typer.Option(help="Trainings side by side; default 2, on Ray as many as the cluster has room for.")
+        int | None,
+        typer.Option(help="Trainings at the same time; default 2, on Ray as many as the cluster has room for."),
     ] = None,
-    threads: Annotated[int, typer.Option(help="Threads of each.")] = 1,
+    threads: Annotated[int, typer.Option(help="Threads of each training.")] = 1,
     seeds: Annotated[str | None, typer.Option(help="Repeats, e.g. 0,1,2 or 0-4; default: the grid's.")] = None,
     audit: Annotated[
         list[str] | None, typer.Option(help="Also audit every cell: canaries, fusion ... May be repeated.")
@@ -35,15 +36,15 @@ def command(
     executor: ExecutorName = "local",
     address: Address = None,
     gpus_per_trial: GpusPerTrial = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in --out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the sweep in --out.")] = False,
     online: Annotated[bool, console.ONLINE_OPTION] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells; train nothing.")] = False,
     as_json: Annotated[bool, console.JSON_OPTION] = False,
 ) -> None:
     """Train and benchmark many configurations, several seeds each, and put them into one table with intervals.
 
-    Every cell is a run folder under OUT/runs, so a sweep that was killed goes on with --resume: finished cells are
-    skipped, an interrupted training continues. A cell that fails is reported and the others go on (exit code 4).
+    Every cell is a run folder under OUT/runs. --resume continues a sweep that was stopped: finished cells are
+    skipped, an interrupted training continues. A cell that fails is reported and the others continue (exit code 4).
     """
     if online or arguments or preset is not None:  # else the grid is the one in --out, whoever wrote it
         allow()
@@ -58,7 +59,7 @@ def command(
         board = Board.read(plan, folder, grid=grid.model_dump(), overrides=overrides, seeds=chosen)
         return console.emit(summarise(board))
     if (folder / NAME).exists() and not resume:
-        raise UsageError(f"--out {folder}: holds a sweep already; go on with --resume, or choose another folder")
+        raise UsageError(f"--out {folder}: holds a sweep already; continue it with --resume, or choose another folder")
     chosen_executor = choose(executor, processes, threads, address, gpus_per_trial)
     board = Board.read(plan, folder, grid=grid.model_dump(), overrides=overrides, seeds=chosen)
     with chosen_executor.connection:

@@ -19,18 +19,20 @@ def command(
     config: Annotated[Path | None, typer.Option("--config", "-c", help="A YAML file of settings.")] = None,
     method: Annotated[str | None, typer.Option(help="non-private, dp-sgd, dual-priv or dp-zo.")] = None,
     epsilon: Annotated[
-        float | None, typer.Option(help="Target eps; sigma is found so that it is never exceeded.")
+        float | None, typer.Option(help="Target eps; sigma is chosen such that eps is not exceeded.")
     ] = None,
     delta: Annotated[float | None, typer.Option(help="delta of the claim.")] = None,
     model: Annotated[str | None, typer.Option(help="Folder or hub id; default: the compact reference model.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
     canaries: Annotated[int | None, typer.Option(help="Number of canary candidates.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Replaces the secret key: the run is not for release.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Replace the secret noise key: the run must then not be released.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/METHOD.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with an interrupted run.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Resume an interrupted run.")] = None,
     online: Annotated[bool, console.ONLINE_OPTION] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print eps, sigma, steps and cost; train nothing.")
+        bool, typer.Option("--dry-run", help="Print eps, sigma, steps and cost without training.")
     ] = False,
     as_json: Annotated[bool, console.JSON_OPTION] = False,
 ) -> None:
@@ -44,7 +46,7 @@ def command(
         given = {"settings": overrides, "--config": config, "--method": method, "--epsilon": epsilon, "--out": out}
         clash = [name for name, value in given.items() if value]
         if clash:
-            raise UsageError(f"--resume: goes on with the run's own configuration; drop {', '.join(clash)}")
+            raise UsageError(f"--resume: uses the run's own configuration; drop {', '.join(clash)}")
         if online:
             allow()
         return _resume(resume, as_json)
@@ -86,7 +88,9 @@ def _resume(path: Path, as_json: bool) -> None:
 
 def _finish(path: Path, as_json: bool) -> None:
     from dpaudit.runs import RunFolder
+    from reports import card
 
+    card.renew(path, console.log)
     document = ClaimDocument.read(RunFolder(path).claim)
     if as_json:
         return console.emit(document)

@@ -16,7 +16,7 @@ def command(
     """Check release/signature.json against the files, their claim and their verdict, and against a key that you trust.
 
     Exit code 0: this key signed exactly these files. 1: no signature, one by another key, or files that changed.
-    A signature says who stands behind a release, never that its claim is true.
+    A signature says who vouches for a release, not that its claim is true.
     """
     from dpaudit.printable import field
     from dpaudit.signing import PublicKey
@@ -33,7 +33,7 @@ def command(
         console.say(f"signer    {field(document.signer or 'no name is stated')} (by their own account)")
         console.say(f"claim     {field(document.claim or '', 900)}")
         console.say(f"verdict   {document.verdict}")
-        console.say(f"A signature says who stands behind these files. {console.LIMIT_SENTENCE}")
+        console.say(f"A signature says who vouches for these files. {console.LIMIT_SENTENCE}")
     else:
         for reason in document.reasons:
             console.say(f"not valid: {field(reason, 600)}")

@@ -98,7 +98,7 @@ class DataConfig(Section):
         return self
 
 
-# What PEFT offers beyond plain LoRA, with the way out, and what PEFT calls by another name.
+# What PEFT offers beyond plain LoRA, with what to use instead, and what PEFT calls by another name.
 _NO_ADAPTER_SETTING = {
     "dora": "its norm of a whole matrix has no per-unit gradient; use a higher rank",
     "dropout": "a resumed run could not draw its masks again; use training.weight-decay or a lower rank",

@@ -47,7 +47,7 @@ class Test(Part):
     refutes: bool | None = Field(default=None, description="Whether it refutes by itself; set by the judge alone.")
     control: str | None = Field(default=None, description="What earned the power, or why there is none.")
     estimate: bool = Field(default=False, description="True: no finite-sample validity, never decides a verdict.")
-    decides: bool = Field(default=True, description="False: informative only, outside the error budget.")
+    decides: bool = Field(default=True, description="False: for information; does not affect the verdict.")
 
 
 class RocPoint(Part):

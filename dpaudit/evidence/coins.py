@@ -9,7 +9,7 @@ amplitude: a clipping that fails),
 Validity. Let the true noise be sigma' >= sigma on all directions (the claim, or a mechanism that leaks less). The
 denominator is at least prod_i p_sigma'(coin_i | seen), so conditionally on what was seen
 E[E | seen] <= sum_j w_j sum over coins of prod_i p_j(coin_i | seen) = 1: universal inference (Wasserman, Ramdas,
-Balakrishnan 2020, eq. 3) applied to the conditional law of the coins. At the claim itself nothing is lost against the
+Balakrishnan 2020, eq. 3) applied to the conditional law of the coins. At the claim itself there is no loss against the
 simple ratio, because the maximum lies at sigma when the truth is smaller. Whole products are mixed, not factors: a
 mixture of factors would have to pay for each candidate anew. For q = 1 or T = 1 the simple ratio is valid by itself for
 every larger noise, step by step different too: p_alt / p_claim is a bet in the direction of the claim's own posterior,

@@ -93,7 +93,7 @@ class Deployment(Part):
 
 
 class DisclosureDocument(Document):
-    """What `dpaudit report --disclosure FILE` writes."""
+    """What `dpaudit report --format json` writes."""
 
     kind: Literal["disclosure"] = "disclosure"
     written_by: str

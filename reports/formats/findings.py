@@ -125,7 +125,8 @@ def _test(run: RunReport, test: Test) -> Finding:
     said = f" ({clean(test.statement, 300)})" if test.statement is not None else ""
     shown = f", p = {p_value(test.p_value)}" if test.p_value is not None else ""
     able = f"power {percent(test.power, 0)}" if test.power is not None else "no power earned"
-    text = f"e = {number(test.e_value)}{shown}{said}; refutes by itself at level {number(test.level)}; {able}"
+    decided = f"{'refutes' if test.refutes else 'does not refute'} by itself at level {number(test.level)}"
+    text = f"e = {number(test.e_value)}{shown}{said}; {decided}; {able}"
     outcome: Outcome = "fail" if test.refutes else "pass" if powerful(test) else "skip"
     return Finding(run.name, run.place, "claim-test", name, outcome, text, clean(test.control or "", 300))
 

@@ -13,7 +13,7 @@ from reports.sweep.document import Averaged
 from reports.text import clean, number, points
 
 MOST_ROWS = 30
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>()!|~:])")
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<>!|~]|:(?!\s|$))")  # a colon in a word may start an emoji or a link
 _BREAK = "\u200b"  # a zero-width space: GitHub turns @name, #1 and www. into links even where they are escaped
 
 
@@ -42,9 +42,9 @@ def markdown(page: Page, found: Sequence[Finding], *, title: str, changes: Seque
     return "\n".join([*lines, "", f"_{prose.LIMIT}_", ""])
 
 
-def escape(text: str) -> str:
+def escape(text: str, limit: int = 400) -> str:
     """Foreign text as Markdown text: nothing in it is markup, a link, a mention or a table cell's end."""
-    shown = _SPECIAL.sub(r"\\\1", clean(text, 400)).replace("&", "&amp;")
+    shown = _SPECIAL.sub(r"\\\1", clean(text, limit)).replace("&", "&amp;")
     return re.sub(r"[@#]|(?i:www)(?=\.)", lambda match: match.group() + _BREAK, shown)
 
 
@@ -61,9 +61,21 @@ def _runs(runs: Sequence[RunReport]) -> list[str]:
         claim = f"{number(run.claim.epsilon)} at {number(run.claim.delta)}" if run.claim is not None else "none"
         bound = "–" if test is None else f"{number(test.epsilon_lower)} (ceiling {number(test.ceiling)})"
         accuracy = describe_interval(measured.metric) if measured is not None else "–"
-        rows.append((escape(run.name), claim, bound, run.verdict or "not audited", accuracy))
+        rows.append((escape(run.name), claim, bound, run.verdict or "not audited", accuracy, _signer(run)))
     measure = escape(tables[0].headline.replace("_", " ")) if tables else "exact match"
-    return _table(("run", "claimed eps", "audited eps ≥", "verdict", measure), rows)
+    return _table(("run", "claimed eps", "audited eps ≥", "verdict", measure, "who vouches"), rows)
+
+
+def _signer(run: RunReport) -> str:
+    """Who stands behind the files of a run: a key, which proves no name, or nobody."""
+    found = run.vouched
+    if found.status == "unsigned" or found.key is None:
+        return "nobody (unsigned)"
+    key = f"`{found.key.sha256[:16]}…`"
+    if found.status == "invalid":
+        return f"nobody: the signature by key {key} is **invalid**"
+    name = found.statement.signer if found.statement is not None else ""
+    return f"key {key}" + (f", by its own account {escape(name, 80)}" if name else "")
 
 
 def _sweep(sweep: SweepReport) -> list[str]:

@@ -9,6 +9,7 @@ from dpaudit.config import RunConfig, resolve
 from dpaudit.documents import LedgerRow
 from dpaudit.ledger import Ledger
 from dpaudit.runs import RunFolder
+from reports import card
 
 TRAIN = "reports.sweep.jobs:train"
 MEASURE = "reports.sweep.jobs:measure"
@@ -45,6 +46,7 @@ def train(payload: dict[str, Any]) -> dict[str, Any]:
         audit(out, Options(audits=tuple(payload["audits"]), device=config.model.device))
     if payload["row"] is not None:  # after the audit, which judges this cell's own claim and not the choice among cells
         declare(run, LedgerRow.model_validate(payload["row"]))
+    card.renew(out)
     return {}
 
 
@@ -58,10 +60,13 @@ def declare(run: RunFolder, row: LedgerRow | None) -> None:
             return
         ledger = Ledger.load(run.ledger)
         old = next((own for own in ledger.rows if own.path == row.path), None)
+        if old == row:
+            return
         if old is None:
             ledger.add_row(row)
-        elif old != row:
+        else:
             ledger.replace_row(row)
+    card.renew(run.path)
 
 
 def measure(payload: dict[str, Any]) -> dict[str, Any]:

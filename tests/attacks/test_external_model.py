@@ -276,9 +276,9 @@ def test_command_line(trained: Path, capsys: pytest.CaptureFixture[str]) -> None
     for more, leave, message in (
         ((), "--coins", "--coins: missing; --model needs --base, --records, --coins and --epsilon"),
         ((), "--epsilon", "--epsilon: missing"),
-        (("--white-box",), "", "--white-box: says nothing with --model"),
-        (("--runs", "30"), "", "--runs: says nothing with --model"),
-        (("--trainer", "a:b"), "", "needs one of RUN, --trainer MODULE:FACTORY and --model PATH"),
+        (("--white-box",), "", "--white-box: has no effect with --model"),
+        (("--runs", "30"), "", "--runs: has no effect with --model"),
+        (("--trainer", "a:b"), "", "exactly one of RUN, --trainer MODULE:FACTORY and --model PATH"),
         (("--delta", "2"), "", "--delta: got 2.0; accepted: a number in (0, 1)"),
     ):
         code, out, err = call(*more, leave=leave)

@@ -102,7 +102,7 @@ def ending(body: str) -> subprocess.Popen[str]:
         ("raise errors.UsageError('red \\x1b[31m bell \\x07 [bold]')", 2, "dpaudit: red \ufffd[31m bell \ufffd [bold]"),
         ("raise errors.InvalidGame('coins edited')", 3, "dpaudit: coins edited"),
         ("raise errors.EnvironmentFailure('disk full')", 4, "dpaudit: disk full"),
-        ("raise KeyboardInterrupt", 130, "dpaudit: interrupted; what was written stays, nothing is lost"),
+        ("raise KeyboardInterrupt", 130, "dpaudit: interrupted; finished work is kept"),
     ],
 )
 def test_every_ending_has_its_exit_code(body: str, code: int, line: str | None) -> None:

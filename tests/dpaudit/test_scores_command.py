@@ -56,6 +56,27 @@ def test_unknown_coins_open_no_bound(tmp_path: Path) -> None:
     assert document.scores[0].tpr_at_fpr["0.001"] is None
 
 
+@pytest.mark.parametrize("flags", [["--coins", "independent"], ["--independent-runs"]])
+def test_pure_dp_has_no_bound_within_the_gaussian_family(tmp_path: Path, flags: list[str]) -> None:
+    """At delta = 0 a Gaussian mechanism has no finite eps: a bound of inf under a ceiling of inf would say nothing."""
+    done = run(write(tmp_path / "s.csv", 3.0), "--delta", "0", *flags, "--json")
+    document = ScoresDocument.model_validate_json(done.stdout)
+    assert document.tests and all(np.isfinite(test.ceiling or 0.0) for test in document.tests)
+    assert {test.assumes for test in document.tests} <= {"none", "prior"}
+    assert any(
+        check.name == "Gaussian bounds" and check.status == "not applicable" for check in document.validity.checks
+    )
+
+
+def test_reasons_about_a_file_speak_of_no_weights(tmp_path: Path) -> None:
+    done = run(
+        write(tmp_path / "s.csv", 3.0), "--delta", "1e-5", "--coins", "independent", "--epsilon", "0.5", "--json"
+    )
+    document = ScoresDocument.model_validate_json(done.stdout)
+    assert document.verdict == "refuted" and len(document.reasons) == 2
+    assert "weights" not in " ".join(document.reasons)
+
+
 def test_independent_coins_and_a_claim(tmp_path: Path) -> None:
     flags = ["--coins", "independent", "--claim-sigma", "1", "--claim-rate", "1", "--claim-steps", "1"]
     honest = run(write(tmp_path / "a.csv", 1.0), "--delta", "1e-5", *flags, "--separate", "--json")

@@ -125,6 +125,22 @@ def test_the_page_says_who_vouches_and_that_nobody_does(place: Path) -> None:
     assert verify(place) == 1
 
 
+def test_the_markdown_summary_says_who_vouches_and_that_nobody_does(place: Path) -> None:
+    def summary() -> str:
+        command(["report", str(place / "run"), "--format", "md", "-o", str(place / "summary.md")])
+        return (place / "summary.md").read_text()
+
+    signature = place / "run/release/signature.json"
+    key = json.loads(json.loads(signature.read_text())["statement"])["key_sha256"]
+    assert "who vouches" in summary() and f"key `{key[:16]}…`, by its own account Jane Roe, Audit Ltd |" in summary()
+    with (place / "run/release/claim.json").open("a") as file:
+        file.write("\n")
+    list_again(place / "run/release")
+    assert f"nobody: the signature by key `{key[:16]}…` is **invalid**" in summary()
+    signature.unlink()
+    assert "nobody (unsigned)" in summary()
+
+
 def edit(name: str, change: Callable[[dict[str, object]], object]) -> Callable[[Path], None]:
     """Change a document as its owner could: every checksum is made again."""
 

@@ -141,18 +141,18 @@ def test_pipes_and_sockets_are_refused_at_once(case: Case, name: str) -> None:
      "{run}/release/config.yaml", "{run}/release/model/page.html", "{run}/release/claim.json", "{place}/pipe",
      "{place}/link-to-key", "{place}/a/../run/private/coins.parquet", "{place}/linked-folder/noise.key"],
 )  # fmt: skip
-@pytest.mark.parametrize("flag", ["-o", "--junit"])
-def test_a_report_is_written_beside_what_it_reads(case: Case, target: str, flag: str) -> None:
+@pytest.mark.parametrize("form", ["html", "junit", "card"])
+def test_a_report_is_written_beside_what_it_reads(case: Case, target: str, form: str) -> None:
     os.mkfifo(case.place / "pipe")
     (case.place / "link-to-key").symlink_to(case.run / "private" / "noise.key")
     (case.place / "linked-folder").symlink_to(case.run / "private")
     (case.place / "a").mkdir()
     before = {path: path.read_bytes() for path in case.run.rglob("*") if path.is_file()}
-    named = ["-o", str(case.place / "page.html")] if flag != "-o" else []
+    named = ["--format", "html", "-o", str(case.place / "page.html")] if form != "html" else []
     written = target.format(run=case.run, place=case.place)
     # Never as root into /dev: where this test finds something, the machine would be broken.
     prepare = nobody if written.startswith("/dev/") and os.getuid() == 0 else None
-    ended = case.type("report", str(case.run), *named, flag, written, prepare=prepare)
+    ended = case.type("report", str(case.run), *named, "--format", form, "-o", written, prepare=prepare)
     assert ended.code == 2 and ("device" in ended.line or not written.startswith("/dev/"))
     assert len(ended.err.strip().splitlines()) == 1, ended.err
     assert before == {path: path.read_bytes() for path in case.run.rglob("*") if path.is_file()}
@@ -236,7 +236,7 @@ def test_the_page_says_that_nobody_vouches(case: Case) -> None:
 def test_a_report_tells_what_was_changed(case: Case, change: Callable[[Path], object], notice: str) -> None:
     change(case.run / "release")
     junit = case.place / "junit.xml"
-    assert case.report("--junit", str(junit)).code == 0
+    assert case.report("--format", "html", "--format", "junit", "-o", str(junit)).code == 0
     assert notice in case.page and 'class="notice"' in case.page
     assert notice in junit.read_text() and "<failure" in junit.read_text()
 

@@ -44,7 +44,7 @@ def test_an_edited_claim_is_unsupported_wherever_it_is_read(case: Case, name: st
     case.edit("claim.json", claims(**CLAIMS[name]))
     ended = case.type("audit", str(case.run), "--canaries", "--json")
     assert ended.code == 1 and json.loads(ended.out)["verdict"] == "unsupported", ended.out[-2000:]
-    assert case.report("--junit", str(case.place / "junit.xml")).code == 0
+    assert case.report("--format", "html", "--format", "junit", "-o", str(case.place / "junit.xml")).code == 0
     assert 'class="notice"' in case.page and "<failure" in (case.place / "junit.xml").read_text()
 
 
@@ -149,9 +149,10 @@ def test_strings_of_all_documents_paint_nothing(case: Case) -> None:
         case.edit(path.name, lambda old, tree=tree: old.update(tree))  # type: ignore[misc]
     assert changed > 40
     page = str(case.place / "page.html")
-    more = ["--markdown", str(case.place / "m.md"), "--junit", str(case.place / "j.xml"), "--sarif", f"{case.place}/s"]
+    names = {"html": "page.html", "md": "m.md", "junit": "j.xml", "sarif": "s", "json": "d.json", "card": "c.md"}
+    more = [part for form, name in names.items() for part in ("--format", form, "-o", f"{case.place}/{name}")]
     for command in (
-        ["report", str(case.run), "-o", page, *more],
+        ["report", str(case.run), *more],
         ["report", str(case.run), "-o", page, "--json"],
         ["audit", str(case.run), "--canaries"],
         ["benchmark", str(case.run), "--limit", "0"],

@@ -2,9 +2,12 @@
 
 import math
 import re
+from itertools import pairwise
 from statistics import NormalDist
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dpaudit.accounting import epsilon, gaussian_epsilon, stated_largest_tpr
 from dpaudit.documents import LedgerRow, Metric
@@ -13,7 +16,7 @@ from reports.diagram import boxes, diagram, stage_rows, worst
 from reports.evidence import Row, Step, axis, growth, guess_bar, scale_top
 from reports.figures import FrontierPoint, curve, frontier
 from reports.inputs import Curve
-from reports.plot import decades, linear
+from reports.plot import _path, _thinned, decades, linear
 from reports.prose import ceiling_note, group_sentence
 from reports.rates import histogram, tradeoff
 from tests.reports.fixtures import audit, claim, claim_test, config, ledger_rows, score_summary
@@ -59,24 +62,29 @@ TEXT = re.compile(r'<text[^>]*? x="([\d.]+)" y="([\d.]+)"[^>]*>([^<]+)</text>')
 
 def frame(svg: str) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
     """Ticks of a plot as (value, pixel): of x, and of y."""
-    texts = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="(middle|end)">([^<]+)</text>', svg)
-    ticks = [(float(x), float(y), kind, float(text.replace("−", "-"))) for x, y, kind, text in texts]
-    across = [(value, x) for x, _, kind, value in ticks if kind == "middle"]
-    return across, [(value, y - 3.5) for _, y, kind, value in ticks if kind == "end"]
+    found = {}
+    for kind, content in re.findall(r'<g text-anchor="(middle|end)">(.*?)</g>', svg):
+        texts = re.findall(r'<text x="([\d.]+)" y="([\d.]+)">([^<]+)</text>', content)
+        found[kind] = [(float(x), float(y), float(text.replace("−", "-"))) for x, y, text in texts]
+    return [(value, x) for x, _, value in found["middle"]], [(value, y - 3.5) for _, y, value in found["end"]]
 
 
 def pixels(svg: str, kind: str) -> list[tuple[float, float]]:
     """Corners of a line as they are drawn."""
     drawn = re.findall(rf'<path class="line k-{kind}" d="([^"]+)"/>', svg)[0]
+    return walk(drawn)
+
+
+def walk(drawn: str) -> list[tuple[float, float]]:
+    """The points of a path: one absolute start, then relative steps."""
     found: list[tuple[float, float]] = []
-    for command, text in re.findall(r"([MHVL]?) ?([\d.]+(?: [\d.]+)*)", drawn):
-        numbers = [float(number) for number in text.split()]
-        if command == "H":
-            found.append((numbers[0], found[-1][1]))
-        elif command == "V":
-            found.append((found[-1][0], numbers[0]))
-        else:
-            found += list(zip(numbers[::2], numbers[1::2], strict=True))
+    for command, text in re.findall(r"([MhvlZ])([^MhvlZ]*)", drawn):
+        numbers = [float(number) for number in re.findall(r"-?\d*\.?\d+", text)]
+        if command == "M":
+            found.append((numbers[0], numbers[1]))
+        steps = {"h": [(n, 0.0) for n in numbers], "v": [(0.0, n) for n in numbers], "M": [], "Z": []}
+        for across, up in steps.get(command, list(zip(numbers[::2], numbers[1::2], strict=False))):
+            found.append((found[-1][0] + across, found[-1][1] + up))
     return found
 
 
@@ -118,6 +126,38 @@ def test_the_claims_curve_is_the_mechanisms_and_the_attack_its_own() -> None:
     assert shown is not None and epsilon(shown, 1e-5) == pytest.approx(4.0, rel=2e-3)
     assert "evidence" in str(tradeoff(summary, sampled, shown, key="t"))
     assert shown_event(sampled, claim_test(assumes="dp-sgd(q,T)", epsilon_lower=0.0)) is None
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 300), st.floats(-50, 250)), min_size=2, max_size=60),
+    st.sampled_from([0, 1]),
+)
+def test_a_path_is_its_points_to_half_a_unit(points: list[tuple[float, float]], digits: int) -> None:
+    """Every point lies on the drawn line within rounding, however long the path: steps are of rounded places."""
+    drawn = walk(_path(points, digits))
+    half = 0.51 * 10.0**-digits
+    assert math.dist(drawn[0], points[0]) <= 2 * half and math.dist(drawn[-1], points[-1]) <= 2 * half
+    pieces = list(pairwise(drawn)) or [(drawn[0], drawn[0])]
+    for point in points:
+        assert min(from_piece(point, one, two) for one, two in pieces) <= 1.5 * half
+
+
+def from_piece(point: tuple[float, float], one: tuple[float, float], two: tuple[float, float]) -> float:
+    """Distance of a point from a piece of a line."""
+    along, up = two[0] - one[0], two[1] - one[1]
+    square = along**2 + up**2
+    share = (
+        0.0 if square == 0 else min(1.0, max(0.0, ((point[0] - one[0]) * along + (point[1] - one[1]) * up) / square))
+    )
+    return math.hypot(point[0] - one[0] - share * along, point[1] - one[1] - share * up)
+
+
+def test_a_thinned_curve_is_off_by_a_fifth_of_a_pixel_at_most() -> None:
+    points = [(x / 4, 100 + 80 * math.sin(x / 90)) for x in range(1200)]
+    kept = _thinned(points)
+    assert kept[0] == points[0] and kept[-1] == points[-1] and len(kept) < 80
+    pieces = list(pairwise(kept))
+    assert max(min(from_piece(point, *piece) for piece in pieces) for point in points) <= 0.2 + 1e-9
 
 
 def test_two_figures_share_no_id_and_bring_no_colour() -> None:
@@ -213,7 +253,8 @@ def test_the_axis_holds_every_bound_at_its_place_and_says_it() -> None:
     for (kind, x), (name, eps) in zip(ends, wanted, strict=True):
         assert kind == name and float(x) == pytest.approx(right if eps is None else scale[eps], abs=0.06)
     assert "at least 0.12, could show up to 3.66" in svg and "Within &lt;b&gt;" in svg
-    assert re.findall(r'middle">(\d+)</text>', svg) == ["0", "1", "2", "4", "8"]
+    (ticks,) = re.findall(r'<g class="tick" text-anchor="middle">(.*?)</g>', svg)
+    assert re.findall(r">(\d+)</text>", ticks) == ["0", "1", "2", "4", "8"]
     assert axis([], top, key="a") == ""
 
 

@@ -145,6 +145,9 @@ def test_a_refuted_claim_and_an_unaccounted_path_fail(tmp_path: Path) -> None:
     rows = json.loads(ledger.read_text())
     rows["rows"].append({"path": "vocabulary", "status": "UNACCOUNTED", "explanation": "e", "evidence": "v"})
     ledger.write_text(json.dumps(rows))
+    said = {f.name: f.message for f in findings(load_page([run])) if f.rule == "claim-test"}
+    assert "; refutes by itself at level" in said["canaries: all kinds (f-dp)"]
+    assert "; does not refute by itself at level" in said["quiet (f-dp)"]
     found = {(f.rule, f.name): f.outcome for f in findings(load_page([run]))}
     assert found["claim", "claim"] == "fail" and found["ledger", "vocabulary"] == "fail"
     assert found["claim-test", "canaries: all kinds (f-dp)"] == "fail"
@@ -245,9 +248,34 @@ def test_the_disclosure_states_what_is_known_and_lists_what_is_missing(tmp_path:
 def test_the_command_writes_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "check.json").write_text(check_document().to_json())
-    names = {"--junit": "j.xml", "--sarif": "s.sarif", "--markdown": "m.md", "--disclosure": "d.json"}
-    options = [part for pair in names.items() for part in pair]
-    assert app.run(["report", "check.json", "-o", "r.html", *options]) == 0
-    for name in (*names.values(), "r.html"):
+    names = {"junit": "j.xml", "sarif": "s.sarif", "md": "m.md", "json": "d.json", "html": "r.html"}
+    options = [part for form, name in names.items() for part in ("--format", form, "-o", name)]
+    assert app.run(["report", "check.json", *options]) == 0
+    for name in names.values():
         assert (tmp_path / name).stat().st_size > 20
-    assert app.run(["report", "check.json", "-o", "r.html", "--junit", "no/such/folder/j.xml"]) == 4
+    assert app.run(["report", "check.json", *[part for form in names for part in ("--format", form)]]) == 0
+    for name in ("junit.xml", "dpaudit.sarif", "summary.md", "disclosure.json", "report.html"):
+        assert (tmp_path / name).stat().st_size > 20
+    assert app.run(["report", "check.json", "--format", "junit", "-o", "no/such/folder/j.xml"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--format", "pdf"], "got 'pdf'; accepted: one of html, card, md, junit, sarif, json"),
+        (["--format", "md", "--format", "junit", "-o", "x"], "--format: 2 and -o: 1; accepted: one -o for each"),
+        (["-o", "x", "-o", "y"], "--format: 1 and -o: 2"),
+        (["--format", "md", "--format", "md"], "one is given twice"),
+        (["--format", "md", "--format", "junit", "-o", "x", "-o", "x"], "-o (junit) x: is the file of -o (md) too"),
+        (["--format", "card"], "accepted: exactly one SUBJECT, a run folder"),
+        (["--watch", "--json"], "accepted: without --json"),
+    ],
+)
+def test_a_form_or_a_place_that_can_not_be_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], more: list[str], told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "check.json").write_text(check_document().to_json())
+    assert app.run(["report", "check.json", *more]) == 2
+    said = capsys.readouterr().err
+    assert told in " ".join(said.split()) and len(list(tmp_path.iterdir())) == 1

@@ -1,6 +1,7 @@
 """Pages over sweeps and bare documents, the checklist, and what changed since an earlier page."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from attacks.bugs.benchmark import BugRow, BugsDocument, ControlRow
 from dpaudit.cli import app
 from dpaudit.documents import AuditDocument, BenchmarkDocument, Check, CheckDocument, Metric, ScoresDocument
 from dpaudit.errors import UsageError
+from reports import html
 from reports.changes import compare, read_earlier
 from reports.checklist import QUESTIONS, answers, checklist
 from reports.html import SIZE_LIMIT, SIZE_WANTED, render
@@ -217,14 +219,20 @@ def test_every_line_of_the_checklist_is_answered_from_data_or_not_stated(tmp_pat
     assert empty["Accuracy"][0] == "not stated" and empty["Evidence beside the claim"] == ("not stated", "not audited")
 
 
-def test_ten_runs_and_a_sweep_of_many_lines_stay_under_the_limit(tmp_path: Path) -> None:
+def test_ten_runs_and_a_sweep_of_many_lines_stay_under_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_sweep(tmp_path / "sweep", seeds=(0,))
     runs = [write_run(tmp_path, "dual-priv", name=f"run-{index}") for index in range(10)]
     for run in runs:
         write_audit(run, "dual-priv", [canary_game("dual-priv"), token_game(), white_box_game()])
-    made, detail = render(load_page([*runs, tmp_path / "sweep"]), title="T")
-    assert len(made.encode()) <= SIZE_WANTED
-    assert detail.cells >= 1
+    page = load_page([*runs, tmp_path / "sweep"])
+    made, detail = render(page, title="T")
+    assert len(made.encode()) <= SIZE_WANTED and detail.informative
+    assert len(re.findall(r'<g id="frame-\d+"', made)) < 6 and made.count('<use href="#frame-') > 15
+    assert "<!--" not in made
+    monkeypatch.setattr(html, "DETAILS", html.DETAILS[-1:])
+    assert len(render(page, title="T")[0].encode()) <= 320_000  # room for what is yet to come
 
 
 # -- comparison ------------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def _size_row(config: DataConfig, dataset: Dataset) -> tuple[LedgerRow, ...]:
             stage="data size",
             status="accounted",
             explanation="The exact number of training units sets the sampling rate and the expected batch size. It is "
-            "made public by declaration: the claim protects what a unit contains, taken that this number is known. "
+            "made public by declaration: the claim protects what a unit contains, assuming that this number is public. "
             "Someone who knew all but one unit could tell from the number whether one is missing.",
             evidence=f"data.public-size was not given, so the true size {len(dataset.train)} is the declared one; give "
             "data.public-size to keep the true one private.",
