@@ -19,6 +19,7 @@ from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
 from trainers import data, distributed
 from trainers.distributed import Group
+from trainers.opened import Opened, open_checkpoint
 from trainers.plan import Inserted, Plan, make_plan
 from trainers.progress import Reporter
 from trainers.records import Dataset
@@ -89,17 +90,18 @@ def _follow(group: Group, out: Path, dataset: Dataset | None) -> RunFolder:
         tree = json.loads(orders)
         config = resolve(tree["config"])
         key = Key(bytes.fromhex(tree["key"]), seeded=tree["seeded"])
+        opened = open_checkpoint(config.model.path)
         dataset = dataset or data.load(config.data)
-        model = _load_model(config)
+        model = _load_model(config, opened)
         _train(config, run, key, dataset, model, tree["resume"], None, None)
     return run
 
 
-def _load_model(config: RunConfig) -> VisionLanguageModel:
+def _load_model(config: RunConfig, opened: Opened) -> VisionLanguageModel:
     chosen, group = config.model, distributed.current()
     group.sharded = group.size > 1 and config.training.parallel == "fsdp"
     device = "cpu" if group.sharded else group.device(chosen.device)  # sharded: moved layer by layer
-    return VisionLanguageModel.load(chosen.path, device=device, precision=chosen.precision)
+    return VisionLanguageModel.load(device=device, precision=chosen.precision, opened=opened)
 
 
 @contextmanager
@@ -117,8 +119,9 @@ def open_run(
             raise UsageError(
                 f"--out {out}: holds a run already; choose another folder, or dpaudit train --resume {out}"
             )
+        opened = open_checkpoint(config.model.path)  # what is wrong with it is said before pictures are read
         dataset = dataset or data.load(config.data)
-        model = _load_model(config)
+        model = _load_model(config, opened)
         make_plan(config, dataset, config.canaries.count if candidates is None else candidates)
         model.set_reducer(config.reducer)
         _refuse_leftovers(run)
@@ -142,8 +145,9 @@ def resume_run(path: Path, *, reporter: Reporter | None = None, dataset: Dataset
                 return run
             again = _begun(run)
             run.make_parts()
+            opened = open_checkpoint(config.model.path)
             dataset = dataset or data.load(config.data)
-            model = _load_model(config)
+            model = _load_model(config, opened)
             key = Key.load(run.noise_key) if again else _fresh_key(config)
             group.from_first(lambda: _orders(config, key, resume=again))
             _train(config, run, key, dataset, model, again, reporter, None)
@@ -198,6 +202,8 @@ def _train(
     after_step: AfterStep | None,
 ) -> Plan:
     if reporter is not None and not resume:
+        for line in model.warnings:
+            reporter.phase(f"warning: {line}")
         for line in about_data(dataset):
             reporter.phase(line)
         for line in base_accuracy(model, dataset):
