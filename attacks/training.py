@@ -252,7 +252,10 @@ def base_accuracy(model: VisionLanguageModel, dataset: Dataset) -> tuple[str, ..
     if dataset.source == "embedded":
         return ()
     asked = [(p.shown, q) for unit in dataset.test for p in unit.pictures for q in p.questions]
-    chosen = [asked[index] for index in np.linspace(0, len(asked) - 1, min(len(asked), BASE_QUESTIONS)).astype(int)]
+    names = [f"{p.id}, question {n}" for u in dataset.test for p in u.pictures for n in range(1, len(p.questions) + 1)]
+    places = np.linspace(0, len(asked) - 1, min(len(asked), BASE_QUESTIONS)).astype(int)
+    chosen = [asked[index] for index in places]
+    too_long: list[str] = []
     began, right, done = time.perf_counter(), 0, 0
     for at in range(0, len(chosen), BASE_BATCH):
         part = chosen[at : at + BASE_BATCH]
@@ -261,13 +264,21 @@ def base_accuracy(model: VisionLanguageModel, dataset: Dataset) -> tuple[str, ..
             text.strip().lower() in {answer.strip().lower() for answer in (question.answer, *question.accepted)}
             for text, (_, question) in zip(said, part, strict=True)
         )
+        too_long += [names[places[at + index]] for index in model.too_long]
         done += len(part)
         if time.perf_counter() - began > BASE_SECONDS:
             break
     text = f"base model: {right} of {done} test questions answered right before training"
     if right == 0:
         text += " (exact match): it knows nothing of this task in this form; a checkpoint that does: --model PATH"
-    return (text,)
+    if not too_long:
+        return (text,)
+    more = ", …" if len(too_long) > 1 else ""
+    return (
+        text,
+        f"warning: {len(too_long)} of these {done} do not fit into the model's context of {model.max_positions} tokens "
+        f"({too_long[0]}{more}): no answer, counted as wrong",
+    )
 
 
 def dry_run(config: RunConfig, dataset: Dataset | None = None) -> tuple[Plan, float]:

@@ -113,7 +113,7 @@ def _group(
         )  # first, since a bad copy is told before anything slow
         held = None
         if HELD_OUT in asked.tasks:
-            progress("preparing the held-out questions")
+            progress("preparing the test questions")
             held = _held_out(runs[0][1], folder, asked)
             specs = [_own_spec(folder), *specs]
         models = _models(runs, asked.base)
@@ -142,7 +142,7 @@ def _held_out(config: RunConfig, folder: Path, asked: Asked) -> tuple[Dataset, Q
 
 def _own_spec(folder: Path) -> TaskSpec:
     files = {"test": str(folder / "test.parquet")}
-    words = "the run's held-out questions"
+    words = "the run's test questions"
     return TaskSpec(
         HELD_OUT, HELD_OUT, str(OWN_TASKS), words, own=True, override={"dataset_kwargs": {"data_files": files}}
     )
