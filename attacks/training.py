@@ -18,12 +18,13 @@ from dpaudit.ledger import Ledger
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
 from trainers import data, distributed
+from trainers.cost import Cost, estimate
 from trainers.distributed import Group
 from trainers.opened import Opened, open_checkpoint
 from trainers.plan import Inserted, Plan, make_plan
 from trainers.progress import Reporter
 from trainers.records import Dataset
-from trainers.run import AfterStep, estimate_seconds, read_config, train
+from trainers.run import AfterStep, read_config, train
 from trainers.vlm import VisionLanguageModel
 
 BASE_QUESTIONS, BASE_BATCH, BASE_SECONDS = 64, 16, 20.0  # of the test split, asked of the base before training
@@ -281,8 +282,9 @@ def base_accuracy(model: VisionLanguageModel, dataset: Dataset) -> tuple[str, ..
     )
 
 
-def dry_run(config: RunConfig, dataset: Dataset | None = None) -> tuple[Plan, float]:
-    """The plan of a configuration and its estimated wall time in seconds; trains and writes nothing."""
-    dataset = dataset or data.load(config.data)
+def dry_run(config: RunConfig) -> tuple[Dataset, Plan, Cost, tuple[str, ...]]:
+    """(data, plan, cost, warnings) of a configuration; trains and writes nothing, runs no large model."""
+    opened = open_checkpoint(config.model.path)
+    dataset = data.load(config.data)
     plan = make_plan(config, dataset, config.canaries.count)
-    return plan, estimate_seconds(config, dataset, plan)
+    return dataset, plan, estimate(config, dataset, plan, opened), opened.warnings

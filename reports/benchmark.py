@@ -135,7 +135,7 @@ def _group(
 def _held_out(config: RunConfig, folder: Path, asked: Asked) -> tuple[Dataset, Questions]:
     from trainers.data import load
 
-    dataset = load(config.data, cache=folder / "data")
+    dataset = load(config.data)
     found = heldout.unit_groups(config.data, dataset, asked.group) if asked.group is not None else None
     return dataset, heldout.export(dataset, folder / "test.parquet", limit=asked.limit, unit_groups=found)
 

@@ -35,7 +35,7 @@ def run_all(
     cwd: Path,
     env: Mapping[str, str] | None = None,
     models: Sequence[Path] = (),
-    timeout: float = 300,
+    timeout: float = 1200,
 ) -> list[Done]:
     """Each of `commands` (the words behind `dpaudit`) in a process of its own, in folder `cwd`, one after the other.
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dpaudit import online, untrusted
-from dpaudit.errors import EnvironmentFailure, UsageError, rejected
-from trainers import limited, unfinished
+from dpaudit.errors import UsageError, rejected
+from trainers import fetched, limited, unfinished
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -75,25 +75,9 @@ def find(source: str, flag: str, fetch: bool) -> Path:
         return folder
     if folder.exists():
         raise rejected(flag, source, "a folder, not a file: the one with config.json and .safetensors files")
-    if source.startswith((".", "/", "~")) or source.count("/") > 1 or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
-        raise rejected(flag, source, "an existing folder, or a hub id such as llava-hf/llava-1.5-7b-hf")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=list(WANTED), local_files_only=not fetch))
-    except LocalEntryNotFoundError:
-        if fetch:
-            raise EnvironmentFailure(
-                f"{flag}: got {source!r}, which is no folder here and not in the local cache; the hub is out of reach"
-            ) from None
-        raise UsageError(f"{flag}: got {source!r}, which is not in the local cache; --online fetches it") from None
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UsageError(f"{flag}: got {source!r}, which the hub does not have ({first:.200})") from None
-    except Exception as error:  # whatever the network, a proxy or the disk of the cache makes of it
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise EnvironmentFailure(f"{flag}: {source!r} can't be fetched from the hub ({first:.200})") from None
+    if source.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", source):
+        raise rejected(flag, source, "an existing folder, or a hub id such as llava-hf/llava-1.5-7b-hf[@revision]")
+    return fetched.model(source, flag, WANTED, fetch)
 
 
 def model_type(folder: Path, flag: str) -> str:

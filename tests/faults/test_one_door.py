@@ -52,7 +52,7 @@ OUTSIDE = {
     ("trainers/data/pictures.py", "Image.open"): "bytes of the door; formats and sizes are checked there",
     ("reports/copies.py", "Image.open"): "bytes that trainers.data.pictures decoded a moment ago",
     ("trainers/limited.py", "open"): "/proc/self/statm",
-    ("trainers/model_files.py", "snapshot_download"): "into the local cache; the folder is checked before it is read",
+    ("trainers/fetched.py", "snapshot_download"): "into the local cache; the folder is checked before it is read",
     ("trainers/run.py", "settings.read_text"): "written by this process a moment ago",
     ("trainers/run.py", "file.read_bytes"): "written by this process a moment ago",
     ("trainers/opened.py", "AutoTokenizer.from_pretrained"): "a folder that passed trainers.model_files",

@@ -1,7 +1,6 @@
 """Data sets by configuration: the embedded digits, local files, or a set on the hub."""
 
 from dataclasses import replace
-from pathlib import Path
 
 from dpaudit.config import DataConfig
 from dpaudit.documents import LedgerRow
@@ -11,11 +10,10 @@ from trainers.records import Dataset
 EMBEDDED = "digits"
 
 
-def load(config: DataConfig, *, cache: Path | None = None) -> Dataset:
+def load(config: DataConfig) -> Dataset:
     """The data set that `config` names, with `data.limit` and `data.reserve` applied.
 
-    `cache`: folder for downloads of a hub set (inside the run's private part); None keeps nothing. Loading is
-    deterministic. Raises UsageError (files, rows, fields) or EnvironmentFailure (hub out of reach).
+    Loading is deterministic. Raises UsageError (files, rows, fields) or EnvironmentFailure (hub out of reach).
     """
     if config.path is not None:
         from trainers.data.local import load_local
@@ -26,7 +24,7 @@ def load(config: DataConfig, *, cache: Path | None = None) -> Dataset:
     else:
         from trainers.data.hub import load_hub
 
-        dataset = load_hub(config, cache)
+        dataset = load_hub(config)
     if len(dataset.train) < 2:
         raise rejected("data.train", f"{len(dataset.train)} units", "at least 2 units")
     more = (*_size_row(config, dataset), *_limit_row(config), *_together_row(dataset), *_shared_row(dataset))
