@@ -18,11 +18,13 @@ from dpaudit.ledger import Ledger
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
 from trainers import data, distributed
+from trainers.cost import Cost, estimate
 from trainers.distributed import Group
+from trainers.opened import Opened, open_checkpoint
 from trainers.plan import Inserted, Plan, make_plan
 from trainers.progress import Reporter
 from trainers.records import Dataset
-from trainers.run import AfterStep, estimate_seconds, read_config, train
+from trainers.run import AfterStep, read_config, train
 from trainers.vlm import VisionLanguageModel
 
 BASE_QUESTIONS, BASE_BATCH, BASE_SECONDS = 64, 16, 20.0  # of the test split, asked of the base before training
@@ -89,17 +91,18 @@ def _follow(group: Group, out: Path, dataset: Dataset | None) -> RunFolder:
         tree = json.loads(orders)
         config = resolve(tree["config"])
         key = Key(bytes.fromhex(tree["key"]), seeded=tree["seeded"])
+        opened = open_checkpoint(config.model.path)
         dataset = dataset or data.load(config.data)
-        model = _load_model(config)
+        model = _load_model(config, opened)
         _train(config, run, key, dataset, model, tree["resume"], None, None)
     return run
 
 
-def _load_model(config: RunConfig) -> VisionLanguageModel:
+def _load_model(config: RunConfig, opened: Opened) -> VisionLanguageModel:
     chosen, group = config.model, distributed.current()
     group.sharded = group.size > 1 and config.training.parallel == "fsdp"
     device = "cpu" if group.sharded else group.device(chosen.device)  # sharded: moved layer by layer
-    return VisionLanguageModel.load(chosen.path, device=device, precision=chosen.precision)
+    return VisionLanguageModel.load(device=device, precision=chosen.precision, opened=opened)
 
 
 @contextmanager
@@ -117,8 +120,9 @@ def open_run(
             raise UsageError(
                 f"--out {out}: holds a run already; choose another folder, or dpaudit train --resume {out}"
             )
+        opened = open_checkpoint(config.model.path)  # what is wrong with it is said before pictures are read
         dataset = dataset or data.load(config.data)
-        model = _load_model(config)
+        model = _load_model(config, opened)
         make_plan(config, dataset, config.canaries.count if candidates is None else candidates)
         model.set_reducer(config.reducer)
         _refuse_leftovers(run)
@@ -142,8 +146,9 @@ def resume_run(path: Path, *, reporter: Reporter | None = None, dataset: Dataset
                 return run
             again = _begun(run)
             run.make_parts()
+            opened = open_checkpoint(config.model.path)
             dataset = dataset or data.load(config.data)
-            model = _load_model(config)
+            model = _load_model(config, opened)
             key = Key.load(run.noise_key) if again else _fresh_key(config)
             group.from_first(lambda: _orders(config, key, resume=again))
             _train(config, run, key, dataset, model, again, reporter, None)
@@ -198,6 +203,8 @@ def _train(
     after_step: AfterStep | None,
 ) -> Plan:
     if reporter is not None and not resume:
+        for line in model.warnings:
+            reporter.phase(f"warning: {line}")
         for line in about_data(dataset):
             reporter.phase(line)
         for line in base_accuracy(model, dataset):
@@ -246,7 +253,10 @@ def base_accuracy(model: VisionLanguageModel, dataset: Dataset) -> tuple[str, ..
     if dataset.source == "embedded":
         return ()
     asked = [(p.shown, q) for unit in dataset.test for p in unit.pictures for q in p.questions]
-    chosen = [asked[index] for index in np.linspace(0, len(asked) - 1, min(len(asked), BASE_QUESTIONS)).astype(int)]
+    names = [f"{p.id}, question {n}" for u in dataset.test for p in u.pictures for n in range(1, len(p.questions) + 1)]
+    places = np.linspace(0, len(asked) - 1, min(len(asked), BASE_QUESTIONS)).astype(int)
+    chosen = [asked[index] for index in places]
+    too_long: list[str] = []
     began, right, done = time.perf_counter(), 0, 0
     for at in range(0, len(chosen), BASE_BATCH):
         part = chosen[at : at + BASE_BATCH]
@@ -255,17 +265,26 @@ def base_accuracy(model: VisionLanguageModel, dataset: Dataset) -> tuple[str, ..
             text.strip().lower() in {answer.strip().lower() for answer in (question.answer, *question.accepted)}
             for text, (_, question) in zip(said, part, strict=True)
         )
+        too_long += [names[places[at + index]] for index in model.too_long]
         done += len(part)
         if time.perf_counter() - began > BASE_SECONDS:
             break
     text = f"base model: {right} of {done} test questions answered right before training"
     if right == 0:
         text += " (exact match): it knows nothing of this task in this form; a checkpoint that does: --model PATH"
-    return (text,)
+    if not too_long:
+        return (text,)
+    more = ", …" if len(too_long) > 1 else ""
+    return (
+        text,
+        f"warning: {len(too_long)} of these {done} do not fit into the model's context of {model.max_positions} tokens "
+        f"({too_long[0]}{more}): no answer, counted as wrong",
+    )
 
 
-def dry_run(config: RunConfig, dataset: Dataset | None = None) -> tuple[Plan, float]:
-    """The plan of a configuration and its estimated wall time in seconds; trains and writes nothing."""
-    dataset = dataset or data.load(config.data)
+def dry_run(config: RunConfig) -> tuple[Dataset, Plan, Cost, tuple[str, ...]]:
+    """(data, plan, cost, warnings) of a configuration; trains and writes nothing, runs no large model."""
+    opened = open_checkpoint(config.model.path)
+    dataset = data.load(config.data)
     plan = make_plan(config, dataset, config.canaries.count)
-    return plan, estimate_seconds(config, dataset, plan)
+    return dataset, plan, estimate(config, dataset, plan, opened), opened.warnings

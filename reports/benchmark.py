@@ -115,7 +115,7 @@ def _group(
         )  # first, since a bad copy is told before anything slow
         held = None
         if HELD_OUT in asked.tasks:
-            progress("preparing the held-out questions")
+            progress("preparing the test questions")
             held = _held_out(runs[0][1], folder, asked)
             specs = [_own_spec(folder), *specs]
         models = _models(runs, asked.base)
@@ -137,14 +137,14 @@ def _group(
 def _held_out(config: RunConfig, folder: Path, asked: Asked) -> tuple[Dataset, Questions]:
     from trainers.data import load
 
-    dataset = load(config.data, cache=folder / "data")
+    dataset = load(config.data)
     found = heldout.unit_groups(config.data, dataset, asked.group) if asked.group is not None else None
     return dataset, heldout.export(dataset, folder / "test.parquet", limit=asked.limit, unit_groups=found)
 
 
 def _own_spec(folder: Path) -> TaskSpec:
     files = {"test": str(folder / "test.parquet")}
-    words = "the run's held-out questions"
+    words = "the run's test questions"
     return TaskSpec(
         HELD_OUT, HELD_OUT, str(OWN_TASKS), words, own=True, override={"dataset_kwargs": {"data_files": files}}
     )

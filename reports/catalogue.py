@@ -97,7 +97,7 @@ def choose(tasks: Sequence[str], data: Mapping[str, Path]) -> tuple[str, ...]:
         if name not in names:
             raise rejected("--data", name, "a task that --tasks names")
         if name == HELD_OUT:
-            raise rejected("--data", name, "another task; this one asks the run's own held-out questions")
+            raise rejected("--data", name, "another task; this one asks the run's own test questions")
     return names
 
 

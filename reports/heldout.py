@@ -66,7 +66,7 @@ def export(
                 columns["image"].append({"bytes": shown[0], "path": None})
                 columns["beside"].append([{"bytes": item, "path": None} for item in shown[1:]])
     if not columns["question"]:
-        raise UsageError(f"data.test: {dataset.name} has no held-out questions to measure utility on")
+        raise UsageError(f"data.test: {dataset.name} has no test questions to measure utility on")
     write_questions(path, columns)
     return Questions(
         tuple(columns["question"]),

@@ -137,7 +137,7 @@ def not_covered(run: RunReport) -> list[str]:
         f"Anything beyond “{clean(claim.release, 120)}”: intermediate checkpoints, gradients, fused tokens, exact "
         "training curves and logs.",
         "What the base model learned before this fine-tuning, and the accuracy figures below: they are computed on "
-        "held-out records without noise.",
+        "test questions without noise.",
         "Side channels: timing, memory, floating-point artefacts of the noise, and who can read the private folder.",
     ]
     if claim.relation != "replace":

@@ -33,6 +33,7 @@ class TaskTable:
     task: str
     headline: str
     own: bool  # the runs' own questions
+    missing: int  # questions that the context can't hold, the most of the columns
     held_out: str | None  # whether their pictures were in train, in words; None: not looked at
     rows: tuple[tuple[str, str], ...]  # (metric name, what a reader sees)
     columns: tuple[TaskColumn, ...]
@@ -86,6 +87,7 @@ def _table(task: str, runs: Sequence[RunReport]) -> TaskTable:
         headline=main,
         own=task == HELD_OUT,
         held_out=_held_out(task, comparable or [document for _, document in measured]),
+        missing=max((d.about[task].missing for d in comparable or [] if task in d.about), default=0),
         rows=tuple((name, label(main, name)) for name in rows),
         columns=(*yardsticks, *same),
         others=tuple(others),
@@ -124,11 +126,16 @@ def meaning(table: TaskTable) -> str:
     if table.own:
         said = {"yes": "", None: "; whether the pictures were in train was not looked at"}
         beside = said.get(table.held_out, f"; held out: {table.held_out}")
-        return f"Exact match (text equal after lower-casing and joining white space{beside})"
+        return f"Exact match (text equal after lower-casing and joining white space{beside}{_missing(table)})"
     if base(table.task) in LOCAL_SETS:
         rule = "equal words; case, punctuation and articles do not count"
         return f"Exact match ({rule})" if table.headline == OVERALL else "Share answered yes or no rightly"
-    return f"{table.headline.replace('_', ' ').capitalize()} as lmms-eval's task counts it"
+    return f"{table.headline.replace('_', ' ').capitalize()} as lmms-eval's task counts it{_missing(table)}"
+
+
+def _missing(table: TaskTable) -> str:
+    what = "question does" if table.missing == 1 else "questions do"
+    return f"; {table.missing} {what} not fit into the context: counted as wrong" if table.missing else ""
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,9 @@ def shapes(path: Path, flag: str) -> dict[str, tuple[int, ...]]:
     try:
         found = untrusted.tensor_shapes(untrusted.part_of(path.parent, path.name))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{flag} {path}: damaged or unfinished ({' '.join(str(error).split()):.80})") from None
+        raise UsageError(
+            f"{flag} {path}: damaged or unfinished ({' '.join(str(error).split()):.80}); copy it again"
+        ) from None
     return {name: shape for name, (_, shape) in found.items()}
 
 

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from dpaudit import online, untrusted
-from dpaudit.errors import EnvironmentFailure, UsageError, rejected
-from trainers import limited
+from dpaudit.errors import UsageError, rejected
+from trainers import fetched, limited, unfinished
 
-CONFIG, TOKENIZER, INDEX = "config.json", "tokenizer.json", "model.safetensors.index.json"
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_FILES = 10_000
 MOST_TOKENIZER = 1 << 26  # bytes: 250,000 tokens with their merges take 35 million
 WANTED = ("*.json", "*.jinja", "*.safetensors", "*.txt", "*.model")  # of a repository on the hub; nothing else is read
+OTHERS = (*WANTED, "*.bin", "*.pt", "*.pth", "*.gguf")  # named in errors, never opened
 MOST_EDGE, MOST_PIXELS = 1 << 13, 1 << 24  # that a picture is brought to
 IN_PIXELS = ("qwen2", "qwen3")
 PIXELS = ("shortest_edge", "longest_edge", "min_pixels", "max_pixels")
@@ -71,27 +73,17 @@ def find(source: str, flag: str, fetch: bool) -> Path:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
-    if source.startswith((".", "/", "~")) or source.count("/") > 1 or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
-        raise rejected(flag, source, "an existing folder, or a hub id such as llava-hf/llava-1.5-7b-hf")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=list(WANTED), local_files_only=not fetch))
-    except LocalEntryNotFoundError:
-        if fetch:
-            raise EnvironmentFailure(f"{flag}: got {source!r}; the hub is out of reach") from None
-        raise UsageError(f"{flag}: got {source!r}, which is not in the local cache; --online fetches it") from None
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UsageError(f"{flag}: got {source!r}, which the hub does not have ({first:.200})") from None
-    except Exception as error:  # whatever the network, a proxy or the disk of the cache makes of it
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise EnvironmentFailure(f"{flag}: {source!r} can't be fetched from the hub ({first:.200})") from None
+    if folder.exists():
+        raise rejected(flag, source, "a folder, not a file: the one with config.json and .safetensors files")
+    if source.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", source):
+        raise rejected(flag, source, "an existing folder, or a hub id such as llava-hf/llava-1.5-7b-hf[@revision]")
+    return fetched.model(source, flag, WANTED, fetch)
 
 
 def model_type(folder: Path, flag: str) -> str:
-    """What `config.json` calls the architecture; UsageError where it is damaged."""
+    """What `config.json` calls the architecture; UsageError where it is damaged or missing."""
+    if not (folder / CONFIG).exists():
+        raise UsageError(f"{flag} {folder}: {CONFIG} is missing; {unfinished.instead(_names(folder, flag, OTHERS))}")
     return str(_object(folder, CONFIG, flag).get("model_type"))
 
 
@@ -99,6 +91,8 @@ def check(folder: Path, flag: str) -> ModelFiles:
     """Raise UsageError, one line that begins with `flag`, unless every file is one that may be read."""
     names = _names(folder, flag)
     config = _object(folder, CONFIG, flag)
+    weights = [name for name in names if name.endswith(".safetensors")]
+    _check_whole(folder, flag, names, weights)
     for name in names:
         if name in ("preprocessor_config.json", "processor_config.json"):
             _check_pictures(_object(folder, name, flag), f"{flag} {folder / name}", str(config.get("model_type")))
@@ -107,19 +101,28 @@ def check(folder: Path, flag: str) -> ModelFiles:
             _object(folder, name, flag, MOST_TOKENIZER if large else untrusted.MOST_SETTINGS)
         elif not name.endswith(".safetensors"):
             _ordinary(folder, name, flag)
-    weights = [name for name in names if name.endswith(".safetensors")]
-    if not weights:
-        raise UsageError(f"{flag} {folder}: holds no .safetensors file; pickled weights are never opened")
-    if TOKENIZER not in names:
-        raise UsageError(f"{flag} {folder}: {TOKENIZER} is missing")
-    if INDEX in names:
-        _check_index(folder, flag, set(weights))
     from trainers.adapter_files import shapes
 
     found = [shape for name in weights for shape in shapes(folder / name, flag).values()]
     numbers = sum(_product(shape) for shape in found)
     _check_config(config, f"{flag} {folder / CONFIG}", len(found))
     return ModelFiles(folder, config, len(found), numbers)
+
+
+def _check_whole(folder: Path, flag: str, names: Sequence[str], weights: Sequence[str]) -> None:
+    """Weights, their index and a tokenizer are there, and are no pointers of Git LFS."""
+    if not weights:
+        raise unfinished.no_weights(folder, _names(folder, flag, OTHERS), flag)
+    if TOKENIZER not in names:
+        raise unfinished.no_tokenizer(folder, flag)
+    for name in (*weights, TOKENIZER):
+        with untrusted.open_regular(_ordinary(folder, name, flag, None)) as file:
+            if file.read(len(unfinished.POINTER)) == unfinished.POINTER:
+                raise unfinished.pointer(folder / name, flag)
+    if INDEX in names:
+        _check_index(folder, flag, set(weights))
+    elif WHOLE not in weights:
+        raise unfinished.no_index(folder / INDEX, flag)
 
 
 def _product(shape: Sequence[int]) -> int:
@@ -129,20 +132,20 @@ def _product(shape: Sequence[int]) -> int:
     return total
 
 
-def _names(folder: Path, flag: str) -> list[str]:
+def _names(folder: Path, flag: str, patterns: Sequence[str] = WANTED) -> list[str]:
     found = []
     for entry in folder.iterdir():
         found.append(entry.name)
         if len(found) > MOST_FILES:
             raise UsageError(f"{flag} {folder}: more than {MOST_FILES} files, which no model has")
-    kinds = tuple(pattern.removeprefix("*") for pattern in WANTED)
+    kinds = tuple(pattern.removeprefix("*") for pattern in patterns)
     return sorted(name for name in found if name.endswith(kinds) and not name.startswith("."))
 
 
-def _ordinary(folder: Path, name: str, flag: str) -> Path:
+def _ordinary(folder: Path, name: str, flag: str, most: int | None = MOST_TOKENIZER) -> Path:
     try:
         path = untrusted.part_of(folder, name)
-        with untrusted.open_regular(path, MOST_TOKENIZER):
+        with untrusted.open_regular(path, most):
             return path
     except OSError as error:
         raise UsageError(f"{flag} {folder / name}: can't be read ({error.strerror})") from None
@@ -157,7 +160,7 @@ def _object(folder: Path, name: str, flag: str, most: int = untrusted.MOST_SETTI
     except (OSError, ValueError):
         tree = None
     if not isinstance(tree, dict):
-        raise UsageError(f"{flag} {path}: damaged, not a JSON object")
+        raise UsageError(f"{flag} {path}: damaged, not a JSON object; download it again")
     return tree
 
 
@@ -181,7 +184,8 @@ def _check_config(config: Mapping[str, Any], where: str, tensors: int) -> None:
         for key, value in part.items():
             if key in FORBIDDEN and value not in FORBIDDEN[key]:
                 shown = " or ".join(str(item) for item in FORBIDDEN[key] if isinstance(item, str) and item)
-                raise UsageError(f"{where}: {key}: got {value!r:.80}; accepted: {shown or 'nothing'}")
+                more = "; take the checkpoint that is not quantised" if "quant" in key else ""
+                raise UsageError(f"{where}: {key}: got {value!r:.80}; accepted: {shown or 'nothing'}{more}")
             if key == "model_type" and str(value).startswith("timm"):
                 raise UsageError(f"{where}: model_type: got {value!r:.80}; accepted: models of transformers itself")
             if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 1 << 40:
@@ -222,8 +226,10 @@ def _parts(tree: Any, depth: int = 0) -> Iterator[Mapping[str, Any]]:
             yield from _parts(item, depth + 1)
 
 
-def check_size(files: ModelFiles, make: Callable[[], Any], flag: str) -> None:
-    """Build the model without memory and compare: what is not in the files would be made anew, as large as it asks for.
+def check_size(files: ModelFiles, make: Callable[[], Any], flag: str) -> Any:
+    """Build the model without memory, compare, and return it.
+
+    What is not in the files would be made anew, as large as the configuration asks for.
 
     make: returns the model, all of whose tensors are put on the device `meta`. Buffers (positions, masks) are not in
     the files; they may be as large as the weights.
@@ -239,6 +245,27 @@ def check_size(files: ModelFiles, make: Callable[[], Any], flag: str) -> None:
             f"{flag} {files.folder / CONFIG}: asks for a model of {asked + beside} numbers; its weights hold "
             f"{files.numbers}"
         )
+    return empty
+
+
+def read_weights(architecture: Any, folder: Path, source: str, flag: str, **wanted: Any) -> Any:
+    """The model of a checked folder, in evaluation mode; UsageError where a weight is not in its files.
+
+    architecture: a class of transformers. wanted: what else its `from_pretrained` is given.
+    """
+    given: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True, **wanted}
+    hf, found = architecture.from_pretrained(str(folder), **given)
+    if found["missing_keys"] or found["mismatched_keys"]:  # would be drawn at random
+        lost = sorted({*found["missing_keys"], *found["mismatched_keys"]}, key=str)
+        raise UsageError(f"{flag}: got {source!r}, whose files lack {len(lost)} weights, the first is {lost[0]!s:.120}")
+    return hf.eval()
+
+
+def check_vocabulary(hf: Any, tokenizer: Any, source: str, flag: str) -> None:
+    """UsageError where the tokenizer has tokens that the model does not know."""
+    rows, most = hf.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=0)
+    if most >= rows:
+        raise UsageError(f"{flag}: got {source!r}, whose tokenizer has a token {most}; its model knows {rows}")
 
 
 # -- tokenizers ------------------------------------------------------------------------------------------------------

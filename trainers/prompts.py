@@ -24,6 +24,7 @@ from trainers.records import Picture, Question
 IMAGE = "<image>"
 IGNORE = -100
 History = tuple[tuple[str, str], ...]  # earlier turns: (question, answer)
+OWN = "put the checkpoint's own chat_template.jinja into the folder"
 TURNS_AT_ONCE = 16  # that a chat template is rendered for together
 TEXT, PADDING = -1, -2  # slots that hold no visual token
 
@@ -220,10 +221,10 @@ class ChatTemplate(Template):
 
     def _checked(self, found: Rendered, pictures: int) -> str | UsageError:
         if found.error is not None:
-            return UsageError(f"model: its chat template fails on a picture and a question ({found.error})")
+            return UsageError(f"model: its chat template fails on a picture and a question ({found.error}); {OWN}")
         if found.text.count(self.image) != pictures or found.text.count("{question}") != 1:
             return UsageError(
-                f"model: its chat template does not show a picture as one {self.image} and then the question"
+                f"model: its chat template does not show a picture as one {self.image} and then the question; {OWN}"
             )
         return found.text
 
@@ -233,7 +234,7 @@ def _source(tokenizer: Any, given: Any) -> str:
     named = getattr(tokenizer, "chat_template", None) if given is None else given
     text = named.get("default") if isinstance(named, dict) else named
     if not isinstance(text, str):
-        raise UsageError("model: its chat template is no text, or there are several and none is the default")
+        raise UsageError(f"model: its chat template is no text, or there are several and none is the default; {OWN}")
     return text
 
 

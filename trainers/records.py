@@ -60,8 +60,9 @@ class Facts:
     """What is known of a local set beyond its units; counts of private pictures, for the owner of the data.
 
     test_pictures: pictures of test; shared_pictures: those whose pixels are also in train. near_train: pictures of
-    train that look like another of train; near_test: pictures of test that look like one of train and are not equal to
-    any; both None where that was not looked at. train_format, test_format: in words.
+    train that look like one of another unit; near_test: pictures of test that look like one of train and are not equal
+    to any; both None where that was not looked at. merged: pictures of train that several files show. train_format,
+    test_format: in words.
     """
 
     test_pictures: int
@@ -70,6 +71,7 @@ class Facts:
     near_test: int | None
     train_format: str
     test_format: str
+    merged: int = 0
 
     @property
     def held_out(self) -> str:

@@ -10,7 +10,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -35,7 +34,7 @@ from trainers.gradients import (
 )
 from trainers.plan import Inserted, Plan, ledger_rows, make_plan
 from trainers.progress import Reporter, Silent, StepReport
-from trainers.records import Dataset, Unit
+from trainers.records import Dataset
 from trainers.sharding import local
 from trainers.step import Trainer
 from trainers.vlm import VisionLanguageModel
@@ -225,7 +224,9 @@ def _release(run: RunFolder, trainer: Trainer) -> None:
         trainer.model.save_adapter(temporary)
         settings = temporary / "adapter_config.json"
         tree = json.loads(settings.read_text(encoding="utf-8"))
-        tree["base_model_name_or_path"] = configuration.public_path(trainer.model.source)  # peft writes the folder
+        base = configuration.public_path(trainer.model.source)  # peft writes the folder
+        name, _, revision = str(base).partition("@")
+        tree |= {"base_model_name_or_path": name, "revision": revision or None}
         settings.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
     for file in sorted(temporary.iterdir()):
         if file.is_file() and file.suffix in (".safetensors", ".json"):
@@ -265,21 +266,3 @@ def load_model(run: RunFolder | None, device: str = "auto", *, config: RunConfig
     for_questions(model, mine)
     model.load_adapter(run.model)
     return model
-
-
-def estimate_seconds(config: RunConfig, dataset: Dataset, plan: Plan) -> float:
-    """Rough wall time of a run: one gradient on noise pictures of the data's size, times T. Nothing private is read."""
-    sample = min(16, max(1, round(plan.expected_batch_size)))
-    rng = np.random.default_rng(0)
-    like = dataset.train[0].pictures[0]
-    units = [
-        Unit(str(index), (replace(like, id=str(index), pixels=rng.integers(0, 256, like.pixels.shape, np.uint8)),))
-        for index in range(sample)
-    ]
-    chosen = config.model
-    model = VisionLanguageModel.load(chosen.path, device=chosen.device, precision=chosen.precision)
-    trainer = Trainer.build(config, plan, Key.from_seed(0), model, units)
-    trainer.clipped_sum(1, range(sample))
-    began = time.perf_counter()
-    trainer.clipped_sum(2, range(sample))
-    return (time.perf_counter() - began) / sample * plan.expected_batch_size * plan.steps

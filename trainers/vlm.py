@@ -17,20 +17,21 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from dpaudit import online, untrusted
+from dpaudit import online
 from dpaudit.config import LoraConfig, ReducerConfig
-from dpaudit.errors import DpauditError, EnvironmentFailure, UsageError, rejected
+from dpaudit.errors import EnvironmentFailure, UsageError
 from trainers import lora, model_files
-from trainers.families import FAMILIES, Family, Grid, Scattered, processors, scattered
+from trainers.families import Family, Grid, Scattered, scattered
 from trainers.families.attention import widened
 from trainers.families.base import Prepared
 from trainers.generation import Encoded as Encoded
 from trainers.generation import greedy, join
+from trainers.opened import REFERENCE as REFERENCE
+from trainers.opened import Opened, family_class, open_checkpoint, told_as
 from trainers.prompts import IGNORE, TEXT, Head, HeadRow, Packed, stack_heads
 from trainers.records import Pixels, Question
 from trainers.reducers import Reduced, Reducer, VisualTokens, make_reducer
 
-REFERENCE = Path(__file__).parent / "public" / "base"
 SPARE = "<|spare_{}|>"
 Precision = Literal["float32", "bfloat16"]
 Checkpointing = Literal["none", "reentrant", "non-reentrant"]
@@ -75,6 +76,7 @@ class VisionLanguageModel:
         self.prompter = self.family.prompter(tokenizer)
         self.checkpointing: Checkpointing = "none"
         self.too_long: list[int] = []
+        self.warnings: tuple[str, ...] = ()
         self.reducer_config = ReducerConfig()
         self.reducer: Reducer = self._make_reducer(ReducerConfig(), self.family.patches)
 
@@ -89,6 +91,7 @@ class VisionLanguageModel:
         precision: Precision = "float32",
         fetch: bool | None = None,
         flag: str = "model.path",
+        opened: Opened | None = None,
     ) -> "VisionLanguageModel":
         """The reference model (path None), a folder, or a hub id. Never runs code that a checkpoint brings along.
 
@@ -96,43 +99,23 @@ class VisionLanguageModel:
         a hub id may be asked for over the network (None: where the user said so, dpaudit.online); without it the local
         cache must hold it. flag: how an error names the model.
         """
-        from transformers import CONFIG_MAPPING, AutoTokenizer
-        from transformers.utils import logging as hf_logging
-
-        hf_logging.disable_progress_bar()
-        guard = None
-        folder = REFERENCE if path is None else model_files.find(path, flag, model_files.may_fetch(fetch))
-        # Whatever these libraries raise on a checked folder is about its files.
+        made = opened or open_checkpoint(path, fetch=fetch, flag=flag)
+        path, flag = made.source, made.flag
         with online.cut_off(), told_as(f"{flag}: got {path!r}, which can't be loaded"):
-            model_type = model_files.model_type(folder, f"{flag}:")
-            family = family_class(model_type, path, flag)
-            files = model_files.check(folder, f"{flag}:")
-            config = CONFIG_MAPPING[model_type].from_dict(dict(files.config))
-            architecture = _architecture(family, config)
-            local: dict[str, Any] = {"local_files_only": True}
-            if path is not None:
-                model_files.check_size(files, lambda: architecture._from_config(config), f"{flag}:")
-                guard = model_files.TokenizerGuard.of(folder, f"{flag}:")
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, config=config, **local)
-            # Weights come last: what is wrong with the folder is said before gigabytes are read.
-            plain = hasattr(config, "dpaudit_template")
-            processor = _processor_of(folder, family, model_type, tokenizer, flag, needed=not plain)
-            wanted = {"dtype": getattr(torch, precision), "use_safetensors": True, "config": config}
-            hf, found = architecture.from_pretrained(str(folder), **wanted, **local, output_loading_info=True)
-            if found["missing_keys"] or found["mismatched_keys"]:  # would be drawn at random
-                lost = sorted({*found["missing_keys"], *found["mismatched_keys"]}, key=str)
-                raise UsageError(
-                    f"{flag}: got {path!r}, whose files lack {len(lost)} weights, the first is {lost[0]!s:.120}"
-                )
-            rows, most = hf.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=0)
-            if most >= rows:
-                raise UsageError(f"{flag}: got {path!r}, whose tokenizer has a token {most}; its model knows {rows}")
+            wanted = {"dtype": getattr(torch, precision), "config": made.config}
+            hf = model_files.read_weights(made.architecture, made.folder, str(path), flag, **wanted)
             model = cls(
-                hf, tokenizer, device=pick_device(device), source=path or "reference", processor=processor, guard=guard
+                hf,
+                made.tokenizer,
+                device=pick_device(device),
+                source=path or "reference",
+                processor=made.processor,
+                guard=made.guard,
             )
+            model.warnings = made.warnings
             if isinstance(model.family, Scattered):
                 scattered.check(model)
-            elif processor is not None:
+            elif made.processor is not None:
                 _probe(model, path, flag)
             return model
 
@@ -399,33 +382,6 @@ class VisionLanguageModel:
 short_name = lora.short_name
 
 
-@contextmanager
-def told_as(problem: str) -> Iterator[None]:
-    """Whatever a library makes of foreign files ends as one line: UsageError, or EnvironmentFailure without memory."""
-    try:
-        yield
-    except DpauditError:
-        raise
-    except (MemoryError, torch.OutOfMemoryError):
-        raise EnvironmentFailure(f"{problem}: this machine has too little memory for it") from None
-    except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if "torchvision" in str(error).lower() or "VIDEO_PROCESSOR" in str(error):
-            first = "its processor needs the package torchvision; pip install torchvision"
-        raise UsageError(f"{problem}: {first:.300}") from error
-
-
-PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-
-
-def _architecture(family: type[Family], config: Any) -> Any:
-    """The class of transformers that a configuration is of."""
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as CLASSES
-
-    return CLASSES[type(config)] if family is Scattered else getattr(transformers, family.architecture)
-
-
 def _probe(model: VisionLanguageModel, path: str | None, flag: str) -> None:
     """A public picture of noise through processor and tower; UsageError where they do not fit each other."""
     noise = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
@@ -439,45 +395,6 @@ def _probe(model: VisionLanguageModel, path: str | None, flag: str) -> None:
         ) from error
 
 
-def _processor_of(
-    folder: Path, family: type[Family], model_type: str, tokenizer: Any, flag: str, *, needed: bool
-) -> Any:
-    """The checkpoint's own picture processor, or None where it ships none and none is `needed` (then: plain resize).
-
-    Families that take processor and model as they are get the whole processor. A chat template that lies beside it is
-    put on the tokenizer.
-    """
-    from transformers import AutoImageProcessor
-
-    _find_template(folder, tokenizer)
-    if not any((folder / name).exists() for name in PROCESSORS):
-        if needed:
-            accepted = (
-                f"a folder with the checkpoint's picture processor ({' or '.join(PROCESSORS)}): how it was trained"
-            )
-            raise rejected(flag, str(folder), f"{accepted} to see can't be guessed")
-        return None
-    if family is Scattered:
-        return processors.load(folder, model_type)
-    return AutoImageProcessor.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-
-
-def _find_template(folder: Path, tokenizer: Any) -> None:
-    """Older checkpoints keep the chat template in a file of the processor, which no tokenizer reads."""
-    if getattr(tokenizer, "chat_template", None) is not None:
-        return
-    for name in ("chat_template.jinja", "chat_template.json"):
-        if not (folder / name).exists():
-            continue
-        text = untrusted.read_text(untrusted.part_of(folder, name), untrusted.MOST_CONFIGURATION)
-        tree = {"chat_template": text} if name.endswith(".jinja") else untrusted.parse_json(text)
-        found = tree.get("chat_template") if isinstance(tree, dict) else None
-        if not isinstance(found, str):
-            raise UsageError(f"model: {folder / name}: holds no chat template")
-        tokenizer.chat_template = found
-        return
-
-
 def _deduplicate(pixels: Sequence[Pixels]) -> tuple[npt.NDArray[np.int64], list[Pixels]]:
     seen: dict[bytes, int] = {}
     unique: list[Pixels] = []
@@ -489,22 +406,3 @@ def _deduplicate(pixels: Sequence[Pixels]) -> tuple[npt.NDArray[np.int64], list[
             unique.append(item)
         index[row] = seen[digest]
     return index, unique
-
-
-def family_class(model_type: str, source: str | None, flag: str = "model.path") -> type[Family]:
-    """The family of a model type; raises UsageError for one that does not answer questions about pictures."""
-    from transformers import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as TEXT
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
-
-    if model_type in FAMILIES:
-        return FAMILIES[model_type]
-    if model_type in KNOWN:
-        return Scattered
-    what = "a type that answers no questions about pictures"
-    if model_type in TEXT:
-        what = "a text-only model"
-    elif model_type not in CONFIG_MAPPING:
-        what = "which transformers does not know (a newer transformers may know it)"
-    accepted = f"a checkpoint of model type {', '.join(sorted(FAMILIES))}, or others of docs/models.md"
-    raise UsageError(f"{flag}: {source} is of type {model_type:.60}, {what}; accepted: {accepted}")

@@ -31,8 +31,9 @@ from dpaudit.documents import AuditDocument, Check, Claim, RunInfo
 from dpaudit.errors import UsageError
 from trainers import adapter_files, model_files
 from trainers.data.local import PICTURE_UNIT
+from trainers.opened import told_as
 from trainers.records import Unit
-from trainers.vlm import VisionLanguageModel, told_as
+from trainers.vlm import VisionLanguageModel
 
 KIND = "record"
 TITLE = "records with the owner's coins"

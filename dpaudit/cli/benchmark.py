@@ -20,7 +20,7 @@ def command(
     ],
     tasks: Annotated[
         str | None,
-        typer.Option(metavar="NAME[,NAME...]", help="What to measure on; default: the run's own held-out questions."),
+        typer.Option(metavar="NAME[,NAME...]", help="What to measure on; default: the run's own test questions."),
     ] = None,
     data: Annotated[
         list[str] | None,
@@ -35,7 +35,7 @@ def command(
     ] = None,
     base: Annotated[bool, typer.Option(help="Also measure the base model.")] = True,
     limit: Annotated[
-        int | None, typer.Option(help="Only the first N held-out units, or questions of another task (quick look).")
+        int | None, typer.Option(help="Only the first N test units, or questions of another task (quick look).")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Questions answered at a time; does not change the answers.")] = 128,
     device: Annotated[str, typer.Option(help="auto, cpu, mps, cuda or cuda:N.")] = "auto",
@@ -43,7 +43,7 @@ def command(
 ) -> None:
     """Measure how well runs answer questions about held-out images.
 
-    Default: the held-out questions of the run's own data, by exact match. --tasks: textvqa_val, vqav2_val, gqa, pope,
+    Default: the test questions of the run's own data, by exact match. --tasks: textvqa_val, vqav2_val, gqa, pope,
     slake, scienceqa_img, ok_vqa_val2014, vizwiz_vqa_val or another task of lmms-eval, scored by its own code; or a
     local set by the rules of dpaudit_open_closed, dpaudit_pathvqa, dpaudit_vqa_rad or dpaudit_yes_no. Overall and by
     subgroup, with 95 % intervals by bootstrap over privacy units or pictures. lmms-eval runs in a process of its own,
@@ -92,6 +92,11 @@ def _show(run: Path, document: "BenchmarkDocument") -> None:
             console.say(f"  held out: {about.held_out}")
         if about is not None and about.missing:
             console.say(f"  {about.missing} questions do not fit into the model's context: no answer, counted as wrong")
+        before = (document.base or {}).get(task, {}).get(headline)
+        if before is not None and before.value == 0:
+            console.say(
+                "  the base model answers none of it: it knows nothing of this task in this form (train --model)"
+            )
         for name, metric in list(metrics.items())[:SHOWN]:
             _row(label(headline, name), metric, (document.base or {}).get(task, {}).get(name))
         if len(metrics) > SHOWN:

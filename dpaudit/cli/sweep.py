@@ -156,7 +156,7 @@ def describe(document: "SweepDocument") -> list[str]:
     lines += [_line(row, width) for row in document.rows]
     pictures = next((row.exact_match.pictures for row in document.rows if row.exact_match), 0)
     covers = {row.exact_match.covers for row in document.rows if row.exact_match and row.seeds}
-    lines += ["", f"{pictures:,} held-out pictures, the same for all. Intervals cover {' or '.join(sorted(covers))}."]
+    lines += ["", f"{pictures:,} test pictures, the same for all. Intervals cover {' or '.join(sorted(covers))}."]
     return [*lines, *(f"ledger    {row.status}: {clean(row.path)}" for row in document.ledger)]
 
 

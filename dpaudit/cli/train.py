@@ -112,16 +112,21 @@ def _claim_sentence(document: ClaimDocument) -> str:
     return text if document.releasable else f"{text} Not for release ({why})."
 
 
+def _duration(seconds: float) -> str:
+    """Rounded: it is an estimate."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def _dry_run(config: "object", as_json: bool) -> None:
     from attacks.training import about_data, dry_run
     from dpaudit.config import RunConfig
-    from trainers import data
 
     assert isinstance(config, RunConfig)
-    dataset = data.load(config.data)
-    for line in about_data(dataset):
+    dataset, plan, cost, warnings = dry_run(config)
+    for line in (*(f"warning: {warning}" for warning in warnings), *about_data(dataset)):
         console.log(line)
-    plan, seconds = dry_run(config, dataset)
     document = plan.document()
     if as_json:
         return console.emit(document)
@@ -133,5 +138,6 @@ def _dry_run(config: "object", as_json: bool) -> None:
         console.say(f"  cross-check by {check.accountant}: {found}")
     console.say(
         f"{plan.steps} steps, expected batch {plan.expected_batch_size:g} of {plan.candidates} candidates; "
-        f"about {seconds:.0f} s here. Nothing was trained."
+        f"about {_duration(cost.seconds)} and {cost.bytes / 1e9:.1f} GB of memory here ({cost.how}). "
+        "Nothing was trained."
     )

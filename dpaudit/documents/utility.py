@@ -23,7 +23,7 @@ class Metric(Part):
 
 
 class Gap(Part):
-    """The largest difference in accuracy between two groups of held-out questions, on the same model."""
+    """The largest difference in accuracy between two groups of test questions, on the same model."""
 
     task: str
     metric: str
@@ -40,7 +40,7 @@ class TaskAbout(Part):
     """Where the numbers of one task come from: all that is needed to measure them again."""
 
     headline: str = Field(description="The metric that stands for the task.")
-    data: str = Field(description="The run's held-out questions, a local copy, or a set on the hub.")
+    data: str = Field(description="The run's test questions, a local copy, or a set on the hub.")
     scored_by: str = Field(description="Whose metric code it is: lmms-eval's task, or dpaudit's.")
     prompt: str = Field(description="What the model is sent: its own template with the task's words around {question}.")
     max_new_tokens: int
@@ -74,7 +74,7 @@ class BenchmarkDocument(Document):
     majority: dict[str, Metric] = Field(
         default_factory=dict,
         description="Per task, one constant answer for each question kind: the commonest of public synthetic pictures "
-        "for the embedded data, the commonest of the held-out questions themselves for any other set.",
+        "for the embedded data, the commonest of the test questions themselves for any other set.",
     )
     gaps: tuple[Gap, ...] = Field(default=(), description="Between subgroups, the widest of each grouping.")
     about: dict[str, TaskAbout] = Field(default_factory=dict, description="Per task.")

@@ -17,7 +17,7 @@ class Averaged(Part):
     low: float | None
     high: float | None
     seeds: int = Field(description="Trainings behind the mean.")
-    pictures: int = Field(description="Independent clusters of held-out questions, the same for all seeds.")
+    pictures: int = Field(description="Independent clusters of test questions, the same for all seeds.")
     n: int = Field(description="Held-out questions.")
     covers: Sources
 
@@ -73,5 +73,5 @@ class SweepDocument(Document):
     rows: tuple[SweepRow, ...]
     cells: tuple[SweepCell, ...]
     majority: Metric | None = Field(default=None, description="Always giving the commonest answer.")
-    sample_sha256: str | None = Field(description="The held-out questions; null: not measured, or cells differ.")
+    sample_sha256: str | None = Field(description="The test questions; null: not measured, or cells differ.")
     ledger: tuple[LedgerRow, ...] = Field(description="What choosing between the cells costs.")

@@ -52,12 +52,12 @@ OUTSIDE = {
     ("trainers/data/pictures.py", "Image.open"): "bytes of the door; formats and sizes are checked there",
     ("reports/copies.py", "Image.open"): "bytes that trainers.data.pictures decoded a moment ago",
     ("trainers/limited.py", "open"): "/proc/self/statm",
-    ("trainers/model_files.py", "snapshot_download"): "into the local cache; the folder is checked before it is read",
+    ("trainers/fetched.py", "snapshot_download"): "into the local cache; the folder is checked before it is read",
     ("trainers/run.py", "settings.read_text"): "written by this process a moment ago",
     ("trainers/run.py", "file.read_bytes"): "written by this process a moment ago",
-    ("trainers/vlm.py", "AutoTokenizer.from_pretrained"): "a folder that passed trainers.model_files",
-    ("trainers/vlm.py", "architecture.from_pretrained"): "a folder that passed trainers.model_files",
-    ("trainers/vlm.py", "AutoImageProcessor.from_pretrained"): "a folder that passed trainers.model_files",
+    ("trainers/opened.py", "AutoTokenizer.from_pretrained"): "a folder that passed trainers.model_files",
+    ("trainers/model_files.py", "architecture.from_pretrained"): "a folder that passed trainers.model_files",
+    ("trainers/opened.py", "AutoImageProcessor.from_pretrained"): "a folder that passed trainers.model_files",
     ("trainers/families/processors.py", "source.from_pretrained"): "the same folder, transformers' own classes alone",
 }  # fmt: skip
 

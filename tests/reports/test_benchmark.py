@@ -195,7 +195,7 @@ def test_export_keeps_pixels_and_order_and_hashes_everything(tmp_path: Path) -> 
     assert image.size == (7, 5) and np.asarray(image)[0, 0, 0] == 3
     hashes = {export(dataset(a, s), tmp_path / "y.parquet").sha256 for a, s in (("a", 3), ("c", 3), ("a", 4))}
     assert len(hashes) == 3 and first.sha256 in hashes
-    with pytest.raises(UsageError, match="no held-out questions"):
+    with pytest.raises(UsageError, match="no test questions"):
         export(Dataset("d", "image", train=(), test=()), tmp_path / "z.parquet")
 
 

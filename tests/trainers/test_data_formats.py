@@ -267,6 +267,9 @@ def test_merged_files_are_said_by_name_and_shared_ones_are_not_held_out(folder: 
     assert "2 files show 1 picture, each one record now (0.png = copy.png)" in " ".join(data.warnings)
     assert data.facts is not None
     assert data.facts.held_out == "yes"
+    (together,) = (row for row in data.ledger if row.path == "records that belong together")
+    assert together.explanation.startswith("Several files show the same picture")
+    assert "2" not in together.explanation  # numbers stay with the owner
     assert "test pictures in train" not in {row.path for row in data.ledger}
     shared = read(folder, [FILLER | {"image": "4.png"}, FILLER])
     assert shared.facts is not None

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from huggingface_hub import constants
 
 from dpaudit.config import DataConfig
 from dpaudit.errors import EnvironmentFailure, UsageError
@@ -14,14 +15,15 @@ from trainers.data.rows import open_source, read_rows
 
 
 @pytest.fixture(autouse=True)
-def online(monkeypatch: pytest.MonkeyPatch) -> None:
+def online(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.setenv("DPAUDIT_ONLINE", "1")
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path_factory.mktemp("hf")))
 
 
 def test_export_keeps_pictures_as_they_are_and_caches_only_where_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`datasets` reads a folder as it reads a hub set; the folder stands in for the hub, which tests can't reach."""
+    """`datasets` reads a folder as it reads a hub set; tests/trainers/test_hub.py speaks the hub's protocol."""
     pytest.importorskip("datasets")
     source = tmp_path / "set"
     source.mkdir()
@@ -31,7 +33,7 @@ def test_export_keeps_pictures_as_they_are_and_caches_only_where_told(
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("HF_HOME", str(home / "hf"))
-    hub.export_split(str(source), "train", target, cache, ["image", "question", "answer", "kind"])
+    hub.export(str(source), {"train": target}, cache, ["image", "question", "answer", "kind"])
     exported = [
         item for _, item in read_rows(open_source(tmp_path, "out.parquet", "data.train"), ["image", "question"])
     ]
@@ -43,7 +45,7 @@ def test_export_keeps_pictures_as_they_are_and_caches_only_where_told(
 
 def test_a_configuration_of_somebody_else_fetches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DPAUDIT_ONLINE")
-    with pytest.raises(UsageError, match=r"^data\.name: got 'nobody/nothing', a set on the hub; --online"):
+    with pytest.raises(UsageError, match=r"^data\.name: got 'nobody/nothing', a set on the hub that .*; --online"):
         load(DataConfig(name="nobody/nothing"))
 
 
@@ -51,7 +53,7 @@ def test_a_set_that_cannot_be_had_is_one_line(tmp_path: Path, monkeypatch: pytes
     pytest.importorskip("datasets")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(
-        EnvironmentFailure, match=r"^data\.name nobody/nothing: split 'train' can't be loaded"
+        EnvironmentFailure, match=r"^data\.name nobody/nothing: train and test can't be loaded"
     ) as caught:
         load(DataConfig(name="nobody/nothing"))
     assert "\n" not in str(caught.value)
@@ -64,14 +66,23 @@ def test_names_that_are_not_hub_names_are_refused(name: str) -> None:
         load(DataConfig(name=name))
 
 
-def test_a_hub_set_goes_through_the_same_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def export(name: str, split: str, target: Path, cache: Path, columns: list[str], subset: str | None) -> None:
-        rows = [row(1, "a?"), row(1, "b?"), row(2)] if split == "train" else [row(3)]
-        pd.DataFrame(rows).to_parquet(target)
+def test_a_hub_set_goes_through_the_same_checks_and_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
 
-    monkeypatch.setattr(hub, "export_split", export)
+    def export(name: str, targets: dict[str, Path], cache: Path, columns: list[str], subset: str | None) -> None:
+        calls.append(name)
+        for split, target in targets.items():
+            pd.DataFrame([row(1, "a?"), row(1, "b?"), row(2)] if split == "train" else [row(3)]).to_parquet(target)
+
+    monkeypatch.setattr(hub, "export", export)
     data = load(DataConfig(name="someone/something@main"))
     assert data.source == "hub"
     assert data.name == "someone/something@main"
     assert [len(unit.pictures[0].questions) for unit in data.train] == [2, 1]
     assert np.all(data.train[0].pictures[0].pixels.shape == (8, 8, 3))
+    monkeypatch.delenv("DPAUDIT_ONLINE")
+    again = load(DataConfig(name="someone/something@main"))  # a command that reads the run: no network
+    assert [unit.id for unit in again.train] == [unit.id for unit in data.train]
+    assert calls == ["someone/something@main"]
+    with pytest.raises(UsageError, match="not in the local cache"):
+        load(DataConfig(name="someone/something@other"))

@@ -1,14 +1,17 @@
 """trainers.data.pictures and near: each odd picture has the right pixels, or one line."""
 
 import io
+import json
 import struct
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms, features
 
+from tests.commands import run_all
 from trainers.data import near
 from trainers.data.pictures import Look, Refused, decode
 
@@ -83,11 +86,86 @@ def test_palettes_and_colour_keys_with_transparency() -> None:
     assert (found != PIXELS).any(axis=2).sum() == 1
 
 
-def test_exif_turns_the_picture() -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    turned = decode(encoded(PLAIN, exif=exif)).frames[0]
-    assert np.array_equal(turned, np.rot90(PIXELS, -1))
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+@pytest.mark.parametrize("keyed", [False, True])
+def test_grey_of_few_bits_with_and_without_a_transparent_one(depth: int, keyed: bool) -> None:
+    """By hand: value v of b bits is v * 255 / (2^b - 1), the key becomes the background."""
+    values = np.arange(8) % 2**depth
+    packed = int("".join(format(value, f"0{depth}b") for value in values), 2).to_bytes(depth, "big")
+    file = raw_png(8, 1, depth, 0, b"\0" + packed)
+    expected = np.repeat((values * 255 // (2**depth - 1))[None, :, None], 3, 2)
+    if keyed:
+        file = with_chunk(file, b"tRNS", struct.pack(">H", 1))
+        expected[0, values == 1] = 255
+    found = decode(file)
+    assert np.array_equal(found.frames[0], expected)
+    assert found.composited == keyed
+
+
+def with_chunk(png: bytes, kind: bytes, body: bytes) -> bytes:
+    at = png.index(b"IDAT") - 4
+    return png[:at] + chunk(kind, body) + png[at:]
+
+
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+OPAQUE = Image.fromarray(np.dstack([PIXELS, np.full(PIXELS.shape[:2], 255, np.uint8)]))
+GREY = Image.fromarray(PIXELS[..., 0])
+BITS = PIXELS[..., 0] > 127
+GREY3 = np.repeat(PIXELS[..., :1], 3, axis=2)
+BITS3 = np.repeat(BITS[..., None], 3, axis=2) * np.uint8(255)
+# Name -> file, pixels that it shows. Colour profiles and gamma are not applied: the model sees the numbers of the file.
+RIGHT: dict[str, tuple[bytes, Any]] = {
+    "PNG with a profile": (encoded(PLAIN, icc_profile=PROFILE), PIXELS),
+    "PNG with gamma": (with_chunk(encoded(PLAIN), b"gAMA", struct.pack(">I", 100_000)), PIXELS),
+    "PNG, interlaced": (encoded(PLAIN, interlace=1), PIXELS),
+    "PNG, one frame of an animation": (encoded(PLAIN, save_all=True), PIXELS),
+    "PNG of 1 bit": (encoded(Image.fromarray(BITS)), BITS3),
+    "PNG, grey": (encoded(GREY), GREY3),
+    "TIFF of 1 bit, as a fax": (encoded(Image.fromarray(BITS), "TIFF", compression="group4"), BITS3),
+    "TIFF, LZW": (encoded(PLAIN, "TIFF", compression="tiff_lzw"), PIXELS),
+    "BMP": (encoded(PLAIN, "BMP"), PIXELS),
+    "BMP of 32 bits": (encoded(OPAQUE, "BMP"), PIXELS),
+    "PPM": (encoded(PLAIN, "PPM"), PIXELS),
+    "WebP": (encoded(PLAIN, "WEBP", lossless=True), PIXELS),
+    "GIF": (encoded(GREY, "GIF"), GREY3),
+    "one pixel": (encoded(Image.new("RGB", (1, 1), (1, 2, 3))), np.array([[[1, 2, 3]]])),
+}
+
+
+@pytest.mark.parametrize("name", list(RIGHT))
+def test_what_is_shown_is_what_the_file_holds(name: str) -> None:
+    data, expected = RIGHT[name]
+    found = decode(data)
+    assert len(found.frames) == 1
+    assert np.array_equal(found.frames[0], expected)
+    assert not found.composited
+
+
+def test_grey_with_alpha() -> None:
+    both = np.dstack([PIXELS[..., 0], PIXELS[..., 1]])
+    share = both[..., 1:].astype(float) / 255
+    expected = both[..., :1] * share + 255 * (1 - share)
+    assert np.abs(decode(encoded(Image.fromarray(both))).frames[0] - expected).max() <= 0.5 + 1e-9
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+def test_exif_turns_the_picture(kind: str) -> None:
+    """All eight orientations, by the definition of where row 0 and column 0 lie."""
+    upright = {
+        1: PIXELS,
+        2: PIXELS[:, ::-1],
+        3: PIXELS[::-1, ::-1],
+        4: PIXELS[::-1],
+        5: PIXELS.transpose(1, 0, 2),
+        6: np.rot90(PIXELS, -1),
+        7: PIXELS[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(PIXELS),
+    }
+    options = {"lossless": True} if kind == "WEBP" else {}
+    for orientation, expected in upright.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        assert np.array_equal(decode(encoded(PLAIN, kind, exif=exif, **options)).frames[0], expected)
     damaged = encoded(PLAIN, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff\x01\x02")
     assert decode(damaged).frames[0].shape == PIXELS.shape
 
@@ -140,6 +218,11 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "PPM of no width": (b"P6 0 5 255\n", "not a readable picture"),
     "huge": (raw_png(100_000, 100_000, 8, 2, b"\0"), "more than 16777216 pixels"),
     "large": (raw_png(5_000, 5_000, 8, 2, b"\0"), "5000x5000 pixels"),
+    "a real AVIF": (encoded(PLAIN, "AVIF") if features.check("avif") else b"\0\0\0\x1cftypavif", "AVIF"),
+    "JPEG 2000": (encoded(PLAIN, "JPEG2000"), "JPEG 2000"),
+    "ICO": (encoded(PLAIN.resize((16, 16)), "ICO"), "ICO"),
+    "PostScript": (encoded(PLAIN, "EPS"), "PostScript"),
+    "LAB": (encoded(PLAIN.convert("LAB"), "TIFF"), "colours of mode LAB"),
     "AVIF": (b"\0\0\0\x1cftypavif" + b"\0" * 40, "AVIF; convert it to PNG"),
     "HEIC": (b"\0\0\0\x18ftypheic" + b"\0" * 40, "HEIC; convert it to PNG"),
     "JPEG XL": (b"\xff\x0a" + b"\0" * 40, "JPEG XL"),
@@ -158,6 +241,31 @@ def test_what_is_refused_is_named(name: str) -> None:
         decode(data)
     assert problem in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_command_names_file_row_and_field(tmp_path: Path) -> None:
+    """Wrong suffixes do not matter; 30 signatures in black ink on a transparent ground are 30 units."""
+    shown = [encoded(signature(seed)) for seed in range(30)] + [encoded(rotated(90 * turn)) for turn in range(4)]
+    rows = [{"image": f"{i}.jpg", "question": "whose?", "answer": f"name {i}"} for i in range(len(shown))]
+    for row, data in zip(rows, shown, strict=True):
+        (tmp_path / row["image"]).write_bytes(data)
+    names = ["huge", "JPEG cut off", "HEIC", "a real AVIF", "grey of 16 bits", "PNG of no width", "empty"]
+    files = {name: REFUSED[name] for name in names}
+    files["pages"] = encoded(PLAIN, "TIFF", save_all=True, append_images=[PLAIN]), "2 pages; accepted: one picture"
+    for name, (data, _) in files.items():
+        (tmp_path / f"{name}.png").write_bytes(data)
+        odd = [*rows, {"image": f"{name}.png", "question": "q?", "answer": "a"}]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, odd)))
+    (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    small = ["--dry-run", "--json", f"data.path={tmp_path}", "data.test=all.jsonl", "training.batch-size=2"]
+    commands = [["train", *small, f"data.train={name}.jsonl", "training.steps=2"] for name in [*files, "all"]]
+    *refused, taken = run_all(commands, cwd=tmp_path)
+    for (name, (_, problem)), done in zip(files.items(), refused, strict=True):
+        assert done.code == 2
+        assert done.line.startswith(f"dpaudit: {name}.jsonl, row 35, image: ")
+        assert problem in done.line or (name == "empty" and done.line.endswith("image: empty"))
+    assert json.loads(taken.stdout)["claim"]["sample_rate"] == pytest.approx(2 / 34)
+    assert "30 pictures with transparency on white" in taken.stderr
 
 
 def photograph(seed: int, side: int = 96) -> Image.Image:

@@ -1,7 +1,6 @@
 """Data sets by configuration: the embedded digits, local files, or a set on the hub."""
 
 from dataclasses import replace
-from pathlib import Path
 
 from dpaudit.config import DataConfig
 from dpaudit.documents import LedgerRow
@@ -11,11 +10,10 @@ from trainers.records import Dataset
 EMBEDDED = "digits"
 
 
-def load(config: DataConfig, *, cache: Path | None = None) -> Dataset:
+def load(config: DataConfig) -> Dataset:
     """The data set that `config` names, with `data.limit` and `data.reserve` applied.
 
-    `cache`: folder for downloads of a hub set (inside the run's private part); None keeps nothing. Loading is
-    deterministic. Raises UsageError (files, rows, fields) or EnvironmentFailure (hub out of reach).
+    Loading is deterministic. Raises UsageError (files, rows, fields) or EnvironmentFailure (hub out of reach).
     """
     if config.path is not None:
         from trainers.data.local import load_local
@@ -26,10 +24,10 @@ def load(config: DataConfig, *, cache: Path | None = None) -> Dataset:
     else:
         from trainers.data.hub import load_hub
 
-        dataset = load_hub(config, cache)
+        dataset = load_hub(config)
     if len(dataset.train) < 2:
         raise rejected("data.train", f"{len(dataset.train)} units", "at least 2 units")
-    more = (*_size_row(config, dataset), *_limit_row(config), *_shared_row(dataset))
+    more = (*_size_row(config, dataset), *_limit_row(config), *_together_row(dataset), *_shared_row(dataset))
     return replace(dataset, ledger=(*dataset.ledger, *more))
 
 
@@ -75,6 +73,33 @@ def _limit_row(config: DataConfig) -> tuple[LedgerRow, ...]:
             explanation="Only the first units of the data take part. The claim is about the set after this cut: a unit "
             "removed before it would let the next one in, which is a replacement and not a removal.",
             evidence=f"data.limit: {config.limit}.",
+        ),
+    )
+
+
+def _together_row(dataset: Dataset) -> tuple[LedgerRow, ...]:
+    """Files that show one picture, and units that look alike: both change what one record is."""
+    facts = dataset.facts
+    said = []
+    if facts is not None and facts.merged:
+        said.append("Several files show the same picture, which is one record with all their questions")
+    if facts is not None and facts.near_train:
+        said.append(
+            "Some pictures of different units look alike (one saved again?): whoever is in several units is protected "
+            "less than the claim says"
+        )
+    if facts is not None and facts.near_train is None:
+        said.append("Whether pictures of different units look alike was not looked at")
+    if not said:
+        return ()
+    return (
+        LedgerRow(
+            path="records that belong together",
+            stage="preprocessing",
+            status="accounted",
+            explanation=f"{'. '.join(said)}. That this is so is made public by declaration; how many there are stays "
+            "with the owner of the data.",
+            evidence="pictures compared by their content, and by how they look (docs/data.md).",
         ),
     )
 

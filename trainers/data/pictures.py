@@ -144,6 +144,7 @@ def _decode(picture: Image.Image, data: bytes, look: Look, count: Count | None) 
         raise Refused(f"{width}x{height} pixels; at most {MAX_PIXELS} are accepted")
     _counted(count, len(data), picture)
     _check_depth(picture, data)
+    _scale_key(picture, data)
     # A phone's MPO is one photograph with a thumbnail or depth map behind it: every viewer shows the first alone.
     several = bool(getattr(picture, "is_animated", False)) and picture.format != "MPO"
     kind = "pages" if picture.format == "TIFF" else "frames"
@@ -224,6 +225,15 @@ def _check_depth(picture: Image.Image, data: bytes) -> None:
         bits = 16 if most > 255 else 8
     if bits > 8:
         raise Refused(f"{bits}-bit pixels; accepted: 8 bits a channel (which of the {bits} matter is yours to choose)")
+
+
+def _scale_key(picture: Image.Image, data: bytes) -> None:
+    """Scale the transparent grey of a PNG of 2 or 4 bits as Pillow scales the pixels; it leaves the key as it is."""
+    key = picture.info.get("transparency")
+    if picture.format == "PNG" and picture.mode == "L" and len(data) > 24 and data[24] in (2, 4):
+        levels = (1 << data[24]) - 1
+        if isinstance(key, int) and key <= levels:
+            picture.info["transparency"] = key * 255 // levels
 
 
 def _has_alpha(picture: Image.Image) -> bool:
