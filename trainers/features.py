@@ -59,7 +59,7 @@ def settings_sha256(model: "VisionLanguageModel") -> str:
         "format": FORMAT,
         "family": model.family.model_type,
         "tower": weights.hexdigest(),
-        "layer": model.layer,
+        "layers": list(model.layers),
         "drop_cls": model.drop_cls,
         "reducer": model.reducer_config.model_dump(mode="json", exclude={"noise"}),
         "preprocessing": "resize" if processor is None else processor.to_json_string(),
