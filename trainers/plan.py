@@ -314,7 +314,7 @@ def _token_rows(config: RunConfig, plan: Plan) -> list[LedgerRow]:
 
 def _numbers(reducer: ReducerConfig) -> str:
     """K, k and layers of a reducer; what the checkpoint decides is named as that where no model was loaded."""
-    given = {"K": reducer.keep, "k": reducer.fuse, "attention of layer": reducer.layer}
+    given = {"K =": reducer.keep, "k =": reducer.fuse, "attention of layer": reducer.layer}
     given |= {"features of layer": reducer.feature_layer}
     text = ", ".join(f"{name} {'by the checkpoint' if value is None else value}" for name, value in given.items())
     return text + (f", assigned by {reducer.assign}" if reducer.name == "visionzip" else "")

@@ -113,7 +113,7 @@ def test_the_plan_never_exceeds_the_target_and_counts_every_candidate(tiny: Path
     [
         ("training.batch-size=25", "training.batch-size"),
         ("privacy.delta=0.1", "privacy.delta"),
-        ("reducer.name=cls-topk", "reducer.keep"),
+        ("reducer={name: cls-topk, keep: 16}", "reducer.keep"),
         ("reducer={name: visionzip, keep: 10, fuse: 7}", "reducer.fuse"),
         ("reducer={name: visionzip, keep: 4, fuse: 2, layer: 9}", "reducer.layer"),
         ("model.lora.targets=[nothing]", "model.lora.targets"),
