@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -57,9 +58,9 @@ class Pruning:
         """Nothing seen yet."""
         return cls({name: value.numel() for name, value in parameters.items()}, config)
 
-    @property
+    @cached_property
     def blocks(self) -> dict[str, list[str]]:
-        """Parameter names of each block, in name order."""
+        """Parameter names of each block, in name order; looked up once, not once a norm."""
         found: dict[str, list[str]] = {}
         for name in sorted(self.sizes):
             found.setdefault(group_of(name, self.config.granularity), []).append(name)
@@ -125,7 +126,8 @@ class Pruning:
         return {name for block in blocks for name in members[block]}
 
     def _norm(self, noisy: Mapping[str, Tensor], block: str) -> float:
-        return math.sqrt(sum(float(noisy[name].double().square().sum()) for name in self.blocks[block]))
+        parts = (torch.linalg.vector_norm(noisy[name], dtype=torch.float64) for name in self.blocks[block])
+        return math.sqrt(sum(float(part) ** 2 for part in parts))
 
     def _width(self, block: str) -> float:
         return math.sqrt(sum(self.sizes[name] for name in self.blocks[block]))

@@ -37,6 +37,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "keygen": ("dpaudit.cli.keygen", "A key pair to sign releases with."),
     "sign": ("dpaudit.cli.sign", "Vouch for the release of a run with a key."),
     "verify": ("dpaudit.cli.verify", "Whether a key vouches for a release as it is."),
+    "features": ("dpaudit.cli.features", "Encoded pictures that runs share: how many, and removed."),
     "scores": ("dpaudit.cli.scores", "Audit score arrays from anywhere."),
     "bound": ("dpaudit.cli.bound", "The bounds as a calculator."),
     "plan": ("dpaudit.cli.plan", "How many canaries it takes to refute a wrong claim, before any training."),

@@ -44,6 +44,7 @@ from dpaudit.documents.claim import (
 from dpaudit.documents.environment import (
     DoctorDocument,
     EnvironmentDocument,
+    FeaturesDocument,
 )
 from dpaudit.documents.games import (
     Assumes,
@@ -110,6 +111,7 @@ __all__ = [
     "EpsilonAt",
     "Extraction",
     "FactorySource",
+    "FeaturesDocument",
     "FusionAudit",
     "GameDocument",
     "GameEntry",
@@ -163,6 +165,7 @@ DOCUMENTS: tuple[type[Document], ...] = (
     SignatureDocument,
     VerificationDocument,
     KeyDocument,
+    FeaturesDocument,
 )
 
 
