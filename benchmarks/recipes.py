@@ -50,7 +50,6 @@ COMMON = (
     "training.epochs=5",
     "training.rows-at-once=64",
 )
-PLAIN = ("method=non-private", COMMON[0], COMMON[1], "training.epochs=10")
 RECIPES: dict[str, tuple[str, ...]] = {
     "cosine, AdamW": (),
     "constant, average 0.8": ("training.schedule=constant", "training.average=0.8"),
@@ -80,7 +79,7 @@ PIECES: dict[str, tuple[tuple[str, ...], tuple[float | str, ...]]] = {
     "dp-sgd, clipping only": (COMMON, ("inf",)),
     "dp-zo, no noise, SGD": (ZEROTH, ("inf",)),
 }
-RANKED = tuple(RECIPES)
+RANKED = ("cosine, AdamW", "constant, average 0.8", "AdamBC")
 EPSILONS, SEEDS = (8.0, 1.0), (0, 1, 2)
 Cell = dict[str, Any]
 
@@ -96,12 +95,12 @@ def choices() -> list[Cell]:
 
 
 def ranking(rates: Mapping[str, float]) -> list[Cell]:
-    """The base and non-private cells, then all recipes of a seed before the next seed."""
-    plain: list[Cell] = [{"stage": "rank", "recipe": name, "seed": 0} for name in ("base model", "non-private")]
-    return plain + [
+    """The base model, then all recipes of a seed before the next seed, one eps after the other."""
+    base: list[Cell] = [{"stage": "rank", "recipe": "base model", "seed": 0}]
+    return base + [
         {"stage": "rank", "recipe": name, "epsilon": epsilon, "seed": seed, "rate": rates[name]}
-        for seed in SEEDS
         for epsilon in EPSILONS
+        for seed in SEEDS
         for name in RANKED
     ]
 
@@ -135,11 +134,9 @@ def play(cell: Cell, chosen: Dataset) -> Cell:
         model.set_reducer(resolve({}, COMMON).reducer)
         right = correct(model, chosen.test)
         return cell | {"right": right.mean(axis=1).tolist(), "seconds": time.process_time() - began}
-    settings = list(PLAIN)
-    if "epsilon" in cell:
-        recipe = cell["recipe"]
-        settings = [*COMMON, *RECIPES[recipe]] if recipe in RECIPES else [*PIECES[recipe][0]]
-        settings += [f"privacy.epsilon={cell['epsilon']}", f"training.learning-rate={cell['rate']}"]
+    recipe = cell["recipe"]
+    settings = [*COMMON, *RECIPES[recipe]] if recipe in RECIPES else [*PIECES[recipe][0]]
+    settings += [f"privacy.epsilon={cell['epsilon']}", f"training.learning-rate={cell['rate']}"]
     config = resolve({}, [*settings, f"seed={cell['seed']}"])
     plan = make_plan(config, chosen, 0)
     trainer = Trainer.build(config, plan, Key.from_seed(cell["seed"]), model, chosen.train)
@@ -205,25 +202,25 @@ def summary(place: Path) -> dict[str, Any]:
     """What is kept: every choice, and the ranking with intervals."""
     chosen, ranked, parts = (finished(place, stage) for stage in ("choose", "rank", "pieces"))
 
-    def rights(name: str, epsilon: float | str | None) -> npt.NDArray[np.float64] | None:
+    def rights(name: str, epsilon: float | str | None) -> dict[int, list[float]]:
         mine = [cell for cell in [*ranked, *parts] if cell["recipe"] == name and cell.get("epsilon") == epsilon]
-        mine.sort(key=lambda cell: int(cell["seed"]))
-        return np.array([cell["right"] for cell in mine]) if mine else None
-
-    base, plain = rights("base model", None), rights("non-private", None)
+        return {int(cell["seed"]): cell["right"] for cell in sorted(mine, key=lambda cell: int(cell["seed"]))}
 
     def row(name: str, epsilon: float | str, against: str) -> dict[str, Any] | None:
         own, reference = rights(name, epsilon), rights(against, epsilon)
-        if own is None or base is None or plain is None:
+        if not own:
             return None
+        both = [seed for seed in own if seed in reference]
         difference = None
-        if reference is not None and name != against:
-            both = min(len(own), len(reference))
-            difference = bootstrap(own[:both] - reference[:both])
-        kept = float((own.mean() - base.mean()) / (plain.mean() - base.mean()))
-        found = {"recipe": name, "epsilon": epsilon, "seeds": len(own), "exact": bootstrap(own), "kept": kept}
+        if both and name != against:
+            difference = bootstrap(
+                np.array([own[seed] for seed in both]) - np.array([reference[seed] for seed in both])
+            )
+        values = np.array(list(own.values()))
+        found = {"recipe": name, "epsilon": epsilon, "seeds": len(own), "exact": bootstrap(values)}
         return found | {"difference": difference}
 
+    base = rights("base model", None)
     rows = [row(name, epsilon, RANKED[0]) for epsilon in EPSILONS for name in RANKED]
     first = next(iter(PIECES))
     pieces_rows = [row(name, epsilon, first) for name, (_, epsilons) in PIECES.items() for epsilon in epsilons]
@@ -234,8 +231,7 @@ def summary(place: Path) -> dict[str, Any]:
             {**{k: cell[k] for k in ("recipe", "rate")}, "exact": float(np.mean(cell["right"]))} for cell in chosen
         ],
         "rates": best_rates(chosen),
-        "base": None if base is None else bootstrap(base),
-        "non_private": None if plain is None else bootstrap(plain),
+        "base": bootstrap(np.array(list(base.values()))) if base else None,
         "sigma": {str(cell["epsilon"]): cell["sigma"] for cell in ranked if cell["recipe"] == RANKED[0]},
         "rows": [found for found in rows if found is not None],
         "pieces": [found for found in pieces_rows if found is not None],
@@ -262,24 +258,12 @@ def table(result: Mapping[str, Any]) -> str:
             shown = [f"{rate:g}: {100 * exact:.1f}" for rate, exact in mine]
             cells = " | ".join([*shown, *[""] * (3 - len(shown))])
             lines.append(f"| {name} | {cells} | {result['rates'][name]:g} |")
-    lines += [
-        "",
-        "| recipe | eps | exact match, % | gain kept | minus the first line, points |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {name} | | {_percent(result[key])} | | |"
-        for name, key in (("base model", "base"), ("non-private", "non_private"))
-    ]
+    lines += ["", "| recipe | eps | seeds | exact match, % | minus the first line, points |", "|---|---|---|---|---|"]
+    lines.append(f"| base model | | | {_percent(result['base'])} | |")
     for row in result["rows"] + result["pieces"]:
         difference = "" if row["difference"] is None else _percent(row["difference"], signed=True)
-        shown = (
-            row["recipe"],
-            str(row["epsilon"]).removesuffix(".0"),
-            _percent(row["exact"]),
-            f"{100 * row['kept']:.0f} %",
-            difference,
-        )
+        epsilon = str(row["epsilon"]).removesuffix(".0")
+        shown = (row["recipe"], epsilon, str(row["seeds"]), _percent(row["exact"]), difference)
         lines.append("| " + " | ".join(shown) + " |")
     return "\n".join(lines)
 

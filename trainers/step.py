@@ -33,6 +33,7 @@ from trainers.gradients import (
     whole_units,
 )
 from trainers.inputs import Rows, UnitInputs
+from trainers.memory import rows_at_once
 from trainers.noise import Noise, worth_drawing_ahead
 from trainers.plan import Plan, fusion_std
 from trainers.records import Unit
@@ -55,6 +56,7 @@ class Trainer:
     path: GradientPath
     pruning: updates.Pruning
     average: updates.Average
+    rows_at_once: int
     injected: torch.Tensor | None = None  # (k, parameters): gradient canaries, units after the real ones
     zeroth: ZerothOrder | None = None  # method dp-zo: numbers instead of gradients
     group: Group = ALONE  # with several ranks `inputs` holds this rank's own units only
@@ -88,7 +90,16 @@ class Trainer:
         optimizer = updates.make_optimizer(parameters, config.training, noise=plan.noise_std)
         pruning = updates.Pruning.of(parameters, config.pruning)
         average = updates.Average(config.training.average)
-        shared = (config, plan, key, model, inputs, parameters, optimizer, path, pruning, average)
+        rows = rows_at_once(
+            config.training.rows_at_once,
+            model,
+            parameters,
+            None if zeroth is not None else path,
+            longest=longest,
+            answers=inputs.answers,
+            gib=config.training.memory,
+        )
+        shared = (config, plan, key, model, inputs, parameters, optimizer, path, pruning, average, rows)
         return cls(*shared, zeroth=zeroth, group=group)
 
     @property
@@ -144,7 +155,7 @@ class Trainer:
     ) -> UnitSum:
         std, size = fusion_std(self.config, self.plan), self.plan.max_grad_norm
         one_by_one = self.group.sharded and self.config.training.gradient_path == "micro-batch"
-        chunks = self.inputs.chunks(units, 1 if one_by_one else self.config.training.rows_at_once)
+        chunks = self.inputs.chunks(units, 1 if one_by_one else self.rows_at_once)
         idle = self.group.passes(len(chunks)) - len(chunks)
 
         def sums(chosen: Sequence[list[int]]) -> Iterator[UnitSum]:

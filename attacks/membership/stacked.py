@@ -118,6 +118,7 @@ class Stack:
             path=gradient_path(shared.config, shared.model, parameters),
             pruning=updates.Pruning.of(parameters, shared.config.pruning),
             average=updates.Average(0.0),
+            rows_at_once=ROWS_AT_ONCE,
         )
 
     def step(self, step: int) -> None:

@@ -260,7 +260,12 @@ class TrainingConfig(Section):
         default=0.0, ge=0, lt=1, description="release an exponential mean of all steps' weights with this decay; 0: no"
     )
     gradient_path: Literal["auto", "micro-batch", "hooks"] = "auto"
-    rows_at_once: int = Field(default=64, ge=1, description="pictures per physical batch of the fast path")
+    rows_at_once: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default="auto", description="rows of a physical batch; auto: at most 64, as many as training.memory holds"
+    )
+    memory: Finite = Field(
+        default=8.0, gt=0, description="GiB that a physical batch may take, activations and per-row gradients"
+    )
     gradient_checkpointing: Literal["none", "auto", "reentrant", "non-reentrant"] = Field(
         default="none", description="recompute the decoder's layers in the backward pass; auto: the kind that fits"
     )
