@@ -259,7 +259,8 @@ def table(result: Mapping[str, Any]) -> str:
             cells = " | ".join([*shown, *[""] * (3 - len(shown))])
             lines.append(f"| {name} | {cells} | {result['rates'][name]:g} |")
     lines += ["", "| recipe | eps | seeds | exact match, % | minus the first line, points |", "|---|---|---|---|---|"]
-    lines.append(f"| base model | | | {_percent(result['base'])} | |")
+    if result["base"] is not None:
+        lines.append(f"| base model | | | {_percent(result['base'])} | |")
     for row in result["rows"] + result["pieces"]:
         difference = "" if row["difference"] is None else _percent(row["difference"], signed=True)
         epsilon = str(row["epsilon"]).removesuffix(".0")
