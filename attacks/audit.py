@@ -39,7 +39,7 @@ from dpaudit.runs import RunFolder
 from trainers import data
 from trainers.plan import make_plan
 from trainers.progress import Reporter
-from trainers.run import config_sha256
+from trainers.run import config_sha256, read_config
 
 TWIN_COUNT = 300
 CONTRACT_UNITS = 24
@@ -92,7 +92,8 @@ def audit(
     processes, executor: of the reference models (attacks.membership.references.train_references).
     """
     run = RunFolder.open(path)
-    config = prepare(run, options)
+    prepare(run, options)
+    config = read_config(run)
     chosen = options.named(config)
     if not options.audits and not config.canaries.count:
         log(f"{path}: trained without canaries; --canaries trains {TWIN} with them and audits that")
@@ -168,7 +169,7 @@ def _with_canaries(session: _Session) -> tuple[RunFolder, About, bool]:
             if twin.ledger.exists():
                 twin = resume_run(place, reporter=session.reporter)
             else:  # it was stopped before its first step
-                twin = start_run(twin.read_config(), place, reporter=session.reporter)
+                twin = start_run(read_config(twin), place, reporter=session.reporter)
         return twin, "procedure", True
     place = twins.free(session.run, TWIN)
     wanted = twins.canary_twin(twins.config_of(config, place), options.count or config.canaries.count or TWIN_COUNT)

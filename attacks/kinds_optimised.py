@@ -146,7 +146,8 @@ class Proxy:
         prepared = family.prepare(shown)
         values = torch.stack([picture.values for picture in prepared]).float().requires_grad_()
         visual = family.encode(
-            [replace(picture, values=value) for picture, value in zip(prepared, values, strict=True)], self.model.layer
+            [replace(picture, values=value) for picture, value in zip(prepared, values, strict=True)],
+            self.model.layers,
         )
         rows = replace(rows, tokens=self.model.reduce(visual).tokens.to(self.model.dtype))
         count, taken = len(units), torch.from_numpy(inside)

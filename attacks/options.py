@@ -71,8 +71,13 @@ def prepare(run: RunFolder, options: Options) -> RunConfig:
     run.require_finished()
     config = run.read_config()
     for name in ("white-box", "contract"):
-        if name in options.audits and config.method == "non-private":
-            raise UsageError(f"--{name}: the run makes no claim (method non-private), so there is nothing to audit")
+        if name in options.audits and not config.claims:
+            why = "method non-private" if config.method == "non-private" else "privacy.epsilon=inf"
+            raise UsageError(f"--{name}: the run makes no claim ({why}), so there is nothing to audit")
+    if "white-box" in options.audits and config.model.lora.train == "alternating":
+        raise UsageError(
+            "--white-box: model.lora.train=alternating noises half of the blocks; gradient canaries need all"
+        )
     if "white-box" in options.audits and config.pruning.by == "previous" and config.pruning.keep < 1:
         raise UsageError("--white-box: pruning.by=previous noises some blocks a step; gradient canaries need them all")
     if config.method == "dp-zo":

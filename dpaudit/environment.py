@@ -325,7 +325,7 @@ def check_memory(gib: float | None) -> Check:
         None if gib is None else gib >= LEAST_MEMORY,
         "not known" if gib is None else f"{gib:.1f} GiB available",
         f"at least {LEAST_MEMORY:g} GiB",
-        "Close other programs, or train with training.rows-at-once=16",
+        "Close other programs, or train with training.memory=1",
     )
 
 

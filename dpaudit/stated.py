@@ -116,8 +116,8 @@ def differences(claim: Claim, config: RunConfig) -> tuple[str, ...]:
         "batch-size": (claim.expected_batch_size, training.batch_size),
         "steps": (claim.steps, training.steps),
     }
-    if config.method == "non-private":
-        return ("the configuration is non-private and makes no claim",)
+    if not config.claims:
+        return ("the configuration adds no noise and makes no claim",)
     return tuple(
         f"{name}: {stated} is claimed, {own} configured"
         for name, (stated, own) in expected.items()

@@ -94,10 +94,11 @@ def _reducer(config: RunConfig | None) -> str:
     reducer = config.reducer
     if reducer.name == "none":
         return "none: all tokens go on"
-    fused = f", {reducer.fuse} fused" if reducer.name == "visionzip" else ""
+    kept, merged = ("K" if reducer.keep is None else reducer.keep, "k" if reducer.fuse is None else reducer.fuse)
+    fused = f", {merged} fused" if reducer.name == "visionzip" else ""
     noise = {"none": "", "sum": ", noise σC", "mean": ", noise σC/B"}.get(str(reducer.noise))
     noise = f", noise {number(float(reducer.noise))}" if noise is None else noise
-    return f"{reducer.name}: {reducer.keep} kept{fused}{noise}"
+    return f"{reducer.name}: {kept} kept{fused}{noise}"
 
 
 def _pruning(config: RunConfig | None) -> str:

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: parameters, optimiser and pruning state, as one atomic safetensors file each.
+"""Checkpoints of a training run: weights, optimiser, pruning and averaging state, one atomic safetensors file each.
 
 No generator state is stored: batch, noise and masks of step t are functions of (key, t), so a resumed run repeats
 exactly what an interrupted one did.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dpaudit import atomic, untrusted
 from dpaudit.errors import UsageError
 from trainers.distributed import ALONE, Group
-from trainers.updates import Pruning, optimizer_tensors, restore_optimizer
+from trainers.updates import Average, Pruning, optimizer_tensors, restore_optimizer
 
 KEEP = 2
 MOST_BYTES = 1 << 34  # of a checkpoint: an adapter with its optimiser has a thousandth
@@ -34,6 +34,7 @@ def save(
     identity: str,
     *,
     pruning: Pruning,
+    average: Average,
 ) -> None:
     """Write the state after `step`; older checkpoints but one are removed once the new one is on disk.
 
@@ -42,6 +43,7 @@ def save(
     tensors = {f"parameter//{name}": parameter.detach() for name, parameter in parameters.items()}
     tensors |= {f"optimizer//{name}": value for name, value in optimizer_tensors(parameters, optimizer).items()}
     tensors |= {f"pruning//{name}": value for name, value in pruning.tensors().items()}
+    tensors |= {f"average//{name}": value for name, value in average.tensors().items()}
     atomic.write_tensors(_path(folder, step), tensors, {"step": str(step), "run": identity}, mode=0o600)
     for old in sorted(folder.glob("step-*.safetensors"))[:-KEEP]:
         old.unlink(missing_ok=True)
@@ -54,6 +56,7 @@ def restore(
     identity: str,
     *,
     pruning: Pruning,
+    average: Average,
     group: Group = ALONE,
 ) -> int:
     """Load the newest readable checkpoint in place and return its step; 0 when there is none.
@@ -71,6 +74,8 @@ def restore(
                 parameter.copy_(tensors[f"parameter//{name}"])
         restore_optimizer(parameters, optimizer, _part(tensors, "optimizer//"))
         pruning.restore(_part(tensors, "pruning//"))
+        average.restore(_part(tensors, "average//"))
+        average.sums = {name: value.to(parameters[name].device) for name, value in average.sums.items()}
         return int(_metadata(raw)["step"])
     except (KeyError, ValueError, TypeError, RuntimeError):
         raise UsageError(

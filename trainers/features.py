@@ -6,9 +6,10 @@ byte, and are checked when opened; one that is torn, changed or of other setting
 pictures are encoded again. Tensors are memory-mapped, so a cached run needs no more memory than its current batches;
 the price of that is the operating system's: who cuts a file that a running process has mapped kills the process.
 
-A picture is found by the SHA-256 of its pixels together with that of all else that went in: tower weights, layer,
-preprocessing, reducer, precision, prompt, device and versions. Nothing is ever written outside the run folder: these
-are noiseless functions of private pictures (see the release rows of the ledger's truth table).
+A picture is found by the SHA-256 of its pixels together with that of all else that went in: tower weights, layers,
+preprocessing, reducer, precision, prompt, device and versions. Files lie in the run's private part, or in the folder
+that the owner names for all runs of a project (trainers.feature_folder), and nowhere else: these are noiseless
+functions of private pictures (see the release rows of the ledger's truth table).
 """
 
 import hashlib
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from dpaudit import atomic, untrusted
 from dpaudit.runs import RunFolder
+from trainers import feature_folder
 from trainers.generation import Encoded
 from trainers.prompts import HeadRow
 from trainers.records import Pixels
@@ -59,7 +61,7 @@ def settings_sha256(model: "VisionLanguageModel") -> str:
         "format": FORMAT,
         "family": model.family.model_type,
         "tower": weights.hexdigest(),
-        "layer": model.layer,
+        "layers": list(model.layers),
         "drop_cls": model.drop_cls,
         "reducer": model.reducer_config.model_dump(mode="json", exclude={"noise"}),
         "preprocessing": "resize" if processor is None else processor.to_json_string(),
@@ -76,10 +78,14 @@ def cache_of(
 ) -> "Features | None":
     """The feature cache of a run, or None where the configuration (auto: the size of the tower) wants none.
 
-    A twin lives in its run's folder and reads what the run has encoded, without writing there.
+    The project's folder where there is one. Otherwise the run's own, and a twin, which lives in its run's folder, reads
+    what the run has encoded, without writing there. UsageError for a project's folder that others can open.
     """
     if wanted == "never" or (wanted == "auto" and tower_parameters(model) < LARGE_TOWER):
         return None
+    project = feature_folder.named()
+    if project is not None:
+        return Features(project / settings_sha256(model)[:32], warn=warn)
     parent = RunFolder(run.path.parent)
     return Features(folder(run), [folder(parent)] if parent.config.is_file() else [], warn)
 

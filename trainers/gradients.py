@@ -9,7 +9,7 @@ costs about twice the time and more memory than the small per-unit gradients the
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -45,6 +45,23 @@ def clip_factors(norms: Tensor, max_grad_norm: float) -> Tensor:
     return torch.where(torch.isfinite(norms), factors, torch.zeros_like(factors))
 
 
+ClipRule = Callable[[Tensor, float], Tensor]
+STABILITY = 0.01  # gamma of automatic clipping, in units of the gradient norm (Bu et al. 2023)
+
+
+def automatic_factors(norms: Tensor, max_grad_norm: float) -> Tensor:
+    """(U,) factors C / (norm + 0.01): every unit counts for less than C, and small gradients for nearly C as well.
+
+    Automatic clipping (AUTO-S, Bu et al., NeurIPS 2023, arXiv 2206.07136). A unit moves the sum by less than C, so the
+    mechanism is that of flat clipping; what changes is the weight of a unit, and with it the bias.
+    """
+    factors = max_grad_norm / (norms + STABILITY)
+    return torch.where(torch.isfinite(norms), factors, torch.zeros_like(factors))
+
+
+CLIPPING: dict[str, ClipRule] = {"flat": clip_factors, "automatic": automatic_factors}
+
+
 def unit_losses(model: VisionLanguageModel, rows: Rows) -> Tensor:
     """(U,) loss of each unit: the mean over its questions of the mean over that question's own answer tokens."""
     losses = model.losses(rows.tokens, rows.packed)
@@ -77,7 +94,7 @@ class GradientPath(Protocol):
         ...
 
     def __call__(self, rows: Rows, max_grad_norm: float) -> UnitSum:
-        """The sum over the units of `rows` of min(1, C / norm) times the unit's gradient."""
+        """The sum over the units of `rows` of each unit's clipped gradient."""
         ...
 
 
@@ -107,8 +124,10 @@ class MicroBatch:
 
     checkpointing: Checkpointing = "non-reentrant"
 
-    def __init__(self, model: VisionLanguageModel, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.model, self.parameters = model, parameters
+    def __init__(
+        self, model: VisionLanguageModel, parameters: Mapping[str, nn.Parameter], clip: ClipRule = clip_factors
+    ) -> None:
+        self.model, self.parameters, self.clip = model, parameters, clip
 
     def gradient(self, rows: Rows) -> tuple[Gradient, Tensor]:
         """Gradient and loss of the single unit in `rows`, before clipping."""
@@ -122,7 +141,7 @@ class MicroBatch:
         for unit in range(rows.units):
             gradient, loss = self.gradient(rows.unit(unit))
             norm = torch.stack([value.square().sum() for value in gradient.values()]).sum().sqrt()
-            factor = clip_factors(norm, max_grad_norm)
+            factor = self.clip(norm, max_grad_norm)
             if factor > 0:
                 for name, value in gradient.items():
                     total[name].add_(value, alpha=float(factor))
@@ -137,8 +156,10 @@ class Hooks:
 
     checkpointing: Checkpointing = "reentrant"
 
-    def __init__(self, model: VisionLanguageModel, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.model, self.parameters = model, parameters
+    def __init__(
+        self, model: VisionLanguageModel, parameters: Mapping[str, nn.Parameter], clip: ClipRule = clip_factors
+    ) -> None:
+        self.model, self.parameters, self.clip = model, parameters, clip
 
     def per_unit(self, rows: Rows) -> tuple[Gradient, Tensor]:
         """Gradient of each unit before clipping, (U, ...) a parameter, and the units' losses (U,)."""
@@ -155,7 +176,7 @@ class Hooks:
         gradients, losses = self.per_unit(rows)
         squares = torch.stack([value.flatten(1).square().sum(dim=1) for value in gradients.values()]).sum(dim=0)
         norms = squares.sqrt()
-        factors = clip_factors(norms, max_grad_norm)
+        factors = self.clip(norms, max_grad_norm)
         total = {}
         for name, value in gradients.items():
             clean = torch.where((factors > 0).view(-1, *[1] * (value.dim() - 1)), value, torch.zeros_like(value))

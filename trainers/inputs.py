@@ -17,7 +17,7 @@ from dpaudit.errors import DpauditError
 from dpaudit.randomness import Key
 from trainers.features import Features
 from trainers.generation import Encoded, pad_tokens
-from trainers.prompts import Packed, stack_heads
+from trainers.prompts import IGNORE, Packed, stack_heads
 from trainers.records import Picture, Unit
 
 if TYPE_CHECKING:
@@ -160,6 +160,11 @@ class UnitInputs:
             out[-1].append(unit)
             used += rows
         return out
+
+    @property
+    def answers(self) -> int:
+        """Most tokens that a row has to learn."""
+        return int((self._packed.targets != IGNORE).sum(dim=1).max()) if len(self._packed.targets) else 0
 
     @property
     def longest(self) -> int:

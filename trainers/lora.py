@@ -58,6 +58,9 @@ def attach(hf: Any, family: Family, config: LoraConfig, generator: np.random.Gen
                 bound = 1.0 / np.sqrt(parameter.shape[1])
                 values = generator.uniform(-bound, bound, size=tuple(parameter.shape))
                 parameter.copy_(torch.as_tensor(values, dtype=parameter.dtype))
+    if config.train == "b":
+        for name, parameter in wrapped.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and "lora_A" not in name)
     return wrapped
 
 
@@ -87,8 +90,10 @@ def trained(wrapped: Any) -> dict[str, nn.Parameter]:
     return {short_name(name): value for name, value in wrapped.named_parameters() if value.requires_grad}
 
 
-def made_trainable(wrapped: Any) -> dict[str, nn.Parameter]:
+def made_trainable(wrapped: Any, train: str = "both") -> dict[str, nn.Parameter]:
     """The adapter's parameters by short name, made trainable: for attacks that need gradients of a released model.
+
+    train: which were trained (model.lora.train); A is left out, and fixed, where only B was.
 
     Raises UsageError for an adapter with settings that per-unit gradients can't follow.
     """
@@ -103,7 +108,10 @@ def made_trainable(wrapped: Any) -> dict[str, nn.Parameter]:
             raise UsageError(
                 "adapter: trained biases are not supported where gradients are needed; accepted: bias none"
             )
-    found = {short_name(name): value for name, value in wrapped.named_parameters() if "lora_" in name}
+    fixed = "lora_A" if train == "b" else "nothing"
+    found = {
+        short_name(name): value for name, value in wrapped.named_parameters() if "lora_" in name and fixed not in name
+    }
     for parameter in found.values():
         parameter.requires_grad_(True)
     return found

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from dpaudit import accounting
-from dpaudit.config import RunConfig
+from dpaudit.config import ReducerConfig, RunConfig
 from dpaudit.documents import Claim, ClaimDocument, LedgerRow
 from dpaudit.errors import rejected
 from dpaudit.randomness import FINITE_PRECISION, SECURE_PRECISION
@@ -44,6 +44,11 @@ class Plan:
     token_multiplier: float | None = None  # z of a release of visual tokens; None: none leave
 
     @property
+    def noise_std(self) -> float:
+        """Of each number of a released noisy mean: sigma C / B; 0 without a claim."""
+        return self.noise_multiplier * self.max_grad_norm / self.expected_batch_size if self.claim else 0.0
+
+    @property
     def sampler(self) -> Sampler:
         """Who is in the batch of which step."""
         return Sampler(self.sampling, self.candidates, round(self.expected_batch_size))
@@ -75,7 +80,7 @@ class Plan:
 
     def document(self) -> ClaimDocument:
         """`release/claim.json`, with what other accountants say of the same mechanism."""
-        reasons = () if self.claim else ("method non-private: no clipping, no noise, no claim",)
+        reasons = () if self.claim else (NO_CLIPPING if math.isinf(self.max_grad_norm) else NO_NOISE,)
         event = self.event
         return ClaimDocument(
             claim=self.claim,
@@ -109,15 +114,16 @@ def make_plan(config: RunConfig, dataset: Dataset, canaries: int) -> Plan:
     steps = training.steps or sampler.steps(training.epochs)
     public = (candidates, rate, steps, float(training.batch_size))
     not_releasable = _not_releasable(config)
-    if config.method == "non-private":
-        return Plan(*public, 0.0, math.inf, None, not_releasable, training.sampling)
+    if not config.claims:
+        norm = math.inf if config.method == "non-private" else privacy.max_grad_norm
+        return Plan(*public, 0.0, norm, None, not_releasable, training.sampling)
     if privacy.delta >= 1 / candidates:
         raise rejected("privacy.delta", privacy.delta, f"below 1/n = {1 / candidates:.2g} for {candidates} units")
     multiplier = config.fusion.multiplier if config.fusion.release != "none" else None
     others = () if multiplier is None else (accounting.release_event(multiplier, privacy.relation),)
     sigma = privacy.noise_multiplier
     if sigma is None:
-        assert privacy.epsilon is not None
+        assert isinstance(privacy.epsilon, float)
         solve = partial(accounting.noise_multiplier_beside, others) if others else accounting.noise_multiplier_for
         sigma = solve(
             epsilon=privacy.epsilon,
@@ -132,7 +138,7 @@ def make_plan(config: RunConfig, dataset: Dataset, canaries: int) -> Plan:
     deltas = [delta for delta in CURVE_DELTAS if delta < 1 / candidates]
     spent = accounting.joint_epsilon((event, *others), privacy.delta)
     claim = Claim(
-        epsilon=privacy.epsilon if privacy.epsilon is not None else spent,
+        epsilon=privacy.epsilon if isinstance(privacy.epsilon, float) else spent,
         delta=privacy.delta,
         relation=privacy.relation,
         unit=dataset.unit,
@@ -153,6 +159,8 @@ def make_plan(config: RunConfig, dataset: Dataset, canaries: int) -> Plan:
     return Plan(*public, sigma, privacy.max_grad_norm, claim, not_releasable, training.sampling, multiplier)
 
 
+NO_CLIPPING = "method non-private: no clipping, no noise, no claim"
+NO_NOISE = "privacy.epsilon=inf: clipped, but no noise is added: no privacy is claimed"
 SEEDED = "the noise key came from --seed, so anyone can recompute the noise: not for release"
 
 
@@ -182,6 +190,7 @@ def ledger_rows(config: RunConfig, dataset: Dataset, plan: Plan, inserted: Inser
                 f"blocks ({config.pruning.granularity}) by {config.pruning.by}",
             )
         )
+    rows.extend(_recipe_rows(config, plan))
     if inserted.candidates:
         rows.append(
             LedgerRow(
@@ -210,15 +219,23 @@ def ledger_rows(config: RunConfig, dataset: Dataset, plan: Plan, inserted: Inser
 
 def _gradient_row(config: RunConfig, plan: Plan) -> LedgerRow:
     if plan.claim is None:
+        clipped = math.isfinite(plan.max_grad_norm)
+        how = (
+            "clipped, but without noise: no finite eps holds, and none is claimed"
+            if clipped
+            else "without clipping or noise"
+        )
         return LedgerRow(
             path="gradients",
             stage="gradients",
             status="UNACCOUNTED",
-            explanation="Gradients of private records are used without clipping or noise.",
-            evidence="method non-private",
+            explanation=f"Gradients of private records are used {how}.",
+            evidence=f"C = {plan.max_grad_norm:g}, sigma = 0" if clipped else "method non-private",
         )
     claim = plan.claim
     what = "The gradient of each unit is clipped"
+    if config.privacy.clipping == "automatic":
+        what = "The gradient of each unit is scaled to less than C, small ones too (automatic clipping)"
     if config.method == "dp-zo":
         what = "No gradient is taken: each unit's change of loss along public random directions is clipped"
     precision = SECURE_PRECISION if config.privacy.noise == "secure" else FINITE_PRECISION
@@ -231,6 +248,36 @@ def _gradient_row(config: RunConfig, plan: Plan) -> LedgerRow:
         evidence=f"C = {plan.max_grad_norm:g}, sigma = {plan.noise_multiplier:.4g}, {plan.sampler.describe()}, "
         f"T = {plan.steps}; {claim.accountant}, {claim.relation}: eps <= {float(claim.epsilon):.4g} at {claim.delta:g}",
     )
+
+
+def _recipe_rows(config: RunConfig, plan: Plan) -> list[LedgerRow]:
+    """What is done with noisy gradients or settled before them, where it is not the plain optimiser."""
+    training, found = config.training, []
+    if plan.claim is None:
+        return []
+    if config.model.lora.train != "both":
+        only = (
+            "A stays as it was drawn from the run's key"
+            if config.model.lora.train == "b"
+            else "B in odd, A in even steps"
+        )
+        found.append(
+            (
+                "trained matrices",
+                f"What a step computes, clips and noises does not follow data: {only}.",
+                "model.lora.train",
+            )
+        )
+    if training.optimizer == "adambc":
+        why = "The second moment of the noisy gradient loses the public variance of the noise, (sigma C / B)^2."
+        found.append(("noise correction", why, "training.optimizer=adambc"))
+    if training.average:
+        why = "The released weights are a fixed mean of the weights after each step, which are accounted all together."
+        found.append(("averaged weights", why, f"training.average = {training.average:g}"))
+    return [
+        LedgerRow(path=path, stage="other", status="post-processing", explanation=why, evidence=by)
+        for path, why, by in found
+    ]
 
 
 def _token_rows(config: RunConfig, plan: Plan) -> list[LedgerRow]:
@@ -249,10 +296,10 @@ def _token_rows(config: RunConfig, plan: Plan) -> list[LedgerRow]:
             if released
             else "Valid for the trained weights only; tokens themselves must not leave the trust boundary."
         ),
-        evidence=f"reducer {reducer.name}, K = {reducer.keep}, k = {reducer.fuse}; by construction, and decided by the "
-        "isolation test (dpaudit audit RUN --fusion)",
+        evidence=f"reducer {reducer.name}, {_numbers(reducer)}; by construction, and decided by the isolation test "
+        "(dpaudit audit RUN --fusion)",
     )
-    if reducer.noise == "none":
+    if fusion_std(config, plan) == 0:
         return [pruned, *released]
     noise = LedgerRow(
         path="fusion noise",
@@ -263,6 +310,14 @@ def _token_rows(config: RunConfig, plan: Plan) -> list[LedgerRow]:
         evidence=f"std = {fusion_std(config, plan):.4g} ({reducer.noise}), independent for every picture and step",
     )
     return [pruned, noise, *released]
+
+
+def _numbers(reducer: ReducerConfig) -> str:
+    """K, k and layers of a reducer; what the checkpoint decides is named as that where no model was loaded."""
+    given = {"K =": reducer.keep, "k =": reducer.fuse, "attention of layer": reducer.layer}
+    given |= {"features of layer": reducer.feature_layer}
+    text = ", ".join(f"{name} {'by the checkpoint' if value is None else value}" for name, value in given.items())
+    return text + (f", assigned by {reducer.assign}" if reducer.name == "visionzip" else "")
 
 
 def _released_rows(config: RunConfig, plan: Plan) -> list[LedgerRow]:
@@ -288,7 +343,7 @@ def _released_rows(config: RunConfig, plan: Plan) -> list[LedgerRow]:
 def fusion_std(config: RunConfig, plan: Plan) -> float:
     """Std of the fusion noise: 'sum' = sigma*C, 'mean' = sigma*C/B, or the number given (references disagree)."""
     noise = config.reducer.noise
-    if noise == "none":
+    if noise == "none" or (noise in ("sum", "mean") and not plan.noise_multiplier):
         return 0.0
     if noise == "sum":
         return plan.noise_multiplier * plan.max_grad_norm

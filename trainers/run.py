@@ -25,7 +25,7 @@ from dpaudit.errors import DpauditError, UsageError, rejected
 from dpaudit.ledger import Ledger
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
-from trainers import binding, checkpoints
+from trainers import binding, checkpoints, model_files
 from trainers.distributed import ALONE, Group, fingerprint
 from trainers.features import cache_of
 from trainers.fusion import for_questions
@@ -98,11 +98,14 @@ def train(
     group.agree("initial weights", fingerprint(trainer.parameters))
     if injection is not None and trainer.zeroth is not None:
         raise rejected("method", config.method, "a method with gradients: gradient canaries can't enter a forward pass")
+    if injection is not None and config.model.lora.train == "alternating":
+        raise rejected("model.lora.train", "alternating", "both or b: gradient canaries need every block in every step")
     if injection is not None and trainer.pruning.ahead:
         raise rejected("pruning.by", config.pruning.by, "a policy that noises every block: gradient canaries need all")
     if injection is not None:
         trainer.injected = injection.rows(sum(parameter.numel() for parameter in trainer.parameters.values()))
-    ledger = _open_ledger(config, run, dataset, plan, inserted, resume) if group.first else None
+    named = config.model_copy(update={"reducer": model.reducer_config})
+    ledger = _open_ledger(named, run, dataset, plan, inserted, resume) if group.first else None
     if group.first and not resume:
         key.save(run.noise_key, bound)  # after its ledger: a key that lies alone has lost one
     frozen = _fingerprint(model, trainer.parameters)
@@ -111,13 +114,15 @@ def train(
     for name in run.discard_damaged_checkpoints() if resume and group.first else ():
         reporter.phase(f"checkpoint {name} is damaged; going on from the one before it")
     state = (trainer.parameters, trainer.optimizer, identity)
-    done = checkpoints.restore(run.checkpoints, *state, pruning=trainer.pruning, group=group) if resume else 0
+    carried = {"pruning": trainer.pruning, "average": trainer.average}
+    done = checkpoints.restore(run.checkpoints, *state, **carried, group=group) if resume else 0
     for step in range(done + 1, plan.steps + 1):
         _one_step(trainer, ledger, run, step, len(units), reporter, after_step, injection)
         if group.first and step % config.training.checkpoint_every == 0 and step < plan.steps:
-            checkpoints.save(run.checkpoints, step, *state, pruning=trainer.pruning)
+            checkpoints.save(run.checkpoints, step, *state, **carried)
     reporter.close()
     trainer.noise.close()
+    trainer.average.install(trainer.parameters)
     _check_movement(model, trainer.parameters, start, frozen)
     group.agree("trained weights", fingerprint(trainer.parameters))
     if group.first:
@@ -243,8 +248,17 @@ def config_sha256(run: RunFolder) -> str:
 
 
 def read_config(run: RunFolder) -> RunConfig:
-    """The resolved configuration of a run, with the paths that it was started with."""
-    return run.read_config()
+    """The resolved configuration of a run, with the paths that it was started with.
+
+    A file without `reducer.feature-layer` is from a dpaudit where LLaVA's features came from `reducer.layer`.
+    """
+    config = run.read_config()
+    mine = config.reducer
+    if "feature_layer" in mine.model_fields_set or mine.name == "none" or mine.layer is None or not config.model.path:
+        return config
+    if model_files.model_type(model_files.find(config.model.path, "model.path", False), "model.path:") != "llava":
+        return config
+    return config.model_copy(update={"reducer": mine.model_copy(update={"feature_layer": mine.layer})})
 
 
 def load_model(run: RunFolder | None, device: str = "auto", *, config: RunConfig | None = None) -> VisionLanguageModel:
@@ -264,5 +278,5 @@ def load_model(run: RunFolder | None, device: str = "auto", *, config: RunConfig
     model = VisionLanguageModel.load(mine.model.path, device=device, precision=mine.model.precision)
     model.set_reducer(mine.reducer)
     for_questions(model, mine)
-    model.load_adapter(run.model)
+    model.load_adapter(run.model, trained=mine.model.lora.train)
     return model

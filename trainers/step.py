@@ -20,6 +20,7 @@ from trainers.distributed import ALONE, Group
 from trainers.features import Features
 from trainers.fusion import release_of
 from trainers.gradients import (
+    CLIPPING,
     Gradient,
     GradientPath,
     Hooks,
@@ -32,6 +33,7 @@ from trainers.gradients import (
     whole_units,
 )
 from trainers.inputs import Rows, UnitInputs
+from trainers.memory import rows_at_once
 from trainers.noise import Noise, worth_drawing_ahead
 from trainers.plan import Plan, fusion_std
 from trainers.records import Unit
@@ -53,6 +55,8 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     path: GradientPath
     pruning: updates.Pruning
+    average: updates.Average
+    rows_at_once: int
     injected: torch.Tensor | None = None  # (k, parameters): gradient canaries, units after the real ones
     zeroth: ZerothOrder | None = None  # method dp-zo: numbers instead of gradients
     group: Group = ALONE  # with several ranks `inputs` holds this rank's own units only
@@ -81,10 +85,22 @@ class Trainer:
                 f"accepted: at most {model.max_positions}, the model's context"
             )
         path = gradient_path(config, model, parameters)
-        zeroth = ZerothOrder(model, parameters, config.zeroth_order) if config.method == "dp-zo" else None
-        optimizer = updates.make_optimizer(parameters, config.training)
+        clip = CLIPPING[config.privacy.clipping]
+        zeroth = ZerothOrder(model, parameters, config.zeroth_order, clip) if config.method == "dp-zo" else None
+        optimizer = updates.make_optimizer(parameters, config.training, noise=plan.noise_std)
         pruning = updates.Pruning.of(parameters, config.pruning)
-        return cls(config, plan, key, model, inputs, parameters, optimizer, path, pruning, zeroth=zeroth, group=group)
+        average = updates.Average(config.training.average)
+        rows = rows_at_once(
+            config.training.rows_at_once,
+            model,
+            parameters,
+            None if zeroth is not None else path,
+            longest=longest,
+            answers=inputs.answers,
+            gib=config.training.memory,
+        )
+        shared = (config, plan, key, model, inputs, parameters, optimizer, path, pruning, average, rows)
+        return cls(*shared, zeroth=zeroth, group=group)
 
     @property
     def released(self) -> Mapping[str, torch.Tensor]:
@@ -101,18 +117,30 @@ class Trainer:
         laplacian = self.zeroth is not None and self.zeroth.config.noise != "gaussian"
         if self.plan.claim is None or laplacian or self.group.sharded or not worth_drawing_ahead(self.model.device):
             return
-        names = self.pruning.chosen(self._coins(step)) if self.pruning.ahead else set(self.released)
+        names = self.chosen(step) if self.partial else set(self.released)
         self.noise.draw_ahead({name: tuple(self.released[name].shape) for name in names}, step=step, std=self._std)
 
     def clipped_sum(self, step: int, units: Sequence[int]) -> UnitSum:
         """Sum of the clipped gradients of some units at the present parameters, with the fusion noise of `step`."""
-        if self.pruning.ahead:
-            with updates.trainable_only(self.parameters, self.pruning.chosen(self._coins(step))) as chosen:
+        if self.partial:
+            with updates.trainable_only(self.parameters, self.chosen(step)) as chosen:
                 return self._sum(step, units, gradient_path(self.config, self.model, chosen), chosen)
         path: Callable[[Rows, float], UnitSum] = self.path
         if self.zeroth is not None:
             path = partial(self.zeroth.clipped_sum, lines=self.zeroth.lines(self.key, step))
         return self._sum(step, units, path, self.released)
+
+    @property
+    def partial(self) -> bool:
+        """Whether a step computes, clips and noises a part of the adapter only, settled before the batch is seen."""
+        return self.pruning.ahead or self.config.model.lora.train == "alternating"
+
+    def chosen(self, step: int) -> set[str]:
+        """The parameters that `step` computes: by earlier noisy gradients, or B and A in turn."""
+        if self.config.model.lora.train != "alternating":
+            return self.pruning.chosen(self._coins(step))
+        other = "lora_A" if step % 2 else "lora_B"  # B first: while it is zero, A has no gradient
+        return {name for name in self.parameters if other not in name}
 
     def _coins(self, step: int) -> np.random.Generator:
         """The public coins of the pruning of `step`."""
@@ -127,7 +155,7 @@ class Trainer:
     ) -> UnitSum:
         std, size = fusion_std(self.config, self.plan), self.plan.max_grad_norm
         one_by_one = self.group.sharded and self.config.training.gradient_path == "micro-batch"
-        chunks = self.inputs.chunks(units, 1 if one_by_one else self.config.training.rows_at_once)
+        chunks = self.inputs.chunks(units, 1 if one_by_one else self.rows_at_once)
         idle = self.group.passes(len(chunks)) - len(chunks)
 
         def sums(chosen: Sequence[list[int]]) -> Iterator[UnitSum]:
@@ -185,6 +213,7 @@ class Trainer:
         self.pruning.observe(noisy)
         rate = updates.learning_rate(self.config.training, step=step, steps=self.plan.steps)
         updates.apply_update(self.parameters, noisy, kept, self.optimizer, rate)
+        self.average.observe(self.parameters)
         return kept
 
 
@@ -192,10 +221,11 @@ def gradient_path(
     config: RunConfig, model: VisionLanguageModel, parameters: Mapping[str, nn.Parameter]
 ) -> GradientPath:
     """Plain sums without privacy, Opacus hooks by default, the micro-batch loop when asked for."""
-    path: GradientPath = Hooks(model, parameters)
+    clip = CLIPPING[config.privacy.clipping]
+    path: GradientPath = Hooks(model, parameters, clip)
     if config.method == "non-private":
         path = Plain(model, parameters)
     elif config.training.gradient_path == "micro-batch":
-        path = MicroBatch(model, parameters)
+        path = MicroBatch(model, parameters, clip)
     model.set_checkpointing(choose_checkpointing(config.training.gradient_checkpointing, path))
     return path

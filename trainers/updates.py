@@ -6,9 +6,11 @@ tensor (a LoRA matrix), or all of them in one decoder layer.
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,9 +58,9 @@ class Pruning:
         """Nothing seen yet."""
         return cls({name: value.numel() for name, value in parameters.items()}, config)
 
-    @property
+    @cached_property
     def blocks(self) -> dict[str, list[str]]:
-        """Parameter names of each block, in name order."""
+        """Parameter names of each block, in name order; looked up once, not once a norm."""
         found: dict[str, list[str]] = {}
         for name in sorted(self.sizes):
             found.setdefault(group_of(name, self.config.granularity), []).append(name)
@@ -89,15 +91,16 @@ class Pruning:
     def select(self, noisy: Mapping[str, Tensor], rng: np.random.Generator) -> set[str]:
         """Parameters to update, as a function of this step's noisy gradient and public coins of the step."""
         blocks = {block: names for block, names in self.blocks.items() if all(name in noisy for name in names)}
-        if self.config.by == "previous" or self.count >= len(blocks):
+        count = max(1, math.ceil(self.config.keep * len(blocks)))  # of those that this step computed
+        if self.config.by == "previous" or count >= len(blocks):
             return self._names(list(blocks))
         if self.config.by == "random":
             names = list(blocks)
-            return self._names([names[index] for index in rng.permutation(len(names))[: self.count]])
+            return self._names([names[index] for index in rng.permutation(len(names))[:count]])
         size = {block: self._norm(noisy, block) for block in blocks}
         if self.config.by == "magnitude-normalised":
             size = {block: value / self._width(block) for block, value in size.items()}
-        return self._names(sorted(blocks, key=lambda block: -size[block])[: self.count])
+        return self._names(sorted(blocks, key=lambda block: -size[block])[:count])
 
     def observe(self, noisy: Mapping[str, Tensor]) -> None:
         """Remember what a step released, for the choices of later steps."""
@@ -123,7 +126,8 @@ class Pruning:
         return {name for block in blocks for name in members[block]}
 
     def _norm(self, noisy: Mapping[str, Tensor], block: str) -> float:
-        return math.sqrt(sum(float(noisy[name].double().square().sum()) for name in self.blocks[block]))
+        parts = (torch.linalg.vector_norm(noisy[name], dtype=torch.float64) for name in self.blocks[block])
+        return math.sqrt(sum(float(part) ** 2 for part in parts))
 
     def _width(self, block: str) -> float:
         return math.sqrt(sum(self.sizes[name] for name in self.blocks[block]))
@@ -141,21 +145,115 @@ def trainable_only(parameters: Mapping[str, nn.Parameter], chosen: set[str]) -> 
             parameter.requires_grad_(True)
 
 
-def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
-    """The inner optimiser over the trainable parameters, in name order."""
+class AdamBc(torch.optim.Optimizer):
+    """AdamW with the noise's own variance taken out of the second moment (DP-AdamBC, Tang et al., AAAI 2024).
+
+    The noisy gradient is g + N(0, s^2) in every coordinate, so the corrected second moment estimates E g^2 + s^2 and
+    Adam divides by the noise where that is larger. Here the divisor is sqrt(max(v - s^2, floor s^2)). s = sigma C / B
+    is public: post-processing. noise: s. floor: share of s^2, against division by next to nothing.
+    """
+
+    def __init__(
+        self,
+        values: Sequence[nn.Parameter],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        noise: float,
+        floor: float,
+    ) -> None:
+        given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "noise": noise, "floor": floor}
+        super().__init__(values, given)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step on every parameter that has a gradient; the others, and their moments, stay as they are."""
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for value in group["params"]:
+                if value.grad is None:
+                    continue
+                state = self.state[value]
+                if not state:
+                    state["step"] = torch.tensor(0.0)
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(value), torch.zeros_like(value)
+                state["step"] += 1
+                count = float(state["step"])
+                mean = state["exp_avg"].lerp_(value.grad, 1 - beta1) / (1 - beta1**count)
+                second = state["exp_avg_sq"].mul_(beta2).addcmul_(value.grad, value.grad, value=1 - beta2)
+                second = second / (1 - beta2**count)
+                noise = group["noise"] ** 2
+                divisor = (second - noise).clamp_(min=group["floor"] * noise).sqrt_().add_(group["eps"])
+                value.mul_(1 - group["lr"] * group["weight_decay"])
+                value.addcdiv_(mean, divisor, value=-group["lr"])
+
+
+def make_optimizer(
+    parameters: Mapping[str, nn.Parameter], config: TrainingConfig, *, noise: float
+) -> torch.optim.Optimizer:
+    """The inner optimiser over the trainable parameters, in name order. noise: std of the noise on each number."""
     values = [parameters[name] for name in sorted(parameters)]
+    rate, decay = config.learning_rate, config.weight_decay
     if config.optimizer == "sgd":
-        return torch.optim.SGD(values, lr=config.learning_rate, momentum=0.9, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(values, lr=config.learning_rate, weight_decay=config.weight_decay)
+        return torch.optim.SGD(values, lr=rate, momentum=config.momentum, weight_decay=decay)
+    betas = config.beta1, config.beta2
+    if config.optimizer == "adambc":
+        named = {"lr": rate, "eps": config.adam_epsilon, "weight_decay": decay}
+        return AdamBc(values, betas=betas, noise=noise, floor=config.variance_floor, **named)
+    return torch.optim.AdamW(values, lr=rate, betas=betas, eps=config.adam_epsilon, weight_decay=decay)
 
 
 def learning_rate(config: TrainingConfig, *, step: int, steps: int) -> float:
-    """Linear warm-up over the first `warmup` share of the steps, then a cosine to zero. Steps count from 1."""
+    """The rate of a step, counted from 1; it follows the number of the step and nothing else.
+
+    A linear warm-up over the first `warmup` share of the steps, then a cosine or a line to zero, or constant.
+    """
     warm = config.warmup * steps
     if step <= warm:
         return config.learning_rate * step / max(1.0, warm)
     done = (step - warm) / max(1.0, steps - warm + 1)
-    return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * done))
+    left = {"cosine": 0.5 * (1.0 + math.cos(math.pi * done)), "linear": 1.0 - done, "constant": 1.0}
+    return config.learning_rate * left[config.schedule]
+
+
+@dataclass
+class Average:
+    """An exponential mean of the weights after each step, to be released in place of the last ones.
+
+    Post-processing: the accountant pays for all steps together, so any function of all weights is covered. The mean is
+    corrected for its start like Adam's, so that after one step it is that step's weights. decay 0: nothing is kept.
+    """
+
+    decay: float
+    steps: int = 0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def observe(self, parameters: Mapping[str, Tensor]) -> None:
+        """Take the weights after a step."""
+        if not self.decay:
+            return
+        self.steps += 1
+        for name, value in parameters.items():
+            old = self.sums.get(name)
+            old = torch.zeros_like(value) if old is None else old
+            self.sums[name] = old.mul_(self.decay).add_(value.detach(), alpha=1 - self.decay)
+
+    def install(self, parameters: Mapping[str, Tensor]) -> None:
+        """Put the mean in place of the weights."""
+        with torch.no_grad():
+            for name, value in self.sums.items():
+                parameters[name].copy_(value / (1 - self.decay**self.steps))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The mean so far as named tensors, for a checkpoint; none where no step was seen."""
+        return {**self.sums, "": torch.tensor([self.steps])} if self.steps else {}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `tensors` saved."""
+        self.steps = int(tensors[""][0]) if tensors else 0
+        self.sums = {name: value.clone() for name, value in tensors.items() if name}
 
 
 def apply_update(

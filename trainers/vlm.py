@@ -30,7 +30,7 @@ from trainers.opened import REFERENCE as REFERENCE
 from trainers.opened import Opened, family_class, open_checkpoint, told_as
 from trainers.prompts import IGNORE, TEXT, Head, HeadRow, Packed, stack_heads
 from trainers.records import Pixels, Question
-from trainers.reducers import Reduced, Reducer, VisualTokens, make_reducer
+from trainers.reducers import Reduced, Reducer, VisualTokens, make_reducer, sized
 
 SPARE = "<|spare_{}|>"
 Precision = Literal["float32", "bfloat16"]
@@ -71,10 +71,11 @@ class VisionLanguageModel:
         self.device = device
         self.source = source
         self.family: Family = family_class(hf.config.model_type, source)(self.hf, processor, source)
-        self.layer = self.family.layer
+        self.layers = self.family.layers(ReducerConfig())
         self.drop_cls = self.family.drop_cls
         self.prompter = self.family.prompter(tokenizer)
         self.checkpointing: Checkpointing = "none"
+        self.trained = "both"
         self.too_long: list[int] = []
         self.warnings: tuple[str, ...] = ()
         self.reducer_config = ReducerConfig()
@@ -120,12 +121,16 @@ class VisionLanguageModel:
             return model
 
     def set_reducer(self, config: ReducerConfig) -> None:
-        """Choose the reducer used by `answer` and by callers of `self.reducer`; raises UsageError on bad sizes."""
-        self.family.check_layer(config.layer, attention=config.name not in ("none", "random", "divprune"))
+        """Choose the reducer used by `answer` and by callers of `self.reducer`; raises UsageError on bad sizes.
+
+        `self.reducer_config` is then the configuration with the numbers that it left to the checkpoint.
+        """
+        layers = self.family.layers(config)
+        config = sized(config, self.family.patches)
         self.reducer = self._make_reducer(config, self.family.patches)
-        self.reducer_config = config
-        if config.name != "none":
-            self.layer = config.layer
+        self.layers = layers
+        named = {"layer": layers.importance, "feature_layer": layers.features}
+        self.reducer_config = config.model_copy(update=named)
 
     def _make_reducer(self, config: ReducerConfig, patches: int | None) -> Reducer:
         return make_reducer(config, patches=sys.maxsize if patches is None else patches, drop_cls=self.drop_cls)
@@ -192,7 +197,7 @@ class VisionLanguageModel:
     def visual_tokens(self, pixels: Sequence[Pixels], *, batch_size: int = 64) -> VisualTokens:
         """Encode pictures (uint8, (H, W, 3) each) of one grid with the frozen tower; see VisualTokens for shapes.
 
-        Only the chosen layer's attention is computed, from its queries and keys, so the tower keeps its fast kernels.
+        Only the attention of `layers.importance` is computed, from queries and keys, so its kernels stay fast.
         """
         groups = self._by_grid(pixels)
         if len(groups) > 1:
@@ -209,7 +214,7 @@ class VisionLanguageModel:
 
     def _visual(self, pictures: Sequence[Prepared], batch_size: int) -> VisualTokens:
         starts = range(0, len(pictures), batch_size)
-        return VisualTokens.join([self.family.encode(pictures[at : at + batch_size], self.layer) for at in starts])
+        return VisualTokens.join([self.family.encode(pictures[at : at + batch_size], self.layers) for at in starts])
 
     @torch.no_grad()
     def encoded(self, pixels: Sequence[Pixels], *, batch_size: int = 64) -> list[Encoded]:
@@ -339,15 +344,17 @@ class VisionLanguageModel:
         are float32 whatever the model computes in: master weights, gradients, clipping and noise lose nothing.
         """
         self.hf = lora.attach(self.hf, self.family, config, generator)
+        self.trained = config.train
         return lora.trained(self.hf)
 
-    def load_adapter(self, folder: Path, flag: str = "adapter") -> None:
-        """Put a released PEFT adapter on top of this base. flag: how an error names the adapter."""
+    def load_adapter(self, folder: Path, flag: str = "adapter", *, trained: str = "both") -> None:
+        """Put a released PEFT adapter on top of this base. flag: how an error names it. trained: model.lora.train."""
+        self.trained = trained
         self.hf = lora.load(self.hf, folder, flag).to(self.device).eval()
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The adapter's parameters by name, made trainable: for attacks that need gradients of a released model."""
-        return lora.made_trainable(self.hf)
+        return lora.made_trainable(self.hf, self.trained)
 
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter in PEFT's own layout (safetensors)."""

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from dpaudit.config import ZerothOrderConfig
 from dpaudit.randomness import Key
-from trainers.gradients import Gradient, UnitSum, clip_factors, unit_losses
+from trainers.gradients import ClipRule, Gradient, UnitSum, clip_factors, unit_losses
 from trainers.inputs import Rows
 from trainers.vlm import VisionLanguageModel
 
@@ -74,6 +74,7 @@ class ZerothOrder:
     model: VisionLanguageModel
     parameters: Mapping[str, nn.Parameter]
     config: ZerothOrderConfig
+    clip: ClipRule = clip_factors
     _step: tuple[bytes, int] | None = field(default=None, repr=False)
     _lines: list[Gradient] = field(default_factory=list, repr=False)
 
@@ -117,7 +118,7 @@ class ZerothOrder:
         """Sum over units of min(1, C / norm) d_i, a tensor of K numbers; the norm is L2, or L1 for Laplace noise."""
         numbers, losses = self.per_unit(rows, lines)
         norms = numbers.norm(p=1 if self.config.noise == "laplace" else 2, dim=1)
-        factors = clip_factors(norms, max_grad_norm)
+        factors = self.clip(norms, max_grad_norm)
         clean = torch.where((factors > 0)[:, None], numbers, torch.zeros_like(numbers))
         return UnitSum({NUMBERS: factors @ clean}, norms, losses)
 

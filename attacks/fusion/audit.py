@@ -172,7 +172,9 @@ def paper_std(run: RunFolder, config: RunConfig) -> float:
     if noise == "none":
         return 0.0
     if noise in ("sum", "mean"):
-        assert claim is not None and claim.noise_multiplier is not None and claim.max_grad_norm is not None
+        if claim is None:
+            return 0.0  # sigma is 0
+        assert claim.noise_multiplier is not None and claim.max_grad_norm is not None
         total = float(claim.noise_multiplier) * claim.max_grad_norm
         return total if noise == "sum" else total / float(claim.expected_batch_size or 1.0)
     return float(noise)

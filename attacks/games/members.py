@@ -6,7 +6,6 @@ one reports is chosen on a development half (attacks.membership.selection); the 
 breakdown by kind come from the other half.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -158,7 +157,7 @@ def view_of(run: RunFolder, records: StudyRecords, study: Study, device: str, se
         outside = Access(target.model, records.population_units(), adapted=True)
         references = References(study.losses, study.inside, study.population, records.population_kinds, outside.loss)
     others = [records.units[index] for index in records.fixed()]
-    most = records.plan.max_grad_norm if records.plan.claim is not None else math.inf
+    most = records.plan.max_grad_norm
     return View(units, records.kinds, target, base, references, seed, others=others, max_grad_norm=most)
 
 

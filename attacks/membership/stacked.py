@@ -71,6 +71,9 @@ def stackable(config: RunConfig) -> bool:
     """Whether a step of this configuration is "clip row gradients of shared inputs, add noise to every block"."""
     return (
         config.method in ("non-private", "dp-sgd", "dual-priv")
+        and config.privacy.clipping == "flat"
+        and config.model.lora.train == "both"
+        and not config.training.average
         and config.fusion.release == "none"  # released tokens carry the noise of their own training
         and not (config.pruning.by == "previous" and config.pruning.keep < 1)
     )
@@ -111,9 +114,11 @@ class Stack:
             model=shared.model,
             inputs=shared.inputs,
             parameters=parameters,
-            optimizer=updates.make_optimizer(parameters, shared.config.training),
+            optimizer=updates.make_optimizer(parameters, shared.config.training, noise=shared.plan.noise_std),
             path=gradient_path(shared.config, shared.model, parameters),
             pruning=updates.Pruning.of(parameters, shared.config.pruning),
+            average=updates.Average(0.0),
+            rows_at_once=ROWS_AT_ONCE,
         )
 
     def step(self, step: int) -> None:
@@ -131,7 +136,7 @@ class Stack:
         jobs = [(model, int(unit)) for model, batch in enumerate(batches) for unit in batch]
         total = {name: torch.zeros_like(value) for name, value in self.stacked.items()}
         norms, losses, owners = [], [], []
-        private = self.shared.plan.claim is not None
+        private = self.shared.config.method != "non-private"
         for chunk in self._chunks(jobs):
             gradients, unit_losses, owner = self._unit_gradients(step, chunk)
             squares = torch.stack([value.flatten(1).square().sum(dim=1) for value in gradients.values()]).sum(dim=0)

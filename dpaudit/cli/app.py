@@ -37,6 +37,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "keygen": ("dpaudit.cli.keygen", "Make a key pair for signing releases."),
     "sign": ("dpaudit.cli.sign", "Sign the release of a run."),
     "verify": ("dpaudit.cli.verify", "Check the signature of a release."),
+    "features": ("dpaudit.cli.features", "Show or delete the encoded pictures that runs share."),
     "scores": ("dpaudit.cli.scores", "Audit membership scores from any source."),
     "bound": ("dpaudit.cli.bound", "Calculate a lower bound on eps from counts."),
     "plan": ("dpaudit.cli.plan", "Plan an audit: canaries and guesses needed to refute a wrong claim."),

@@ -22,7 +22,9 @@ def command(
         list[str] | None,
         typer.Argument(metavar="[GRID.yaml] [KEY.SUB=VALUE]...", help="The grid, and settings of every cell."),
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="frontier, dual-priv-ablation or iso-parameter.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="frontier, dual-priv-ablation, dual-priv-noiseless or iso-parameter.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the sweep; default sweeps/NAME.")] = None,
     processes: Annotated[
         int | None,

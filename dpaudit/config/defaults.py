@@ -12,15 +12,21 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 
 # Settings for the compact reference model, chosen on public synthetic pictures (trainers/public/base/README.md). A
 # checkpoint of one's own (model.path) starts from the field defaults instead.
-_PRIVATE_SETTINGS = {"model": {"lora": {"rank": 4}}, "training": {"epochs": 20.0, "learning-rate": 1e-2}}
+_TOKENS = {"keep": 16, "fuse": 8}  # of 64 patches
+_PRIVATE_SETTINGS = {
+    "model": {"lora": {"rank": 4}},
+    "reducer": _TOKENS,
+    "training": {"epochs": 20.0, "learning-rate": 1e-2},
+}
 _PLAIN_TRAINING = {"epochs": 40.0, "batch-size": 32, "learning-rate": 5e-3}
 REFERENCE_DEFAULTS: dict[str, dict[str, Any]] = {
-    "non-private": {"model": {"lora": {"rank": 4}}, "training": _PLAIN_TRAINING},
+    "non-private": {"model": {"lora": {"rank": 4}}, "reducer": _TOKENS, "training": _PLAIN_TRAINING},
     "dp-sgd": _PRIVATE_SETTINGS,
     "dual-priv": _PRIVATE_SETTINGS,
     # Along one direction a step learns one number: many small steps, and C for a number instead of a gradient.
     "dp-zo": {
         "model": {"lora": {"rank": 4}},
+        "reducer": _TOKENS,
         "privacy": {"max-grad-norm": 4.0},
         "training": {"epochs": 40.0, "batch-size": 32, "learning-rate": 4e-3},
     },

@@ -141,6 +141,9 @@ class LoraConfig(Section):
         default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), min_length=1
     )
     projector: bool = Field(default=False, description="also adapt the multimodal projector")
+    train: Literal["both", "b", "alternating"] = Field(
+        default="both", description="b: A stays as drawn (FFA-LoRA); alternating: B in odd steps, A in even ones"
+    )
 
 
 class ModelConfig(Section):
@@ -158,9 +161,19 @@ class ReducerConfig(Section):
     """Visual token pruning and fusion. `keep` = K dominant patches, `fuse` = k fused tokens."""
 
     name: ReducerName = "none"
-    keep: int = Field(default=16, ge=1)
-    fuse: int = Field(default=8, ge=0)
-    layer: int = Field(default=-2, description="encoder layer whose attention and features are used (LLaVA: -2)")
+    keep: int | None = Field(
+        default=None, ge=1, description="default: 54 of 576 patches (VisionZip), in proportion to the checkpoint's"
+    )
+    fuse: int | None = Field(default=None, ge=0, description="default: 10 of 576 patches, in proportion")
+    layer: int | None = Field(
+        default=None, description="encoder layer whose attention and keys choose and assign; default: by the checkpoint"
+    )
+    feature_layer: int | None = Field(
+        default=None, description="encoder layer whose features the projector gets; default: the checkpoint's own"
+    )
+    assign: Literal["keys", "tokens"] = Field(
+        default="keys", description="what the cosine compares when other patches join a centre"
+    )
     noise: Literal["none", "sum", "mean"] | Finite = Field(
         default="none", description="fusion noise std: 'sum' = sigma*C, 'mean' = sigma*C/B, or a number"
     )
@@ -177,14 +190,25 @@ class FusionConfig(Section):
 class PrivacyConfig(Section):
     """The claim that the run makes. Either `epsilon` or `noise-multiplier`; a non-private run uses neither."""
 
-    epsilon: Finite | None = Field(default=8.0, gt=0, description="for no claim at all: method=non-private")
+    epsilon: Annotated[Finite, Field(gt=0)] | Literal["inf"] | None = Field(
+        default=8.0, description="inf: the method clips and adds no noise, and claims no privacy"
+    )
     delta: Finite = Field(default=1e-5, gt=0, lt=1)
     noise_multiplier: Finite | None = Field(default=None, gt=0)
     max_grad_norm: Finite = Field(default=1.0, gt=0)
+    clipping: Literal["flat", "automatic"] = Field(
+        default="flat", description="automatic: every unit to C norm / (norm + 0.01), small gradients too (AUTO-S)"
+    )
     relation: Literal["add-remove", "zero-out", "replace"] = "add-remove"
     noise: Literal["plain", "secure"] = Field(
         default="plain", description="secure: half the sum of four normals, against attacks on floating-point noise"
     )
+
+    @field_validator("epsilon", mode="before")
+    @classmethod
+    def _no_bound(cls, value: object) -> object:
+        """YAML's `.inf` and the command line's `inf` are one value, which JSON can hold."""
+        return "inf" if value == float("inf") else value
 
 
 class PruningConfig(Section):
@@ -218,12 +242,30 @@ class TrainingConfig(Section):
     sampling: Literal["poisson", "fixed", "shuffle"] = Field(
         default="poisson", description="fixed: a uniform subset of batch-size; shuffle: epochs; see docs/accounting.md"
     )
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adambc", "sgd"] = Field(
+        default="adamw", description="adambc: AdamW whose second moment has the noise's own variance taken out"
+    )
     learning_rate: Finite = Field(default=1e-3, gt=0)
-    weight_decay: Finite = Field(default=0.0, ge=0)
+    schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="after the warm-up")
     warmup: Finite = Field(default=0.05, ge=0, lt=1, description="fraction of the steps")
+    weight_decay: Finite = Field(default=0.0, ge=0)
+    beta1: Finite = Field(default=0.9, ge=0, lt=1)
+    beta2: Finite = Field(default=0.999, ge=0, lt=1)
+    adam_epsilon: Finite = Field(default=1e-8, gt=0)
+    variance_floor: Finite = Field(
+        default=0.1, gt=0, description="adambc: least corrected second moment, as a share of the noise's variance"
+    )
+    momentum: Finite = Field(default=0.9, ge=0, lt=1, description="of sgd")
+    average: Finite = Field(
+        default=0.0, ge=0, lt=1, description="release an exponential mean of all steps' weights with this decay; 0: no"
+    )
     gradient_path: Literal["auto", "micro-batch", "hooks"] = "auto"
-    rows_at_once: int = Field(default=64, ge=1, description="pictures per physical batch of the fast path")
+    rows_at_once: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default="auto", description="rows of a physical batch; auto: at most 64, as many as training.memory holds"
+    )
+    memory: Finite = Field(
+        default=8.0, gt=0, description="GiB that a physical batch may take, activations and per-row gradients"
+    )
     gradient_checkpointing: Literal["none", "auto", "reentrant", "non-reentrant"] = Field(
         default="none", description="recompute the decoder's layers in the backward pass; auto: the kind that fits"
     )
@@ -264,6 +306,11 @@ class RunConfig(Section):
     training: TrainingConfig = TrainingConfig()
     canaries: CanaryConfig = CanaryConfig()
     planted: PlantedConfig = PlantedConfig()
+
+    @property
+    def claims(self) -> bool:
+        """Whether the run claims a finite eps: it clips and adds noise."""
+        return self.method != "non-private" and self.privacy.epsilon != "inf"
 
     def to_yaml(self) -> str:
         """The resolved configuration as YAML, every default spelled out."""

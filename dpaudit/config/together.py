@@ -10,13 +10,15 @@ def check_together(config: RunConfig) -> None:
     """Rules that span sections."""
     privacy = config.privacy
     if config.method == "non-private":
-        if config.planted.noise_scale != 1.0:
-            raise rejected("planted.noise-scale", config.planted.noise_scale, "1.0 for method non-private")
+        _check_unused("privacy", privacy, ("clipping",), False, "a method that clips")
     elif (privacy.epsilon is None) == (privacy.noise_multiplier is None):
         raise rejected(
             "privacy.epsilon", privacy.epsilon, "either privacy.epsilon or privacy.noise-multiplier, exactly one"
         )
+    if not config.claims and config.planted.noise_scale != 1.0:
+        raise rejected("planted.noise-scale", config.planted.noise_scale, "1.0 for a run that adds no noise")
     _check_zeroth_order(config)
+    _check_recipe(config)
     _check_fusion(config)
     _check_unused(
         "pruning", config.pruning, ("decay", "explore"), config.pruning.by == "previous", "pruning.by=previous"
@@ -28,8 +30,10 @@ def check_together(config: RunConfig) -> None:
     reducer = config.reducer
     if reducer.noise != "none" and reducer.name not in ("visionzip",):
         raise rejected("reducer.noise", reducer.noise, f"'none' for reducer {reducer.name} (it fuses no tokens)")
-    if reducer.name == "visionzip" and reducer.fuse < 1:
+    if reducer.name == "visionzip" and reducer.fuse is not None and reducer.fuse < 1:
         raise rejected("reducer.fuse", reducer.fuse, "at least 1 for reducer visionzip")
+    if reducer.assign != "keys" and reducer.name != "visionzip":
+        raise rejected("reducer.assign", reducer.assign, f"keys for reducer {reducer.name} (it assigns nothing)")
     if isinstance(reducer.noise, float) and reducer.noise < 0:
         raise rejected("reducer.noise", reducer.noise, "'none', 'sum', 'mean' or a number >= 0")
     if config.method == "non-private" and reducer.noise in ("sum", "mean"):
@@ -44,8 +48,8 @@ def _check_fusion(config: RunConfig) -> None:
     )
     if chosen.release == "none":
         return
-    if config.method == "non-private":
-        raise rejected("fusion.release", chosen.release, "none for method non-private (it makes no claim)")
+    if not config.claims:
+        raise rejected("fusion.release", chosen.release, "none for a run that makes no claim")
     if chosen.radius is None:
         hint = "a number > 0, chosen on public pictures (python -m trainers.fusion prints their norms)"
         raise rejected("fusion.radius", None, hint)
@@ -54,6 +58,28 @@ def _check_fusion(config: RunConfig) -> None:
     if config.privacy.relation == "add-remove":
         accepted = "zero-out or replace with fusion.release=clip-noise: a published row shows presence"
         raise rejected("privacy.relation", "add-remove", accepted)
+
+
+def _check_recipe(config: RunConfig) -> None:
+    """Settings of one optimiser, and steps that train a part of the adapter."""
+    training, which = config.training, config.model.lora.train
+    adam = training.optimizer != "sgd"
+    _check_unused("training", training, ("beta1", "beta2", "adam_epsilon"), adam, "training.optimizer=adamw or adambc")
+    corrected = training.optimizer == "adambc"
+    _check_unused("training", training, ("variance_floor",), corrected, "training.optimizer=adambc")
+    _check_unused("training", training, ("momentum",), not adam, "training.optimizer=sgd")
+    if corrected and not config.claims:
+        raise rejected("training.optimizer", "adambc", "adamw or sgd for a run without noise (nothing to take out)")
+    if corrected and config.method == "dp-zo":
+        raise rejected("training.optimizer", "adambc", "adamw or sgd for method dp-zo (its noise is on numbers)")
+    if which == "alternating" and config.method == "dp-zo":
+        raise rejected(
+            "model.lora.train", which, "both or b for method dp-zo (a direction is over all that is trained)"
+        )
+    pruned = config.pruning.keep < 1 and (config.pruning.by == "previous" or config.pruning.granularity == "layer")
+    if which == "alternating" and pruned:
+        accepted = "both or b with pruning.by=previous or pruning.granularity=layer, whose blocks hold A and B"
+        raise rejected("model.lora.train", which, accepted)
 
 
 def _check_zeroth_order(config: RunConfig) -> None:

@@ -47,6 +47,7 @@ from dpaudit.documents.claim import (
 from dpaudit.documents.environment import (
     DoctorDocument,
     EnvironmentDocument,
+    FeaturesDocument,
 )
 from dpaudit.documents.games import (
     Assumes,
@@ -116,6 +117,7 @@ __all__ = [
     "EpsilonAt",
     "Extraction",
     "FactorySource",
+    "FeaturesDocument",
     "FusionAudit",
     "GameDocument",
     "GameEntry",
@@ -169,6 +171,7 @@ DOCUMENTS: tuple[type[Document], ...] = (
     SignatureDocument,
     VerificationDocument,
     KeyDocument,
+    FeaturesDocument,
 )
 
 

@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from pydantic import Field
+
 from dpaudit.documents.base import Document
 from dpaudit.documents.games import Check
 
@@ -24,3 +26,14 @@ class DoctorDocument(Document):
     kind: Literal["doctor"] = "doctor"
     healthy: bool
     checks: tuple[Check, ...]
+
+
+class FeaturesDocument(Document):
+    """What `dpaudit features --json` prints."""
+
+    kind: Literal["features"] = "features"
+    folder: str
+    deleted: bool = Field(description="Whether what is counted here was removed.")
+    settings: int = Field(description="Towers, reducers and other settings that pictures were encoded with.")
+    pictures: int = Field(description="Encoded pictures, each once for each settings.")
+    bytes: int

@@ -15,9 +15,12 @@ TRAIN = "reports.sweep.jobs:train"
 MEASURE = "reports.sweep.jobs:measure"
 
 
-def train_payload(config: RunConfig, out: Path, row: LedgerRow | None, audits: Sequence[str]) -> dict[str, Any]:
-    """What `train` takes."""
+def train_payload(
+    config: RunConfig, out: Path, row: LedgerRow | None, audits: Sequence[str], features: Path
+) -> dict[str, Any]:
+    """What `train` takes. features: the folder of encoded pictures that the cells share."""
     return {
+        "features": str(features.resolve()),
         "config": config.model_dump(mode="json", by_alias=True),
         "out": str(out.resolve()),
         "row": row.model_dump(mode="json") if row is not None else None,
@@ -28,26 +31,38 @@ def train_payload(config: RunConfig, out: Path, row: LedgerRow | None, audits: S
 
 def train(payload: dict[str, Any]) -> dict[str, Any]:
     """Train the cell of `payload`, or go on where it stopped, and audit it where asked; nothing is done twice."""
-    from attacks.training import resume_run, start_run
-    from trainers.progress import Live
+    from trainers.feature_folder import shared
 
     if payload["online"]:
         online.allow()
     config, out = resolve(payload["config"]), Path(payload["out"])
+    with shared(Path(payload["features"])):
+        run = _trained(config, out)
+        _audited(run, config, payload["audits"])
+    if payload["row"] is not None:  # after the audit, which judges this cell's own claim and not the choice among cells
+        declare(run, LedgerRow.model_validate(payload["row"]))
+    card.renew(out)
+    return {}
+
+
+def _trained(config: RunConfig, out: Path) -> RunFolder:
+    from attacks.training import resume_run, start_run
+    from trainers.progress import Live
+
     run = RunFolder(out)
     if run.finished or run.ledger.exists():
         resume_run(out, reporter=Live(out.name))
     else:
         start_run(config, out, reporter=Live(out.name))
-    if payload["audits"] and not run.audit.exists():
+    return run
+
+
+def _audited(run: RunFolder, config: RunConfig, audits: Sequence[str]) -> None:
+    if audits and not run.audit.exists():
         from attacks.audit import audit
         from attacks.options import Options
 
-        audit(out, Options(audits=tuple(payload["audits"]), device=config.model.device))
-    if payload["row"] is not None:  # after the audit, which judges this cell's own claim and not the choice among cells
-        declare(run, LedgerRow.model_validate(payload["row"]))
-    card.renew(out)
-    return {}
+        audit(run.path, Options(audits=tuple(audits), device=config.model.device))
 
 
 def declare(run: RunFolder, row: LedgerRow | None) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from dpaudit import folders
 from dpaudit.errors import UsageError
 
-RUNS, LOGS = "runs", "logs"
+RUNS, LOGS, FEATURES = "runs", "logs", "features"
 
 
 def require_plain(out: Path) -> None:
@@ -15,6 +15,7 @@ def require_plain(out: Path) -> None:
     judged where it is opened (dpaudit.folders).
     """
     folders.require_plain(out / LOGS)
+    folders.require_plain(out / FEATURES)
     for place in (out / RUNS, *(folders.entries(out / RUNS) if folders.kind(out / RUNS) == "folder" else ())):
         kind = folders.kind(place)
         if kind not in ("folder", "nothing"):

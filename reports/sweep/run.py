@@ -15,7 +15,7 @@ from dpaudit.executors import Executor, Outcome
 from reports.sweep import jobs
 from reports.sweep.board import Board, Entry, locked, tuning
 from reports.sweep.document import State, SweepDocument
-from reports.sweep.layout import LOGS
+from reports.sweep.layout import FEATURES, LOGS
 from reports.utility import OVERALL
 from reports.worker import TASK
 
@@ -59,8 +59,8 @@ def _rounds(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
 
 
 def _train(board: Board, entries: Sequence[Entry], runner: Executor, watch: Watcher, logs: Path) -> None:
-    row = tuning(board.plan)
-    payloads = [jobs.train_payload(e.cell.config, e.run.path, row, board.plan.audits) for e in entries]
+    row, features = tuning(board.plan), board.out / FEATURES
+    payloads = [jobs.train_payload(e.cell.config, e.run.path, row, board.plan.audits, features) for e in entries]
 
     def begin(index: int) -> None:
         entries[index].become("training")

@@ -28,6 +28,7 @@ from dpaudit.documents import (
     Document,
     EnvironmentDocument,
     EpsilonAt,
+    FeaturesDocument,
     FusionAudit,
     GameDocument,
     KeyDocument,
@@ -96,6 +97,7 @@ EXAMPLES: list[Document] = [
     SignatureDocument(statement="{}", public_key="PEM", signature="AAAA"),
     VerificationDocument(valid=False, reasons=("the release is not signed",), key_sha256="0" * 64),
     KeyDocument(private_key="key", public_key="key.pub", key_sha256="0" * 64),
+    FeaturesDocument(folder="features", deleted=False, settings=1, pictures=2, bytes=3),
 ]  # fmt: skip
 
 

@@ -43,7 +43,7 @@ class Plain:
         self.kind: str = self.core.config.model_type
         self.tokenizer = copy.deepcopy(model.tokenizer)
         self.processor = model.family.processor
-        self.reducer = reducer
+        self.reducer = reducer  # K, k and layers as numbers
         self.image_id = int(self.core.config.image_token_id)
 
     def gradient(self, unit: Unit, parameters: dict[str, torch.nn.Parameter]) -> tuple[dict[str, Tensor], float]:
@@ -133,6 +133,7 @@ class Plain:
         with torch.no_grad():
             tokens, cls, importance, keys = self.look(pixels)
         if self.reducer.name == "tome":
+            assert self.reducer.keep is not None
             tokens, kept = _merged(tokens, keys, self.reducer.keep)
             fused, members = [], []
         else:
@@ -204,6 +205,7 @@ class Plain:
     ) -> tuple[list[int], list[Tensor], list[list[int]]]:
         """Kept places in order, fused tokens, and the places that went into each."""
         keep, fuse, count = self.reducer.keep, self.reducer.fuse, len(tokens)
+        assert keep is not None and fuse is not None
         if self.reducer.name == "random":
             return sorted(int(place) for place in np.random.default_rng(0).permutation(count)[:keep]), [], []
         if self.reducer.name == "divprune":
@@ -218,7 +220,8 @@ class Plain:
         groups: list[list[int]] = [[] for _ in centres]
         for place in rest:
             if place not in centres:
-                near = [float(torch.cosine_similarity(keys[place], keys[centre], dim=0)) for centre in centres]
+                like = tokens if self.reducer.assign == "tokens" else keys
+                near = [float(torch.cosine_similarity(like[place], like[centre], dim=0)) for centre in centres]
                 groups[int(np.argmax(near))].append(place)
         fused = [
             tokens[centre] + (torch.stack([tokens[place] for place in group]).mean(dim=0) if group else 0)
@@ -269,13 +272,16 @@ class Plain:
 
     def _look_plain(self, tower: Any, values: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         llava = self.kind == "llava"
-        layer = self.reducer.layer if self.reducer.layer < 0 else self.reducer.layer - 1 - self.depth(tower)
+        own = self.core.config.vision_feature_layer if llava else -1
+        features = own if self.reducer.feature_layer is None else self.reducer.feature_layer
+        layer = (features if llava else -1) if self.reducer.layer is None else self.reducer.layer
+        layer = layer if layer < 0 else layer - 1 - self.depth(tower)
         blocks = getattr(tower, "vision_model", tower).encoder.layers
         seen: list[Tensor] = []
         handle = blocks[layer].register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
         out = tower(values, **({"output_hidden_states": True} if llava else {}))
         handle.remove()
-        hidden = _wide((out.hidden_states[layer] if llava else out.last_hidden_state)[0])
+        hidden = _wide((out.hidden_states[features] if llava else out.last_hidden_state)[0])
         block, attention = blocks[layer], blocks[layer].self_attn
         normed = block.layer_norm1(seen[0])
         query, key = _wide(attention.q_proj(normed)[0]), _wide(attention.k_proj(normed)[0])
@@ -290,7 +296,9 @@ class Plain:
 
     def _look_qwen(self, given: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         visual = self.core.model.visual
-        layer = self.reducer.layer if self.reducer.layer < 0 else self.reducer.layer - 1 - len(visual.blocks)
+        layer = self.reducer.layer
+        assert layer is not None
+        layer = layer if layer < 0 else layer - 1 - len(visual.blocks)
         block, seen = visual.blocks[layer], []
 
         def remember(_module: Any, args: Any, kwargs: Any) -> None:

@@ -17,7 +17,7 @@ PRUNING = PruningConfig(keep=0.5, by="previous")
 def state(seed: int) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer, updates.Pruning]:
     generator = torch.Generator().manual_seed(seed)
     parameters = {name: nn.Parameter(torch.randn(4, 3, generator=generator)) for name in NAMES}
-    optimizer = updates.make_optimizer(parameters, TrainingConfig(optimizer="adamw"))
+    optimizer = updates.make_optimizer(parameters, TrainingConfig(optimizer="adamw"), noise=0.0)
     return parameters, optimizer, updates.Pruning.of(parameters, PRUNING)
 
 
@@ -35,9 +35,9 @@ def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
 
 def test_everything_that_a_step_depends_on_comes_back(tmp_path: Path) -> None:
     parameters, optimizer, pruning = stepped(1)
-    checkpoints.save(tmp_path, 7, parameters, optimizer, "abc", pruning=pruning)
+    checkpoints.save(tmp_path, 7, parameters, optimizer, "abc", pruning=pruning, average=updates.Average(0.0))
     other, inner, memory = state(2)
-    assert checkpoints.restore(tmp_path, other, inner, "abc", pruning=memory) == 7
+    assert checkpoints.restore(tmp_path, other, inner, "abc", pruning=memory, average=updates.Average(0.0)) == 7
     assert same(dict(parameters), dict(other))
     assert same(updates.optimizer_tensors(parameters, optimizer), updates.optimizer_tensors(other, inner))
     assert pruning.scores == memory.scores != {}
@@ -51,20 +51,20 @@ def test_everything_that_a_step_depends_on_comes_back(tmp_path: Path) -> None:
 def test_the_newest_readable_one_is_taken_and_two_are_kept(tmp_path: Path) -> None:
     parameters, optimizer, pruning = stepped(1)
     for step in (5, 10, 15):
-        checkpoints.save(tmp_path, step, parameters, optimizer, "abc", pruning=pruning)
+        checkpoints.save(tmp_path, step, parameters, optimizer, "abc", pruning=pruning, average=updates.Average(0.0))
     files = sorted(tmp_path.glob("*.safetensors"))
     assert [file.name for file in files] == ["step-0000010.safetensors", "step-0000015.safetensors"]
     files[1].write_bytes(files[1].read_bytes()[:-9])
-    assert checkpoints.restore(tmp_path, *state(3)[:2], "abc", pruning=pruning) == 10
+    assert checkpoints.restore(tmp_path, *state(3)[:2], "abc", pruning=pruning, average=updates.Average(0.0)) == 10
     files[1].write_bytes(b"")
-    assert checkpoints.restore(tmp_path, *state(3)[:2], "abc", pruning=pruning) == 10
+    assert checkpoints.restore(tmp_path, *state(3)[:2], "abc", pruning=pruning, average=updates.Average(0.0)) == 10
     files[0].write_bytes(b"\xff" * 64)
-    assert checkpoints.restore(tmp_path, *state(3)[:2], "abc", pruning=pruning) == 0
+    assert checkpoints.restore(tmp_path, *state(3)[:2], "abc", pruning=pruning, average=updates.Average(0.0)) == 0
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     parameters, optimizer, pruning = stepped(1)
-    checkpoints.save(tmp_path, 5, parameters, optimizer, "abc", pruning=pruning)
+    checkpoints.save(tmp_path, 5, parameters, optimizer, "abc", pruning=pruning, average=updates.Average(0.0))
     with pytest.raises(UsageError, match=r"step-0000005.safetensors: belongs to another run"):
-        checkpoints.restore(tmp_path, *state(3)[:2], "xyz", pruning=pruning)
+        checkpoints.restore(tmp_path, *state(3)[:2], "xyz", pruning=pruning, average=updates.Average(0.0))
     assert checkpoints.newest(tmp_path / "none", "abc") == b""

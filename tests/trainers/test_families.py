@@ -18,7 +18,7 @@ from trainers.families.base import arrange
 from trainers.gradients import Hooks, MicroBatch
 from trainers.inputs import UnitInputs
 from trainers.records import Picture, Unit
-from trainers.reducers import Reduced
+from trainers.reducers import Reduced, sized
 from trainers.vlm import VisionLanguageModel
 
 SIZES = [(32, 32), (32, 64), (64, 32), (48, 32)]
@@ -67,7 +67,10 @@ def adapt(model: VisionLanguageModel) -> dict[str, nn.Parameter]:
     return parameters
 
 
-@pytest.mark.parametrize("reducer", [ReducerConfig(), VISIONZIP], ids=lambda item: item.name)
+BY_TOKENS = VISIONZIP.model_copy(update={"layer": -3, "assign": "tokens"})
+
+
+@pytest.mark.parametrize("reducer", [ReducerConfig(), VISIONZIP, BY_TOKENS], ids=["none", "visionzip", "tokens"])
 @pytest.mark.parametrize("name", [name for name in TINY if name != "smolvlm"])
 def test_per_unit_gradients_equal_transformers_one_question_at_a_time(
     load: Load, name: str, reducer: ReducerConfig
@@ -211,3 +214,44 @@ def test_the_preprocessing_is_the_checkpoint_s_own(load: Load) -> None:
     (made,) = model.family.prepare([shown])
     expected = model.family.processor([[Image.fromarray(shown)]], return_tensors="pt")["pixel_values"][0]
     assert torch.equal(made.values, expected) and made.grid == (2, 2)
+
+
+def test_llava_has_a_layer_of_importance_and_one_of_features(load: Load) -> None:
+    """The hidden states of the tower itself; the checkpoint's own layer unless the run names another."""
+    model = load("llava")
+    pixels = [unit.pictures[0].pixels for unit in random_units(3)]
+    with torch.no_grad():
+        states = model.hf.model.vision_tower(model._pixel_values(pixels), output_hidden_states=True).hidden_states
+
+    def looked(**settings: int) -> tuple[tuple[int, int], torch.Tensor, torch.Tensor]:
+        model.set_reducer(ReducerConfig(name="visionzip", keep=3, fuse=2, **settings))  # type: ignore[arg-type]
+        seen = model.visual_tokens(pixels)
+        return tuple(model.layers), seen.tokens, seen.importance  # type: ignore[return-value]
+
+    layers, tokens, importance = looked()
+    assert layers == (-2, -2) and torch.equal(tokens, states[-2][:, 1:])
+    layers, same, other = looked(layer=-1)
+    assert layers == (-1, -2) and torch.equal(same, tokens) and not torch.allclose(other, importance)
+    layers, moved, there = looked(feature_layer=3)
+    assert layers == (3, 3) and torch.equal(moved, states[3][:, 1:]) and torch.equal(there, other)
+    layers, both, _ = looked(feature_layer=1, layer=-1)
+    assert layers == (-1, 1) and torch.equal(both, states[1][:, 1:])
+    model.set_reducer(ReducerConfig(feature_layer=1))
+    assert torch.equal(model.visual_tokens(pixels).tokens, states[1][:, 1:]), "also where nothing is reduced"
+    for bad in (0, 4, -4):
+        with pytest.raises(UsageError, match=r"reducer\.feature-layer: got .*; accepted: -3 to -1"):
+            looked(feature_layer=bad)
+    other_family = load("qwen2_vl")
+    other_family.set_reducer(ReducerConfig(name="cls-topk", keep=3, feature_layer=-1))
+    with pytest.raises(UsageError, match=r"reducer\.feature-layer: got -2; accepted: null"):
+        other_family.set_reducer(ReducerConfig(name="cls-topk", keep=3, feature_layer=-2))
+
+
+def test_dominant_and_contextual_tokens_follow_the_checkpoint(load: Load) -> None:
+    assert [sized(ReducerConfig(), patches).keep for patches in (576, 729, 256, 64, 4, None)] == [54, 68, 24, 6, 1, 54]
+    assert [sized(ReducerConfig(), patches).fuse for patches in (576, 729, 256, 64, 4, None)] == [10, 13, 4, 1, 1, 10]
+    assert sized(ReducerConfig(keep=16, fuse=0), 576) == ReducerConfig(keep=16, fuse=0)
+    model = load("llava")  # 16 patches
+    model.set_reducer(ReducerConfig(name="visionzip"))
+    assert (model.reducer_config.keep, model.reducer_config.fuse) == (2, 1)
+    assert model.encoded([np.zeros((32, 32, 3), np.uint8)])[0].tokens.shape[0] == 1 + 2 + 1

@@ -1,5 +1,6 @@
 """The feature cache: the same numbers with and without, nothing trusted that is not whole, nothing outside the run."""
 
+import json
 import os
 import stat
 from collections.abc import Callable
@@ -13,11 +14,14 @@ from safetensors import safe_open
 
 from attacks.training import resume_run, start_run
 from dpaudit import atomic
+from dpaudit.cli.app import run as command
 from dpaudit.config import ReducerConfig, RunConfig, resolve
+from dpaudit.errors import UsageError
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
 from tests.tiny import random_units, save_tiny_llava
 from tests.tiny_families import save_tiny_idefics3
+from trainers import feature_folder
 from trainers.features import Features, cache_of
 from trainers.inputs import UnitInputs
 from trainers.records import Dataset, Picture, Unit
@@ -209,3 +213,63 @@ def test_resume_goes_through_the_cache(tiny: Path, tmp_path: Path, monkeypatch: 
     assert all(
         torch.equal(expected[name], value) for name, value in weights(resume_run(run.path, dataset=DATA)).items()
     )
+
+
+def test_runs_of_a_project_share_one_folder_which_a_command_removes(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "features"
+    monkeypatch.setenv(feature_folder.VARIABLE, str(place))
+    plain = start_run(config(tiny, "never"), tmp_path / "plain", dataset=DATA)
+    assert not place.exists()
+    first = start_run(config(tiny, "always"), tmp_path / "first", dataset=DATA)
+    assert stat.S_IMODE(place.stat().st_mode) == 0o700 and not (first.private / "features").exists()
+    counted: list[int] = []
+    encode = VisionLanguageModel.encoded
+
+    def count(model: VisionLanguageModel, pixels: list[np.ndarray], **more: int) -> object:
+        counted.append(len(pixels))
+        return encode(model, pixels, **more)
+
+    monkeypatch.setattr(VisionLanguageModel, "encoded", count)
+    second = start_run(config(tiny, "always"), tmp_path / "second", dataset=DATA)
+    assert counted == [], "the second run computed no feature"
+    expected = weights(plain)
+    for run in (first, second):
+        assert all(torch.equal(expected[name], value) for name, value in weights(run).items())
+        assert not any("features" in str(path) for path in run.release.rglob("*"))
+    (part,) = feature_folder.parts(place)
+    assert part.pictures == 12
+    assert command(["features", str(place), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["settings"], said["pictures"], said["deleted"]) == (1, 12, False) and said["bytes"] == part.size
+    (place / part.settings / "letter.txt").write_text("mine")
+    assert command(["features", str(place), "--delete"]) == 2 and len(list(place.rglob("*.safetensors"))) == 1
+    (place / part.settings / "letter.txt").unlink()
+    assert command(["features", str(place), "--delete"]) == 0 and not place.exists()
+    assert command(["features", str(place)]) == 2
+
+
+def test_a_project_folder_is_the_owners_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_, release = tmp_path / "open", tmp_path / "run" / "release"
+    open_.mkdir(mode=0o755)
+    open_.chmod(0o755)
+    release.mkdir(parents=True)
+    (release / "config.yaml").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "file").write_text("x")
+    for place, words in (
+        (open_, "mode 0755"),
+        (release / "features", "lies in a release"),
+        (tmp_path / "link", "symbolic link"),
+        (tmp_path / "file", "is file"),
+    ):
+        monkeypatch.setenv(feature_folder.VARIABLE, str(place))
+        with pytest.raises(UsageError, match=words) as error:
+            feature_folder.named()
+        assert "\n" not in str(error.value)
+    monkeypatch.delenv(feature_folder.VARIABLE)
+    assert feature_folder.named() is None
+    with feature_folder.shared(tmp_path / "mine"):
+        assert feature_folder.named() == tmp_path / "mine"
+    assert feature_folder.named() is None

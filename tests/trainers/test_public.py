@@ -200,7 +200,7 @@ def test_the_base_works_behind_reducers(base: VisionLanguageModel, reducer: Any)
     visual: VisualTokens = encode(base, shown)
     full = exact_match(base, shown, visual)["all"]
     try:
-        base.set_reducer(ReducerConfig(name=reducer))
+        base.set_reducer(ReducerConfig(name=reducer, keep=16, fuse=8))
         assert exact_match(base, shown, visual)["all"] > full - 0.1
     finally:
         base.set_reducer(ReducerConfig())

@@ -197,14 +197,15 @@ def test_reducers_on_encoders_with_and_without_cls(tower: str, tmp_path: Path) -
         assert (seen.cls is None) == (tower == "siglip")
         torch.testing.assert_close(seen.importance.sum(dim=1) <= 1 + 1e-5, torch.ones(4, dtype=torch.bool))
         reduced = model.reduce(seen)
-        width = {**WIDTH, "visionzip": config.keep + config.fuse + 1, "tome": config.keep + 1}[config.name]
+        keep, fuse = config.keep or 0, config.fuse or 0
+        width = {**WIDTH, "visionzip": keep + fuse + 1, "tome": keep + 1}[config.name]
         assert reduced.tokens.shape[:2] == (4, width - (tower == "siglip"))
     attention = model._visual(model.family.prepare(pixels), 64)
     if tower == "siglip":
         whole = model.hf.model.vision_tower
         whole.set_attn_implementation("eager")
         with torch.no_grad():
-            maps = whole(model._pixel_values(pixels), output_attentions=True).attentions[model.layer]
+            maps = whole(model._pixel_values(pixels), output_attentions=True).attentions[model.layers.importance]
         torch.testing.assert_close(attention.importance, maps.mean(dim=1).mean(dim=1), rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(attention.importance.sum(dim=1), torch.ones(4))
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from scipy.stats import binom, chi2, kstest
 
 from attacks.training import resume_run, start_run
-from dpaudit import accounting
-from dpaudit.config import resolve
+from dpaudit import accounting, atomic
+from dpaudit.config import ReducerConfig, read_yaml, resolve
 from dpaudit.documents import ClaimDocument, LedgerDocument
 from dpaudit.errors import UsageError
 from dpaudit.randomness import Key
@@ -113,7 +113,7 @@ def test_the_plan_never_exceeds_the_target_and_counts_every_candidate(tiny: Path
     [
         ("training.batch-size=25", "training.batch-size"),
         ("privacy.delta=0.1", "privacy.delta"),
-        ("reducer.name=cls-topk", "reducer.keep"),
+        ("reducer={name: cls-topk, keep: 16}", "reducer.keep"),
         ("reducer={name: visionzip, keep: 10, fuse: 7}", "reducer.fuse"),
         ("reducer={name: visionzip, keep: 4, fuse: 2, layer: 9}", "reducer.layer"),
         ("model.lora.targets=[nothing]", "model.lora.targets"),
@@ -217,3 +217,26 @@ def test_relative_paths_are_taken_from_where_the_run_was_started(
         path.read_text(errors="ignore") for path in run.release.rglob("*.*") if path.suffix != ".safetensors"
     )
     assert str(tmp_path) not in text, "a released file names a folder of this machine"
+
+
+def test_a_run_of_an_earlier_version_is_read_as_it_was_trained(tiny: Path, tmp_path: Path) -> None:
+    """Its file has no feature-layer, assign or recipe; LLaVA's features then came from the layer of the attention."""
+    new = ("feature-layer", "assign", "clipping", "train", "schedule", "beta1", "beta2", "adam-epsilon")
+    new += ("variance-floor", "momentum", "average")
+
+    def earlier(reducer: str) -> ReducerConfig:
+        run = RunFolder.create(tmp_path / reducer.replace(" ", ""))
+        run.write_config(resolve({}, settings(tiny, f"reducer={{{reducer}}}")))
+        lines = run.config.read_text().splitlines(keepends=True)
+        text = "".join(line for line in lines if line.strip().partition(":")[0] not in new)
+        atomic.write_text(run.config, text)
+        assert resolve(read_yaml(run.config)).training.optimizer == "adamw"
+        return read_config(run).reducer
+
+    moved = earlier("name: visionzip, keep: 4, fuse: 3, layer: -3")
+    assert (moved.layer, moved.feature_layer, moved.assign) == (-3, -3, "keys")
+    plain = earlier("name: none, keep: 16, fuse: 8, layer: -2")
+    assert plain.feature_layer is None
+    model = VisionLanguageModel.load(str(tiny), device="cpu")
+    model.set_reducer(moved)
+    assert tuple(model.layers) == (-3, -3)

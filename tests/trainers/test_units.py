@@ -14,6 +14,7 @@ from dpaudit.errors import DpauditError
 from dpaudit.randomness import Key
 from tests.tiny import random_units
 from tests.tiny_families import save_tiny_idefics3
+from trainers.families.base import Layers
 from trainers.gradients import Hooks, MicroBatch, UnitSum, unit_losses, whole_units
 from trainers.inputs import Rows, UnitInputs
 from trainers.plan import make_plan
@@ -106,7 +107,7 @@ def test_an_adapter_inside_the_tower_is_refused_where_its_rows_are_tiles(tiled: 
     assert prepared[0].values.shape[0] == 5, "four tiles and the whole"
 
     def through_the_tower(_tokens: Tensor, packed: Packed) -> Tensor:
-        visual = model.family.encode(prepared, -1)
+        visual = model.family.encode(prepared, Layers(-1, -1))
         return VisionLanguageModel.losses(model, visual.tokens, packed)
 
     model.losses = through_the_tower  # type: ignore[method-assign]

@@ -23,7 +23,7 @@ from dpaudit.claims import StepClaim
 from dpaudit.config import RunConfig, resolve
 from dpaudit.randomness import Key
 from trainers import updates
-from trainers.gradients import MicroBatch
+from trainers.gradients import CLIPPING, MicroBatch
 from trainers.inputs import UnitInputs
 from trainers.plan import Plan, fusion_std, make_plan
 from trainers.protocol import Factory
@@ -73,9 +73,10 @@ class Workshop:
             if len(self._inputs) >= 16:
                 del self._inputs[next(iter(self._inputs))]
             self._inputs[key] = (records, UnitInputs(built.model, records))
-        optimizer = updates.make_optimizer(built.parameters, self.config.training)
+        optimizer = updates.make_optimizer(built.parameters, self.config.training, noise=self.plan.noise_std)
         pruning = updates.Pruning.of(built.parameters, self.config.pruning)
-        return replace(built, inputs=self._inputs[key][1], optimizer=optimizer, pruning=pruning), start
+        own = {"optimizer": optimizer, "pruning": pruning, "average": updates.Average(0.0)}  # the weights are looked at
+        return replace(built, inputs=self._inputs[key][1], **own), start
 
     def adapt(self, model: VisionLanguageModel) -> None:
         """For subclasses that change a part of the model once it is built; inputs are encoded afterwards."""
@@ -104,7 +105,7 @@ class VlmTrainer:
         """Weights, moments and pruning scores of its own; model and inputs are shared, as in one factory anyway."""
         made = copy.copy(self)
         parameters = self.trainer.parameters
-        optimizer = updates.make_optimizer(parameters, self.config.training)
+        optimizer = updates.make_optimizer(parameters, self.config.training, noise=self.plan.noise_std)
         moments = updates.optimizer_tensors(parameters, self.trainer.optimizer)
         updates.restore_optimizer(parameters, optimizer, {name: value.clone() for name, value in moments.items()})
         pruning = replace(self.trainer.pruning, scores=dict(self.trainer.pruning.scores))
@@ -147,7 +148,7 @@ class VlmTrainer:
 
     def released(self) -> Mapping[str, Tensor | None]:
         """The noisy mean before pruning; None for a block that was pruned ahead of the step."""
-        return {**dict.fromkeys(self.weights), **self.last} if self.trainer.pruning.ahead else self.last
+        return {**dict.fromkeys(self.weights), **self.last} if self.trainer.partial else self.last
 
     def parameters(self) -> Mapping[str, Tensor]:
         """The adapter."""
@@ -184,12 +185,18 @@ class VlmTrainer:
         return self.trainer.pruning.select(noisy, self.public.generator(purpose="pruning", step=self.step_count))
 
     def gradient(self, record: Unit) -> Mapping[str, Tensor]:
-        """By the micro-batch loop, the oracle of the fast path; with the fusion noise of the next step."""
+        """By the micro-batch loop, the oracle of the fast path; with the fusion noise of the next step.
+
+        Under automatic clipping what is clipped is the gradient over its norm, so that is shown.
+        """
         self._install(self.weights)
         inputs = UnitInputs(self.trainer.model, [record])
         std = fusion_std(self.config, self.plan)
         rows = inputs.select([0], key=self.public, step=self.step_count + 1, fusion_std=std)
-        return MicroBatch(self.trainer.model, self.trainer.parameters).gradient(rows)[0]
+        path = MicroBatch(self.trainer.model, self.trainer.parameters, CLIPPING[self.config.privacy.clipping])
+        if self.config.privacy.clipping == "automatic":
+            return path(rows, self.plan.max_grad_norm).gradient
+        return path.gradient(rows)[0]
 
     def epsilon(self, delta: float) -> float:
         """The accountant's eps for the steps taken."""

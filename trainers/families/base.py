@@ -11,7 +11,7 @@ has: per-tile gradients, and so per-tile clipping, can't come about.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +19,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from dpaudit.config import ReducerConfig
 from dpaudit.errors import rejected
 from trainers.prompts import PADDING, TEXT, ChatTemplate, Head, HeadRow, Packed, Prompter, attention_mask
 from trainers.records import Pixels
 from trainers.reducers import Reduced, VisualTokens
 
 Grid = tuple[int, ...]
+WITHOUT_ATTENTION = ("none", "random", "divprune")  # reducers that look at neither attention nor keys
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,13 @@ class Prepared:
 
     values: Tensor
     grid: Grid
+
+
+class Layers(NamedTuple):
+    """Encoder layers as LLaVA counts them: n is hidden state n, the output of layer n; negative from the end."""
+
+    importance: int  # attention and keys
+    features: int
 
 
 class Family(ABC):
@@ -67,7 +76,12 @@ class Family(ABC):
     @property
     @abstractmethod
     def layer(self) -> int:
-        """The layer to look at where the configuration names none (negative: from the end)."""
+        """The layer of attention and keys where the configuration names none (negative: from the end)."""
+
+    @property
+    def feature_layer(self) -> int:
+        """The layer whose features the checkpoint's projector was trained on."""
+        return -1
 
     @property
     @abstractmethod
@@ -79,20 +93,34 @@ class Family(ABC):
         """Whether the checkpoint leaves out the CLS token where nothing is reduced."""
         return False
 
-    def check_layer(self, layer: int, *, attention: bool) -> None:
+    def layers(self, config: ReducerConfig) -> Layers:
+        """The layers that a configuration asks for; UsageError for one that this tower can't offer.
+
+        Features come from the one layer that the projector was trained on.
+        """
+        if config.feature_layer not in (None, self.feature_layer):
+            accepted = (
+                f"null: the projector of a {self.model_type} takes features of its own layer, {self.feature_layer}"
+            )
+            raise rejected("reducer.feature-layer", config.feature_layer, accepted)
+        importance = self.layer if config.layer is None else config.layer
+        self.check_layer(importance, attention=config.name not in WITHOUT_ATTENTION)
+        return Layers(importance, self.feature_layer)
+
+    def check_layer(self, layer: int, *, attention: bool, field: str = "reducer.layer") -> None:
         """Raise UsageError for a `reducer.layer` that this tower can't offer (or not to a reducer of attention)."""
         depth = self.depth
         if layer == 0 or not -depth <= layer <= depth:
             accepted = f"{-depth} to -1 or 1 to {depth}, as in LLaVA's vision_feature_layer ({depth} encoder layers)"
-            raise rejected("reducer.layer", layer, accepted)
+            raise rejected(field, layer, accepted)
 
     @abstractmethod
     def prepare(self, pixels: Sequence[Pixels]) -> list[Prepared]:
         """Pictures (uint8, (H, W, 3) each) as tower inputs on the CPU, each made from that picture alone."""
 
     @abstractmethod
-    def encode(self, pictures: Sequence[Prepared], layer: int) -> VisualTokens:
-        """Tokens of pictures of one grid, before the projector; attention and keys from encoder layer `layer`."""
+    def encode(self, pictures: Sequence[Prepared], layers: Layers) -> VisualTokens:
+        """Tokens of pictures of one grid, before the projector, with attention and keys."""
 
     # -- the prompt ------------------------------------------------------------------------------------------------
 

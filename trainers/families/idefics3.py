@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dpaudit.errors import rejected
 from trainers.families.attention import captured, received, split_heads, widened
-from trainers.families.base import Family, Grid, Prepared, chat_template, square_values
+from trainers.families.base import Family, Grid, Layers, Prepared, chat_template, square_values
 from trainers.prompts import IMAGE, Prompter
 from trainers.records import Pixels
 from trainers.reducers import VisualTokens
@@ -103,9 +103,9 @@ class Idefics3(Family):
             out += [token] * (self.tile_tokens if token == prompter.image_token_id else 1)
         return out
 
-    def encode(self, pictures: Sequence[Prepared], layer: int) -> VisualTokens:
+    def encode(self, pictures: Sequence[Prepared], layers: Layers) -> VisualTokens:
         values = torch.cat([picture.values for picture in pictures]).to(self.hf.device, self.hf.dtype)
-        parts = [self._encode(values[at : at + TILES_AT_ONCE], layer) for at in range(0, len(values), TILES_AT_ONCE)]
+        parts = [self._encode(values[at : at + TILES_AT_ONCE], layers) for at in range(0, len(values), TILES_AT_ONCE)]
         tiles = VisualTokens.join(parts)
 
         def joined(value: Tensor) -> Tensor:
@@ -113,9 +113,9 @@ class Idefics3(Family):
 
         return replace(tiles, tokens=joined(tiles.tokens), importance=joined(tiles.importance), keys=joined(tiles.keys))
 
-    def _encode(self, values: Tensor, layer: int) -> VisualTokens:
+    def _encode(self, values: Tensor, layers: Layers) -> VisualTokens:
         tower = self.hf.model.vision_model
-        attention = tower.encoder.layers[layer % (self.depth + 1) - 1].self_attn
+        attention = tower.encoder.layers[layers.importance % (self.depth + 1) - 1].self_attn
         with captured(attention.q_proj) as queries, captured(attention.k_proj) as keys:
             hidden = widened(tower(pixel_values=values).last_hidden_state)
         query, key = (split_heads(widened(item[0]), attention.num_heads) for item in (queries, keys))

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpaudit.config import ReducerConfig
 from dpaudit.errors import rejected
 from trainers.families.attention import captured, received, split_heads, widened
-from trainers.families.base import Family, Prepared, chat_template, square_values
+from trainers.families.base import WITHOUT_ATTENTION, Family, Layers, Prepared, chat_template, square_values
 from trainers.prompts import IMAGE, Prompter
 from trainers.records import Pixels
 from trainers.reducers import VisualTokens
 
 
 class Llava(Family):
-    """One tower pass per picture; tokens of hidden state `layer`, as `vision_feature_layer` says."""
+    """One tower pass per picture; features of the hidden state that `vision_feature_layer` or the run names."""
 
     model_type = "llava"
     architecture = "LlavaForConditionalGeneration"
@@ -49,7 +50,20 @@ class Llava(Family):
 
     @property
     def layer(self) -> int:
+        return self.feature_layer
+
+    @property
+    def feature_layer(self) -> int:
         return int(self.hf.config.vision_feature_layer)
+
+    def layers(self, config: ReducerConfig) -> Layers:
+        """Features of any layer; attention and keys of the same one unless the configuration names another."""
+        features = self.feature_layer if config.feature_layer is None else config.feature_layer
+        if config.feature_layer is not None:
+            self.check_layer(features, attention=False, field="reducer.feature-layer")
+        importance = features if config.layer is None else config.layer
+        self.check_layer(importance, attention=config.name not in WITHOUT_ATTENTION)
+        return Layers(importance, features)
 
     @property
     def patches(self) -> int:
@@ -73,13 +87,13 @@ class Llava(Family):
         values = square_values(pixels, self.processor, int(self.hf.config.vision_config.image_size))
         return [Prepared(item, ()) for item in values]
 
-    def encode(self, pictures: Sequence[Prepared], layer: int) -> VisualTokens:
+    def encode(self, pictures: Sequence[Prepared], layers: Layers) -> VisualTokens:
         values = torch.stack([picture.values for picture in pictures]).to(self.hf.device, self.hf.dtype)
-        layers = encoder(self.tower).layers
-        index = layer % (len(layers) + 1) - 1  # hidden state n is the output of layer n - 1
-        attention = layers[index].self_attn
+        # Hidden state n is the output of the layer with index n - 1.
+        attention = encoder(self.tower).layers[layers.importance % (self.depth + 1) - 1].self_attn
         with captured(attention.q_proj) as queries, captured(attention.k_proj) as keys:
-            hidden = widened(self.tower(values, output_hidden_states=True).hidden_states[index + 1])
+            states = self.tower(values, output_hidden_states=True).hidden_states
+        hidden = widened(states[layers.features % (self.depth + 1)])
         query, key = (split_heads(widened(item[0]), attention.num_heads) for item in (queries, keys))
         has_cls = hidden.shape[1] == self.patches + 1
         weights = received(query[:, :, :1] if has_cls else query, key, attention.head_dim**-0.5)

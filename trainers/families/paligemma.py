@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dpaudit.errors import EnvironmentFailure
 from trainers.families.attention import captured, received, split_heads, widened
-from trainers.families.base import Family, Prepared, square_values
+from trainers.families.base import Family, Layers, Prepared, square_values
 from trainers.families.llava import encoder
 from trainers.prompts import IGNORE, IMAGE, PADDING, Head, Packed, Prompter
 from trainers.records import Pixels
@@ -67,9 +67,9 @@ class PaliGemma(Family):
         values = square_values(pixels, self.processor, int(self.hf.config.vision_config.image_size))
         return [Prepared(item, ()) for item in values]
 
-    def encode(self, pictures: Sequence[Prepared], layer: int) -> VisualTokens:
+    def encode(self, pictures: Sequence[Prepared], layers: Layers) -> VisualTokens:
         values = torch.stack([picture.values for picture in pictures]).to(self.hf.device, self.hf.dtype)
-        attention = encoder(self.tower).layers[layer % (self.depth + 1) - 1].self_attn
+        attention = encoder(self.tower).layers[layers.importance % (self.depth + 1) - 1].self_attn
         with captured(attention.q_proj) as queries, captured(attention.k_proj) as keys:
             hidden = widened(self.tower(values).last_hidden_state)
         query, key = (split_heads(widened(item[0]), attention.num_heads) for item in (queries, keys))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dpaudit.errors import rejected
 from trainers.families.attention import captured, received, widened
-from trainers.families.base import Family, Grid, Prepared, chat_template
+from trainers.families.base import Family, Grid, Layers, Prepared, chat_template
 from trainers.prompts import Prompter
 from trainers.records import Pixels
 from trainers.reducers import Reduced, VisualTokens
@@ -84,10 +84,10 @@ class Qwen2Vl(Family):
         _, height, width = (int(value) for value in np.asarray(made["image_grid_thw"])[0])
         return Prepared(torch.as_tensor(np.asarray(made["pixel_values"])), (height, width))
 
-    def encode(self, pictures: Sequence[Prepared], layer: int) -> VisualTokens:
+    def encode(self, pictures: Sequence[Prepared], layers: Layers) -> VisualTokens:
         values = torch.cat([picture.values for picture in pictures]).to(self.hf.device, self.hf.dtype)
         sizes = torch.tensor([[1, *picture.grid] for picture in pictures], device=self.hf.device)
-        attention = self.hf.model.visual.blocks[layer % (self.depth + 1) - 1].attn
+        attention = self.hf.model.visual.blocks[layers.importance % (self.depth + 1) - 1].attn
         with captured(attention.qkv) as projected, _rotations(attention) as rotations:
             hidden = widened(self.hf.model.visual(values, grid_thw=sizes).last_hidden_state)
         query, key = self._rotated(widened(projected[0]), rotations[0], attention.num_heads, len(pictures))
@@ -159,8 +159,8 @@ class Qwen25Vl(Qwen2Vl):
     def _full(self) -> set[int]:
         return {int(block) for block in self.hf.config.vision_config.fullatt_block_indexes if block < self.depth}
 
-    def check_layer(self, layer: int, *, attention: bool) -> None:
-        super().check_layer(layer, attention=attention)
+    def check_layer(self, layer: int, *, attention: bool, field: str = "reducer.layer") -> None:
+        super().check_layer(layer, attention=attention, field=field)
         if attention and layer % (self.depth + 1) - 1 not in self._full:
             accepted = ", ".join(str(block - self.depth) for block in sorted(self._full))
             raise rejected("reducer.layer", layer, f"{accepted} (layers of this tower with full attention)")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trainers.families.attention import captured, widened
-from trainers.families.base import Prepared
+from trainers.families.base import Layers, Prepared
 from trainers.families.qwen2_vl import Qwen2Vl
 from trainers.reducers import VisualTokens
 
@@ -31,11 +31,11 @@ class Qwen3Vl(Qwen2Vl):
         """Tower layers whose features the decoder's first layers take, in the order in which they take them."""
         return sorted(int(index) for index in self.hf.model.visual.deepstack_visual_indexes)
 
-    def encode(self, pictures: Sequence[Prepared], layer: int) -> VisualTokens:
+    def encode(self, pictures: Sequence[Prepared], layers: Layers) -> VisualTokens:
         blocks = self.hf.model.visual.blocks
         with ExitStack() as stack:
             deep = [stack.enter_context(captured(blocks[index])) for index in self._layers]
-            found = super().encode(pictures, layer)
+            found = super().encode(pictures, layers)
         squares = self._square**2
 
         def grouped(hidden: Tensor) -> Tensor:

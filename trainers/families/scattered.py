@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dpaudit.errors import UsageError, rejected
-from trainers.families.base import Family, Grid, Prepared, arrange
+from trainers.families.base import Family, Grid, Layers, Prepared, arrange
 from trainers.prompts import ChatTemplate, Head, HeadRow, Packed, Prompter
 from trainers.records import Pixels
 from trainers.reducers import Reduced, VisualTokens
@@ -98,7 +98,7 @@ class Scattered(Family):
     def patches(self) -> int | None:
         return None
 
-    def check_layer(self, layer: int, *, attention: bool) -> None:
+    def check_layer(self, layer: int, *, attention: bool, field: str = "reducer.layer") -> None:
         if attention:
             accepted = "none, random or divprune: this type's tokens are reduced behind its projector"
             raise rejected("reducer.name", self.model_type, accepted)
@@ -158,7 +158,7 @@ class Scattered(Family):
         return {name: value for name, value in made.items() if isinstance(value, Tensor)}
 
     @torch.no_grad()
-    def encode(self, pictures: Sequence[Prepared], layer: int) -> VisualTokens:
+    def encode(self, pictures: Sequence[Prepared], layers: Layers) -> VisualTokens:
         function = self._features
         outer_and_inner = [function, getattr(getattr(self.hf, "model", None), "get_image_features", function)]
         takes = {name for place in outer_and_inner for name in inspect.signature(place).parameters}

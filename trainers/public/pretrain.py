@@ -126,7 +126,7 @@ def train_tower(model: VisionLanguageModel, plan: Plan, rng: np.random.Generator
     bank = Bank(np.concatenate([strokes.glyphs, fonts.glyphs]), np.concatenate([strokes.digits, fonts.digits]))
     tower = model.core.model.vision_tower
     inner = getattr(tower, "vision_model", tower)
-    layers, depth = inner.encoder.layers, len(inner.encoder.layers) + 1 + model.layer
+    layers, depth = inner.encoder.layers, len(inner.encoder.layers) + 1 + model.layers.features
     inner.encoder.layers = layers[:depth]
     heads = Heads()
 

@@ -1,28 +1,32 @@
 """Reducers that merge patches into fewer tokens."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from trainers.reducers.tokens import Reduced, Reducer, VisualTokens, cosine, each, gather, split_by_importance, with_cls
 
 
-def visionzip(keep: int, fuse: int) -> Reducer:
+def visionzip(keep: int, fuse: int, assign: Literal["keys", "tokens"] = "keys") -> Reducer:
     """Mechanism 1 of Dual-Priv Pruning (arXiv 2506.07077), which is VisionZip's merging (arXiv 2412.04467).
 
     CLS and the K patches of largest importance stay. Of the others, `fuse` at evenly spaced positions become centres;
-    each remaining one joins the centre with the largest cosine similarity of keys; a fused token is its centre plus
-    the mean of its members (an empty cluster is its centre alone).
+    each remaining one joins the centre with the largest cosine similarity; a fused token is its centre plus the mean of
+    its members (an empty cluster is its centre alone). assign: what the cosine compares, the keys of the layer of the
+    importance, as VisionZip's code does, or the tokens, as Dual-Priv's text says.
     """
 
     def reduce(visual: VisualTokens) -> Reduced:
         kept, rest = split_by_importance(visual.importance, keep)
-        others, keys = gather(visual.tokens, rest), gather(visual.keys, rest)
+        others = gather(visual.tokens, rest)
+        compared = gather(visual.keys, rest) if assign == "keys" else others
         count = rest.shape[1]
         step = max(1, count // fuse)
         centre = torch.arange(0, count, step, device=rest.device)[:fuse]
         is_member = torch.ones(count, dtype=torch.bool, device=rest.device)
         is_member[centre] = False
-        assignment = cosine(keys, keys[:, centre]).argmax(dim=-1)  # the first of equals, whatever the batch
+        assignment = cosine(compared, compared[:, centre]).argmax(dim=-1)  # the first of equals, whatever the batch
         assignment[:, centre] = torch.arange(fuse, device=rest.device)
         one_hot = (assignment.unsqueeze(-1) == torch.arange(fuse, device=rest.device)).to(others.dtype)
         one_hot = one_hot * is_member[None, :, None]

@@ -81,7 +81,7 @@ def test_bad_grids_are_one_clear_line(
 
 
 def test_every_preset_resolves_and_takes_overrides() -> None:
-    assert presets() == ("dual-priv-ablation", "frontier", "iso-parameter")
+    assert presets() == ("dual-priv-ablation", "dual-priv-noiseless", "frontier", "iso-parameter")
     frontier = make_plan(read_grid(preset("frontier")))
     assert len(frontier.cells) == 3 * 7
     claimed = {(c.config.method, c.config.privacy.epsilon) for c in frontier.cells if c.config.method != "non-private"}
@@ -100,12 +100,17 @@ def test_every_preset_resolves_and_takes_overrides() -> None:
 
     assert changed("(1,1,1,0) no gradient pruning") == {"pruning.keep": 1.0}
     assert changed("(1,1,0,1) no fusion noise") == {"reducer.noise": "none"}
+    assert changed("(1,1,C,1) fusion noise sigma C") == {"reducer.noise": "sum"}
+    assert changed("assignment by tokens") == {"reducer.assign": "tokens"}
     assert changed("(1,0,1,1) no fusion") == {"reducer.name": "cls-topk", "reducer.noise": "none"}
     assert set(changed("(0,1,1,1) no token pruning")) == {"reducer.keep", "reducer.fuse"}
     chance, attention = configs["random selection, no fusion"], configs["(1,0,1,1) no fusion"]
     assert chance.reducer.keep == attention.reducer.keep and chance.reducer.name == "random"
     assert at_eight["random selection, no fusion"].against == "(1,0,1,1) no fusion, epsilon 8"
     assert configs["dp-zo"].method == "dp-zo" and {"rank 4, half the blocks", "rank 2, all blocks"} <= set(configs)
+    noiseless = make_plan(read_grid(preset("dual-priv-noiseless")))
+    silent = [cell.config.method for cell in noiseless.cells if not cell.config.claims and cell.seed == 0]
+    assert silent == ["non-private", "dp-sgd", "dual-priv", "dp-zo"]
     iso = make_plan(read_grid(preset("iso-parameter")))
     for cell in iso.cells:
         assert cell.config.model.lora.alpha / cell.config.model.lora.rank == 4
