@@ -241,6 +241,26 @@ def check_size(files: ModelFiles, make: Callable[[], Any], flag: str) -> None:
         )
 
 
+def read_weights(architecture: Any, folder: Path, source: str, flag: str, **wanted: Any) -> Any:
+    """The model of a checked folder, in evaluation mode; UsageError where a weight is not in its files.
+
+    architecture: a class of transformers. wanted: what else its `from_pretrained` is given.
+    """
+    given: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True, **wanted}
+    hf, found = architecture.from_pretrained(str(folder), **given)
+    if found["missing_keys"] or found["mismatched_keys"]:  # would be drawn at random
+        lost = sorted({*found["missing_keys"], *found["mismatched_keys"]}, key=str)
+        raise UsageError(f"{flag}: got {source!r}, whose files lack {len(lost)} weights, the first is {lost[0]!s:.120}")
+    return hf.eval()
+
+
+def check_vocabulary(hf: Any, tokenizer: Any, source: str, flag: str) -> None:
+    """UsageError where the tokenizer has tokens that the model does not know."""
+    rows, most = hf.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=0)
+    if most >= rows:
+        raise UsageError(f"{flag}: got {source!r}, whose tokenizer has a token {most}; its model knows {rows}")
+
+
 # -- tokenizers ------------------------------------------------------------------------------------------------------
 
 

@@ -117,16 +117,9 @@ class VisionLanguageModel:
             # Weights come last: what is wrong with the folder is said before gigabytes are read.
             plain = hasattr(config, "dpaudit_template")
             processor = _processor_of(folder, family, model_type, tokenizer, flag, needed=not plain)
-            wanted = {"dtype": getattr(torch, precision), "use_safetensors": True, "config": config}
-            hf, found = architecture.from_pretrained(str(folder), **wanted, **local, output_loading_info=True)
-            if found["missing_keys"] or found["mismatched_keys"]:  # would be drawn at random
-                lost = sorted({*found["missing_keys"], *found["mismatched_keys"]}, key=str)
-                raise UsageError(
-                    f"{flag}: got {path!r}, whose files lack {len(lost)} weights, the first is {lost[0]!s:.120}"
-                )
-            rows, most = hf.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=0)
-            if most >= rows:
-                raise UsageError(f"{flag}: got {path!r}, whose tokenizer has a token {most}; its model knows {rows}")
+            wanted = {"dtype": getattr(torch, precision), "config": config}
+            hf = model_files.read_weights(architecture, folder, str(path), flag, **wanted)
+            model_files.check_vocabulary(hf, tokenizer, str(path), flag)
             model = cls(
                 hf, tokenizer, device=pick_device(device), source=path or "reference", processor=processor, guard=guard
             )

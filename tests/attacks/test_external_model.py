@@ -146,7 +146,7 @@ def test_one_picture_under_two_ids_is_invalid(trained: Path, tmp_path: Path) -> 
         options(trained, records=records, coins=write_coins(tmp_path / "c.csv", twice, members)), log=said.append
     )
     assert document.verdict == "invalid" and not document.tests
-    assert said == ["warning: ids 'u0' and 'again' show the same picture"]
+    assert said == ["warning: ids 'u0' and 'again' hold the same picture"]
     assert shared_pictures({unit.id: unit for unit in units}) == []
 
 
