@@ -78,7 +78,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     parameters = model.attach_lora(LoraConfig(rank=8), generator=np.random.default_rng(0))
     inputs = UnitInputs(model, [unit for unit, member in zip(units, members, strict=True) if member])
     optimizer = torch.optim.Adam(list(parameters.values()), lr=0.02)
-    for _ in range(60):
+    for _ in range(90):
         optimizer.zero_grad()
         torch.autograd.backward(unit_losses(model, inputs.select(range(int(members.sum())))).mean())
         optimizer.step()
