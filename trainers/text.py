@@ -1,8 +1,8 @@
 """Causal language models without pictures, as audits of finished models see them: texts in, a loss a text out.
 
 Any type that transformers loads by `AutoModelForCausalLM` and that is causal: `load` compares, on public tokens, that
-what follows a token does not change what is said of it. Conversations are written by the checkpoint's own chat template;
-what counts there are the assistant's words and the token that ends them, as in training on answers.
+what follows a token does not change what is said of it. Conversations are written by the checkpoint's own chat
+template; what counts there are the assistant's words and the token that ends them, as in training on answers.
 """
 
 import re
@@ -181,8 +181,8 @@ class CausalLanguageModel:
 
 @dataclass(frozen=True)
 class Written:
-    """text: as the tokenizer gets it. counts: its characters that count, from and to. special: whether the tokenizer adds
-    its own special tokens."""
+    """text: as the tokenizer gets it. counts: its characters that count, from and to. special: whether the tokenizer
+    adds its own special tokens."""
 
     text: str
     counts: tuple[tuple[int, int], ...]
@@ -190,8 +190,8 @@ class Written:
 
 
 class Writer:
-    """Writes conversations by a chat template, which is a foreign program: it runs in a child with limits, once for each
-    sequence of roles, on marks instead of what was said."""
+    """Writes conversations by a chat template, which is a foreign program: it runs in a child with limits, once for
+    each sequence of roles, on marks instead of what was said."""
 
     def __init__(self, tokenizer: Any, template: Any) -> None:
         self.template = template.get("default") if isinstance(template, dict) else template
@@ -216,7 +216,9 @@ class Writer:
         asked = [
             [{"role": role, "content": f"{{said{place}}}"} for place, role in enumerate(roles)] for roles in shapes
         ]
-        for roles, found in zip(shapes, model_files.rendered_templates(self.template, self.special, asked), strict=True):
+        for roles, found in zip(
+            shapes, model_files.rendered_templates(self.template, self.special, asked), strict=True
+        ):
             shown = ", ".join(roles[:4]) + (", …" if len(roles) > 4 else "")
             if found.error is not None:
                 raise UsageError(f"model: its chat template fails on messages of {shown} ({found.error})")

@@ -85,7 +85,10 @@ def _redraw(run: RunFolder, coins: Coins) -> Game:
 def _checks(game: Game, coins: Coins) -> list[Check]:
     units, kinds = [canary.unit for canary in game.candidates], [canary.kind for canary in game.candidates]
     members = [canary.member for canary in game.candidates]
-    return [coins_check(coins.sha256, GENUINE), blind_check(features(units), members, kinds=kinds, seed=coins.plan.tie_seed)]
+    return [
+        coins_check(coins.sha256, GENUINE),
+        blind_check(features(units), members, kinds=kinds, seed=coins.plan.tie_seed),
+    ]
 
 
 def summaries(

@@ -1,7 +1,7 @@
 """A fine-tuning whose owner tossed coins beforehand, so that the finished adapter can be audited.
 
     python finetune.py                       # records.parquet, coins.csv, adapter/ with eps = 1
-    dpaudit audit --model adapter --base reference --records records.parquet --coins coins.csv --epsilon 1 --delta 1e-5
+    dpaudit audit-model adapter --base reference --records records.parquet --coins coins.csv --epsilon 1 --delta 1e-5
 
     python finetune.py --bug no-privacy      # neither clipped nor noised, but eps = 1 is claimed all the same: refuted
 

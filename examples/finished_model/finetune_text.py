@@ -3,7 +3,7 @@
     python finetune_text.py                  # records.jsonl, coins.csv, base/, adapter/ with eps = 0.5
     dpaudit audit-model adapter --base base --records records.jsonl --coins coins.csv --epsilon 0.5 --delta 1e-5
 
-    python finetune_text.py --bug no-privacy     # neither clipped nor noised, but eps = 0.5 is claimed all the same: refuted
+    python finetune_text.py --bug no-privacy     # neither clipped nor noised, though eps = 0.5 is claimed: refuted
 
 The base is a small Llama with random weights and a tokenizer of bytes. An owner tosses the coins before the training.
 """
