@@ -17,13 +17,16 @@ import pytest
 
 from tests.dpaudit.test_packages import MINE, TESTS
 
+# Installations depend on the index, not on us.
+pytestmark = pytest.mark.timeout(3600)
+
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONPATH": ""}
 # Commands that start with what stays beside a page's text; everything behind a pipe or a redirection is the shell's.
 COMMAND = re.compile(r"^(?: {4}|\$ )(dpaudit [a-z][a-z-]*(?: .*)?)$", re.MULTILINE)
 
 
-def call(*words: object, folder: Path, seconds: float = 600) -> "subprocess.CompletedProcess[str]":
+def call(*words: object, folder: Path, seconds: float = 3600) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [str(word) for word in words], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=seconds
     )

@@ -140,7 +140,7 @@ class Texts(Kind[TextUnit, CausalLanguageModel]):
         return CausalLanguageModel.load(source, device=self.options.device, fetch=fetch, flag=flag)
 
     def losses(self, model: CausalLanguageModel, units: Sequence[TextUnit], log: Log) -> Floats:
-        """Both models are given the same tokens: those of the base, in the template that lies beside the trained one."""
+        """Both models are given the same tokens: those of the base, in the template beside the trained one."""
         owner = [place for place, unit in enumerate(units) for _ in unit.texts]
         if not self.tokens:
             model.template = template_in(self.options.model) or model.template

@@ -1,7 +1,7 @@
-"""The texts of a model's owner: JSON Lines, Parquet or CSV, checked row by row before anything is computed of them.
+"""The texts of an owner: JSON Lines, Parquet or CSV, checked row by row before anything is computed from them.
 
-A row has an `id` and `text`, or `messages` (a list of role and content), or `prompt` and `completion` (both text, or both
-messages): of the last two what the model is to say counts. Rows with the same id are one unit.
+A row has an `id` and `text`, or `messages` (a list of role and content), or `prompt` and `completion` (both text, or
+both messages): of the last two what the model is to say counts. Rows with the same id are one unit.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
