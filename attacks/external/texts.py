@@ -108,12 +108,12 @@ def _message(source: Source, number: int, where: str, message: Any) -> Said:
 
 
 def shared_texts(units: Mapping[str, TextUnit]) -> list[tuple[str, str]]:
-    """Pairs of different ids that hold an equal row."""
-    owner: dict[Text, str] = {}
+    """Pairs of different ids that hold an equal row, but for white space around it."""
+    owner: dict[tuple[Any, ...], str] = {}
     pairs = []
     for name, unit in units.items():
-        for text in dict.fromkeys(unit.texts):
-            first = owner.setdefault(text, name)
+        for said in dict.fromkeys((text.text.strip(), text.conversation) for text in unit.texts):
+            first = owner.setdefault(said, name)
             if first != name:
                 pairs.append((first, name))
     return pairs

@@ -226,7 +226,8 @@ def test_bad_rows_are_one_line(tmp_path: Path, row: dict[str, Any], message: str
 
 def test_one_text_under_two_ids(tmp_path: Path) -> None:
     rows = [{"id": "a", "text": "x"}, {"id": "a", "text": "y"}, {"id": "b", "text": "y"}, {"id": "c", "text": "y "}]
-    assert shared_texts(read_texts(write(tmp_path / "r.jsonl", rows))) == [("a", "b")]
+    rows.append({"id": "d", "text": "z"})
+    assert shared_texts(read_texts(write(tmp_path / "r.jsonl", rows))) == [("a", "b"), ("a", "c")]
     assert read_texts(write(tmp_path / "r.csv", rows)) == read_texts(tmp_path / "r.jsonl")
     assert read_texts(write(tmp_path / "r.parquet", rows)) == read_texts(tmp_path / "r.jsonl")
 
