@@ -46,8 +46,8 @@ $(NPM)/.installed: | install
 # damaged, fuzzing, whole trainings, clusters, contracts on language models. Fault and fuzz tests fork the test process,
 # which must not carry threads or the state of other tests: a process each.
 TESTERS ?= 2
-LONG := tests/faults tests/fuzz tests/examples tests/test_end_to_end.py tests/dpaudit/test_executors_ray.py \
-	tests/reports/sweep tests/attacks/bugs/test_real_trainers.py tests/test_gpu_command.py
+LONG := tests/faults tests/fuzz tests/examples tests/test_end_to_end.py tests/test_wheel.py \
+	tests/dpaudit/test_executors_ray.py tests/reports/sweep tests/attacks/bugs/test_real_trainers.py tests/test_gpu_command.py
 test: install browser npm
 	@start=$$(date +%s); \
 	$(BIN)/python -m pytest $(addprefix --ignore=,$(LONG)) -n $(TESTERS) --dist loadscope; code=$$?; \

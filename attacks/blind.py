@@ -20,17 +20,18 @@ Floats = npt.NDArray[np.float64]
 
 
 def blind_baseline(
-    units: Sequence[Unit], members: npt.ArrayLike, *, kinds: Sequence[str] | None = None, seed: int = 0
+    columns: Floats, members: npt.ArrayLike, *, kinds: Sequence[str] | None = None, seed: int = 0
 ) -> Blind | None:
-    """The baseline on records; None with fewer than 20 or with one class only. members, kinds: one a record."""
+    """The baseline on the (n, k) `features` of records; None with fewer than 20 or with one class only. members, kinds:
+    one a record."""
     labels = np.asarray(members, dtype=bool)
-    if len(units) < LEAST or not 0 < labels.sum() < len(labels):
+    if len(columns) < LEAST or not 0 < labels.sum() < len(labels):
         return None
-    return baseline(features(units), labels, rng=np.random.default_rng(seed), kinds=kinds)
+    return baseline(columns, labels, rng=np.random.default_rng(seed), kinds=kinds)
 
 
 def blind_check(
-    units: Sequence[Unit],
+    columns: Floats,
     members: npt.ArrayLike,
     *,
     kinds: Sequence[str] | None = None,
@@ -38,13 +39,13 @@ def blind_check(
     what: str = "candidates",
 ) -> Check:
     """The baseline as a check of a game's validity. what: the records, in a word."""
-    found = blind_baseline(units, members, kinds=kinds, seed=seed)
+    found = blind_baseline(columns, members, kinds=kinds, seed=seed)
     if found is not None:
         return found.check()
     return Check(
         name="blind baseline",
         status="not applicable",
-        measured=f"{len(units)} {what}",
+        measured=f"{len(columns)} {what}",
         allowed=f"at least {LEAST}, of both classes",
         explanation=f"Too few {what} to fit a classifier that never sees the model.",
     )

@@ -4,13 +4,17 @@
 packages of these names too, both sets are kept, and each is in place while its own code runs: ours inside `ours()`,
 the user's inside `theirs()` (every call into foreign code: attacks.contract.guard). Where there are none, both do
 nothing.
+
+A folder without `__init__.py` is a package too, but Python takes one with `__init__.py` first wherever it stands, so an
+installed dpaudit would hide it. `give_way` puts such a folder, where it stands before ours and holds Python files, in
+its place.
 """
 
 import contextlib
-import importlib
-import importlib.machinery
+import itertools
 import sys
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
@@ -47,8 +51,24 @@ def theirs() -> Iterator[None]:
         yield
 
 
+class _GiveWay:
+    """Finds the user's folders without `__init__.py` of our names, as long as ours are not in place on purpose."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        if path is not None or name not in OWN or (_Shelf.apart and _Shelf.now == "ours"):
+            return None
+        return _hidden(name, sys.path)
+
+
+def give_way() -> None:
+    """From now on, in code that is not ours, a folder of our names that lies before ours is what its import finds."""
+    if not any(isinstance(finder, _GiveWay) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _GiveWay())
+
+
 def keep_apart(folder: Path) -> None:
     """Called with ours imported: from now on a `trainers/` or the like in `folder` is the user's own."""
+    give_way()
     if not _Shelf.apart and _foreign([str(folder)]):
         _Shelf.apart, _Shelf.now, _Shelf.modules = True, "ours", {}
 
@@ -86,11 +106,23 @@ def _foreign(path: list[str]) -> bool:
         if module is not None and not _is_ours(module):
             return True
         if module is None or path is not sys.path:
-            spec = importlib.machinery.PathFinder.find_spec(name, path)
+            spec = PathFinder.find_spec(name, path)
             places = list(spec.submodule_search_locations or [spec.origin or ""]) if spec is not None else []
             if places and not any(Path(place).resolve().is_relative_to(ROOT / name) for place in places):
                 return True
+            if _hidden(name, path) is not None:
+                return True
     return False
+
+
+def _hidden(name: str, path: list[str]) -> ModuleSpec | None:
+    """A folder of Python files without `__init__.py` that stands before ours on the path."""
+    before = list(itertools.takewhile(lambda entry: Path(entry or ".").resolve() != ROOT, path))
+    spec = PathFinder.find_spec(name, before)
+    if spec is None or spec.origin is not None or spec.submodule_search_locations is None:
+        return None
+    folders = [Path(place) for place in spec.submodule_search_locations]
+    return spec if any(next(folder.rglob("*.py"), None) for folder in folders) else None
 
 
 def _is_ours(module: ModuleType | None) -> bool:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from dpaudit.documents import CheckDocument
 
 
+packages.give_way()
+
+
 class Asserts(Protocol):
     """What the fixture is."""
 

@@ -15,6 +15,8 @@ from dpaudit import extras, packages
 if TYPE_CHECKING:
     from trainers.adapters.under_test import hf_trainer, opacus_loop, step_function
 
+packages.give_way()
+
 __all__ = ["hf_trainer", "opacus_loop", "step_function"]
 
 

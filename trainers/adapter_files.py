@@ -183,6 +183,7 @@ def _wrong_shape(hf: Any, placed: Mapping[str, tuple[int, ...]], read: Mapping[s
     PEFT makes matrices of the rank that the settings name in every module, so that rank must be the one of the file.
     """
     from torch import nn
+    from transformers.pytorch_utils import Conv1D  # a linear layer with its weight the other way round, as in GPT-2
 
     modules = dict(hf.named_modules())
     whole = sum(value.numel() for value in hf.parameters())
@@ -195,6 +196,8 @@ def _wrong_shape(hf: Any, placed: Mapping[str, tuple[int, ...]], read: Mapping[s
         owner, rank = modules[kind[1]], _rank(kind[1], read)
         if isinstance(owner, nn.Linear):
             sizes = owner.in_features, owner.out_features
+        elif isinstance(owner, Conv1D):
+            sizes = owner.nx, owner.nf
         elif isinstance(owner, nn.Embedding):
             sizes = owner.num_embeddings, owner.embedding_dim
         else:

@@ -2,7 +2,8 @@
 
 Scores are losses against the base model, the tests those of a one-run game (attacks.games.reading). That the coins
 were fair, independent and drawn before training is the owner's statement; dpaudit checks what can be checked: their
-number, that ids match, that no picture has two coins, and that a classifier that never sees the model can't guess them.
+number, that ids match, that nothing has two coins, and that a classifier that never sees the model can't guess them.
+What is read and scored depends on the model's type (attacks.external.kinds), which is looked at first.
 """
 
 from collections.abc import Callable
@@ -18,22 +19,19 @@ from attacks.blind import blind_check
 from attacks.canaries import Plan
 from attacks.external.claims import ledger_rows
 from attacks.external.folder import AuditFolder, settings_sha256
+from attacks.external.kinds import Kind, kind_of
 from attacks.external.options import ModelOptions
-from attacks.external.records import join, read_coins, read_units, shared_pictures
+from attacks.external.records import join, read_coins
 from attacks.games import reading
 from attacks.games.played import Games, Played, sound
 from attacks.games.white_box import wrong_claim
-from attacks.scores import STATISTIC, calibrate, losses
+from attacks.scores import STATISTIC, calibrate
 from dpaudit import atomic, verdict
 from dpaudit.analysis.scores import COIN_LEVEL, heads_p_value
 from dpaudit.bounds.pld import check_dp_sgd
 from dpaudit.documents import AuditDocument, Check, Claim, RunInfo
 from dpaudit.errors import UsageError
 from trainers import adapter_files, model_files
-from trainers.data.local import PICTURE_UNIT
-from trainers.opened import told_as
-from trainers.records import Unit
-from trainers.vlm import VisionLanguageModel
 
 KIND = "record"
 TITLE = "records with the owner's coins"
@@ -51,15 +49,16 @@ def audit_model(
     Raises UsageError (one line that names the option and what is wrong) before anything is computed.
     """
     check_model_folder(options.model)
-    claim = claim_of(options)
-    units = read_units(options.records, options.images)
+    kind = kind_of(options)
+    claim = claim_of(options, kind.unit)
+    units: dict[str, Any] = kind.read()
     coins, coins_sha256 = join(units, read_coins(options.coins)), atomic.sha256_file(options.coins)
-    twice = shared_pictures(units)
+    twice = kind.shared(units)
     for first, second in twice[:3]:
-        log(f"warning: ids {first!r} and {second!r} show the same picture")
+        log(f"warning: ids {first!r} and {second!r} hold the same {kind.thing}")
     levels = {"confidence": options.confidence, "alpha": options.alpha}
     plan = Plan(reading.planned(KIND, len(coins), claim, **levels), options.seed, reading.SIGMA_REDUCTION)
-    checks = _checks(list(units.values()), coins, coins_sha256, len(twice), options.seed)
+    checks = _checks(kind, list(units.values()), coins, coins_sha256, len(twice), options.seed)
     settings = _settings(options, coins_sha256)
     folder = None if out is None else AuditFolder.take(out, "model", settings)
     if folder is not None:
@@ -68,7 +67,7 @@ def audit_model(
     about: dict[str, Any] = {"coins_sha256": coins_sha256, "alternative": wrong}
     played = Played(sound(checks), **about)
     if played.validity.sound:
-        frame = coins.assign(score=_scores(options, list(units.values()), log))
+        frame = coins.assign(score=_scores(kind, list(units.values()), log))
         if folder is not None:
             folder.save_scores(KIND, frame)
         frame = frame.assign(kind=KIND)
@@ -97,9 +96,9 @@ def audit_model(
     return document
 
 
-def claim_of(options: ModelOptions) -> Claim:
+def claim_of(options: ModelOptions, unit: str) -> Claim:
     """--epsilon and --delta, with the mechanism where all of it is given."""
-    claim = Claim(epsilon=options.epsilon, delta=options.delta, relation="add-remove", unit=PICTURE_UNIT)
+    claim = Claim(epsilon=options.epsilon, delta=options.delta, relation="add-remove", unit=unit)
     flags = {"--claim-sigma": options.sigma, "--claim-rate": options.rate, "--claim-steps": options.steps}
     if all(value is None for value in flags.values()):
         return claim
@@ -127,39 +126,8 @@ def check_model_folder(path: Path) -> None:
         raise UsageError(f"--model {path}: holds neither {ADAPTER} (a PEFT adapter) nor config.json (a checkpoint)")
 
 
-def _load_base(options: ModelOptions) -> VisionLanguageModel:
-    """--base: typed by the auditor, so that a hub id may be fetched."""
-    source = None if options.base == "reference" else options.base
-    return VisionLanguageModel.load(source, device=options.device, fetch=True, flag="--base")
-
-
-def load_trained(options: ModelOptions) -> VisionLanguageModel:
-    """The trained model: --base with the adapter on top, or the checkpoint. UsageError when they don't fit together."""
-    base = _load_base(options)
-    if (options.model / ADAPTER).is_file():
-        base.load_adapter(options.model, "--model")
-        return base
-    model = VisionLanguageModel.load(str(options.model.resolve()), device=options.device, flag="--model")
-    ours, theirs = ({name: tuple(value.shape) for name, value in item.hf.named_parameters()} for item in (model, base))
-    different = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
-    if different:
-        raise UsageError(
-            f"--base {options.base}: is not what --model was fine-tuned from: {len(different)} weights differ in name "
-            f"or shape, the first is {different[0]}"
-        )
-    return model
-
-
-def _scores(options: ModelOptions, units: list[Unit], log: Callable[[str], None]) -> Floats:
-    log(f"losses of {len(units)} records under the base model")
-    base = _load_base(options)
-    with told_as("--base: can't be run on the records"):
-        before = losses(base, units)
-    del base
-    log("losses under the trained model")
-    trained = load_trained(options)
-    with told_as("--model: can't be run on the records"):
-        after = losses(trained, units)
+def _scores(kind: Kind[Any, Any], units: list[Any], log: Callable[[str], None]) -> Floats:
+    before, after = kind.scores(units, log)
     for flag, values in (("--base", before), ("--model", after)):
         if not np.isfinite(values).all():
             raise UsageError(f"{flag}: its loss on {int((~np.isfinite(values)).sum())} records is not a finite number")
@@ -168,7 +136,9 @@ def _scores(options: ModelOptions, units: list[Unit], log: Callable[[str], None]
     return calibrate(before, after, np.full(len(units), KIND))
 
 
-def _checks(units: list[Unit], coins: pd.DataFrame, coins_sha256: str, pairs: int, seed: int) -> list[Check]:
+def _checks(
+    kind: Kind[Any, Any], units: list[Any], coins: pd.DataFrame, coins_sha256: str, pairs: int, seed: int
+) -> list[Check]:
     members = coins["member"].to_numpy(dtype=bool)
     inside, count = int(members.sum()), len(members)
     p = heads_p_value(inside, count)
@@ -182,16 +152,16 @@ def _checks(units: list[Unit], coins: pd.DataFrame, coins_sha256: str, pairs: in
             f"heads are {'not ' if p < COIN_LEVEL else ''}plausible for it.",
         ),
         Check(
-            name="pictures differ",
+            name=f"{kind.thing}s differ",
             status="fail" if pairs else "pass",
-            measured=f"{pairs} pictures under more than one id",
+            measured=f"{pairs} {kind.thing}s under more than one id",
             allowed="0",
-            explanation="The unit is the picture with all its questions: one picture with two coins is in and out at "
-            "the same time."
+            explanation=f"One {kind.thing} with two coins is in and out at the same time: rows of one person share one "
+            "id."
             if pairs
-            else "No picture has two coins (compared by pixels).",
+            else f"No {kind.thing} has two coins.",
         ),
-        blind_check(units, members, seed=seed, what="records"),
+        blind_check(kind.features(units), members, seed=seed, what="records"),
     ]
 
 

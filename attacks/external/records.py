@@ -5,6 +5,7 @@ what one person contributes. With `--images` rows name their picture by `image_i
 id. Ids appear in messages to their owner, never in a document.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -74,7 +75,7 @@ def read_coins(path: Path) -> pd.DataFrame:
     return tables.read_coins(path, f"--coins {path}")
 
 
-def join(units: dict[str, Unit], coins: pd.DataFrame) -> pd.DataFrame:
+def join(units: Mapping[str, object], coins: pd.DataFrame) -> pd.DataFrame:
     """The coins in the order of the records. UsageError when an id has no coin or no record, or too few of a class."""
     tossed = set(coins["id"])
     without = [unit for unit in units if unit not in tossed]
@@ -88,7 +89,7 @@ def join(units: dict[str, Unit], coins: pd.DataFrame) -> pd.DataFrame:
     return ordered
 
 
-def shared_pictures(units: dict[str, Unit]) -> list[tuple[str, str]]:
+def shared_pictures(units: Mapping[str, Unit]) -> list[tuple[str, str]]:
     """Pairs of different ids that show a picture of equal pixels."""
     owner: dict[str, str] = {}
     pairs = []

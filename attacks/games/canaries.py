@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pandas as pd
 from PIL import Image
 
-from attacks.blind import blind_check
+from attacks.blind import blind_check, features
 from attacks.canaries import KINDS, Coins, Game, check_coins
 from attacks.games.played import Played, coins_check, sound, unsound
 from attacks.games.reading import GAME, SIGMA_REDUCTION, bound_tests, claim_tests, too_small
@@ -85,7 +85,10 @@ def _redraw(run: RunFolder, coins: Coins) -> Game:
 def _checks(game: Game, coins: Coins) -> list[Check]:
     units, kinds = [canary.unit for canary in game.candidates], [canary.kind for canary in game.candidates]
     members = [canary.member for canary in game.candidates]
-    return [coins_check(coins.sha256, GENUINE), blind_check(units, members, kinds=kinds, seed=coins.plan.tie_seed)]
+    return [
+        coins_check(coins.sha256, GENUINE),
+        blind_check(features(units), members, kinds=kinds, seed=coins.plan.tie_seed),
+    ]
 
 
 def summaries(

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from attacks.blind import blind_check
+from attacks.blind import blind_check, features
 from attacks.canaries import Canary, Coins, check_coins
 from attacks.games.canaries import GENUINE, summaries
 from attacks.games.played import Played, coins_check, sound, unsound
@@ -143,7 +143,7 @@ def _checks(records: StudyRecords, coins: Coins, log: Callable[[str], None]) -> 
     return [
         coins_check(coins.sha256, GENUINE.replace("candidates", "records")),
         overlap_check(units, members, log=log),
-        blind_check(units, members, kinds=list(records.kinds), seed=coins.plan.tie_seed, what="records"),
+        blind_check(features(units), members, kinds=list(records.kinds), seed=coins.plan.tie_seed, what="records"),
     ]
 
 

@@ -61,7 +61,7 @@ def command(
     ] = None,
     base: Annotated[str | None, typer.Option(metavar="PATH", help="--model: what it was fine-tuned from.")] = None,
     records: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="--model: id, image, question, answer (Parquet or JSONL).")
+        Path | None, typer.Option(metavar="FILE", help="--model: id and image, question, answer, or text.")
     ] = None,
     images: Annotated[
         Path | None, typer.Option(metavar="FILE", help="--model: images by image_id, if stored separately.")

@@ -11,7 +11,9 @@ from dpaudit.cli import console
 def command(
     model: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint or PEFT adapter trained elsewhere.")],
     base: Annotated[str, typer.Option(metavar="PATH", help="What it was fine-tuned from.")],
-    records: Annotated[Path, typer.Option(metavar="FILE", help="id, image, question, answer (Parquet or JSONL).")],
+    records: Annotated[
+        Path, typer.Option(metavar="FILE", help="id with image, question, answer; or with text or messages.")
+    ],
     coins: Annotated[Path, typer.Option(metavar="FILE", help="id, member: the fair coins of the records.")],
     epsilon: Annotated[float, typer.Option(help="The claimed eps.")],
     delta: Annotated[float, typer.Option(help="Its delta.")] = 1e-5,
@@ -34,6 +36,8 @@ def command(
 ) -> None:
     """Audit a model that is already trained: records of its owner, whose fair coins decided which were trained on.
 
+    Vision-language models and causal language models, as PEFT adapters or whole checkpoints. Records are Parquet or
+    JSON Lines: id, image, question, answer; for text models (CSV too) id and text, messages, or prompt and completion.
     The coins must have been drawn before training. Each record is scored by how much lower its loss is than the base
     model leads to expect.
     """

@@ -1,9 +1,9 @@
 """A fine-tuning whose owner tossed coins beforehand, so that the finished adapter can be audited.
 
-    python finetune.py                       # records.parquet, coins.csv, adapter/ with eps = 2
-    dpaudit audit --model adapter --base reference --records records.parquet --coins coins.csv --epsilon 2 --delta 1e-5
+    python finetune.py                       # records.parquet, coins.csv, adapter/ with eps = 1
+    dpaudit audit-model adapter --base reference --records records.parquet --coins coins.csv --epsilon 1 --delta 1e-5
 
-    python finetune.py --bug no-privacy      # neither clipped nor noised, but eps = 2 is claimed all the same: refuted
+    python finetune.py --bug no-privacy      # neither clipped nor noised, but eps = 1 is claimed all the same: refuted
 
 The base is dpaudit's small reference model. What matters for the audit are the first 30 lines of `main`.
 """
@@ -25,7 +25,7 @@ from trainers.inputs import UnitInputs
 from trainers.records import Picture, Question, Unit
 from trainers.vlm import VisionLanguageModel
 
-RECORDS, STEPS, EPSILON, DELTA, CLIP = 160, 120, 2.0, 1e-5, 1.0
+RECORDS, STEPS, EPSILON, DELTA, CLIP = 160, 120, 1.0, 1e-5, 1.0
 BUGS = ("none", "no-privacy")
 
 

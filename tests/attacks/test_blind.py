@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from attacks.blind import blind_baseline
+from attacks.blind import blind_baseline, features
 from tests.attacks.test_canaries import draw
 from trainers.records import Picture, Unit
 
@@ -40,7 +40,7 @@ def other_answer(picture: Picture) -> Picture:
 def test_a_planted_difference_is_found(change: Callable[[Picture], Picture]) -> None:
     members = coins(1)
     units = [changed(unit, change) if member else unit for unit, member in zip(UNITS, members, strict=True)]
-    result = blind_baseline(units, members, kinds=KINDS)
+    result = blind_baseline(features(units), members, kinds=KINDS)
     assert result is not None
     assert result.beats_chance
     assert result.check().status == "fail"
@@ -54,11 +54,11 @@ def test_unequal_kinds_are_no_signal() -> None:
     noise = np.flatnonzero(np.asarray(KINDS) == "noise")
     members[noise] = False
     members[noise[rng.permutation(len(noise))[:70]]] = True
-    result = blind_baseline(UNITS, members, kinds=KINDS)
+    result = blind_baseline(features(UNITS), members, kinds=KINDS)
     assert result is not None
     assert not result.beats_chance
 
 
 def test_too_few_records_give_no_result() -> None:
-    assert blind_baseline(UNITS[:10], coins(0)[:10]) is None
-    assert blind_baseline(UNITS[:40], np.ones(40, dtype=bool)) is None
+    assert blind_baseline(features(UNITS[:10]), coins(0)[:10]) is None
+    assert blind_baseline(features(UNITS[:40]), np.ones(40, dtype=bool)) is None

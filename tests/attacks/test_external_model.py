@@ -78,7 +78,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     parameters = model.attach_lora(LoraConfig(rank=8), generator=np.random.default_rng(0))
     inputs = UnitInputs(model, [unit for unit, member in zip(units, members, strict=True) if member])
     optimizer = torch.optim.Adam(list(parameters.values()), lr=0.02)
-    for _ in range(60):
+    for _ in range(90):
         optimizer.zero_grad()
         torch.autograd.backward(unit_losses(model, inputs.select(range(int(members.sum())))).mean())
         optimizer.step()
@@ -146,7 +146,7 @@ def test_one_picture_under_two_ids_is_invalid(trained: Path, tmp_path: Path) -> 
         options(trained, records=records, coins=write_coins(tmp_path / "c.csv", twice, members)), log=said.append
     )
     assert document.verdict == "invalid" and not document.tests
-    assert said == ["warning: ids 'u0' and 'again' show the same picture"]
+    assert said == ["warning: ids 'u0' and 'again' hold the same picture"]
     assert shared_pictures({unit.id: unit for unit in units}) == []
 
 

@@ -111,3 +111,30 @@ def test_the_command_in_such_a_repository(repository: Path) -> None:
 def test_the_plugin_and_the_door_are_light(tmp_path: Path) -> None:
     code = "import sys, dpaudit.under_test, dpaudit.packages; print('torch' in sys.modules, 'numpy' in sys.modules)"
     assert run(tmp_path, "-c", code).stdout.split() == ["False", "False"]
+
+
+FOLDERS = """
+import dpaudit.under_test, dpaudit.packages
+import trainers.own, trainers.deep.own
+assert trainers.own.NAME == trainers.deep.own.NAME == "theirs"
+with dpaudit.packages.ours():
+    import trainers.protocol, attacks, reports.text
+import trainers.later
+assert trainers.later.NAME == "theirs" and "trainers.protocol" not in __import__("sys").modules
+import reports.text
+print(trainers.__path__ is not None, reports.__file__)
+"""
+
+
+def test_folders_without_init_files(tmp_path: Path) -> None:
+    """Python takes our package before such a folder wherever it stands; a folder of pages is no package."""
+    for name, text in {
+        "trainers/own.py": "NAME = 'theirs'\n",
+        "trainers/later.py": "NAME = 'theirs'\n",
+        "trainers/deep/own.py": "NAME = 'theirs'\n",
+        "reports/page.html": "<html></html>\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    done = run(tmp_path, "-c", FOLDERS)
+    assert done.returncode == 0, done.stderr

@@ -28,7 +28,7 @@ MAX_REPEATED = 100  # a table whose rows name the same bytes again and again: ab
 ROWS_AT_ONCE = 8  # of a Parquet file: one picture stored once and named by every row is copied for each of them
 MAX_UNPACKED, MAX_RATIO = 1 << 28, 500  # a column of a Parquet file: above so many bytes, at most so much compressed
 MAX_KEY = 1000  # characters of an identifier
-MAX_CHARACTERS = {"question": 20_000, "answer": 20_000, "hint": 20_000, "kind": 100}
+MAX_CHARACTERS = {"question": 20_000, "answer": 20_000, "hint": 20_000, "kind": 100, "text": 200_000}
 
 
 @dataclass
@@ -190,6 +190,11 @@ def text(source: Source, number: int, row: Row, field: str) -> str:
 
 def checked(source: Source, number: int, field: str, value: Any, like: str) -> str:
     """The same for a value that lies inside `field`; `like` names the column whose limit holds."""
+    return verbatim(source, number, field, value, like).replace("\r\n", "\n").replace("\r", "\n").strip()
+
+
+def verbatim(source: Source, number: int, field: str, value: Any, like: str) -> str:
+    """The same with its line ends and the white space around it."""
     if value is None:
         raise source.fault(number, field, "missing")
     if not isinstance(value, str):
@@ -201,7 +206,7 @@ def checked(source: Source, number: int, field: str, value: Any, like: str) -> s
         raise source.fault(number, field, "empty")
     if any(unicodedata.category(sign) in ("Cc", "Cs") and sign not in "\n\t\r" for sign in value):
         raise source.fault(number, field, "contains a control character or half a surrogate pair")
-    return value.replace("\r\n", "\n").replace("\r", "\n").strip()
+    return value
 
 
 def key(source: Source, number: int, row: Row, field: str) -> str | int:
