@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from dpaudit import online, untrusted
 from dpaudit.errors import UsageError
 from trainers import adapter_files, model_files
-from trainers.vlm import FAMILIES, pick_device, told_as
+from trainers.families import FAMILIES
+from trainers.opened import told_as
+from trainers.vlm import pick_device
 
 LOGITS_AT_ONCE = 1 << 27  # numbers: half a gigabyte in float32
 PROBE = 6  # public tokens before the places that must not matter

@@ -18,9 +18,10 @@ from attacks.scores import losses
 from dpaudit.errors import UsageError
 from trainers import adapter_files, model_files
 from trainers.data.local import PICTURE_UNIT
+from trainers.opened import told_as
 from trainers.records import Unit
 from trainers.text import CausalLanguageModel, Tokens, is_text_model, template_in
-from trainers.vlm import VisionLanguageModel, told_as
+from trainers.vlm import VisionLanguageModel
 
 TEXT_UNIT = "text (all rows of one id)"
 
