@@ -44,7 +44,7 @@ from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import ndtr
+from scipy.special import ndtr, ndtri
 
 from dpaudit.accounting.events import Direction, DpSgd
 from dpaudit.accounting.schemes import moved
@@ -52,8 +52,7 @@ from dpaudit.accounting.steps import UNIT, Lattice, between
 
 Floats = npt.NDArray[np.float64]
 
-_STAGE_SHARE = 0.25  # of the reach's tail that all stages of the sum may cut off together
-_POINTS = {True: 4000, False: 1000}  # places of the lattice for the ratio of one step: fine, and for searches
+_POINTS = {True: 2500, False: 700}  # places of the lattice for the ratio of one step: fine, and for searches
 
 
 def blocks(event: DpSgd) -> tuple[tuple[int, int], ...]:
@@ -100,7 +99,10 @@ class Ratio:
 
 @dataclass(frozen=True)
 class _Sum:
-    """A sum of ratios: values e^((first + j) h) with Q-probabilities (n,); the rest as in `Ratio`, for the sum."""
+    """A sum of `terms` ratios: values terms * e^((first + j) h) with Q-probabilities (n,).
+
+    zero: Q(sum = 0); infinite: the mean that was moved to infinity, both of the sum.
+    """
 
     first: int
     weights: Floats
@@ -108,36 +110,45 @@ class _Sum:
     infinite: float
     terms: int
 
+    def means(self, grid: float) -> Floats:
+        """(n,) what each place adds to the mean."""
+        return self.terms * self.weights * np.exp((self.first + np.arange(self.weights.size)) * grid)
+
+    def refined(self) -> "_Sum":
+        """The same on a lattice of half the grid."""
+        finer = np.zeros(2 * self.weights.size - 1)
+        finer[::2] = self.weights
+        return replace(self, first=2 * self.first, weights=finer)
+
 
 @lru_cache(maxsize=32)
 def epoch_ratio(shift: float, steps: int, reach: float, points: int) -> Ratio:
-    """The law of U for one draw of `steps` steps.
+    """The law of U for one draw of `steps` steps, by repeated doubling.
 
-    shift: C / sigma. reach: standard deviations of the noise to look at. points: about as many places of the lattice
-    for one step.
+    shift: C / sigma. reach: standard deviations of the noise to look at. points: about as many places of the lattice.
+    The mean of many ratios lies closer to 1 than one of them, so the lattice gets finer as they are added.
     """
-    width = shift * (shift + 2.0 * reach)
-    grid = width / points
-    single = _single(shift, grid, reach)
-    cut = _STAGE_SHARE * float(ndtr(-reach)) / (2 * steps.bit_length())
-    total: _Sum | None = None
-    power = single
-    for place in range(steps.bit_length()):
-        if steps >> place & 1:
-            total = power if total is None else _trimmed(_added(total, power, grid), grid, cut)
-        if steps >> place + 1:
-            power = _trimmed(_added(power, power, grid), grid, cut)
-    assert total is not None and total.terms == steps
-    losses = (total.first + np.arange(total.weights.size)) * grid - math.log(steps)
-    stages = 2 * steps.bit_length()
+    budget = float(ndtr(-reach)) / 4.0
+    single = -float(ndtri(budget / steps))  # what lies beyond is cut off once for each step
+    grid = shift * (shift + 2.0 * single) / points
+    power, total = _single(shift, grid, single), None
+    stages, largest = 2 * steps.bit_length(), power.weights.size
+    while steps:
+        steps, odd = divmod(steps, 2)
+        if odd:
+            total = power if total is None else _trimmed(_added(total, power, grid), grid, budget, stages)
+        if steps:
+            power = _trimmed(_added(power, power, grid), grid, budget * 0.5 ** (steps.bit_length() - 1), stages)
+        largest = max(largest, power.weights.size, total.weights.size if total else 0)
+        while max(power.weights.size, total.weights.size if total else 0) < points / 2:
+            power, total, grid = power.refined(), total.refined() if total else None, grid / 2
+    assert total is not None
+    losses = (total.first + np.arange(total.weights.size)) * grid
     # Probabilities of cells are differences of distribution functions; sums of n positive numbers at every stage.
-    relative = UNIT * (
-        steps * (reach * reach + 40.0 + 4.0 * points / reach) + stages * (2.0 * total.weights.size + 40.0)
-    )
-    slack = UNIT * (
-        (reach + shift) ** 2 + 40.0 + 4.0 * points / reach + 16.0 * stages + 4.0 * float(np.abs(losses).max())
-    )
-    return Ratio(losses, total.weights, total.zero, total.infinite / steps, slack, relative)
+    cells = single * single + 40.0 + 4.0 * points / single
+    relative = UNIT * (total.terms * cells + stages * (2.0 * largest + 40.0))
+    slack = UNIT * (cells + (single + shift) ** 2 + 16.0 * stages + 4.0 * float(np.abs(losses).max()))
+    return Ratio(losses, total.weights, total.zero, total.infinite / total.terms, slack, relative)
 
 
 def _single(shift: float, grid: float, reach: float) -> _Sum:
@@ -158,43 +169,37 @@ def _single(shift: float, grid: float, reach: float) -> _Sum:
 
 
 def _added(one: _Sum, two: _Sum, grid: float) -> _Sum:
-    """The sum of two independent sums."""
-    first = min(one.first, two.first)
-    size = max(one.first + one.weights.size, two.first + two.weights.size) - first
-    a, b = (_padded(item, first, size) for item in (one, two))
-    far = np.arange(size)
-    excess = np.log1p(np.exp(-far * grid))  # ln(1 + e^(dh)) - dh
-    above = np.floor(excess / grid).astype(np.int64)
-    upper = np.clip(np.expm1(excess - above * grid) / math.expm1(grid), 0.0, 1.0)
-    place = (far + above).tolist()
-    out = np.zeros(size + int(above[0]) + 2)
+    """The sum of two independent sums. Where one of them is 0 it is 0, and the other's mean goes to infinity."""
+    terms = one.terms + two.terms
+    first = min(one.first, two.first) - 1
+    last = max(one.first + one.weights.size, two.first + two.weights.size) + 1
+    out = np.zeros(last - first)
     same = one is two
-    for d in range(size):
-        count = size - d
-        mass = a[:count] * b[d:]
-        if d:
-            mass = 2.0 * mass if same else mass + a[d:] * b[:count]
-        start = place[d]
-        out[start : start + count] += (1.0 - upper[d]) * mass
-        out[start + 1 : start + 1 + count] += upper[d] * mass
-    out[:size] += one.zero * b + two.zero * a
-    return _Sum(first, out, one.zero * two.zero, one.infinite + two.infinite, one.terms + two.terms)
+    gaps = np.arange(0 if same else 1 - one.weights.size, two.weights.size)  # of the places in the two arrays
+    log_share, log_rest = math.log(two.terms / terms), math.log(one.terms / terms)
+    # a e^(ih) + b e^(jh) = (a + b) e^(ih) e^(risen h), which depends on j - i alone.
+    risen = np.logaddexp(log_rest, log_share + (gaps + two.first - one.first) * grid) / grid
+    below = np.floor(risen)
+    upper = np.clip(np.expm1((risen - below) * grid) / math.expm1(grid), 0.0, 1.0)
+    for gap, start, share in zip(gaps.tolist(), (below + one.first - first).astype(int).tolist(), upper, strict=True):
+        low, high = max(0, -gap), min(one.weights.size, two.weights.size - gap)
+        mass = one.weights[low:high] * two.weights[low + gap : high + gap]
+        if same and gap:
+            mass *= 2.0
+        out[start + low : start + high] += (1.0 - share) * mass
+        out[start + low + 1 : start + high + 1] += share * mass
+    lost = one.zero * float(two.means(grid).sum()) + two.zero * float(one.means(grid).sum())
+    zero = one.zero + two.zero - one.zero * two.zero
+    return _Sum(first, out, zero, one.infinite + two.infinite + lost, terms)
 
 
-def _padded(item: _Sum, first: int, size: int) -> Floats:
-    out = np.zeros(size)
-    out[item.first - first : item.first - first + item.weights.size] = item.weights
-    return out
-
-
-def _trimmed(item: _Sum, grid: float, cut: float) -> _Sum:
-    """Without both ends, of probability and of share of the mean at most `cut` each: to 0, their mean to infinity."""
-    values = np.exp((item.first + np.arange(item.weights.size)) * grid)
-    mean = item.weights * values
-    low = int(np.searchsorted(np.cumsum(item.weights + mean / item.terms), 0.5 * cut))
-    tail = np.cumsum((item.weights + mean / item.terms)[::-1])
-    high = item.weights.size - int(np.searchsorted(tail, 0.5 * cut))
-    ends = np.r_[0:low, high : item.weights.size]
+def _trimmed(item: _Sum, grid: float, cut: float, stages: int) -> _Sum:
+    """Without both ends, of probability and share of the mean at most cut / stages: to 0, their mean to infinity."""
+    mean = item.means(grid)
+    both, least = item.weights + mean / item.terms, 0.5 * cut / stages
+    low = int(np.searchsorted(np.cumsum(both), least))
+    high = both.size - int(np.searchsorted(np.cumsum(both[::-1]), least))
+    ends = np.r_[0:low, high : both.size]
     return _Sum(
         item.first + low,
         item.weights[low:high],
@@ -236,5 +241,4 @@ def epoch_lattice(step: DpSgd, direction: Direction, grid: float, reach: float, 
 
 
 def _ratio(step: DpSgd, reach: float, fine: bool) -> Ratio:
-    # A little further, since every stage of the sum cuts off a share of its own.
-    return epoch_ratio(moved(step) / step.noise_multiplier, step.steps, reach + 0.2, _POINTS[fine])
+    return epoch_ratio(moved(step) / step.noise_multiplier, step.steps, reach, _POINTS[fine])
