@@ -52,10 +52,13 @@ class StepClaim:
         if self.epoch_steps is not None and (isinstance(self.epoch_steps, bool) or not _whole(self.epoch_steps)):
             raise rejected("claim.epoch_steps", self.epoch_steps, "an integer >= 1, or None")
         if self.sampling == "allocation":
-            self._allocated(1)
+            self.allocated()
 
-    def _allocated(self, steps: int) -> DpSgd:
-        """Raises UsageError for a rate that no number of draws an epoch has, or another relation than is proven."""
+    def allocated(self, steps: int = 1) -> DpSgd:
+        """A claim of random allocation as the accountant's event, whatever its noise.
+
+        Raises UsageError for a rate that no number of draws an epoch has, or a relation without a proof.
+        """
         sigma = max(self.noise_multiplier, 1e-9)
         return DpSgd(sigma, self.sample_rate, steps, self.relation, sampling="allocation", epoch=self.epoch_steps)
 
@@ -69,7 +72,7 @@ class StepClaim:
         if count is None or self.mechanism != "gaussian" or self.sampling not in ("poisson", "full", "allocation"):
             return None
         if self.sampling == "allocation":
-            return replace(self._allocated(count), noise_multiplier=self.noise_multiplier)
+            return replace(self.allocated(count), noise_multiplier=self.noise_multiplier)
         rate = 1.0 if self.sampling == "full" else self.sample_rate
         return DpSgd(self.noise_multiplier, rate, count, self.relation)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from attacks.contract.bench import Bench
-from attacks.contract.draws import reported
+from attacks.contract.draws import reported, window_of
 from attacks.contract.probe import Probe
 from attacks.contract.result import judged, skipped
 from dpaudit import accounting
@@ -20,9 +20,9 @@ RELATIVE, ABSOLUTE = 0.01, 0.005
 EPSILON = "eps reported"
 EPSILON_WHY = (
     "The eps that the trainer reports may not be below what (sigma, q, steps) spend under the claimed relation, "
-    "sampling and noise. Usually: a wrong sample rate, shuffled or fixed-size batches accounted as Poisson, replace "
-    "accounted as add/remove, Laplace noise accounted as Gaussian or not at all, the CLT approximation, empty batches "
-    "or the last step not counted, the target reported instead of what was spent."
+    "sampling and noise. Usually: a wrong sample rate, shuffled or fixed-size batches accounted as Poisson or as "
+    "allocation, replace accounted as add/remove, Laplace noise accounted as Gaussian or not at all, the CLT "
+    "approximation, empty batches or the last step not counted, the target reported instead of what was spent."
 )
 
 
@@ -38,9 +38,12 @@ def epsilon(bench: Bench) -> Check:
     if "epsilon" not in probe.offered:
         return skipped(EPSILON, probe.lacking["epsilon"], EPSILON_WHY)
     delta = probe.claim.delta or DEFAULT_DELTA
-    counts = [1, STEPS]
-    if bench.empty_problem is None and len(bench.training.noise) > MANY:
-        counts.append(MANY)
+    quick = bench.empty_problem is None and len(bench.training.noise) > MANY
+    counts = _counts(probe, MANY if quick else STEPS)
+    if not counts:
+        return skipped(
+            EPSILON, f"an epoch has {window_of(probe.claim)} steps, and its eps is due at its end", EPSILON_WHY
+        )
     needed = {steps: spent(probe, steps, delta) for steps in counts}
     if any(value is None for value in needed.values()):
         why = f"no proof known to dpaudit for {probe.claim.mechanism} noise with {probe.claim.sampling} batches"
@@ -63,6 +66,14 @@ def epsilon(bench: Bench) -> Check:
     return judged(EPSILON, fine, f"eps at delta = {delta:g}: {'; '.join(lines)}", allowed, EPSILON_WHY)
 
 
+def _counts(probe: Probe, most: int) -> list[int]:
+    """After how many steps to ask: one, some, many; at the end of epochs of allocation, of which no part is judged."""
+    if probe.claim.sampling != "allocation":
+        return [1, STEPS, *([most] if most > STEPS else [])]
+    epoch = window_of(probe.claim)
+    return sorted({epoch, most // epoch * epoch}) if epoch <= most else []
+
+
 def spent(probe: Probe, steps: int, delta: float) -> float | None:
     """Our own eps after `steps`; None where no proof applies. inf without noise.
 
@@ -76,6 +87,8 @@ def spent(probe: Probe, steps: int, delta: float) -> float | None:
     if claim.noise_multiplier == 0:
         return math.inf
     noise = "laplace" if claim.mechanism == "laplace" else "gaussian"
+    if claim.sampling == "allocation":
+        return None if noise == "laplace" else accounting.epsilon(claim.allocated(steps), delta)
     if claim.sampling == "fixed":
         if noise == "laplace":
             return None

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from attacks.contract.guard import MethodFailure
 from attacks.contract.probe import Probe
 from attacks.contract.subject import Subject
+from dpaudit.claims import StepClaim
 
 EPOCHS, MOST_DRAWS, LEAST_DRAWS, SECONDS = 40, 20_000, 400, 8.0
 
@@ -30,13 +31,13 @@ def draw(probe: Probe, *, path: Sequence[Sequence[int]] = (), playing: int = 0) 
 
     As many draws as EPOCHS epochs take, fewer where they are slow.
     """
-    rate = probe.claim.sample_rate
-    wanted = min(MOST_DRAWS, max(LEAST_DRAWS, math.ceil(EPOCHS / rate)))
+    window = window_of(probe.claim)
+    wanted = min(MOST_DRAWS, max(LEAST_DRAWS, EPOCHS * window))
     subject = probe.grown(tuple(tuple(part) for part in path))
     count, began = len(probe.own.items), time.monotonic()
     rows: list[Drawn] = []
     twice = 0
-    while len(rows) < wanted and (len(rows) < 10 * window_of(rate) or time.monotonic() - began < SECONDS):
+    while len(rows) < wanted and (len(rows) < 10 * window or time.monotonic() - began < SECONDS):
         indices = ask(subject, count)
         row = np.zeros(count, dtype=bool)
         row[indices] = True
@@ -59,9 +60,9 @@ def ask(subject: Subject, count: int) -> list[int]:
     return indices
 
 
-def window_of(rate: float) -> int:
+def window_of(claim: StepClaim) -> int:
     """Draws in an epoch."""
-    return max(1, round(1 / rate))
+    return claim.epoch_steps or max(1, round(1 / claim.sample_rate))
 
 
 def reported(subject: Subject, delta: float) -> float:
