@@ -15,6 +15,8 @@ import os
 import platform
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +88,12 @@ def games(seeds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def accuracy(seeds: int) -> dict[str, Any]:
+def accuracy(seeds: int, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Held-out exact match of dp-sgd on digits at eps = 8 and `dpaudit train`'s other defaults, by scheme and seed."""
     dataset = load("digits")
     found: dict[str, Any] = {"base": float(correct(VisionLanguageModel.load(device="cpu"), dataset.test).mean())}
-    for seed in range(1, seeds + 1):
-        for scheme in ("poisson", "allocation"):
+    for scheme in ("allocation", "poisson"):
+        for seed in range(1, seeds + 1):
             with tempfile.TemporaryDirectory() as folder:
                 text = [f"seed={seed}", "model.device=cpu", "privacy.epsilon=8", f"training.sampling={scheme}"]
                 began = time.monotonic()
@@ -105,10 +107,11 @@ def accuracy(seeds: int) -> dict[str, Any]:
             row["seconds"].append(round(time.monotonic() - began, 1))
             row |= {"sigma": claim.noise_multiplier, "q": claim.sample_rate, "T": claim.steps, "t": claim.epoch_steps}
             print(scheme, seed, row, flush=True)
+            save(found)
     return found
 
 
-def real(seeds: int) -> dict[str, Any]:
+def real(seeds: int, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """White-box audits of real trainings: 100 canaries, 120 digits, epochs of 5 steps, every second one cut short."""
     rows = []
     for seed in range(seeds):
@@ -137,12 +140,14 @@ def real(seeds: int) -> dict[str, Any]:
             }
         )
         print(rows[-1], flush=True)
-    return {
-        "audits": len(rows),
-        "sound": sum(row["sound"] for row in rows),
-        "refuted": sum(refutes(row["log evidence"], ALPHA) for row in rows),
-        "rows": rows,
-    }
+        found = {
+            "audits": len(rows),
+            "sound": sum(row["sound"] for row in rows),
+            "refuted": sum(refutes(row["log evidence"], ALPHA) for row in rows),
+            "rows": rows,
+        }
+        save(found)
+    return found
 
 
 def main() -> None:
@@ -151,17 +156,21 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=50)
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
-    for part in options.parts:
-        made = {
-            "noise": noise,
-            "games": lambda: games(options.seeds),
-            "accuracy": lambda: accuracy(options.seeds),
-            "real": lambda: real(options.seeds),
-        }[part]()
+
+    def save(part: str, made: Any) -> None:
         document = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
         document["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
         document[part] = made
         options.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+    for part in options.parts:
+        made = {
+            "noise": noise,
+            "games": partial(games, options.seeds),
+            "accuracy": partial(accuracy, options.seeds, partial(save, "accuracy")),
+            "real": partial(real, options.seeds, partial(save, "real")),
+        }[part]()
+        save(part, made)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def poisson_batch(key: Key, *, step: int, units: int, rate: float) -> Indices:
     return np.flatnonzero(key.uniform(units, step=step, name="units", purpose="poisson") < rate)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=16)
 def allocated(key: Key, epoch: int, units: int, steps: int, draws: int) -> Indices:
     """(units, draws) the steps of this epoch, from 0 on, that hold each unit: uniform subsets, independent over units.
 
