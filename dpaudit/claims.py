@@ -51,6 +51,8 @@ class StepClaim:
             _number("claim.delta", self.delta, above=0.0, below=1.0)
         if self.epoch_steps is not None and (isinstance(self.epoch_steps, bool) or not _whole(self.epoch_steps)):
             raise rejected("claim.epoch_steps", self.epoch_steps, "an integer >= 1, or None")
+        if self.epoch_steps is not None and self.sampling != "allocation":
+            raise rejected("claim.epoch_steps", self.epoch_steps, "None, but for sampling allocation")
         if self.sampling == "allocation":
             self.allocated()
 

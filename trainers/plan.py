@@ -104,7 +104,7 @@ def make_plan(config: RunConfig, dataset: Dataset, canaries: int) -> Plan:
     if training.sampling in ("fixed", "shuffle") and candidates - canaries < len(dataset.train):
         why = f"at least {len(dataset.train)}, the units, for training.sampling={training.sampling}"
         raise rejected("data.public-size", config.data.public_size, why)
-    sampler = _sampler(config, candidates)
+    sampler = Sampler(training.sampling, candidates, training.batch_size, training.draws)
     rate = sampler.rate
     steps = training.steps or sampler.steps(training.epochs)
     public = (candidates, rate, steps, float(training.batch_size))
@@ -158,16 +158,6 @@ def make_plan(config: RunConfig, dataset: Dataset, canaries: int) -> Plan:
     return Plan(
         *public, sigma, privacy.max_grad_norm, claim, not_releasable, training.sampling, training.draws, multiplier
     )
-
-
-def _sampler(config: RunConfig, candidates: int) -> Sampler:
-    """Raises UsageError when a unit would have to be drawn more often than an epoch has steps."""
-    training = config.training
-    sampler = Sampler(training.sampling, candidates, training.batch_size, training.draws)
-    if training.draws > sampler.batches:
-        why = f"at most {sampler.batches}, the steps of an epoch of {candidates} candidates"
-        raise rejected("training.draws", training.draws, why)
-    return sampler
 
 
 SEEDED = "the noise key came from --seed, so anyone can recompute the noise: not for release"
