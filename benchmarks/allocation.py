@@ -43,7 +43,7 @@ from trainers.vlm import VisionLanguageModel
 
 OUT = Path(__file__).parent / "results" / "allocation.json"
 DELTA, ALPHA = 1e-5, 0.001
-TARGETS = ((8.0, 0.1, 200), (2.0, 0.1, 200), (8.0, 0.02, 1000), (8.0, 0.25, 40))  # eps, q, T
+TARGETS = ((8.0, 0.1, 200), (2.0, 0.1, 200), (8.0, 0.02, 1000), (8.0, 0.25, 40), (1.0, 0.01, 3000))  # eps, q, T
 CHANNELS = ((1.07, 0.1, 200, 10), (0.7, 0.2, 60, 5), (1.0, 0.2, 100, 10), (0.6, 0.02, 150, 50))  # sigma, q, T, t
 CANARIES = 1000
 
