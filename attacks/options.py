@@ -82,10 +82,11 @@ def prepare(run: RunFolder, options: Options) -> RunConfig:
         raise UsageError("--white-box: pruning.by=previous noises some blocks a step; gradient canaries need them all")
     if config.method == "dp-zo":
         _zeroth_order(config, options)
-    if "white-box" in options.audits and config.training.sampling != "poisson":
-        from attacks.games.twins import refusal
+    if "white-box" in options.audits:
+        from attacks.games.twins import PLAYED, refusal
 
-        raise UsageError(refusal(config.training.sampling))
+        if config.training.sampling not in PLAYED:
+            raise UsageError(refusal(config.training.sampling))
     if options.count is None:
         return config
     if not {"canaries", "white-box"} & set(options.named(config)):

@@ -1,7 +1,7 @@
 """What a trainer claims about its steps, and what eps a claim states at a delta."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from dpaudit.accounting import DpSgd
@@ -9,7 +9,7 @@ from dpaudit.documents import Relation
 from dpaudit.errors import rejected
 
 Mechanism = Literal["gaussian", "laplace", "zeroth-order", "correlated"]
-Sampling = Literal["poisson", "fixed", "shuffle", "full"]
+Sampling = Literal["poisson", "fixed", "shuffle", "full", "allocation"]
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,8 @@ class StepClaim:
 
     max_grad_norm: C. noise_multiplier: sigma / C, whatever the relation. sample_rate: q. expected_batch_size: the
     public number that the noisy sum is divided by. unit: in words, e.g. "image (with all its questions)".
+    epoch_steps: t of allocation, where each unit draws k of the t steps of an epoch by itself and q = k / t; by default
+    1 / q (k = 1).
     Raises UsageError for a field that can't be true, because it comes from foreign code.
     """
 
@@ -31,6 +33,7 @@ class StepClaim:
     unit: str
     steps: int | None = None
     delta: float | None = None
+    epoch_steps: int | None = None
 
     def __post_init__(self) -> None:
         for field, accepted in (("mechanism", Mechanism), ("sampling", Sampling), ("relation", Relation)):
@@ -46,16 +49,32 @@ class StepClaim:
             raise rejected("claim.steps", self.steps, "an integer >= 1, or None")
         if self.delta is not None:
             _number("claim.delta", self.delta, above=0.0, below=1.0)
+        if self.epoch_steps is not None and (isinstance(self.epoch_steps, bool) or not _whole(self.epoch_steps)):
+            raise rejected("claim.epoch_steps", self.epoch_steps, "an integer >= 1, or None")
+        if self.epoch_steps is not None and self.sampling != "allocation":
+            raise rejected("claim.epoch_steps", self.epoch_steps, "None, but for sampling allocation")
+        if self.sampling == "allocation":
+            self.allocated()
+
+    def allocated(self, steps: int = 1) -> DpSgd:
+        """A claim of random allocation as the accountant's event, whatever its noise.
+
+        Raises UsageError for a rate that no number of draws an epoch has, or a relation without a proof.
+        """
+        sigma = max(self.noise_multiplier, 1e-9)
+        return DpSgd(sigma, self.sample_rate, steps, self.relation, sampling="allocation", epoch=self.epoch_steps)
 
     def event(self, steps: int | None = None) -> DpSgd | None:
-        """The accountant's event over `steps` (default: all); None where Poisson accounting does not apply.
+        """The accountant's event over `steps` (default: all); None where there is no proof for what the claim says.
 
         An eps that was computed for Poisson batches must not be quoted for fixed-size or shuffled ones (Chua et al.
         2024; Annamalai et al. 2024). Theirs needs more than this claim says: that absent units leave their place empty.
         """
         count = steps if steps is not None else self.steps
-        if count is None or self.mechanism != "gaussian" or self.sampling not in ("poisson", "full"):
+        if count is None or self.mechanism != "gaussian" or self.sampling not in ("poisson", "full", "allocation"):
             return None
+        if self.sampling == "allocation":
+            return replace(self.allocated(count), noise_multiplier=self.noise_multiplier)
         rate = 1.0 if self.sampling == "full" else self.sample_rate
         return DpSgd(self.noise_multiplier, rate, count, self.relation)
 

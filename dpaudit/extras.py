@@ -4,6 +4,7 @@ from dpaudit.errors import EnvironmentFailure
 
 # Import name -> extra of dpaudit (pyproject.toml).
 EXTRAS = {
+    "PLD_accounting": "allocation",
     "accelerate": "train",
     "cryptography": "train",
     "datasets": "benchmark",

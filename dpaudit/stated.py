@@ -62,7 +62,7 @@ def _events(claim: Claim) -> list[accounting.DpSgd] | str:
     noise = "laplace" if "laplace" in (claim.noise, claim.mechanism) else "gaussian"
     scheme: accounting.Scheme = "poisson" if sampling == "full" else sampling
     try:
-        events = [accounting.DpSgd(float(sigma), float(rate), steps, claim.relation, noise, scheme)]  # type: ignore[arg-type]
+        events = [accounting.DpSgd(float(sigma), float(rate), steps, claim.relation, noise, scheme, claim.epoch_steps)]  # type: ignore[arg-type]
         if claim.token_multiplier is not None:
             events.append(accounting.release_event(claim.token_multiplier, claim.relation))
     except UsageError as error:
@@ -113,6 +113,7 @@ def differences(claim: Claim, config: RunConfig) -> tuple[str, ...]:
         "noise-multiplier": (claim.noise_multiplier, privacy.noise_multiplier),
         "epsilon": (claim.epsilon, privacy.epsilon),
         "sampling": (claim.sampling, training.sampling),
+        "draws": (_draws(claim), training.draws if training.sampling == "allocation" else None),
         "batch-size": (claim.expected_batch_size, training.batch_size),
         "steps": (claim.steps, training.steps),
     }
@@ -123,6 +124,11 @@ def differences(claim: Claim, config: RunConfig) -> tuple[str, ...]:
         for name, (stated, own) in expected.items()
         if own is not None and not _same(stated, own)
     )
+
+
+def _draws(claim: Claim) -> float | None:
+    """k of a claim of allocation, as far as it says."""
+    return None if claim.epoch_steps is None or claim.sample_rate is None else claim.sample_rate * claim.epoch_steps
 
 
 def _same(one: object, two: object) -> bool:

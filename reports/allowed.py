@@ -121,7 +121,13 @@ def shown_event(claim: Claim | None, within: Test | None) -> DpSgd | None:
 @lru_cache(maxsize=64)
 def _with_epsilon(event: DpSgd, epsilon: float, delta: float) -> DpSgd:
     sigma = accounting.noise_multiplier_for(
-        epsilon=epsilon, delta=delta, sample_rate=event.sample_rate, steps=event.steps, relation=event.relation
+        epsilon=epsilon,
+        delta=delta,
+        sample_rate=event.sample_rate,
+        steps=event.steps,
+        relation=event.relation,
+        sampling=event.sampling,
+        epoch=event.epoch,
     )
     return replace(event, noise_multiplier=sigma)
 

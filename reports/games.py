@@ -58,6 +58,7 @@ def mechanism(claim: Claim | None) -> str:
     parts = [f"sigma {number(claim.noise_multiplier, 4)}"] if claim.noise_multiplier is not None else []
     parts += [f"q {number(claim.sample_rate, 4)}"] if claim.sample_rate is not None else []
     parts += [f"T {claim.steps:,}"] if claim.steps is not None else []
+    parts += [f"allocated over {claim.epoch_steps:,}"] if claim.epoch_steps is not None else []
     return ", ".join(parts) or f"eps {number(claim.epsilon)} at {number(claim.delta)} alone"
 
 

@@ -28,6 +28,7 @@ _SAMPLING = {
     "fixed": "Each step draws a batch of fixed size",
     "shuffle": "Batches come from a shuffled order",
     "full": "Each step uses all of the data",
+    "allocation": "Each {unit} draws for itself the steps of an epoch that hold it (random allocation)",
 }
 VERDICT_MEANING = {
     "invalid": "The test itself is unsound, so none of its numbers counts.",
@@ -104,12 +105,19 @@ def group_sentence(claim: Claim) -> str:
     return f"{first}. At delta = {number(claim.delta)}, {by}: {'; '.join(parts)}."
 
 
+def _rate(claim: Claim) -> str:
+    if claim.sample_rate is None:
+        return ""
+    if claim.sampling == "allocation" and claim.epoch_steps is not None:
+        return f", {number(claim.sample_rate * claim.epoch_steps, 4)} of {claim.epoch_steps:,}"
+    return f" with probability q = {number(claim.sample_rate, 4)}"
+
+
 def _mechanism(claim: Claim, unit: str) -> str:
     parts = []
     if claim.sampling is not None:
         drawn = _SAMPLING[claim.sampling].format(unit=unit)
-        rate = f" with probability q = {number(claim.sample_rate, 4)}" if claim.sample_rate is not None else ""
-        parts.append(f"{drawn}{rate}.")
+        parts.append(f"{drawn}{_rate(claim)}.")
     if claim.max_grad_norm is not None:
         parts.append(f"Its gradient is clipped to norm C = {number(claim.max_grad_norm)}.")
     if claim.noise_multiplier is not None:

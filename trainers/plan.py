@@ -41,6 +41,7 @@ class Plan:
     claim: Claim | None
     not_releasable: tuple[str, ...] = ()
     sampling: accounting.Scheme = "poisson"
+    draws: int = 1  # k of allocation
     token_multiplier: float | None = None  # z of a release of visual tokens; None: none leave
 
     @property
@@ -51,16 +52,15 @@ class Plan:
     @property
     def sampler(self) -> Sampler:
         """Who is in the batch of which step."""
-        return Sampler(self.sampling, self.candidates, round(self.expected_batch_size))
+        return Sampler(self.sampling, self.candidates, round(self.expected_batch_size), self.draws)
 
     @property
     def event(self) -> accounting.DpSgd | None:
         """What the accountant composes; None for a run without a claim."""
         if self.claim is None:
             return None
-        return accounting.DpSgd(
-            self.noise_multiplier, self.sample_rate, self.steps, self.claim.relation, self.claim.noise, self.sampling
-        )
+        public = (self.sample_rate, self.steps, self.claim.relation, self.claim.noise, self.sampling)
+        return accounting.DpSgd(self.noise_multiplier, *public, self.claim.epoch_steps)
 
     @property
     def others(self) -> tuple[accounting.DpSgd, ...]:
@@ -106,19 +106,22 @@ def make_plan(config: RunConfig, dataset: Dataset, canaries: int) -> Plan:
         raise rejected(
             "training.batch-size", training.batch_size, f"at most {candidates} (units and canary candidates)"
         )
-    if training.sampling != "poisson" and candidates - canaries < len(dataset.train):
+    if training.sampling in ("fixed", "shuffle") and candidates - canaries < len(dataset.train):
         why = f"at least {len(dataset.train)}, the units, for training.sampling={training.sampling}"
         raise rejected("data.public-size", config.data.public_size, why)
-    sampler = Sampler(training.sampling, candidates, training.batch_size)
+    sampler = Sampler(training.sampling, candidates, training.batch_size, training.draws)
     rate = sampler.rate
     steps = training.steps or sampler.steps(training.epochs)
     public = (candidates, rate, steps, float(training.batch_size))
     not_releasable = _not_releasable(config)
     if not config.claims:
         norm = math.inf if config.method == "non-private" else privacy.max_grad_norm
-        return Plan(*public, 0.0, norm, None, not_releasable, training.sampling)
+        return Plan(*public, 0.0, norm, None, not_releasable, training.sampling, training.draws)
     if privacy.delta >= 1 / candidates:
         raise rejected("privacy.delta", privacy.delta, f"below 1/n = {1 / candidates:.2g} for {candidates} units")
+    epoch = sampler.batches if training.sampling == "allocation" else None
+    if epoch is not None:
+        accounting.require_reference()
     multiplier = config.fusion.multiplier if config.fusion.release != "none" else None
     others = () if multiplier is None else (accounting.release_event(multiplier, privacy.relation),)
     sigma = privacy.noise_multiplier
@@ -133,8 +136,9 @@ def make_plan(config: RunConfig, dataset: Dataset, canaries: int) -> Plan:
             relation=privacy.relation,
             noise=config.zeroth_order.noise,
             sampling=training.sampling,
+            epoch=epoch,
         )
-    event = accounting.DpSgd(sigma, rate, steps, privacy.relation, config.zeroth_order.noise, training.sampling)
+    event = accounting.DpSgd(sigma, rate, steps, privacy.relation, config.zeroth_order.noise, training.sampling, epoch)
     deltas = [delta for delta in CURVE_DELTAS if delta < 1 / candidates]
     spent = accounting.joint_epsilon((event, *others), privacy.delta)
     claim = Claim(
@@ -148,6 +152,7 @@ def make_plan(config: RunConfig, dataset: Dataset, canaries: int) -> Plan:
         max_grad_norm=privacy.max_grad_norm,
         sampling=training.sampling,
         sample_rate=rate,
+        epoch_steps=epoch,
         steps=steps,
         expected_batch_size=float(training.batch_size),
         candidates=candidates,
@@ -156,7 +161,9 @@ def make_plan(config: RunConfig, dataset: Dataset, canaries: int) -> Plan:
         release="final weights (LoRA adapter)" + (" and noisy visual tokens" if others else ""),
         curve=accounting.joint_curve((event, *others), deltas),
     )
-    return Plan(*public, sigma, privacy.max_grad_norm, claim, not_releasable, training.sampling, multiplier)
+    return Plan(
+        *public, sigma, privacy.max_grad_norm, claim, not_releasable, training.sampling, training.draws, multiplier
+    )
 
 
 NO_CLIPPING = "method non-private: no clipping, no noise, no claim"

@@ -29,6 +29,8 @@ CONTROLS: tuple[Control, ...] = (
     Control("dp-adam", compact.adam),
     Control("fixed-size batches, claimed as such", compact.fixed_size),
     Control("shuffled epochs, claimed as such", compact.shuffled),
+    Control("random allocation, one of ten steps", compact.allocated),
+    Control("random allocation, two of twenty steps", correct.AllocatedTwice),
     Control("full batch", compact.full_batch),
     Control("laplace noise, L1 clipping", compact.laplace),
     Control("dp-zo (zeroth-order)", zeroth_order.dp_zo),

@@ -13,7 +13,18 @@ import torch
 from torch import Tensor
 
 from dpaudit.documents import Relation
-from trainers.adapters.compact import FEATURES, PUBLIC_SIZE, SHAPES, SIZES, Compact, Record, join, split
+from trainers.adapters.compact import (
+    FEATURES,
+    PUBLIC_SIZE,
+    SHAPES,
+    SIZES,
+    Allocated,
+    Bools,
+    Compact,
+    Record,
+    join,
+    split,
+)
 
 TOTAL = sum(SIZES.values())
 HEAD = ("w2", "b2")
@@ -271,6 +282,20 @@ class SizeThenSubset(Compact):
         """Unsorted."""
         size = self.sampler.binomial(len(self.records), self.sample_rate)
         return [int(index) for index in self.sampler.choice(len(self.records), size=size, replace=False)]
+
+
+class AllocatedTwice(Allocated):
+    """Random allocation of two of the twenty steps of an epoch, by drawing both one after the other."""
+
+    epoch_steps = 20
+    draws = 2
+
+    def assigned(self, units: int, steps: int) -> Bools:
+        """The second draw is among the steps that the first one left."""
+        held = np.zeros((units, steps), dtype=bool)
+        first, second = self.sampler.integers(steps, size=units), self.sampler.integers(steps - 1, size=units)
+        held[np.arange(units), first] = held[np.arange(units), second + (second >= first)] = True
+        return held
 
 
 class GeometricGaps(Compact):

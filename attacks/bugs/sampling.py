@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from dpaudit import accounting
-from trainers.adapters.compact import PUBLIC_SIZE, Compact, FixedSize, Record, Shuffled
+from trainers.adapters.compact import PUBLIC_SIZE, Allocated, Bools, Compact, FixedSize, Record, Shuffled
 
 
 class ShuffledAsPoisson(Shuffled):
@@ -29,6 +29,64 @@ class PoissonEpsilonForShuffle(Shuffled):
 
     def epsilon(self, delta: float) -> float:
         return Compact.epsilon(self, delta)
+
+
+class ShuffledAsAllocated(Allocated):
+    """A shuffled list cut into batches of one size, claimed and accounted as random allocation."""
+
+    def assigned(self, units: int, steps: int) -> Bools:
+        """Each unit in one batch an epoch, as many in each."""
+        place = self.sampler.permutation(units) * steps // units
+        return np.asarray(place[:, None] == np.arange(steps))
+
+
+class AllocationEpsilonForShuffle(Shuffled):
+    """Shuffling is admitted, yet the eps quoted is that of random allocation."""
+
+    def epsilon(self, delta: float) -> float:
+        rate = self.sample_rate
+        event = accounting.DpSgd(self.noise_multiplier, rate, self.step_count, self.relation, sampling="allocation")
+        return accounting.epsilon(event, delta)
+
+
+class AllocatedOnceMore(Allocated):
+    """Random allocation of one step an epoch is claimed; two are drawn."""
+
+    def assigned(self, units: int, steps: int) -> Bools:
+        """Two of the steps."""
+        return np.asarray(self.sampler.random((units, steps)).argsort(axis=1).argsort(axis=1) < 2)
+
+
+class SharedAllocation(Allocated):
+    """Units are allocated in pairs (two pages of one person, say), so two units draw the same step."""
+
+    def assigned(self, units: int, steps: int) -> Bools:
+        """One draw for two neighbours."""
+        return np.repeat(super().assigned(-(-units // 2), steps), 2, axis=0)[:units]
+
+
+class AllocatedForGood(Allocated):
+    """The allocation is drawn once and kept: in every epoch a unit is in the same step."""
+
+    kept: Bools | None = None
+
+    def assigned(self, units: int, steps: int) -> Bools:
+        """That of the first epoch."""
+        if self.kept is None or len(self.kept) != units:
+            self.kept = super().assigned(units, steps)
+        return self.kept
+
+
+class RotatedAllocation(Allocated):
+    """The allocation is drawn once; with every epoch each unit moves one step on."""
+
+    kept: Bools | None = None
+
+    def assigned(self, units: int, steps: int) -> Bools:
+        """That of the epoch before, moved."""
+        fresh = self.kept is None or len(self.kept) != units
+        self.kept = super().assigned(units, steps) if fresh else np.roll(self.kept, 1, axis=1)
+        return self.kept
 
 
 class WeightedSampler(Compact):

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from attacks.contract.bench import Bench
-from attacks.contract.draws import reported
+from attacks.contract.draws import reported, window_of
 from attacks.contract.probe import Probe
 from attacks.contract.result import judged, skipped
 from dpaudit import accounting
@@ -22,9 +22,9 @@ RELATIVE, ABSOLUTE = 0.01, 0.005
 EPSILON = "eps reported"
 EPSILON_WHY = (
     "The eps that the trainer reports may not be below what (sigma, q, steps) spend under the claimed relation, "
-    "sampling and noise. Usually: a wrong sample rate, shuffled or fixed-size batches accounted as Poisson, replace "
-    "accounted as add/remove, Laplace noise accounted as Gaussian or not at all, the CLT approximation, empty batches "
-    "or the last step not counted, the target reported instead of what was spent."
+    "sampling and noise. Usually: a wrong sample rate, shuffled or fixed-size batches accounted as Poisson or as "
+    "allocation, replace accounted as add/remove, Laplace noise accounted as Gaussian or not at all, the CLT "
+    "approximation, empty batches or the last step not counted, the target reported instead of what was spent."
 )
 
 
@@ -41,10 +41,12 @@ def epsilon(bench: Bench) -> Check:
     if "epsilon" not in probe.offered:
         return skipped(EPSILON, probe.lacking["epsilon"], EPSILON_WHY)
     delta = probe.claim.delta or DEFAULT_DELTA
-    counts = [*EARLY]
-    if bench.empty_problem is None and (longest := len(bench.training.noise)) > MANY:
-        counts += sorted({MANY - 1, MANY, *((longest // 2, longest) if longest > 2 * MANY else ())})
-    asked = [(steps, delta) for steps in counts] + [(steps, OTHER * delta) for steps in (STEPS, counts[-1])]
+    counts = _counts(bench)
+    if not counts:
+        return skipped(
+            EPSILON, f"an epoch has {window_of(probe.claim)} steps, and its eps is due at its end", EPSILON_WHY
+        )
+    asked = [(steps, delta) for steps in counts] + [(steps, OTHER * delta) for steps in (counts[0], counts[-1])]
     needed = {pair: spent(probe, *pair) for pair in dict.fromkeys(asked)}
     if any(value is None for value in needed.values()):
         why = f"no proof known to dpaudit for {probe.claim.mechanism} noise with {probe.claim.sampling} batches"
@@ -70,6 +72,17 @@ def epsilon(bench: Bench) -> Check:
     return judged(EPSILON, not short, measured, allowed, EPSILON_WHY)
 
 
+def _counts(bench: Bench) -> list[int]:
+    """After how many steps to ask: one, several up to twenty, many; for allocation at the end of epochs alone, of which
+    no part is judged."""
+    probe, longest = bench.probe, len(bench.training.noise) if bench.empty_problem is None else 0
+    if probe.claim.sampling == "allocation":
+        epoch, most = window_of(probe.claim), MANY if longest > MANY else STEPS
+        return sorted({epoch, most // epoch * epoch}) if epoch <= most else []
+    many = {MANY - 1, MANY, *((longest // 2, longest) if longest > 2 * MANY else ())} if longest > MANY else set()
+    return [*EARLY, *sorted(many)]
+
+
 def spent(probe: Probe, steps: int, delta: float) -> float | None:
     """Our own eps after `steps`; None where no proof applies. inf without noise.
 
@@ -83,6 +96,8 @@ def spent(probe: Probe, steps: int, delta: float) -> float | None:
     if claim.noise_multiplier == 0:
         return math.inf
     noise = "laplace" if claim.mechanism == "laplace" else "gaussian"
+    if claim.sampling == "allocation":
+        return None if noise == "laplace" else accounting.epsilon(claim.allocated(steps), delta)
     if claim.sampling == "fixed":
         if noise == "laplace":
             return None

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from attacks.contract.guard import MethodFailure
 from attacks.contract.probe import Probe
 from attacks.contract.subject import Subject
+from dpaudit.claims import StepClaim
 
 EPOCHS, MOST_DRAWS, LEAST_DRAWS, SECONDS = 40, 20_000, 400, 8.0
 CHEAP_DRAWS, CHEAP_SECONDS = 5_000, 1.5  # as many where they take no longer: a cap at B + 2.5 sqrt(B) shows in the size
@@ -33,11 +34,12 @@ def draw(probe: Probe, *, path: Sequence[Sequence[int]] = (), playing: int = 0, 
 
     As many draws as EPOCHS epochs take, fewer where they are slow and more where they are cheap.
     """
+    window = window_of(probe.claim)
     subject = probe.grown(tuple(tuple(part) for part in path), noise=noise)
     count, began = len(probe.own.items), time.monotonic()
     rows: list[Drawn] = []
     twice = 0
-    while _another(len(rows), probe.claim.sample_rate, time.monotonic() - began):
+    while _another(len(rows), window, time.monotonic() - began):
         indices = ask(subject, count)
         row = np.zeros(count, dtype=bool)
         row[indices] = True
@@ -48,12 +50,11 @@ def draw(probe: Probe, *, path: Sequence[Sequence[int]] = (), playing: int = 0, 
     return Draws(np.stack(rows), twice)
 
 
-def _another(done: int, rate: float, spent: float) -> bool:
+def _another(done: int, window: int, spent: float) -> bool:
     """Whether one more draw is worth its time after `done` of them in `spent` seconds."""
-    wanted = min(MOST_DRAWS, max(LEAST_DRAWS, math.ceil(EPOCHS / rate)))
-    if done >= wanted:
+    if done >= min(MOST_DRAWS, max(LEAST_DRAWS, EPOCHS * window)):
         return done < CHEAP_DRAWS and spent < CHEAP_SECONDS
-    return done < 10 * window_of(rate) or spent < SECONDS
+    return done < 10 * window or spent < SECONDS
 
 
 def ask(subject: Subject, count: int) -> list[int]:
@@ -68,9 +69,9 @@ def ask(subject: Subject, count: int) -> list[int]:
     return indices
 
 
-def window_of(rate: float) -> int:
+def window_of(claim: StepClaim) -> int:
     """Draws in an epoch."""
-    return max(1, round(1 / rate))
+    return claim.epoch_steps or max(1, round(1 / claim.sample_rate))
 
 
 def reported(subject: Subject, delta: float) -> float:

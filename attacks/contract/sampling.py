@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from scipy.stats import binom
 
+from attacks.contract import allocation
 from attacks.contract import statistics as stats
+from attacks.contract.allocation import Found
 from attacks.contract.bench import Bench
 from attacks.contract.draws import Drawn, Draws, draw, window_of
 from attacks.contract.result import judged, skipped
@@ -19,13 +21,15 @@ MARGINALS_WHY = (
 )
 SPREAD = "spread of batch sizes"
 SPREAD_WHY = (
-    "Poisson batches vary in size with variance n q (1 - q). Constant sizes mean fixed-size or shuffled batches, a "
-    "larger spread means units drawn together; the Poisson eps holds for neither (off by up to 10x, NDSS 2026)."
+    "Poisson batches vary in size with variance n q (1 - q), and allocated ones do at each step of an epoch. Constant "
+    "sizes mean fixed-size or shuffled batches, a larger spread means units drawn together; the eps of independent "
+    "units holds for neither (off by up to 10x, NDSS 2026)."
 )
 EPOCH = "repeats within an epoch"
 EPOCH_WHY = (
     "Under independent draws a unit often comes twice within 1/q draws, under shuffling never. A shuffled loader "
-    "accounted as Poisson understates eps (Chua et al. 2024)."
+    "accounted as Poisson understates eps (Chua et al. 2024). Under allocation a unit is in k steps of every epoch, "
+    "whatever others do."
 )
 TWICE = "repeats within a batch"
 TWICE_WHY = "A batch is a set of units; a repeated index (sampling with replacement) counts one person twice."
@@ -47,7 +51,8 @@ def checks(bench: Bench) -> Iterator[Check]:
     twice = [f"{when} {found.twice} of {len(found.drawn)}" for when, found in drawn]
     fine = all(found.twice == 0 for _, found in drawn)
     yield judged(TWICE, fine, f"batches that name a unit twice: {', '.join(twice)}", "none", TWICE_WHY)
-    for check in (marginals, spread, epochs):
+    own = _allocated if bench.probe.claim.sampling == "allocation" else (marginals, spread, epochs)
+    for check in own:
         yield _worse(bench, check, drawn)
 
 
@@ -70,7 +75,7 @@ def marginals(bench: Bench, drawn: Drawn) -> Check:
         return judged(MARGINALS, missing == 0, f"{missing} absences", "every unit in every batch", MARGINALS_WHY)
     if claim.sampling == "shuffle":
         # Per epoch at most once; that is what the accounting of shuffled batches rests on.
-        most = math.ceil(draws / window_of(rate)) + 1
+        most = math.ceil(draws / window_of(claim)) + 1
         fine = int(counts.max()) <= most
         return judged(MARGINALS, fine, f"at most {int(counts.max())} times in {draws} draws", f"{most}", MARGINALS_WHY)
     rates = rate if claim.sampling == "poisson" else float(drawn.sum(axis=1).mean()) / drawn.shape[1]
@@ -110,7 +115,7 @@ def spread(bench: Bench, drawn: Drawn) -> Check:
 def epochs(bench: Bench, drawn: Drawn) -> Check:
     """(unit, epoch) pairs with exactly one inclusion: Binomial for Poisson batches, all of them if shuffled."""
     claim = bench.probe.claim
-    rate, window = claim.sample_rate, window_of(claim.sample_rate)
+    rate, window = claim.sample_rate, window_of(claim)
     whole = len(drawn) // window
     if claim.sampling == "full" or window == 1:
         return skipped(EPOCH, "every unit is in every batch", EPOCH_WHY)
@@ -135,3 +140,40 @@ def epochs(bench: Bench, drawn: Drawn) -> Check:
         p = min(1.0, min(stats.count_p(int(k), whole, once) for k in (times == 1).sum(axis=0)) * drawn.shape[1])
     measured = f"{(times == 1).mean():.3g} of units exactly once in {window} draws (p = {p:.2g})"
     return judged(EPOCH, p > stats.ALPHA, measured, f"{once:.3g}, p above {stats.ALPHA:g}", EPOCH_WHY)
+
+
+def _allocated_marginals(bench: Bench, drawn: Drawn) -> Check:
+    """Every place of an epoch holds every unit equally often."""
+    return _by_law(
+        bench, drawn, MARGINALS, MARGINALS_WHY, "q = {rate:.4g} at every step of an epoch", allocation.uniform
+    )
+
+
+def _allocated_spread(bench: Bench, drawn: Drawn) -> Check:
+    """Sizes at one place of an epoch are binomial, and independent over epochs."""
+    return _by_law(
+        bench, drawn, SPREAD, SPREAD_WHY, "{variance:.3g}: units independent of each other", allocation.sizes
+    )
+
+
+def _allocated_epochs(bench: Bench, drawn: Drawn) -> Check:
+    """Exactly k times an epoch, no two units alike, every epoch anew."""
+    allowed = "never, by units that share nothing"
+    return _by_law(bench, drawn, EPOCH, EPOCH_WHY, allowed, allocation.counted, allocation.independent)
+
+
+_allocated = (_allocated_marginals, _allocated_spread, _allocated_epochs)
+
+
+def _by_law(bench: Bench, drawn: Drawn, name: str, why: str, allowed: str, *tests: Callable[..., Found]) -> Check:
+    event = bench.probe.claim.allocated()
+    held = allocation.whole_epochs(event, drawn)
+    if len(held) < allocation.LEAST_EPOCHS:
+        return skipped(name, f"only {len(drawn)} draws of an epoch of {event.epoch_steps}", why)
+    if event.draws == event.epoch_steps and name != EPOCH:
+        return skipped(name, "every unit is in every batch", why)
+    found = [test(event, held) for test in tests]
+    words = {"rate": event.sample_rate, "variance": drawn.shape[1] * event.sample_rate * (1 - event.sample_rate)}
+    fine = all(p > stats.ALPHA for p, _ in found)
+    text = allowed.format(**words)
+    return judged(name, fine, "; ".join(seen for _, seen in found), f"{text}, p above {stats.ALPHA:g}", why)

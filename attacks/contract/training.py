@@ -34,13 +34,13 @@ class Training:
     def __init__(self, probe: Probe, outside: int, longest: int) -> None:
         self.probe, self.outside = probe, outside
         expected = probe.claim.expected_batch_size
-        poisson = probe.claim.sampling == "poisson"
-        self.wanted = max(1, math.ceil(REACH * expected if poisson else expected))
+        varying = probe.claim.sampling in ("poisson", "allocation")
+        self.wanted = max(1, math.ceil(REACH * expected if varying else expected))
         self.copies, self.records = 1, probe.own
         self._enlarge()
         order = np.random.default_rng([probe.seed, 23]).permutation(len(self.records.items))
         self.pool = [int(index) for index in order if index != outside]
-        self.largest = min(len(self.pool), max(self.wanted, LARGEST if poisson else 6))
+        self.largest = min(len(self.pool), max(self.wanted, LARGEST if varying else 6))
         self.longest = longest
 
     def _enlarge(self) -> None:

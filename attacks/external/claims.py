@@ -13,6 +13,11 @@ TOLERANCE = 0.01
 ROW = "training steps"
 
 
+def epoch_of(step: StepClaim) -> int | None:
+    """t of a claim of random allocation, None for any other scheme."""
+    return max(1, step.epoch_steps or round(1 / step.sample_rate)) if step.sampling == "allocation" else None
+
+
 def claimed_delta(step: StepClaim, wanted: float | None) -> float:
     """--delta, else what the trainer says, else 1e-5."""
     return wanted if wanted is not None else step.delta if step.delta is not None else 1e-5
@@ -49,6 +54,7 @@ def make_claim(step: StepClaim, *, steps: int, delta: float, stated: float | Non
         max_grad_norm=step.max_grad_norm,
         sampling=step.sampling,
         sample_rate=step.sample_rate,
+        epoch_steps=epoch_of(step),
         steps=steps,
         expected_batch_size=step.expected_batch_size,
         accountant="stated by the trainer" if stated is not None else accounting.accountant_name(),

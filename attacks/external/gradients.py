@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from attacks.external.claims import epoch_of
 from attacks.external.setting import Playing, Setting
 from attacks.external.subject import Subject
 from attacks.games.controls import Liveness
@@ -27,6 +29,7 @@ from attacks.games.white_box import read_game
 from dpaudit.documents import Claim
 from dpaudit.errors import rejected
 from trainers.progress import Reporter
+from trainers.sampling import allocated
 
 LEAST_COUNT = 20
 MOST_NUMBERS = 250_000_000  # of all directions together: one gigabyte
@@ -47,7 +50,8 @@ class InjectionGame:
         rate = 1.0 if step.sampling == "full" else step.sample_rate
         numbers = (step.max_grad_norm, step.noise_multiplier, rate, step.expected_batch_size)
         known = setting.first.offers("gradient")
-        self.game = GradientGame(_count(setting), setting.key, *numbers, known=known)
+        epoch = epoch_of(step)
+        self.game = GradientGame(_count(setting), setting.key, *numbers, known=known, epoch=epoch)
         self.frame = self.game.frame()
         self.guesses = {KIND: self.game.plan.guesses[KIND]}
 
@@ -57,9 +61,9 @@ class InjectionGame:
         step = setting.step_claim
         if not setting.first.offers("inject"):
             return setting.first.lacking("inject")
-        if step.mechanism != "gaussian" or step.sampling not in ("poisson", "full"):
+        if step.mechanism != "gaussian" or step.sampling not in ("poisson", "full", "allocation"):
             what = f"{step.mechanism} noise with {step.sampling} batches"
-            return f"{what}; the game knows gaussian noise with poisson or full"
+            return f"{what}; the game knows gaussian noise with poisson, allocation or full"
         if setting.drives is not None:
             return setting.drives
         if room(setting.first.size()) < LEAST_COUNT:
@@ -76,6 +80,15 @@ class InjectionGame:
             return unsound("gradient coins", f"all {count} coins fell on one side; audit again"), claim
         levels: dict[str, Any] = {"confidence": confidence, "alpha": at.setting.options.alpha}
         return read_game(self.game, claim, coins_sha256=at.coins.sha256, **levels), claim
+
+
+def _joined(game: GradientGame, count: int, step: int) -> npt.NDArray[np.intp]:
+    """Which of the inserted canaries join this step: by coins of the claimed rate, or k of an epoch's steps each."""
+    if game.epoch is None:
+        draws = game.key.uniform(count, step=step, name="gradient canaries", purpose="poisson")
+        return np.flatnonzero(draws < game.sample_rate)
+    epoch, turn = divmod(step - 1, game.epoch)
+    return np.flatnonzero((allocated(game.key, epoch, count, game.epoch, game.channel.draws) == turn).any(axis=1))
 
 
 def _count(setting: Setting) -> int:
@@ -181,8 +194,7 @@ def train(setting: Setting, game: GradientGame, reporter: Reporter) -> float | N
     reporter.phase(f"training with {len(rows.rows)} of {game.count} canary gradients")
     for step, indices in setting.batches(subject, "white box", reporter):
         contribution = known.contribution(indices)
-        draws = game.key.uniform(len(rows.rows), step=step, name="gradient canaries", purpose="poisson")
-        taken = np.flatnonzero(draws < game.sample_rate)
+        taken = _joined(game, len(rows.rows), step)
         for place in taken:
             rows.inject(subject, rows.rows[place])
         subject.step(indices)

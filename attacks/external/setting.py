@@ -10,7 +10,7 @@ import pandas as pd
 
 from attacks.canaries import Coins
 from attacks.contract.guard import MethodFailure
-from attacks.external.claims import claimed_delta, claimed_steps, make_claim, mechanism_epsilon
+from attacks.external.claims import claimed_delta, claimed_steps, epoch_of, make_claim, mechanism_epsilon
 from attacks.external.folder import AuditFolder
 from attacks.external.options import TrainerOptions
 from attacks.external.subject import Subject
@@ -20,12 +20,17 @@ from attacks.scores import join_coins
 from dpaudit.analysis.claim import describe_alternative
 from dpaudit.claims import StepClaim
 from dpaudit.documents import Check, Claim, Test
+from dpaudit.evidence.channel import Channel
 from dpaudit.executors import Executor
 from dpaudit.randomness import Key
 from trainers.progress import Reporter, StepReport
 
 Floats = npt.NDArray[np.float64]
-OWN_SAMPLING = ("poisson", "full")  # schemes that a game can draw by itself for a trainer without sample()
+OWN_SAMPLING = (
+    "poisson",
+    "full",
+    "allocation",
+)  # schemes that a game can draw by itself for a trainer without sample()
 
 
 @dataclass(frozen=True)
@@ -108,10 +113,14 @@ class Setting:
         units = len(subject.records())
         own = subject.offers("sample")
         rate = 1.0 if self.step_claim.sampling == "full" else self.step_claim.sample_rate
-        rng = self.key.generator(purpose=f"batches: {purpose}")
+        rng, epoch = self.key.generator(purpose=f"batches: {purpose}"), epoch_of(self.step_claim)
+        channel = None if epoch is None else Channel(1.0, rate, epoch, epoch)
         try:
             for step in range(1, self.steps + 1):
-                indices = subject.sample() if own else [int(i) for i in np.flatnonzero(rng.random(units) < rate)]
+                if channel is not None and (step - 1) % channel.steps == 0:
+                    drawn = channel.sampled(units, rng)
+                joined = rng.random(units) < rate if channel is None else drawn[:, (step - 1) % channel.steps]
+                indices = subject.sample() if own else [int(i) for i in np.flatnonzero(joined)]
                 yield step, indices
                 reporter.step(StepReport(step, self.steps, None, None, None))
         finally:

@@ -27,7 +27,7 @@ import torch
 from attacks.canaries import ALL, Plan, coin_frame
 from attacks.games import controls
 from dpaudit.errors import rejected
-from dpaudit.evidence.channel import log_ratio
+from dpaudit.evidence.channel import Channel
 from dpaudit.evidence.game import SPARE
 from dpaudit.randomness import Key
 from trainers.gradients import Gradient
@@ -50,7 +50,7 @@ class GradientGame:
     """`count` directions with independent fair coins: orthonormal, single coordinates, or random unit vectors.
 
     known: whether `observe` is told what the other records contributed. final: nothing is seen of the steps;
-    `see_final` scores the sum of all updates.
+    `see_final` scores the sum of all updates. epoch: t of random allocation; None: Poisson sampling.
     """
 
     count: int
@@ -62,6 +62,7 @@ class GradientGame:
     directions: Directions = "orthogonal"
     final: bool = False
     known: bool = True
+    epoch: int | None = None
     members: Bools = field(init=False)
     arrived: controls.Arrived = field(init=False)
     liveness: list[controls.Liveness] = field(init=False, default_factory=list)
@@ -183,4 +184,9 @@ class GradientGame:
         """(m,) log-likelihood ratios under the claim, or projections of the final update."""
         if self.final:
             return self._last
-        return log_ratio(self.seen(), sigma=self.noise_multiplier, rate=self.sample_rate)
+        return self.channel.log_ratio(self.seen())
+
+    @property
+    def channel(self) -> Channel:
+        """What the claim says about the steps that were seen."""
+        return Channel(self.noise_multiplier, self.sample_rate, max(1, len(self._seen)), self.epoch)

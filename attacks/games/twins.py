@@ -22,6 +22,8 @@ from trainers.plan import Inserted, make_plan
 from trainers.progress import Reporter
 from trainers.run import train
 
+PLAYED = ("poisson", "allocation")  # schemes in which each unit's steps are drawn by itself
+
 
 def free(run: RunFolder, name: str) -> Path:
     """The first of NAME, NAME-2, NAME-3, … in the run's folder that does not exist."""
@@ -47,10 +49,10 @@ def latest(run: RunFolder, name: str) -> Path | None:
 
 
 def refusal(sampling: str) -> str:
-    """Why a run with other than Poisson batches is not played: its canaries don't join steps independently."""
+    """Why a run of another scheme is not played: its canaries' steps depend on those of other units."""
     return (
-        f"--white-box: training.sampling={sampling}; accepted: poisson, whose likelihood ratio the game scores (the "
-        "other audits judge this run)"
+        f"--white-box: training.sampling={sampling}; accepted: {', '.join(PLAYED)}, whose likelihood ratios the game "
+        "knows (the other audits judge this run)"
     )
 
 
@@ -76,7 +78,7 @@ def play_white_box(
         claim = plan.claim
         if claim is None:
             raise UsageError("--white-box: the run makes no claim, so there is no mechanism to audit")
-        if plan.sampling != "poisson":
+        if plan.sampling not in PLAYED:
             raise UsageError(refusal(plan.sampling))
         game = GradientGame(
             count,
@@ -87,6 +89,7 @@ def play_white_box(
             plan.expected_batch_size,
             directions=directions,
             final=final,
+            epoch=claim.epoch_steps,
         )
         digest = save_coins(run.coins, game.frame(), game.plan)
         inserted = Inserted(count, (), digest, f"They are gradients along {WORDS[directions]} directions, not records.")

@@ -1,5 +1,6 @@
 """What a white-box game (attacks.games.gradients) says: tests with fixed shares, bounds, controls, earned power."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,6 @@ from dpaudit.bounds import pld
 from dpaudit.bounds.roc import summarise
 from dpaudit.documents import Claim, Control, Test, Validity
 from dpaudit.evidence import steps
-from dpaudit.evidence.channel import Channel
 from dpaudit.evidence.coins import Posteriors, p_value
 from dpaudit.evidence.game import ALL as ALL_CANARIES
 from dpaudit.evidence.game import KEPT, NOISE, SHARES, STEPS, Rule
@@ -116,7 +116,7 @@ def _coin_tests(
             else "no gradient() to subtract"
         )
         return tuple(test.model_copy(update={"control": why}) for test in read if test.decides)
-    channel = Channel(game.noise_multiplier, game.sample_rate, len(game._seen))
+    channel = game.channel
     posteriors = Posteriors.of(game.seen(), channel)
     rule = Rule(game.loud, game.spare if noise is not None else 0)
     parts = rule.parts(posteriors, game.members, noise)
@@ -224,12 +224,12 @@ def mechanism_bound(game: GradientGame, claim: Claim, confidence: float, rng: np
 
     The ceiling is the bound of the same game if its noise were missing: what was sampled is then seen exactly.
     """
-    channel = Channel(game.noise_multiplier, game.sample_rate, len(game._seen))
+    channel = game.channel
     upper = partial(sigma_upper, coins=game.members, channel=channel, level=1 - confidence, rng=rng)
     sigma = upper(game.seen())
     perfect = np.zeros((game.count, channel.steps))
     inside = game.inserted
-    perfect[inside] = game.key.generator(purpose="perfect game").random((len(inside), channel.steps)) < channel.rate
+    perfect[inside] = channel.sampled(len(inside), game.key.generator(purpose="perfect game"))
     return _within(
         claim,
         sigma,
@@ -260,7 +260,7 @@ def _epsilon(sigma: float, claim: Claim) -> float:
     assert event is not None
     if sigma == 0.0 or sigma == np.inf:
         return 0.0 if sigma else np.inf
-    return accounting.epsilon(accounting.DpSgd(sigma, event.sample_rate, event.steps, event.relation), claim.delta)
+    return accounting.epsilon(replace(event, noise_multiplier=sigma), claim.delta)
 
 
 def wrong_claim(claim: Claim, reduction: float) -> str:
@@ -273,7 +273,7 @@ def wrong_claim(claim: Claim, reduction: float) -> str:
     if event.relation == "replace":
         epsilon = _epsilon(sigma, claim)
     else:
-        epsilon = pld.dp_sgd_epsilon(sigma, event.sample_rate, event.steps, claim.delta)
+        epsilon = pld.dp_sgd_epsilon(sigma, event.sample_rate, event.steps, claim.delta, event.epoch)
     return f"{text} ({sigma:.3g} instead of {event.noise_multiplier:.3g}: eps {epsilon:.3g} at {claim.delta:g})"
 
 

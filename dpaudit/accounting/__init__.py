@@ -2,8 +2,9 @@
 
 The number is that of a privacy-loss distribution and never below the truth (`steps`, `moments`, `composition`, `pld`,
 `search`); dp-accounting's Rényi DP and Opacus' PRV are cross-checks (`cross_checks`). Poisson, fixed-size and shuffled
-batches are each accounted as what they are (`schemes`), and so is the choice of the best of several runs (`repetition`)
-and a release beside the training (`joint`). docs/accounting.md says it all for users.
+batches are each accounted as what they are (`schemes`), randomly allocated ones too (`allocation`), and so is the
+choice of the best of several runs (`repetition`) and a release beside the training (`joint`). docs/accounting.md says
+it all for users.
 
 This package owns the conventions of the neighbouring relations. `noise_multiplier` is always sigma / C: the noise's
 standard deviation on the *sum* over the clip norm, whatever the relation. What one unit can move is
@@ -37,6 +38,7 @@ from dpaudit.accounting.pld import (
     epsilon,
     epsilon_after,
 )
+from dpaudit.accounting.reference import require_reference
 from dpaudit.accounting.repetition import Repetitions, TunedEpsilon, draw_runs, tuning
 from dpaudit.accounting.search import noise_multiplier_for
 from dpaudit.accounting.tradeoff import largest_tpr, stated_largest_tpr
@@ -72,6 +74,7 @@ __all__ = [
     "prv_epsilon",
     "rdp_epsilon",
     "release_event",
+    "require_reference",
     "sensitivity",
     "stated_group_loss",
     "stated_largest_tpr",

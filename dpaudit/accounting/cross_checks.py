@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from dpaudit.accounting.events import DpSgd, check_delta, neighbouring, sensitivity, trivial
+from dpaudit.accounting.pld import epsilon
+from dpaudit.accounting.reference import reference_check
 from dpaudit.accounting.schemes import composed_as
 from dpaudit.documents import CrossCheck
 
@@ -27,7 +29,10 @@ _PRV_POINTS = 1_000_000  # of its grid; beyond (small noise), it takes minutes a
 @lru_cache(maxsize=64)
 def cross_check(event: DpSgd, delta: float) -> tuple[CrossCheck, ...]:
     """eps of `event` by every other accountant, or the reason why it has none."""
-    return (_rdp(event, delta), _prv(event, delta))
+    others = (_rdp(event, delta), _prv(event, delta))
+    if event.sampling != "allocation" or trivial(event) is not None:
+        return others
+    return (reference_check(event, delta, epsilon(event, delta)), *others)
 
 
 def rdp_epsilon(event: DpSgd, delta: float) -> float | None:
@@ -73,6 +78,8 @@ def quiet() -> Iterator[None]:
 def _rdp_knows(event: DpSgd) -> bool:
     if event.sampling == "fixed" or event.sample_rate == 1:
         return True
+    if event.sampling == "allocation":
+        return False
     return event.relation != "replace" and event.noise == "gaussian"
 
 
@@ -98,7 +105,8 @@ def rdp_step(event: DpSgd) -> Any:
 def _rdp(event: DpSgd, delta: float) -> CrossCheck:
     name = f"dp-accounting {importlib.metadata.version('dp-accounting')} RDP"
     value = rdp_epsilon(event, delta)
-    note = "" if value is not None else f"knows no Poisson sampling of {event.noise} noise under {event.relation}"
+    scheme = "random allocation" if event.sampling == "allocation" else "Poisson sampling"
+    note = "" if value is not None else f"knows no {scheme} of {event.noise} noise under {event.relation}"
     return CrossCheck(accountant=name, epsilon=value, note=note)
 
 
@@ -118,8 +126,9 @@ def _prv(event: DpSgd, delta: float) -> CrossCheck:
     known = trivial(plain)
     if known is not None:
         return CrossCheck(accountant=name, epsilon=known)
-    if plain.noise != "gaussian" or plain.sampling == "fixed":
-        what = "Laplace noise" if plain.noise != "gaussian" else "subsets of fixed size"
+    unknown = {"fixed": "subsets of fixed size", "allocation": "random allocation"}
+    if plain.noise != "gaussian" or plain.sampling in unknown:
+        what = "Laplace noise" if plain.noise != "gaussian" else unknown[plain.sampling]
         return CrossCheck(accountant=name, epsilon=None, note=f"knows no {what}")
     if plain.relation == "replace" and plain.sample_rate < 1:
         return CrossCheck(accountant=name, epsilon=None, note="knows no Poisson sampling under replace")

@@ -12,7 +12,7 @@ from dpaudit.errors import rejected
 
 Direction = Literal["remove", "add"]
 Noise = Literal["gaussian", "laplace"]
-Scheme = Literal["poisson", "fixed", "shuffle"]
+Scheme = Literal["poisson", "fixed", "shuffle", "allocation"]
 
 SMALLEST_DELTA = 1e-30  # a bound on what is tested; nothing in the method ends there
 
@@ -24,7 +24,9 @@ class DpSgd:
     noise_multiplier: sigma / C (0 = no noise). sample_rate: q, each unit's chance to be in a batch. steps: T.
     sampling: who is in a batch. "poisson": each unit independently with probability q (q = 1: everybody). "fixed": a
     uniform subset of constant size, q = size / units (dpaudit.accounting.schemes). "shuffle": epochs over a shuffled
-    list cut into batches, q = 1 / batches an epoch; accounted without any amplification.
+    list cut into batches, q = 1 / batches an epoch; accounted without any amplification. "allocation": each unit for
+    itself draws k of the t steps of an epoch, q = k / t (dpaudit.accounting.allocation).
+    epoch: t, for "allocation" alone; by default 1 / q, i.e. k = 1. A last epoch that is cut short counts as whole.
     noise: what sigma is. Gaussian: the standard deviation, and C bounds the L2 norm of what one unit adds. Laplace: the
     scale in every coordinate, and C bounds the L1 norm; in any dimension that is dominated by a single coordinate that
     carries all of C (trainers.zeroth_order says why). Unknown under replace with subsampling.
@@ -36,6 +38,7 @@ class DpSgd:
     relation: Relation = "add-remove"
     noise: Noise = "gaussian"
     sampling: Scheme = "poisson"
+    epoch: int | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
@@ -56,14 +59,42 @@ class DpSgd:
             raise rejected("sampling", self.sampling, "poisson or shuffle for Laplace noise")
         if self.sampling == "shuffle" and not self._whole_epochs():
             raise rejected("sample-rate", self.sample_rate, "1 / (batches an epoch) for shuffled batches")
+        if self.sampling == "allocation":
+            self._check_allocation()
+        elif self.epoch is not None:
+            raise rejected("epoch", self.epoch, "None, but for sampling=allocation")
+
+    def _check_allocation(self) -> None:
+        if self.noise == "laplace":
+            raise rejected("sampling", self.sampling, "poisson or shuffle for Laplace noise")
+        if self.relation == "replace":
+            raise rejected("relation", self.relation, "add-remove or zero-out for sampling=allocation")
+        if self.epoch is not None and not (isinstance(self.epoch, int) and self.epoch >= 1):
+            raise rejected("epoch", self.epoch, "an integer >= 1: the steps of an epoch")
+        if self.sample_rate == 0 or (self.epoch is None and not self._whole_epochs()):
+            raise rejected("sample-rate", self.sample_rate, "k / t for sampling=allocation: 1 / t, or with epoch = t")
+        share = self.sample_rate * self.epoch_steps
+        if self.draws < 1 or not math.isclose(share, self.draws, rel_tol=1e-9):
+            accepted = f"a multiple of 1/{self.epoch_steps} for sampling=allocation with epochs of so many steps"
+            raise rejected("sample-rate", self.sample_rate, accepted)
 
     def _whole_epochs(self) -> bool:
         return self.sample_rate > 0 and math.isclose(1 / self.sample_rate, round(1 / self.sample_rate), rel_tol=1e-9)
 
     @property
+    def epoch_steps(self) -> int:
+        """Steps of an epoch (shuffle, allocation)."""
+        return self.epoch if self.epoch is not None else max(1, round(1 / self.sample_rate))
+
+    @property
+    def draws(self) -> int:
+        """k of allocation: how many steps of an epoch a unit is in."""
+        return round(self.sample_rate * self.epoch_steps)
+
+    @property
     def epochs(self) -> int:
-        """Epochs that the steps reach into; what shuffled batches are accounted by."""
-        return math.ceil(self.steps / max(1, round(1 / self.sample_rate)))
+        """Epochs that the steps reach into; what shuffled and allocated batches are accounted by."""
+        return math.ceil(self.steps / self.epoch_steps)
 
 
 @dataclass(frozen=True)

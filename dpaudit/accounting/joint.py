@@ -16,7 +16,7 @@ from scipy.optimize import brentq
 
 from dpaudit.accounting.events import DpSgd, Noise, Scheme, check_delta, sensitivity
 from dpaudit.accounting.gaussian import gaussian_epsilon
-from dpaudit.accounting.pld import COARSE, together
+from dpaudit.accounting.pld import COARSE, stride_of, together
 from dpaudit.accounting.search import noise_multiplier_for
 from dpaudit.documents import EpsilonAt, Relation
 from dpaudit.errors import rejected
@@ -55,7 +55,7 @@ def joint_after(training: DpSgd, others: Sequence[DpSgd], steps: int, delta: flo
     total = joint_epsilon([training, *others], delta)
     if steps >= training.steps:
         return total
-    stride = max(1, math.ceil(training.steps / 20))
+    stride = stride_of(training, 20)
     spent = 0.0
     for passed in range(0, stride * math.ceil(max(steps, 0) / stride) + 1, stride):
         before = replace(training, steps=min(passed, training.steps))
@@ -73,6 +73,7 @@ def noise_multiplier_beside(
     relation: Relation,
     noise: Noise = "gaussian",
     sampling: Scheme = "poisson",
+    epoch: int | None = None,
 ) -> float:
     """The smallest sigma (to 1e-3, relative) of a training that together with `others` stays within `epsilon`.
 
@@ -90,6 +91,7 @@ def noise_multiplier_beside(
         relation=relation,
         noise=noise,
         sampling=sampling,
+        epoch=epoch,
         beside=others,
     )
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import minimize_scalar
 
+from dpaudit.accounting.allocation import epoch_lattice, epoch_points, epoch_rounding
 from dpaudit.accounting.events import Direction, DpSgd
 from dpaudit.accounting.steps import UNIT, Lattice, lattice, points, reach_for
 
@@ -29,14 +30,20 @@ _OFF_CENTRE, _ROUNDING = 10.0, 3e-9
 
 @dataclass(frozen=True)
 class Part:
-    """`times` equal steps in one direction; `reach`: standard deviations of the noise to look at."""
+    """`times` equal steps (or whole epochs of allocation) in one direction.
+
+    reach: standard deviations of the noise to look at. fine: for the number, not for a search (allocation).
+    """
 
     step: DpSgd
     times: int
     direction: Direction
     reach: float
+    fine: bool = True
 
     def points(self) -> tuple[Floats, Floats]:
+        if self.step.sampling == "allocation":
+            return epoch_points(self.step, self.direction, self.reach, self.fine)
         return points(self.step, self.direction, self.reach)
 
     def floor(self, theta: float) -> float:
@@ -53,17 +60,26 @@ class Part:
         losses, _ = self.points()
         return float(losses.max()) - max(float(losses.min()), self.floor(theta))
 
+    def rounding(self, theta: float) -> float:
+        """How much ln E e^(theta L) may be too small because probabilities and losses of the points are rounded."""
+        if self.step.sampling != "allocation":
+            return 0.0  # the caller's: UNIT for each point
+        relative, slack = epoch_rounding(self.step, self.reach, self.fine)
+        return self.times * (relative + theta * slack)
+
     def lattice(self, grid: float, theta: float) -> Lattice:
+        if self.step.sampling == "allocation":
+            return epoch_lattice(self.step, self.direction, grid, self.reach, self.floor(theta), self.fine)
         return lattice(self.step, self.direction, grid, self.reach, self.floor(theta))
 
 
 Parts = tuple[Part, ...]
 
 
-def parts_of(steps: tuple[tuple[DpSgd, int], ...], direction: Direction, lost: float) -> Parts:
+def parts_of(steps: tuple[tuple[DpSgd, int], ...], direction: Direction, lost: float, *, fine: bool = True) -> Parts:
     """Steps and how often, in one direction; what lies beyond the reach has at most probability `lost` in all."""
     total = sum(times for _, times in steps)
-    return tuple(Part(step, times, direction, reach_for(lost / total)) for step, times in steps)
+    return tuple(Part(step, times, direction, reach_for(lost / total), fine) for step, times in steps)
 
 
 @dataclass(frozen=True)
@@ -127,6 +143,7 @@ def renyi(parts: Parts, delta: float) -> float:
     def reached(theta: float) -> float:
         found = moments(parts, theta)
         rounding = total * UNIT * (32.0 + 8.0 * theta * found.bulk / total) + 8.0 * UNIT * abs(found.log_moment)
+        rounding += sum(part.rounding(theta) for part in parts)
         factor = theta * math.log(theta) - (1.0 + theta) * math.log1p(theta)
         return (found.log_moment + rounding - math.log(delta * (1.0 - LOST)) + factor) / theta
 

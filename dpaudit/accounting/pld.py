@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import ndtri
 
+from dpaudit.accounting.allocation import pieces
 from dpaudit.accounting.composition import Composed, compose, epsilon_of
 from dpaudit.accounting.events import Direction, DpSgd, PrivacyLosses, check_delta, trivial
 from dpaudit.accounting.gaussian import gaussian_epsilon
@@ -47,6 +48,7 @@ _PROGRESS_POINTS = 50
 # Losses of one step, and of all of them, beyond which a claim says nothing: grids that wide fail in memory or overflow,
 # so Rényi DP takes over, or the closed form without amplification, an upper bound for every scheme.
 _WIDEST_STEP, _WIDEST = 1e5, 1e7
+_WIDEST_SHIFT = 20.0  # C / sigma of allocation, whose likelihood ratios themselves are numbers of the lattice
 _MANY = 20_000  # steps from which on the careful convolution is tried at once
 _TAIL = 1e-16  # probability at either end of a whole distribution that is cut off, as an infinite loss above
 _TYPICAL = 1e-5  # delta at whose eps a whole distribution is as tight as `FINE` says
@@ -90,12 +92,18 @@ def epsilon_after(event: DpSgd, steps: int, delta: float) -> float:
         return 0.0
     if steps >= event.steps:
         return epsilon(replace(event, steps=steps), delta)
-    stride = max(1, math.ceil(event.steps / _PROGRESS_POINTS))
+    stride = stride_of(event, _PROGRESS_POINTS)
     spent = 0.0
     # The largest so far: every count of steps has a grid of its own, so a later value might be a hair smaller.
     for passed in range(stride, stride * math.ceil(steps / stride) + 1, stride):
         spent = max(spent, together([replace(event, steps=min(passed, event.steps))], delta, COARSE))
     return min(spent, epsilon(event, delta))
+
+
+def stride_of(event: DpSgd, points: int) -> int:
+    """Steps between two of at most `points` counts that are looked at; whole epochs of allocation."""
+    stride = max(1, math.ceil(event.steps / points))
+    return stride if event.sampling != "allocation" else math.ceil(stride / event.epoch_steps) * event.epoch_steps
 
 
 def discrete_losses(event: DpSgd, direction: Direction, tolerance: float = FINE) -> PrivacyLosses:
@@ -135,17 +143,33 @@ def _together(events: tuple[DpSgd, ...], delta: float, tolerance: float) -> floa
         return 0.0
     if len(steps) == 1 and steps[0] == (replace(steps[0][0], sample_rate=1.0, noise="gaussian"), 1):
         return gaussian_epsilon(moved(steps[0][0]) / steps[0][0].noise_multiplier, delta)
-    return _by_losses(steps, delta, tolerance)
+    value = _by_losses(steps, delta, tolerance)
+    if any(event.sampling == "allocation" for event in costly):
+        # With little noise the unit is seen in any case, and the closed form without amplification is smaller.
+        mu = math.sqrt(sum(_participations(event) * (moved(event) / event.noise_multiplier) ** 2 for event in costly))
+        value = min(value, gaussian_epsilon(mu, delta))
+    return value
+
+
+def _participations(event: DpSgd) -> int:
+    """How many steps a unit can be in."""
+    return event.draws * event.epochs if event.sampling == "allocation" else event.steps
 
 
 def _steps_of(events: tuple[DpSgd, ...]) -> Steps:
     """The steps to convolve: all Gaussians without subsampling are one Gaussian, exactly."""
-    full = [event for event in events if event.sample_rate == 1 and event.noise == "gaussian"]
-    steps = [(replace(event, steps=1), event.steps) for event in events if event not in full]
+    single = [pair for event in events for pair in _single(event)]
+    full = [(step, times) for step, times in single if step.sample_rate == 1 and step.noise == "gaussian"]
+    steps = [pair for pair in single if pair not in full]
     if full:
-        mu = math.sqrt(sum(event.steps * (moved(event) / event.noise_multiplier) ** 2 for event in full))
-        steps.append((DpSgd(moved(full[0]) / mu, 1.0, 1, full[0].relation), 1))
+        mu = math.sqrt(sum(times * (moved(step) / step.noise_multiplier) ** 2 for step, times in full))
+        steps.append((DpSgd(moved(full[0][0]) / mu, 1.0, 1, full[0][0].relation), 1))
     return tuple(steps)
+
+
+def _single(event: DpSgd) -> Steps:
+    """What is convolved, and how often: a step, or whole epochs of allocation."""
+    return pieces(event) if event.sampling == "allocation" else ((replace(event, steps=1), event.steps),)
 
 
 def _by_losses(steps: Steps, delta: float, tolerance: float) -> float:
@@ -162,7 +186,7 @@ def _by_losses(steps: Steps, delta: float, tolerance: float) -> float:
 @lru_cache(maxsize=4096)
 def _one_direction(steps: Steps, direction: Direction, delta: float, tolerance: float) -> float:
     cut = 0.5 * LOST * delta
-    parts = parts_of(steps, direction, cut)
+    parts = parts_of(steps, direction, cut, fine=tolerance == FINE)
     guess, best = saddle(parts, math.log(delta))
     guess = max(guess, 0.0)
     value = _on_lattice(parts, delta, tolerance, guess, best)
@@ -202,7 +226,7 @@ def _on_lattice(parts: Parts, delta: float, tolerance: float, guess: float, best
 @lru_cache(maxsize=8)
 def _whole(steps: Steps, direction: Direction, tolerance: float) -> Composed:
     """The distribution of all losses, not tilted."""
-    parts = parts_of(steps, direction, _TAIL)
+    parts = parts_of(steps, direction, _TAIL, fine=tolerance == FINE)
     low, high = tilted_range(parts, 0.0, _TAIL)
     guess, theta = saddle(parts, math.log(_TYPICAL))
     wished = spacing(parts, theta, tolerance * max(guess, 1e-3 * math.sqrt(moments(parts, 0.0).variance)))
@@ -216,6 +240,8 @@ def _wide(event: DpSgd) -> bool:
     loss = mu if event.noise == "laplace" else mu * mu / 2
     if event.sample_rate == 1 and event.noise == "gaussian":
         return not math.isfinite(loss * event.steps)  # has a closed form
+    if event.sampling == "allocation" and mu > _WIDEST_SHIFT:
+        return True
     return loss > _WIDEST_STEP or loss * count > _WIDEST
 
 
@@ -224,9 +250,12 @@ def _without_lattice(event: DpSgd, delta: float) -> float:
     mu = moved(event) / event.noise_multiplier
     if event.noise == "laplace":
         return mu * event.steps
-    value = mu * mu / 2 * event.steps + mu * math.sqrt(event.steps) * float(-ndtri(delta))
+    times = _participations(event)
+    value = mu * mu / 2 * times + mu * math.sqrt(times) * float(-ndtri(delta))
     if mu * mu / 2 > _WIDEST_STEP:
         return value
-    steps = ((replace(event, steps=1), event.steps),)
+    if event.sampling == "allocation":
+        return gaussian_epsilon(mu * math.sqrt(times), delta)
+    steps = _steps_of((event,))
     found = [renyi(parts_of(steps, order, 0.5 * LOST * delta), delta) for order in directions(event)]
     return min(value, max(found))

@@ -41,11 +41,16 @@ _DEVIATIONS = 10.0  # of the noise beyond which its mass (8e-24) is moved to inf
 
 
 def composed_as(event: DpSgd) -> DpSgd:
-    """The event that is composed: shuffled epochs and whole data sets become full-batch steps."""
+    """The event that is composed: shuffled epochs and whole data sets become full-batch steps, an allocated epoch that
+    is cut short a whole one."""
     if event.sampling == "shuffle":
         return replace(event, sampling="poisson", sample_rate=1.0, steps=event.epochs)
     if event.sampling == "fixed" and event.sample_rate == 1:
         return replace(event, sampling="poisson")
+    if event.sampling == "allocation":
+        if event.draws == event.epoch_steps:  # everybody in every step
+            return replace(event, sampling="poisson", sample_rate=1.0, epoch=None)
+        return replace(event, steps=event.epochs * event.epoch_steps, epoch=event.epoch_steps)
     if event.sampling == "fixed":  # the same numbers under every relation
         return replace(event, relation="replace")
     return event

@@ -25,6 +25,7 @@ def noise_multiplier_for(
     relation: Relation = "add-remove",
     noise: Noise = "gaussian",
     sampling: Scheme = "poisson",
+    epoch: int | None = None,
     beside: Sequence[DpSgd] = (),
 ) -> float:
     """The smallest sigma (to 1e-3, relative) whose eps at `delta`, with all of `beside`, is at most `epsilon`.
@@ -40,9 +41,9 @@ def noise_multiplier_for(
         raise rejected(field, value, "more than 0 (and a sample rate of at most 1)")
 
     def spent(sigma: float, tolerance: float) -> float:
-        return together([DpSgd(sigma, sample_rate, steps, relation, noise, sampling), *beside], delta, tolerance)
+        return together([DpSgd(sigma, sample_rate, steps, relation, noise, sampling, epoch), *beside], delta, tolerance)
 
-    start = enough(epsilon, delta, composed_as(DpSgd(1.0, sample_rate, steps, relation, noise, sampling)))
+    start = enough(epsilon, delta, composed_as(DpSgd(1.0, sample_rate, steps, relation, noise, sampling, epoch)))
     low, high = _bracket(start, lambda sigma: spent(sigma, COARSE) > epsilon, epsilon)
 
     def log_excess(log_sigma: float) -> float:

@@ -71,7 +71,8 @@ def largest_loss(step: DpSgd, direction: Direction) -> float:
         inside = math.log1p(rate * math.expm1(min(shift, 700.0)))
         without = -math.log1p(rate * math.expm1(-shift)) if direction == "add" and rate < 1 else inside
         return (shift if rate == 1 or shift > 700 else without) * (1.0 + 1e-12)
-    if direction == "add" and step.sample_rate < 1 and step.relation != "replace" and step.sampling != "fixed":
+    mixed = step.sampling == "poisson" and step.relation != "replace"
+    if direction == "add" and step.sample_rate < 1 and mixed:
         return -math.log1p(-step.sample_rate) * (1.0 + 1e-12)
     return math.inf
 
@@ -240,8 +241,8 @@ class _Normal(_Pair):
 
     def cells(self, edges: Floats) -> _Masses:
         z = np.clip(self.outputs(edges), *self.ends())
-        base = _between(z)
-        return _Masses(base, _between(z - self.shift), _between(z - self.down()) if self.down() else base)
+        base = between(z)
+        return _Masses(base, between(z - self.shift), between(z - self.down()) if self.down() else base)
 
     def nodes(self) -> tuple[Floats, _Masses]:
         low, high = self.ends()
@@ -355,7 +356,7 @@ def _unmixed(losses: Floats, rate: float) -> Floats:
     return np.where(np.isnan(found), -np.inf, found)
 
 
-def _between(z: Floats) -> Floats:
+def between(z: Floats) -> Floats:
     """Normal probability between consecutive points, from the tail where it keeps its digits."""
     upper, lower = ndtr(-z), ndtr(z)
     return np.maximum(np.where(z[:-1] > 0, upper[:-1] - upper[1:], lower[1:] - lower[:-1]), 0.0)

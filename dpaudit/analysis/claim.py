@@ -11,7 +11,7 @@ privacy-loss distribution of it, and computes how likely so few wrong guesses ar
 One of them is made, chosen before looking, so the error budget is not split.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -21,8 +21,8 @@ from dpaudit.accounting import DpSgd, epsilon
 from dpaudit.bounds import dp_sgd, order_statistic, pld, validate
 from dpaudit.bounds.guesses import as_members, as_scores, count_correct, rank_guesses
 from dpaudit.bounds.profile import DiscreteProfile, Profile, epsilon_delta
-from dpaudit.documents import Claim, Test
-from dpaudit.errors import rejected
+from dpaudit.documents import Claim, Relation, Test
+from dpaudit.errors import UsageError, rejected
 from dpaudit.evidence import calibrate
 from dpaudit.verdict import reached, wanted
 
@@ -60,7 +60,7 @@ class Game:
 
 
 def claimed_event(claim: Claim) -> DpSgd | None:
-    """The claim as Poisson-subsampled (or full-batch) Gaussian steps; None if it does not say enough for that.
+    """The claim as Gaussian steps, Poisson-subsampled, allocated or on everybody; None if it says too little for that.
 
     Shuffled epochs are as many full-batch steps: that is what their proof gives each unit (dpaudit.accounting.schemes).
     Subsets of fixed size are no such steps: their claim is tested as (eps, delta) alone.
@@ -70,7 +70,7 @@ def claimed_event(claim: Claim) -> DpSgd | None:
     # A zeroth-order step is a Gaussian step of few numbers; the alternatives below know Gaussian noise only.
     if claim.mechanism not in ("gaussian", "zeroth-order") or claim.noise != "gaussian":
         return None
-    if claim.sampling not in ("poisson", "full", "shuffle"):
+    if claim.sampling not in ("poisson", "full", "shuffle", "allocation"):
         return None
     if sigma is None or not 0 < sigma < np.inf or rate is None or steps is None or steps < 1 or rate <= 0:
         return None
@@ -78,7 +78,18 @@ def claimed_event(claim: Claim) -> DpSgd | None:
         if abs(1 / rate - round(1 / rate)) > 1e-6 / rate:
             return None  # not cut into whole batches: nothing is known about its epochs
         rate, steps = 1.0, DpSgd(float(sigma), float(rate), steps, claim.relation, sampling="shuffle").epochs
+    if claim.sampling == "allocation":
+        return _allocated(float(sigma), float(rate), steps, claim.relation, claim.epoch_steps)
     return DpSgd(float(sigma), float(rate), steps, claim.relation)
+
+
+def _allocated(sigma: float, rate: float, steps: int, relation: Relation, epoch: int | None) -> DpSgd | None:
+    """None where a unit is in no whole number of steps of an epoch, or under a relation without a proof."""
+    try:
+        found = DpSgd(sigma, rate, steps, relation, sampling="allocation", epoch=epoch)
+    except UsageError:
+        return None
+    return replace(found, epoch=found.epoch_steps)
 
 
 def null_profile(claim: Claim) -> Profile:
@@ -100,8 +111,8 @@ def alternative_profile(claim: Claim, alternative: Alternative = ALTERNATIVE) ->
     if scale == "no-dp":
         return DiscreteProfile(np.array([np.inf]), np.ones(1))
     if scale == 0.0:
-        return dp_sgd.noiseless_profile(event.sample_rate, event.steps)
-    return pld.dp_sgd_profile(event.noise_multiplier * scale, event.sample_rate, event.steps)
+        return dp_sgd.noiseless_profile(event.sample_rate, event.steps, event.epoch)
+    return pld.dp_sgd_profile(event.noise_multiplier * scale, event.sample_rate, event.steps, event.epoch)
 
 
 def check_alternative(alternative: Alternative) -> Alternative:
@@ -159,7 +170,8 @@ def ideal_power(
 def epsilon_lower(event: DpSgd, game: dp_sgd.Game, *, delta: float, confidence: float) -> float:
     """Lower bound on eps at `delta` within "DP-SGD with this q and T, unknown sigma", under the claim's relation."""
     if event.relation != "replace":
-        return dp_sgd.epsilon_lower(event.sample_rate, event.steps, game, delta=delta, confidence=confidence)
+        words = {"delta": delta, "confidence": confidence}
+        return dp_sgd.epsilon_lower(event.sample_rate, event.steps, game, **words, epoch=event.epoch)
     sigma = dp_sgd.sigma_upper(event.sample_rate, event.steps, game, confidence=confidence)
     if sigma == 0.0 or sigma == np.inf:
         return np.inf if sigma == 0.0 else 0.0
@@ -229,7 +241,7 @@ def _family_bound(like: Test, event: DpSgd, game: Game, confidence: float) -> Te
     """Bound on eps within this q and T by the same theory, with the largest unrefuted sigma in words."""
     ordered = like.bound == "order-statistic"
     reading = game.read_by(separate=ordered)
-    sigma = dp_sgd.sigma_upper(event.sample_rate, event.steps, reading, confidence=confidence)
+    sigma = dp_sgd.sigma_upper(event.sample_rate, event.steps, reading, confidence=confidence, epoch=event.epoch)
     top = epsilon_lower(event, game.perfect().read_by(separate=ordered), delta=like.delta, confidence=confidence)
     return like.model_copy(
         update={
@@ -247,7 +259,8 @@ def _family_bound(like: Test, event: DpSgd, game: Game, confidence: float) -> Te
 
 def sigma_sentence(sigma: float, event: DpSgd, confidence: float) -> str:
     """What a game says about sigma, in words."""
-    family = f"DP-SGD with q = {event.sample_rate:g} and T = {event.steps}"
+    scheme = "" if event.epoch is None else f", allocated over epochs of {event.epoch} steps"
+    family = f"DP-SGD with q = {event.sample_rate:g} and T = {event.steps}{scheme}"
     if sigma == np.inf:
         return f"within {family}: no noise multiplier is refuted at {confidence:.3g}"
     if sigma == 0.0:

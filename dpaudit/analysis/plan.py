@@ -164,7 +164,7 @@ def white_box_rows(claim: Claim, *, alpha: float, alternative: Alternative, size
     event = claimed_event(claim)
     if event is None or alternative == "no-dp":
         return []
-    channel = Channel(event.noise_multiplier, event.sample_rate, event.steps)
+    channel = Channel(event.noise_multiplier, event.sample_rate, event.steps, event.epoch)
     rows = []
     for size in sizes:
         rule = Rule(np.arange(size) % 2 == 1, SPARE)

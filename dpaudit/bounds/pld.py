@@ -52,17 +52,24 @@ def claimed_profile(event: "DpSgd") -> Profile:
 
 
 @lru_cache(maxsize=64)
-def dp_sgd_profile(sigma: float, sample_rate: float, steps: int) -> Profile:
-    """Of T Poisson-subsampled Gaussian steps on a coarser grid of losses, for searches.
+def dp_sgd_profile(sigma: float, sample_rate: float, steps: int, epoch: int | None = None) -> Profile:
+    """Of T Poisson-subsampled (epoch: or randomly allocated) Gaussian steps on a coarser grid of losses, for searches.
 
     sigma: noise std / clip norm, > 0. At sample rate 1 the closed form with mu = sqrt(T) / sigma.
     """
-    from dpaudit.accounting import COARSE, DpSgd
+    from dpaudit.accounting import COARSE
 
     s, q, times = check_dp_sgd(sigma, sample_rate, steps)
     if q == 1.0:
         return GaussianProfile(math.sqrt(times) / s)
-    return _profile(DpSgd(s, q, times), COARSE)
+    return _profile(_event(s, q, times, epoch), COARSE)
+
+
+def _event(sigma: float, sample_rate: float, steps: int, epoch: int | None) -> "DpSgd":
+    """epoch: steps of an epoch of random allocation; None: Poisson batches."""
+    from dpaudit.accounting import DpSgd
+
+    return DpSgd(sigma, sample_rate, steps, sampling="poisson" if epoch is None else "allocation", epoch=epoch)
 
 
 def _profile(event: "DpSgd", tolerance: float) -> DiscreteProfile:
@@ -78,16 +85,16 @@ def _profile(event: "DpSgd", tolerance: float) -> DiscreteProfile:
     return join_directions(*ends)
 
 
-def dp_sgd_epsilon(sigma: float, sample_rate: float, steps: int, delta: float) -> float:
+def dp_sgd_epsilon(sigma: float, sample_rate: float, steps: int, delta: float, epoch: int | None = None) -> float:
     """eps of DP-SGD at `delta` (the larger of both directions), by the accountant: above the truth by 2e-4 at most.
 
     Where it turns the largest sigma that is not refuted into a lower bound on eps, that sigma comes from a profile that
     leaks more than the mechanism by more than this. Raises UsageError for a delta that the accountant can't resolve.
     """
-    from dpaudit.accounting import DpSgd, epsilon
+    from dpaudit.accounting import epsilon
 
     s, q, times = check_dp_sgd(sigma, sample_rate, steps)
-    return epsilon(DpSgd(s, q, times), validate.delta(delta))
+    return epsilon(_event(s, q, times, epoch), validate.delta(delta))
 
 
 def check_dp_sgd(sigma: float, sample_rate: float, steps: int) -> tuple[float, float, int]:

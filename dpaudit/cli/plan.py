@@ -23,6 +23,9 @@ def command(
         float | None, typer.Option(help="Claimed Poisson sample rate (1: all records in every step); required.")
     ] = None,
     claim_steps: Annotated[int | None, typer.Option(help="Claimed number of steps; required.")] = None,
+    claim_epoch: Annotated[
+        int | None, typer.Option(help="Steps of an epoch of random allocation; none: Poisson batches.")
+    ] = None,
     alternative: Annotated[
         str, typer.Option(help="Alternative to detect: 30% (sigma smaller by that much), noise-missing, no-dp.")
     ] = "30%",
@@ -49,7 +52,8 @@ def command(
     external.required(needed, "e.g. dpaudit plan --claim-sigma 1.0 --claim-rate 0.05 --claim-steps 200")
     sizes = parse_sizes(canaries)
     level = validate.real("alpha", alpha, low=0.0, high=1.0, open_low=True, open_high=True)
-    claim = stated_claim(sigma=claim_sigma, rate=claim_rate, steps=claim_steps, delta=delta, named=console.claim_flag)
+    mechanism = {"sigma": claim_sigma, "rate": claim_rate}
+    claim = stated_claim(**mechanism, steps=claim_steps, epoch=claim_epoch, delta=delta, named=console.claim_flag)
     assert claim is not None
     document = plan.document(
         claim,
@@ -84,7 +88,7 @@ def show(document: "PlanDocument", confidence: float) -> None:
     claim = document.claim
     console.say(
         f"Claim: eps = {claim.epsilon:.3f} at delta = {claim.delta:g} (sigma {claim.noise_multiplier:g}, "
-        f"q {claim.sample_rate:g}, T {claim.steps}, {claim.relation})"
+        f"q {claim.sample_rate:g}, T {claim.steps}, {claim.sampling}, {claim.relation})"
     )
     console.say(f"Alternative: {document.alternative}; claim test at alpha = {document.alpha:g}")
     for theory, meaning in THEORIES.items():

@@ -22,6 +22,9 @@ def command(
     claim_sigma: Annotated[float | None, typer.Option(help="Claimed noise multiplier.")] = None,
     claim_rate: Annotated[float | None, typer.Option(help="Claimed Poisson sample rate.")] = None,
     claim_steps: Annotated[int | None, typer.Option(help="Claimed number of steps.")] = None,
+    claim_epoch: Annotated[
+        int | None, typer.Option(help="Steps of an epoch of random allocation; none: Poisson batches.")
+    ] = None,
     epsilon: Annotated[float | None, typer.Option(help="Claimed eps at --delta, where no mechanism is stated.")] = None,
     control: Annotated[
         Path | None,
@@ -77,6 +80,7 @@ def command(
             sigma=claim_sigma,
             rate=claim_rate,
             steps=claim_steps,
+            epoch=claim_epoch,
             delta=delta,
             named=console.claim_flag,
         ),

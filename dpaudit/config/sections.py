@@ -239,8 +239,13 @@ class TrainingConfig(Section):
     epochs: Finite = Field(default=30.0, gt=0)
     steps: int | None = Field(default=None, ge=1, description="overrides epochs")
     batch_size: int = Field(default=256, ge=1)
-    sampling: Literal["poisson", "fixed", "shuffle"] = Field(
-        default="poisson", description="fixed: a uniform subset of batch-size; shuffle: epochs; see docs/accounting.md"
+    sampling: Literal["poisson", "fixed", "shuffle", "allocation"] = Field(
+        default="poisson",
+        description="fixed: a uniform subset of batch-size; shuffle: epochs; allocation: every unit draws its steps of "
+        "an epoch by itself; see docs/accounting.md",
+    )
+    draws: int = Field(
+        default=1, ge=1, description="allocation: steps of an epoch that a unit is in; an epoch has draws * n / batch"
     )
     optimizer: Literal["adamw", "adambc", "sgd"] = Field(
         default="adamw", description="adambc: AdamW whose second moment has the noise's own variance taken out"

@@ -23,8 +23,7 @@ def check_together(config: RunConfig) -> None:
     _check_unused(
         "pruning", config.pruning, ("decay", "explore"), config.pruning.by == "previous", "pruning.by=previous"
     )
-    if config.training.sampling == "fixed" and config.method == "dp-zo" and config.zeroth_order.noise == "laplace":
-        raise rejected("training.sampling", "fixed", "poisson or shuffle for Laplace noise")
+    _check_sampling(config)
     if config.canaries.count and not config.canaries.kinds:
         raise rejected("canaries.kinds", config.canaries.kinds, "at least one kind")
     reducer = config.reducer
@@ -38,6 +37,17 @@ def check_together(config: RunConfig) -> None:
         raise rejected("reducer.noise", reducer.noise, "'none', 'sum', 'mean' or a number >= 0")
     if config.method == "non-private" and reducer.noise in ("sum", "mean"):
         raise rejected("reducer.noise", reducer.noise, "'none' or a number for method non-private (it has no sigma)")
+
+
+def _check_sampling(config: RunConfig) -> None:
+    """What has no proof is refused before anything is computed."""
+    training, sampling = config.training, config.training.sampling
+    laplace = config.method == "dp-zo" and config.zeroth_order.noise == "laplace"
+    if sampling in ("fixed", "allocation") and laplace:
+        raise rejected("training.sampling", sampling, "poisson or shuffle for Laplace noise")
+    if sampling == "allocation" and config.method != "non-private" and config.privacy.relation == "replace":
+        raise rejected("privacy.relation", "replace", "add-remove or zero-out with training.sampling=allocation")
+    _check_unused("training", training, ("draws",), sampling == "allocation", "training.sampling=allocation")
 
 
 def _check_fusion(config: RunConfig) -> None:

@@ -74,8 +74,11 @@ class Claim(Part):
         default=None, description="sigma: noise std (Laplace: scale) of the sum / max_grad_norm."
     )
     max_grad_norm: float | None = Field(default=None, description="C: of the L2 norm (Laplace: L1) of one unit.")
-    sampling: Literal["poisson", "fixed", "shuffle", "full"] | None = None
+    sampling: Literal["poisson", "fixed", "shuffle", "full", "allocation"] | None = None
     sample_rate: float | None = None
+    epoch_steps: int | None = Field(
+        default=None, description="t of allocation: a unit is in sample_rate * t of the t steps of an epoch."
+    )
     steps: int | None = None
     expected_batch_size: float | None = None
     candidates: int | None = Field(default=None, description="n + m: declared records plus canary candidates.")

@@ -13,7 +13,9 @@ Balakrishnan 2020, eq. 3) applied to the conditional law of the coins. At the cl
 simple ratio, because the maximum lies at sigma when the truth is smaller. Whole products are mixed, not factors: a
 mixture of factors would have to pay for each candidate anew. For q = 1 or T = 1 the simple ratio is valid by itself for
 every larger noise, step by step different too: p_alt / p_claim is a bet in the direction of the claim's own posterior,
-and the true posterior is nearer to 1/2. Noise that varies over the steps above sigma is covered by simulation
+and the true posterior is nearer to 1/2. Nothing here depends on how steps are drawn: under random allocation
+p_sigma' is that of its own likelihood ratio, and the maximum covers every sigma' as under Poisson sampling. Noise that
+varies over the steps above sigma is covered by simulation
 (benchmarks/white_box_evidence.py).
 
 The maximum runs over NULLS times sigma, a finite grid; between two grid points the log-likelihood is that of a point at
@@ -26,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit
 
-from dpaudit.evidence.channel import Channel, log_ratio
+from dpaudit.evidence.channel import Channel
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -72,11 +74,9 @@ class Posteriors:
     def of(cls, seen: Floats, channel: Channel) -> "Posteriors":
         """seen: (m, T), in units of C."""
 
-        def ratios(scale: float, amplitude: float) -> Floats:
-            return log_ratio(seen, sigma=scale * channel.sigma, rate=channel.rate, amplitude=amplitude)
-
-        wrong = np.stack([ratios(*pair) for pair in ALTERNATIVES], axis=1)
-        return cls(Ratios.of(wrong), Ratios.of(np.stack([ratios(scale, 1.0) for scale in NULLS], axis=1)))
+        wrong = [channel.log_ratio(seen, scale=scale, amplitude=amplitude) for scale, amplitude in ALTERNATIVES]
+        null = [channel.log_ratio(seen, scale=scale) for scale in NULLS]
+        return cls(Ratios.of(np.stack(wrong, axis=1)), Ratios.of(np.stack(null, axis=1)))
 
     def rows(self, chosen: Bools | npt.NDArray[np.intp]) -> "Posteriors":
         """Those of some candidates."""

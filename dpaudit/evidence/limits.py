@@ -9,13 +9,14 @@ the largest sigma0 that is not refuted. It lies below the true sigma only if the
 happens with probability at most `level`: the bound is exact within "DP-SGD with this q and T, unknown sigma".
 """
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import expit
 
-from dpaudit.evidence.channel import Channel, log_ratio
+from dpaudit.evidence.channel import Channel
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -33,7 +34,7 @@ def sigma_upper(seen: Floats, coins: Bools, channel: Channel, *, level: float, r
     inf where even HIGHEST times the claim is not refuted, 0 where LOWEST times the claim is. The same uniform numbers
     serve every sigma0, so that the p-value hardly jumps.
     """
-    p_value = partial(_p_value, seen, coins, channel.rate, rng.random((DRAWS, coins.size), dtype=np.float32))
+    p_value = partial(_p_value, seen, coins, channel, rng.random((DRAWS, coins.size), dtype=np.float32))
     refuted = HIGHEST * channel.sigma
     if p_value(refuted) > level:
         return np.inf
@@ -48,9 +49,10 @@ def sigma_upper(seen: Floats, coins: Bools, channel: Channel, *, level: float, r
     return 0.0
 
 
-def _p_value(seen: Floats, coins: Bools, rate: float, uniform: npt.NDArray[np.float32], sigma: float) -> float:
-    ratios = log_ratio(seen, sigma=sigma, rate=rate)
-    wrong = np.stack([log_ratio(seen, sigma=scale * sigma, rate=rate) for scale in SCALES], axis=1)
+def _p_value(seen: Floats, coins: Bools, claimed: Channel, uniform: npt.NDArray[np.float32], sigma: float) -> float:
+    channel = replace(claimed, sigma=sigma)
+    ratios = channel.log_ratio(seen)
+    wrong = np.stack([channel.log_ratio(seen, scale=scale) for scale in SCALES], axis=1)
     drawn = np.concatenate([coins[None], uniform < expit(ratios)]).astype(np.float64)
     # log probabilities of the coins under each sigma: coins @ L - sum softplus(L); the constant of the claim cancels.
     gains = drawn @ (wrong - ratios[:, None]) - np.logaddexp(0.0, wrong).sum(axis=0)

@@ -10,10 +10,11 @@ is one method overridden.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -26,6 +27,7 @@ FEATURES, HIDDEN = 8, 6
 SHAPES: dict[str, tuple[int, ...]] = {"w1": (HIDDEN, FEATURES), "b1": (HIDDEN,), "w2": (HIDDEN,), "b2": (1,)}
 SIZES = {name: int(np.prod(shape)) for name, shape in SHAPES.items()}
 PUBLIC_SIZE = 40
+Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -303,6 +305,39 @@ class Shuffled(Compact):
         return accounting.epsilon(accounting.DpSgd(self.noise_multiplier, 1.0, epochs, self.relation), delta)
 
 
+class Allocated(Compact):
+    """Random allocation: every unit draws its step of each epoch by itself, and nobody makes room for anybody."""
+
+    sampling: Sampling = "allocation"
+    epoch_steps: int | None = round(PUBLIC_SIZE / Compact.expected_batch_size)
+    draws = 1
+
+    def __init__(self, records: Sequence[Record] | None = None, *, seed: int, noise_seed: int | None = None) -> None:
+        super().__init__(records, seed=seed, noise_seed=noise_seed)
+        self.queue: list[list[int]] = []
+
+    @property
+    def claim(self) -> StepClaim:
+        """With the steps of an epoch."""
+        return replace(super().claim, epoch_steps=self.epoch_steps)
+
+    def assigned(self, units: int, steps: int) -> Bools:
+        """(units, steps) which steps of an epoch hold each unit: `draws` of them, by the smallest of random numbers."""
+        return np.asarray(self.sampler.random((units, steps)).argsort(axis=1).argsort(axis=1) < self.draws)
+
+    def sample(self) -> list[int]:
+        """The next batch of the present epoch."""
+        assert self.epoch_steps is not None
+        if not self.queue:
+            held = self.assigned(len(self.records), self.epoch_steps)
+            self.queue = [[int(index) for index in np.flatnonzero(column)] for column in held.T]
+        return self.queue.pop(0)
+
+    def epsilon(self, delta: float) -> float:
+        """By the accountant, an epoch that has begun as a whole one."""
+        return accounting.epsilon(self.claim.allocated(self.step_count), delta)
+
+
 class FullBatch(Compact):
     """Every unit in every step (DP gradient descent)."""
 
@@ -344,5 +379,6 @@ pruned = Pruned
 adam = Adam
 fixed_size = FixedSize
 shuffled = Shuffled
+allocated = Allocated
 full_batch = FullBatch
 laplace = Laplace

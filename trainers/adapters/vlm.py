@@ -134,6 +134,7 @@ class VlmTrainer:
             unit=self.plan.claim.unit,
             steps=self.plan.steps,
             delta=self.plan.claim.delta,
+            epoch_steps=self.plan.claim.epoch_steps,
         )
 
     def step(self, indices: Sequence[int]) -> None:

@@ -67,6 +67,12 @@ EXPECTED = {
     "sampler-sees-data": "sampling rate of each unit",
     "one-step-less": "eps reported",
     "poisson-epsilon-for-shuffle": "eps reported",
+    "shuffled-as-allocated": "spread of batch sizes",
+    "allocation-epsilon-for-shuffle": "eps reported",
+    "allocated-once-more": "repeats within an epoch",
+    "shared-allocation": "repeats within an epoch",
+    "allocated-for-good": "sampling rate of each unit",
+    "rotated-allocation": "repeats within an epoch",
     "resume-forgets": "eps after a resume",
 }
 

@@ -24,6 +24,7 @@ CORRECT = [
     compact.adam,
     compact.fixed_size,
     compact.shuffled,
+    compact.allocated,
     compact.full_batch,
     compact.laplace,
     zeroth_order.dp_zo,

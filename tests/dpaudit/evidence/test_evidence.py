@@ -11,7 +11,7 @@ from scipy.special import expit
 from scipy.stats import binom, chi2
 
 from dpaudit.evidence import calibrate
-from dpaudit.evidence.channel import Channel, log_ratio, simulate
+from dpaudit.evidence.channel import Channel, simulate
 from dpaudit.evidence.coins import NULLS, Posteriors, p_value
 from dpaudit.evidence.game import ALL, KEPT, LOUD, NOISE, SHARES, Rule
 from dpaudit.evidence.limits import sigma_upper
@@ -39,7 +39,7 @@ def test_log_ratio_equals_the_ratio_of_densities(channel: Channel) -> None:
 
     inside = (1 - channel.rate) * density(seen, 0.0) + channel.rate * density(seen, 1.0)
     expected = np.log(inside / density(seen, 0.0)).sum(axis=1)
-    assert log_ratio(seen, sigma=channel.sigma, rate=channel.rate) == pytest.approx(expected, abs=1e-9)
+    assert channel.log_ratio(seen) == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("channel", CHANNELS)
@@ -50,7 +50,7 @@ def test_given_what_was_seen_the_mean_of_the_e_value_is_at_most_one(channel: Cha
     seen, _ = simulate(channel, 8, np.random.default_rng(2), scale=scale)
     e = np.exp(Posteriors.of(seen, channel).log_e(ALL_COINS))
     for times in (*NULLS, 1.005, 1.03, 1.2, 5.0):
-        p = expit(log_ratio(seen, sigma=times * channel.sigma, rate=channel.rate))
+        p = expit(channel.log_ratio(seen, scale=times))
         chance = np.where(ALL_COINS, p, 1 - p).prod(axis=1)
         assert chance.sum() == pytest.approx(1.0)
         assert chance @ e <= 1.0 + (1e-9 if times in NULLS else 0.01)
