@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from dpaudit.config import RunConfig
+from dpaudit.config import ReducerConfig, RunConfig
 from dpaudit.randomness import Key
 from trainers.families import Family
+from trainers.memory import RowMemory
 from trainers.opened import Opened
 from trainers.plan import Plan
 from trainers.records import Dataset, Picture, Unit
@@ -119,13 +120,16 @@ class _Size:
     def memory(self, config: RunConfig, plan: Plan, units: int) -> int:
         """Bytes: weights, copies of the adapters, tokens of all pictures, one physical batch with its gradients."""
         each = 2 if config.model.precision == "bfloat16" else 4
-        rows = 1
-        if config.training.gradient_path != "micro-batch":
-            rows = max(1, min(config.training.rows_at_once, round(plan.expected_batch_size), units))
         kept = 2 if config.training.gradient_checkpointing != "none" else KEPT
         row = self.tokens * self.width * self.layers * kept * each + 3 * self.head // self.width * self.targets * 4
         if config.method != "non-private" and config.training.gradient_path != "micro-batch":
             row += 4 * self.trained
+        rows = 1
+        if config.training.gradient_path != "micro-batch":
+            most = config.training.rows_at_once
+            if most == "auto":
+                most = RowMemory(row, 0).rows(config.training.memory)
+            rows = max(1, min(most, round(plan.expected_batch_size), units))
         tokens = units * self.visual * self.tower_width * each
         return self.numbers * each + 4 * COPIES * self.trained + tokens + rows * row
 
@@ -141,7 +145,7 @@ def _visual(family: Family, picture: Picture) -> tuple[int, str]:
     noise = np.random.default_rng(0).integers(0, 256, picture.pixels.shape, dtype=np.uint8)
     try:
         with torch.no_grad():
-            return int(family.encode(family.prepare([noise]), family.layer).tokens.shape[1]), ""
+            return int(family.encode(family.prepare([noise]), family.layers(ReducerConfig())).tokens.shape[1]), ""
     except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError):  # not without numbers
         return ASSUMED, f", {ASSUMED} visual tokens assumed"
 

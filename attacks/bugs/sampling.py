@@ -84,8 +84,10 @@ class RotatedAllocation(Allocated):
 
     def assigned(self, units: int, steps: int) -> Bools:
         """That of the epoch before, moved."""
-        fresh = self.kept is None or len(self.kept) != units
-        self.kept = super().assigned(units, steps) if fresh else np.roll(self.kept, 1, axis=1)
+        if self.kept is None or len(self.kept) != units:
+            self.kept = super().assigned(units, steps)
+        else:
+            self.kept = np.roll(self.kept, 1, axis=1)
         return self.kept
 
 

@@ -103,4 +103,4 @@ def _carried(event: DpSgd, held: Epochs) -> float:
     one, two = (held[start : 2 * pairs : 2][:, places].astype(np.float32) for start in (0, 1))
     both = np.einsum("epn,eqn->pq", one, two, optimize=True).round().astype(np.int64)
     values, total = np.unique(both), pairs * units
-    return min(1.0, min(stats.count_p(int(value), total, event.sample_rate**2) for value in values) * both.size)
+    return float(min(1.0, min(stats.count_p(int(value), total, event.sample_rate**2) for value in values) * both.size))

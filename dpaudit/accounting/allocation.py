@@ -112,7 +112,7 @@ class _Sum:
 
     def means(self, grid: float) -> Floats:
         """(n,) what each place adds to the mean."""
-        return self.terms * self.weights * np.exp((self.first + np.arange(self.weights.size)) * grid)
+        return np.asarray(self.terms * self.weights * np.exp((self.first + np.arange(self.weights.size)) * grid))
 
     def refined(self) -> "_Sum":
         """The same on a lattice of half the grid."""
@@ -143,7 +143,7 @@ def epoch_ratio(shift: float, steps: int, reach: float, points: int) -> Ratio:
         while max(power.weights.size, total.weights.size if total else 0) < points / 2:
             power, total, grid = power.refined(), total.refined() if total else None, grid / 2
     assert total is not None
-    losses = (total.first + np.arange(total.weights.size)) * grid
+    losses = np.asarray((total.first + np.arange(total.weights.size)) * grid, dtype=np.float64)
     # Probabilities of cells are differences of distribution functions; sums of n positive numbers at every stage.
     cells = single * single + 40.0 + 4.0 * points / single
     relative = UNIT * (total.terms * cells + stages * (2.0 * largest + 40.0))
@@ -155,7 +155,7 @@ def _single(shift: float, grid: float, reach: float) -> _Sum:
     """e^Y, Y normal with mean -shift^2/2 and deviation shift, on the lattice."""
     centre = 0.5 * shift * shift
     low, high = math.floor((-centre - shift * reach) / grid), math.ceil((centre + shift * reach) / grid)
-    edges = np.arange(low, high + 1) * grid
+    edges = np.asarray(np.arange(low, high + 1) * grid, dtype=np.float64)
     under_q, under_p = (edges + centre) / shift, (edges - centre) / shift
     q, p = between(under_q), between(under_p)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):

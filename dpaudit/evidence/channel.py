@@ -112,7 +112,7 @@ def log_symmetric(x: Floats, draws: int) -> Floats:
     found[0] = 0.0
     for step in range(steps):
         found[1:] = np.logaddexp(found[1:], found[:-1] + x[..., step])
-    return found[draws]
+    return np.asarray(found[draws])
 
 
 def _log_binomial(steps: int, draws: int) -> float:
