@@ -115,12 +115,12 @@ def train(
     for name in run.discard_damaged_checkpoints() if resume and group.first else ():
         reporter.phase(f"checkpoint {name} is damaged; going on from the one before it")
     state = (trainer.parameters, trainer.optimizer, identity)
-    carried = {"pruning": trainer.pruning, "average": trainer.average}
-    done = checkpoints.restore(run.checkpoints, *state, **carried, group=group) if resume else 0
+    pruning, average = trainer.pruning, trainer.average
+    done = checkpoints.restore(run.checkpoints, *state, pruning=pruning, average=average, group=group) if resume else 0
     for step in range(done + 1, plan.steps + 1):
         _one_step(trainer, ledger, run, step, len(units), reporter, after_step, injection)
         if group.first and step % config.training.checkpoint_every == 0 and step < plan.steps:
-            checkpoints.save(run.checkpoints, step, *state, **carried)
+            checkpoints.save(run.checkpoints, step, *state, pruning=pruning, average=average)
     reporter.close()
     trainer.noise.close()
     trainer.average.install(trainer.parameters)

@@ -75,8 +75,9 @@ class Workshop:
             self._inputs[key] = (records, UnitInputs(built.model, records))
         optimizer = updates.make_optimizer(built.parameters, self.config.training, noise=self.plan.noise_std)
         pruning = updates.Pruning.of(built.parameters, self.config.pruning)
-        own = {"optimizer": optimizer, "pruning": pruning, "average": updates.Average(0.0)}  # the weights are looked at
-        return replace(built, inputs=self._inputs[key][1], **own), start
+        average = updates.Average(0.0)  # what is looked at are the weights after each step
+        inputs = self._inputs[key][1]
+        return replace(built, inputs=inputs, optimizer=optimizer, pruning=pruning, average=average), start
 
     def adapt(self, model: VisionLanguageModel) -> None:
         """For subclasses that change a part of the model once it is built; inputs are encoded afterwards."""
