@@ -72,10 +72,10 @@ def row_memory(
 
 def _adapters(parameters: Mapping[str, Tensor], size: int) -> int:
     """Bytes a token of what LoRA saves: the output of A, and a float32 copy of its input in half precision."""
-    shapes = [tuple(value.shape) for name, value in parameters.items() if "lora_A" in name]
+    shapes = [(value.shape[0], value.shape[1]) for name, value in parameters.items() if "lora_A" in name]
     if not shapes:  # B alone is trained: its input is the output of A
         shapes = [(value.shape[1], 0) for value in parameters.values() if value.dim() == 2]
-    return sum(4 * int(rank) + (4 * int(width) if size < 4 else 0) for rank, width in shapes)
+    return sum(4 * rank + (4 * width if size < 4 else 0) for rank, width in shapes)
 
 
 def rows_at_once(

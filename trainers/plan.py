@@ -259,7 +259,8 @@ def _gradient_row(config: RunConfig, plan: Plan) -> LedgerRow:
 
 def _recipe_rows(config: RunConfig, plan: Plan) -> list[LedgerRow]:
     """What is done with noisy gradients or settled before them, where it is not the plain optimiser."""
-    training, found = config.training, []
+    training = config.training
+    found: list[tuple[str, str, str]] = []
     if plan.claim is None:
         return []
     if config.model.lora.train != "both":

@@ -75,8 +75,9 @@ class Workshop:
             self._inputs[key] = (records, UnitInputs(built.model, records))
         optimizer = updates.make_optimizer(built.parameters, self.config.training, noise=self.plan.noise_std)
         pruning = updates.Pruning.of(built.parameters, self.config.pruning)
-        fresh = replace(built, inputs=self._inputs[key][1], optimizer=optimizer, pruning=pruning)
-        return replace(fresh, average=updates.Average(0.0)), start  # the weights themselves are looked at
+        average = updates.Average(0.0)  # what is looked at are the weights after each step
+        inputs = self._inputs[key][1]
+        return replace(built, inputs=inputs, optimizer=optimizer, pruning=pruning, average=average), start
 
     def adapt(self, model: VisionLanguageModel) -> None:
         """For subclasses that change a part of the model once it is built; inputs are encoded afterwards."""
