@@ -44,7 +44,7 @@ def require_own(place: Path) -> None:
         raise UsageError(f"{VARIABLE}: {place} is {kind}; accepted: a folder of your own")
     for parent in (place.absolute(), *place.absolute().parents):
         if parent.name == "release" and (parent / "config.yaml").is_file():
-            raise UsageError(f"{VARIABLE}: {place} lies in a release, which may leave the house; accepted: elsewhere")
+            raise UsageError(f"{VARIABLE}: {place} lies in a release, which may be handed over; accepted: elsewhere")
     if kind == "nothing":
         return
     info = place.lstat()

@@ -1,4 +1,4 @@
-"""Folders that are no whole checkpoint: what they seem to be, and the way out, as one line."""
+"""Folders that are no whole checkpoint: what they seem to be, and what to do about it, as one line."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ POINTER = b"version https://git-lfs"
 
 
 def instead(names: Sequence[str]) -> str:
-    """What a folder that is no checkpoint seems to be, and the way out."""
+    """What a folder that is no checkpoint seems to be, and what to do about it."""
     if "adapter_config.json" in names:
         return (
             "this is a PEFT adapter, not a model: give its base model, or merge it into it (merge_and_unload) and save"

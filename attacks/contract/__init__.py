@@ -168,6 +168,6 @@ def assert_contract(factory: Callable[..., Any], *, seed: int = 0, allow: Mappin
 def check_names() -> tuple[str, ...]:
     """All checks, in order."""
     names = []
-    for module in MODULES:
+    for module in (*MODULES, independence):
         names += [value for key, value in vars(module).items() if key.isupper() and f"{key}_WHY" in vars(module)]
     return tuple(names)

@@ -44,7 +44,11 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def _where(error: Any) -> str:
     """The field, without pydantic's names for the branches of a union."""
-    parts = [dashed(str(part)) for part in error["loc"] if not str(part).startswith(("literal[", "function-"))]
+    parts = [
+        dashed(str(part))
+        for part in error["loc"]
+        if not str(part).startswith(("literal[", "function-", "constrained-"))
+    ]
     return short(".".join(parts))
 
 

@@ -100,6 +100,7 @@ BAD: dict[str, list[str]] = {
     "training.warmup": ["-0.1", "1", "2"],
     "training.gradient-path": ["ghost", "null"],
     "training.rows-at-once": ["0", "-1", "many"],
+    "training.draws": ["0", "-1", "many"],
     "training.memory": ["0", "-1", ".inf", "null"],
     "training.gradient-checkpointing": ["full", "null"],
     "training.feature-cache": ["yes", "disk", "null"],
