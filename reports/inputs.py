@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 
 from pydantic import ValidationError
 
-from dpaudit import stated, untrusted, verdict
+from dpaudit import untrusted, verdict
 from dpaudit.config import RunConfig, read_yaml, resolve
 from dpaudit.documents import (
     AuditDocument,
@@ -33,7 +33,7 @@ from dpaudit.documents import (
 from dpaudit.errors import UsageError
 from dpaudit.folders import require_plain
 from reports.integrity import notices
-from reports.judged import judge
+from reports.judged import judge, priced
 from reports.text import clean
 from reports.vouched import Vouched, check
 
@@ -260,9 +260,13 @@ def load_release(folder: Path, *, key: str, name: str) -> RunReport:
     )
     hashes = {file.name: file.sha256 for file in run.files}
     unfit = (*judged.notices, *_contradictions(run, said), *notices(folder, hashes))
-    priced = (f"{row.explanation} {row.evidence}." for row in stated.rows(run.claim, config))
+    rows = priced(folder, run.claim, config, ledger, judged.games)
     vouched = check(folder, run)
-    return replace(run, vouched=vouched, unfit=unfit, notices=(*vouched.notices, *unfit, *priced))
+    return replace(run, vouched=vouched, unfit=unfit, notices=(*vouched.notices, *unfit, *map(_sentence, rows)))
+
+
+def _sentence(row: LedgerRow) -> str:
+    return f"{row.explanation} {row.evidence}."
 
 
 def _config(path: Path) -> RunConfig | None:
