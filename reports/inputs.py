@@ -37,6 +37,7 @@ from reports.judged import judge, priced
 from reports.text import clean
 from reports.vouched import Vouched, check
 
+MOST_STEP, MOST_VALUE = 10**12, 1e100  # of training curves: what a figure can show
 AnyDocument = TypeVar("AnyDocument", bound=Document)
 
 PRIVATE_CURVES = LedgerRow(
@@ -345,10 +346,12 @@ def _curves(path: Path) -> tuple[Curve, ...]:
         except ValueError as error:
             raise UsageError(f"--include-private: {path}: row {row}: not JSON") from error
         step = event.get("step") if isinstance(event, dict) else None
-        if not isinstance(step, int):
+        if not isinstance(step, int) or not 0 <= step <= MOST_STEP:
             continue
         for name, value in event.items():
             if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+                if not abs(value) <= MOST_VALUE:  # also where it is an integer that no float holds
+                    raise UsageError(f"--include-private: {path}: row {row}: a number beyond {MOST_VALUE:g}")
                 points.setdefault(name, []).append((float(step), float(value)))
     return tuple(
         Curve(clean(name, 40), tuple(s for s, _ in pairs), tuple(v for _, v in pairs))

@@ -28,6 +28,10 @@ CanaryKind = Literal[
 ]  # fmt: skip
 
 
+# What a training may have at most: beyond, numbers overflow and no accountant is asked.
+MOST_UNITS, MOST_STEPS = 10**12, 10**8
+
+
 def _finite(value: float) -> float:
     if value != value or value in (float("inf"), float("-inf")):
         raise ValueError("must be finite")
@@ -79,7 +83,10 @@ class DataConfig(Section):
     reserve: int = Field(default=0, ge=0, description="local sets: units held back from training for natural canaries")
     limit: int | None = Field(default=None, ge=2, description="use only the first N train units (and N test units)")
     public_size: int | None = Field(
-        default=None, ge=1, description="declared public size of the training set; default: its true size, made public"
+        default=None,
+        ge=1,
+        le=MOST_UNITS,
+        description="declared public size of the training set; default: its true size, made public",
     )
 
     @field_validator("background")
@@ -177,7 +184,7 @@ class FusionConfig(Section):
 class PrivacyConfig(Section):
     """The claim that the run makes. Either `epsilon` or `noise-multiplier`; a non-private run uses neither."""
 
-    epsilon: Finite | None = Field(default=8.0, gt=0, description="for no claim at all: method=non-private")
+    epsilon: Finite | None = Field(default=8.0, ge=1e-6, le=1e6, description="for no claim at all: method=non-private")
     delta: Finite = Field(default=1e-5, gt=0, lt=1)
     noise_multiplier: Finite | None = Field(default=None, gt=0)
     max_grad_norm: Finite = Field(default=1.0, gt=0)
@@ -212,9 +219,9 @@ class ZerothOrderConfig(Section):
 class TrainingConfig(Section):
     """The optimisation. `batch-size` is the expected batch; steps = epochs * candidates / batch-size."""
 
-    epochs: Finite = Field(default=30.0, gt=0)
-    steps: int | None = Field(default=None, ge=1, description="overrides epochs")
-    batch_size: int = Field(default=256, ge=1)
+    epochs: Finite = Field(default=30.0, gt=0, le=MOST_STEPS)
+    steps: int | None = Field(default=None, ge=1, le=MOST_STEPS, description="overrides epochs")
+    batch_size: int = Field(default=256, ge=1, le=MOST_UNITS)
     sampling: Literal["poisson", "fixed", "shuffle"] = Field(
         default="poisson", description="fixed: a uniform subset of batch-size; shuffle: epochs; see docs/accounting.md"
     )

@@ -127,3 +127,31 @@ def test_a_long_curve_is_refused(tmp_path: Path) -> None:
     claim(run, curve=[{"delta": 1e-5 + 1e-9 * at, "epsilon": 8.0} for at in range(3000)])
     with pytest.raises(UsageError, match=r"curve: .*at most 64"):
         load(run)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"steps": 10**12}, {"steps": 10**8}, {"sample_rate": 1e-300}, {"sample_rate": 5.0},
+     {"noise_multiplier": 1e300}, {"noise_multiplier": 1e-300}, {"epsilon": 1e300}],
+    ids=str,
+)  # fmt: skip
+def test_a_page_is_made_of_any_figures(tmp_path: Path, changes: dict[str, object]) -> None:
+    """One line that refuses the claim, or a page that calls it unsupported: never a traceback."""
+    from reports.html import render
+    from reports.subjects import load_page
+
+    run = write(tmp_path, played(**POWERED))
+    claim(run, curve=[], **changes)
+    page = load_page([run])
+    assert page.runs[0].verdict == "unsupported"
+    assert "unsupported" in render(page, title="x")[0]
+
+
+@pytest.mark.parametrize("value", ["9" * 400, "1e308", "-1e308", "NaN", "Infinity"])
+def test_a_training_curve_beyond_any_figure_is_refused(tmp_path: Path, value: str) -> None:
+    run = write(tmp_path, played())
+    (run / "private").mkdir(mode=0o700)
+    lines = [f'{{"step": {step}, "loss": {value}}}' for step in (1, 2)] + [f'{{"step": {"9" * 400}, "loss": 1}}']
+    (run / "private" / "metrics.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UsageError, match=r"metrics\.jsonl: row 1: "):
+        load_runs([run], include_private=True)
