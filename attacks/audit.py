@@ -73,6 +73,11 @@ class _Session:
         )
         return True
 
+    def require_stated(self) -> None:
+        """Before a twin is trained, see twins.require_stated."""
+        run = self.run
+        twins.require_stated(self.config, ClaimDocument.read(run.claim).claim, LedgerDocument.read(run.ledger))
+
     def check(self, game: str, **content: Any) -> None:
         """Write a check without coins down."""
         self.games.add(game, about="weights", claim=ClaimDocument.read(self.run.claim).claim, **content)
@@ -120,6 +125,7 @@ def assemble(run: RunFolder, games: list[GameDocument], options: Options) -> Aud
     fusion = next((game.fusion for game in reversed(games) if game.fusion is not None), None)
     ledger = LedgerDocument.read(run.ledger)
     claim = ClaimDocument.read(run.claim).claim
+    named = any(game.claim is not None for game in games)
     return verdict.document(
         run=RunInfo(
             name=run.path.resolve().name,
@@ -129,10 +135,13 @@ def assemble(run: RunFolder, games: list[GameDocument], options: Options) -> Aud
             command=options.command,
         ),
         claim=claim,
-        alpha=options.alpha,
+        alpha=max(options.alpha, verdict.level(games)) if games else options.alpha,
         confidence=options.confidence,
         games=games,
-        ledger=(*run_ledger(ledger.rows, fusion), *stated.rows(claim, run.read_config())),
+        ledger=(
+            *run_ledger(ledger.rows, fusion),
+            *stated.rows(claim, run.read_config(), ledger=ledger, named=named, own=True),
+        ),
     )
 
 
@@ -161,6 +170,7 @@ def _with_canaries(session: _Session) -> tuple[RunFolder, About, bool]:
     again = session.games.had("canaries") is not None
     if config.canaries.count and not again:
         return session.run, "weights", False
+    session.require_stated()
     place = twins.latest(session.run, TWIN)
     if place is not None and not again and RunFolder(place).config.is_file():
         twin = RunFolder.open(place)
@@ -189,6 +199,7 @@ def _membership(session: _Session) -> None:
     again = session.games.had("membership") is not None
     if again or not config.canaries.count:
         place = run.path / MEMBER_TWIN if not again else twins.free(run, MEMBER_TWIN)
+        session.require_stated()
         supplied, about = place.exists(), "procedure"
         run = member_twin(twins.config_of(config, place), place, reporter=session.reporter, log=session.log)
     claim = ClaimDocument.read(run.claim).claim
@@ -212,6 +223,7 @@ def _white_box(session: _Session) -> None:
         return
     options = session.options
     count = options.count or DEFAULT_COUNT
+    session.require_stated()
     place = twins.free(session.run, WHITE_BOX_TWIN)
     session.log(f"training a twin with {count} gradient canaries in {place}: audits {ABOUT['procedure']}")
     played, claim = twins.play_white_box(

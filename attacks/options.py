@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from dpaudit import config as configuration
+from dpaudit import folders
 from dpaudit.bounds import validate
 from dpaudit.config import RunConfig
 from dpaudit.errors import UsageError, rejected
@@ -97,6 +98,7 @@ def prepare(run: RunFolder, options: Options) -> RunConfig:
     if options.again:
         return config
     twin = RunFolder(run.path / TWIN)
+    folders.require_own(twin.path)
     if not have and twin.config.is_file():
         have = configuration.resolve(configuration.read_yaml(twin.config)).canaries.count
         where = f"{twin.path} was trained; delete it for another count"

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from attacks.canaries import Coins, Game, check_coins, draw_game
+from dpaudit import folders
 from dpaudit.config import RunConfig, resolve
 from dpaudit.errors import UsageError, rejected
 from dpaudit.ledger import Ledger
@@ -114,6 +115,7 @@ def open_run(
     Every setting is checked before a key or a coin is drawn. `candidates`: canary candidates, where they are not those
     of the configuration. Raises UsageError when `out` holds a run already.
     """
+    folders.require_outside_runs("--out", out)
     run = RunFolder.create(out)
     with run.lock():
         if run.ledger.exists() or run.finished:

@@ -6,6 +6,7 @@ from pathlib import Path
 from dpaudit import atomic
 from dpaudit.errors import UsageError
 
+MOST_DEEP = 4  # folders above a file of a release
 MOST_FILES = 200_000  # in a part; a run of many references has a few thousand
 
 
@@ -55,3 +56,39 @@ def entries(folder: Path) -> list[Path]:
         return []
     except OSError as error:
         raise atomic.failure(folder, error, "read") from error
+
+
+def ordinary(folder: Path, name: str) -> Path | None:
+    """The ordinary file that a list of somebody else's names below `folder`; None for any other name.
+
+    No part of the name is a link or leads upwards, so nothing outside is looked at.
+    """
+    parts = name.split("/")
+    if len(parts) > MOST_DEEP or any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts):
+        return None
+    place = folder
+    for part in parts[:-1]:
+        place /= part
+        if kind(place) != "folder":
+            return None
+    place /= parts[-1]
+    return place if kind(place) == "file" else None
+
+
+def require_outside_runs(flag: str, path: Path) -> None:
+    """UsageError for a place of results inside a part of a run: what lies there is that run's own.
+
+    Links are followed, and the place need not exist.
+    """
+    place = path.resolve()
+    for part in (place, *place.parents):
+        of_run = part.name in ("release", "private") and kind(part.parent / "release" / "config.yaml") == "file"
+        if of_run or (part.name == "private" and kind(part / "noise.key") == "file"):
+            raise UsageError(f"{flag} {path}: lies inside {part}, a part of a run; choose a place outside of it")
+
+
+def require_own(place: Path) -> None:
+    """UsageError unless a twin's place is free or an ordinary folder: through a link another run would be trained."""
+    found = kind(place)
+    if found not in ("folder", "nothing"):
+        raise UsageError(f"{place}: is {found}; accepted for a twin: an ordinary folder of the run, or nothing")

@@ -2,21 +2,23 @@
 
 A claim is a file that its owner wrote. Its eps is therefore computed again from its own mechanism wherever it is used
 for a verdict or shown: a mechanism that costs more than what is claimed for it does not support the claim, whatever the
-attacks find.
+attacks find. Nor does a mechanism of which no cost can be computed.
 """
 
 import math
 from dataclasses import dataclass
 
 from dpaudit import accounting
-from dpaudit.config import RunConfig
-from dpaudit.documents import Claim, LedgerRow
+from dpaudit.config import RunConfig, TrainingConfig
+from dpaudit.documents import Claim, LedgerDocument, LedgerRow
 from dpaudit.errors import UsageError
+from dpaudit.verdict import MISSING_CLAIM
 
 # Accountants round up differently, and grids change between versions; less than this is no mistake.
 TOLERANCE = 0.01
 MOST_STEPS = 10**8  # beyond, no accountant is asked
 COST_ROW, CONFIGURATION_ROW = "claimed eps", "claim and configuration"
+ROWS = (COST_ROW, CONFIGURATION_ROW, MISSING_CLAIM)
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,10 @@ def cost(claim: Claim) -> Cost:
         costs = [accounting.joint_epsilon(events, delta) for delta, _ in points]
     except UsageError as error:
         return Cost(None, str(error))
+    except (ArithmeticError, ValueError, MemoryError):  # figures that no training has
+        return Cost(None, "no accountant here can compute its cost")
+    if not all(math.isfinite(value) or value == math.inf for value in costs):
+        return Cost(None, "no accountant here can compute its cost")
     wrong = [
         f"eps = {stated:.4g} is claimed at delta = {delta:g}, where the mechanism costs {own:.4g}"
         for (delta, stated), own in zip(points, costs, strict=True)
@@ -70,65 +76,110 @@ def _events(claim: Claim) -> list[accounting.DpSgd] | str:
     return events
 
 
-def rows(claim: Claim | None, config: RunConfig | None = None) -> tuple[LedgerRow, ...]:
-    """UNACCOUNTED rows, each of which leaves the claim unsupported: too small an eps, another configuration's claim.
+def rows(
+    claim: Claim | None,
+    config: RunConfig | None = None,
+    *,
+    ledger: LedgerDocument | None = None,
+    named: bool = False,
+    own: bool = False,
+) -> tuple[LedgerRow, ...]:
+    """UNACCOUNTED rows, each of which leaves the claim unsupported: too small an eps or none that can be computed,
+    another configuration's claim, a claim that was taken out.
 
-    No row where all that can be computed fits; `cost(claim).why` says where nothing can.
+    config, ledger: of the run. named: whether a game names a claim. own: whether it is a run of dpaudit's, whose claim
+    always names its mechanism; the claim of a foreign trainer may be an eps alone, and then nothing is said of it.
     """
+    own = own or config is not None
     if claim is None:
-        return ()
-    found = []
-    price = cost(claim)
+        missing = named or (config is not None and config.claims)
+        return (
+            _row(MISSING_CLAIM, "The run states no claim, though its configuration or its games name one."),
+        ) * missing
+    found, price = [], cost(claim)
     if price.understated:
-        found.append(
-            LedgerRow(
-                path=COST_ROW,
-                status="UNACCOUNTED",
-                explanation="The claimed mechanism costs more than the eps that is claimed for it.",
-                evidence=f"{'; '.join(price.understated[:4])} (sigma = {claim.noise_multiplier:g}, "
-                f"q = {claim.sample_rate if claim.sample_rate is not None else 1:g}, T = {claim.steps}, "
-                f"{claim.sampling}, {claim.relation}; {accounting.accountant_name()})",
-            )
+        figures = (
+            f"sigma = {claim.noise_multiplier:g}, "
+            f"q = {claim.sample_rate if claim.sample_rate is not None else 1:g}, T = {claim.steps}, "
+            f"{claim.sampling}, {claim.relation}; {accounting.accountant_name()}"
         )
-    differing = differences(claim, config) if config is not None else ()
+        why = f"{'; '.join(price.understated[:4])} ({figures})"
+        found.append(_row(COST_ROW, "The claimed mechanism costs more than the eps that is claimed for it.", why))
+    if own and price.epsilon is None:
+        found.append(_row(COST_ROW, "The claimed eps can't be computed from the claimed mechanism.", price.why))
+    differing = (*(differences(claim, config) if config is not None else ()), *_spent(claim, ledger))
     if differing:
         found.append(
-            LedgerRow(
-                path=CONFIGURATION_ROW,
-                status="UNACCOUNTED",
-                explanation="The claim is not the one that this configuration makes.",
-                evidence="; ".join(differing),
-            )
+            _row(CONFIGURATION_ROW, "The claim is not the one that this configuration makes.", "; ".join(differing))
         )
     return tuple(found)
 
 
+def _row(path: str, explanation: str, evidence: str = "release/claim.json: missing, or claim: null") -> LedgerRow:
+    return LedgerRow(path=path, status="UNACCOUNTED", explanation=explanation, evidence=evidence)
+
+
+def _spent(claim: Claim, ledger: LedgerDocument | None) -> tuple[str, ...]:
+    """Steps of the ledger that are not the claim's."""
+    spent = ledger.spent if ledger is not None else None
+    if spent is None or claim.steps is None or spent.steps_planned == claim.steps:
+        return ()
+    return (f"steps: {claim.steps} are claimed, the ledger plans {spent.steps_planned}",)
+
+
 def differences(claim: Claim, config: RunConfig) -> tuple[str, ...]:
-    """Where a claim is not what its configuration says, field by field; what that leaves open is not asked."""
+    """Where a claim is not what its configuration says, field by field; what that leaves open is not asked.
+
+    q and T follow from the batch size and the candidates, which the claim states and the size of the data decides.
+    """
+    if not config.claims:
+        return ("the configuration makes no claim",)
     privacy, training = config.privacy, config.training
+    places = claim.candidates
+    if config.data.public_size is not None:
+        places = config.data.public_size + config.canaries.count
+    if places is None or places < training.batch_size:
+        return (f"candidates: {claim.candidates} are claimed, for batches of {training.batch_size}",)
+    rate, steps = _public(training, places)
     expected: dict[str, tuple[object, object]] = {
         "delta": (claim.delta, privacy.delta),
         "relation": (claim.relation, privacy.relation),
+        "mechanism": (claim.mechanism, "zeroth-order" if config.method == "dp-zo" else "gaussian"),
+        "noise": (claim.noise, config.zeroth_order.noise),
         "max-grad-norm": (claim.max_grad_norm, privacy.max_grad_norm),
-        "noise-multiplier": (claim.noise_multiplier, privacy.noise_multiplier),
-        "epsilon": (claim.epsilon, privacy.epsilon),
         "sampling": (claim.sampling, training.sampling),
         "draws": (_draws(claim), training.draws if training.sampling == "allocation" else None),
         "batch-size": (claim.expected_batch_size, training.batch_size),
-        "steps": (claim.steps, training.steps),
+        "candidates": (claim.candidates, places),
+        "sample-rate": (claim.sample_rate, rate),
+        "steps": (claim.steps, steps),
+        "token-multiplier": (claim.token_multiplier, config.fusion.multiplier),
     }
-    if not config.claims:
-        return ("the configuration adds no noise and makes no claim",)
+    if privacy.noise_multiplier is not None:
+        expected["noise-multiplier"] = (claim.noise_multiplier, privacy.noise_multiplier)
+    if privacy.epsilon is not None:
+        expected["epsilon"] = (claim.epsilon, privacy.epsilon)
     return tuple(
         f"{name}: {stated} is claimed, {own} configured"
         for name, (stated, own) in expected.items()
-        if own is not None and not _same(stated, own)
+        if not _same(stated, own)
     )
 
 
 def _draws(claim: Claim) -> float | None:
     """k of a claim of allocation, as far as it says."""
     return None if claim.epoch_steps is None or claim.sample_rate is None else claim.sample_rate * claim.epoch_steps
+
+
+def _public(training: TrainingConfig, places: int) -> tuple[float, int]:
+    """(q, T), as trainers.sampling.Sampler has them."""
+    size, draws = training.batch_size, training.draws
+    if training.sampling == "allocation":
+        batches = math.ceil(draws * places / size)
+        epochs = max(1, math.ceil(round(training.epochs / draws, 9)))
+        return draws / batches, training.steps or batches * epochs
+    rate = 1.0 / math.ceil(places / size) if training.sampling == "shuffle" else size / places
+    return rate, training.steps or max(1, round(training.epochs / rate))
 
 
 def _same(one: object, two: object) -> bool:

@@ -22,11 +22,13 @@ import errno
 import hashlib
 import io
 import json
+import lzma
 import math
 import os
 import re
 import stat
 import sys
+import tokenize
 import warnings
 import zipfile
 import zlib
@@ -453,7 +455,7 @@ def read_npz(path: Path, *, most: int = MOST_TABLE) -> "dict[str, npt.NDArray[An
             return {part.filename.removesuffix(".npy"): _npy(archive.read(part)) for part in parts}
     except (
         zipfile.BadZipFile, zlib.error, EOFError, KeyError, TypeError, SyntaxError, OverflowError, MemoryError,
-        RecursionError, RuntimeError,
+        RecursionError, RuntimeError, lzma.LZMAError, tokenize.TokenError,
     ):  # fmt: skip
         raise ValueError("not a readable .npz file") from None
 

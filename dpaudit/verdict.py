@@ -39,6 +39,7 @@ POWER_NEEDED = 0.8
 NO_CONTROL = "no control shows that its scores carry a signal"
 CERTAIN = 0.999  # a p-value this near to 1 contradicts a high power: the channel is not what the power assumes
 HEADLINE = ("none", "claimed-mechanism")  # what a headline bound may assume
+MISSING_CLAIM = "missing claim"  # the row of a run without the claim that its configuration or its games name
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,11 @@ def wanted(share: float, alpha: float) -> float:
 def refutes(log_evidence: float, alpha: float) -> bool:
     """Whether evidence has reached 1 / alpha, which Ville's inequality makes a refutation at level alpha."""
     return log_evidence >= -math.log(alpha)
+
+
+def level(games: Sequence[GameDocument]) -> float:
+    """The level of a verdict over games: the largest that one of them was played at."""
+    return max(game.alpha for game in games)
 
 
 def reached(p_value: float, alpha: float) -> bool:
@@ -133,20 +139,21 @@ def decide(
 ) -> tuple[Verdict, tuple[str, ...]]:
     """The verdict and its reasons, in plain sentences.
 
-    Precedence: invalid > refuted > unsupported > inconclusive > not refuted; without a claim "no claim" (or invalid).
+    Precedence: invalid > refuted > unsupported > inconclusive > not refuted; without a claim "no claim" (or invalid),
+    unless the ledger holds the row MISSING_CLAIM.
     ledger: rows of the *training*; UNACCOUNTED ones make the claim unsupported. checks: of the step contract.
     """
     unsound = [check for game in games for check in game.validity.checks if check.status == "fail"]
     if unsound or any(not game.validity.sound for game in games):
         failed = [f"{check.name}: {check.explanation}" for check in unsound]
         return "invalid", ("The game itself is unsound, so its numbers mean nothing.", *dict.fromkeys(failed))
-    if claim is None:
+    if claim is None and all(row.path != MISSING_CLAIM for row in ledger):
         return "no claim", ("The run makes no privacy claim, so there is none to refute.",)
     found = evidence(games)
     gaps = _gaps(ledger, checks)
     if refutes(found.best, alpha):
         return "refuted", (*_refutation(found, games, alpha), *gaps)
-    if gaps:
+    if gaps or claim is None:
         return "unsupported", ("The proof behind the claim does not apply to what the code does.", *gaps)
     tests = [test for game in games if _speaks_of(claim, game) for test in marked(game.tests, alpha) if counts(test)]
     powered = [test for test in tests if powerful(test)]

@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 
 from pydantic import ValidationError
 
-from dpaudit import stated, untrusted, verdict
+from dpaudit import untrusted, verdict
 from dpaudit.config import RunConfig, read_yaml, resolve
 from dpaudit.documents import (
     AuditDocument,
@@ -33,10 +33,11 @@ from dpaudit.documents import (
 from dpaudit.errors import UsageError
 from dpaudit.folders import require_plain
 from reports.integrity import notices
-from reports.judged import judge
+from reports.judged import judge, priced
 from reports.text import clean
 from reports.vouched import Vouched, check
 
+MOST_STEP, MOST_VALUE = 10**12, 1e100  # of training curves: what a figure can show
 AnyDocument = TypeVar("AnyDocument", bound=Document)
 
 PRIVATE_CURVES = LedgerRow(
@@ -260,9 +261,13 @@ def load_release(folder: Path, *, key: str, name: str) -> RunReport:
     )
     hashes = {file.name: file.sha256 for file in run.files}
     unfit = (*judged.notices, *_contradictions(run, said), *notices(folder, hashes))
-    priced = (f"{row.explanation} {row.evidence}." for row in stated.rows(run.claim, config))
+    rows = priced(folder, run.claim, config, ledger, judged.games)
     vouched = check(folder, run)
-    return replace(run, vouched=vouched, unfit=unfit, notices=(*vouched.notices, *unfit, *priced))
+    return replace(run, vouched=vouched, unfit=unfit, notices=(*vouched.notices, *unfit, *map(_sentence, rows)))
+
+
+def _sentence(row: LedgerRow) -> str:
+    return f"{row.explanation} {row.evidence}."
 
 
 def _config(path: Path) -> RunConfig | None:
@@ -341,10 +346,12 @@ def _curves(path: Path) -> tuple[Curve, ...]:
         except ValueError as error:
             raise UsageError(f"--include-private: {path}: row {row}: not JSON") from error
         step = event.get("step") if isinstance(event, dict) else None
-        if not isinstance(step, int):
+        if not isinstance(step, int) or not 0 <= step <= MOST_STEP:
             continue
         for name, value in event.items():
             if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+                if not abs(value) <= MOST_VALUE:  # also where it is an integer that no float holds
+                    raise UsageError(f"--include-private: {path}: row {row}: a number beyond {MOST_VALUE:g}")
                 points.setdefault(name, []).append((float(step), float(value)))
     return tuple(
         Curve(clean(name, 40), tuple(s for s, _ in pairs), tuple(v for _, v in pairs))

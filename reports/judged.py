@@ -5,6 +5,7 @@ Where the two differ the page shows what the documents give, and a notice says w
 """
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from attacks.fusion.verdicts import run_ledger
 from dpaudit import record, stated, verdict
 from dpaudit.config import RunConfig
 from dpaudit.documents import (
+    WITHOUT_COINS,
     AuditDocument,
     Check,
     Claim,
@@ -23,7 +25,14 @@ from dpaudit.documents import (
 )
 from reports.text import clean, plural
 
-CONFIDENCE = 0.95  # of all bounds, where no audit.json says it: the default of `dpaudit audit`
+# The defaults of `dpaudit audit`. CONFIDENCE: of all bounds, where no audit.json says it.
+CONFIDENCE, ALPHA = 0.95, 0.001
+NO_LEDGER = LedgerRow(
+    path="missing ledger",
+    status="UNACCOUNTED",
+    explanation="The run has no ledger, so where private data was touched is not stated.",
+    evidence="release/ledger.json: missing",
+)
 # What the games alone determine, and a name for it.
 _OF_GAMES = {
     "tests": "tests",
@@ -67,18 +76,65 @@ def judge(
     fusion = next((game.fusion for game in reversed(games) if game.fusion is not None), None)
     rows = run_ledger(ledger.rows, fusion) if ledger is not None else audit.ledger if audit is not None else ()
     claimed = _claim(claim, audit)
-    if ledger is not None:
-        rows = (*rows, *stated.rows(claimed, config))
+    rows = (*_plain(rows), *priced(release, claimed, config, ledger, games))
+    if ledger is None and claimed is not None:
+        rows = (*rows, NO_LEDGER)
     found = verdict.document(
         run=audit.run if audit is not None and audit.run is not None else run,
         claim=claimed,
-        alpha=audit.alpha if audit is not None else games[-1].alpha,
-        confidence=audit.family_confidence if audit is not None else CONFIDENCE,
+        alpha=verdict.level(games),
+        confidence=_confidence(games, audit),
         games=games,
         ledger=rows,
         checks=_beside(games, audit),
     )
-    return Judged(found, games, _differences(audit, found, rows))
+    return Judged(found, games, (*_levels(audit, found), *_differences(audit, found, rows)))
+
+
+def priced(
+    release: Path,
+    claim: Claim | None,
+    config: RunConfig | None,
+    ledger: LedgerDocument | None,
+    games: Sequence[GameDocument],
+) -> tuple[LedgerRow, ...]:
+    """The claim of a release against its own mechanism, configuration and ledger (dpaudit.stated.rows)."""
+    # What the audit of a foreign trainer or model leaves has neither a model nor a budget of its own.
+    own = (release / "model").exists() or (ledger is not None and ledger.spent is not None)
+    named = any(game.claim is not None for game in games)
+    return stated.rows(claim, config, ledger=ledger, named=named, own=own)
+
+
+def _confidence(games: Sequence[GameDocument], audit: AuditDocument | None) -> float:
+    """Of all bounds together: what audit.json says, unless the bounds of a game have not that confidence together."""
+    if audit is None:
+        return CONFIDENCE
+    for number, game in enumerate((game for game in games if game.game not in WITHOUT_COINS), 1):
+        bounds = [t for t in game.tests if t.epsilon_lower is not None and t.decides and not t.estimate]
+        missed = sum(1 - test.confidence for test in bounds)
+        if missed > 1 - verdict.confidence_of(number, audit.family_confidence) + 1e-9 and game.game != "earlier audit":
+            return CONFIDENCE
+    return audit.family_confidence
+
+
+def _levels(said: AuditDocument | None, found: AuditDocument) -> tuple[str, ...]:
+    """Where audit.json states other levels than its games, or all of them one that hides what they found."""
+    notices = []
+    if said is not None and said.alpha != found.alpha:
+        notices.append(f"audit.json states alpha = {said.alpha:g}; its games were played at {found.alpha:g}.")
+    if said is not None and said.family_confidence != found.family_confidence:
+        notices.append(f"audit.json states a confidence of {said.family_confidence:g}, which its bounds do not have.")
+    log = found.log_evidence
+    if found.verdict != "refuted" and log is not None and verdict.refutes(log, ALPHA) and found.validity.sound:
+        notices.append(
+            f"The evidence refutes the claim at the usual alpha = {ALPHA:g}; it was judged at {found.alpha:g}."
+        )
+    return tuple(notices)
+
+
+def _plain(rows: Iterable[LedgerRow]) -> tuple[LedgerRow, ...]:
+    """Without what the price of the claim decides anew."""
+    return tuple(row for row in rows if row.path not in stated.ROWS)
 
 
 def _beside(games: tuple[GameDocument, ...], audit: AuditDocument | None) -> tuple[Check, ...]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpaudit import untrusted
+from dpaudit import folders, untrusted
 from dpaudit.documents import AuditDocument, CheckDocument, ScoresDocument
 from dpaudit.errors import UsageError
 from reports.inputs import ReleasedFile, RunReport, check_summary, distinct, letter, load_release, load_runs, place
@@ -138,22 +138,24 @@ def _file(path: Path) -> ReleasedFile:
 def _sweep(path: Path, typed: str, *, first: int) -> SweepReport:
     """A sweep folder, or its sweep.json alone (then nothing but the table is known)."""
     folder = path if path.is_dir() else path.parent
+    if path.is_dir() and folders.kind(folder / SWEEP) != "file":
+        raise UsageError(f"{folder / SWEEP}: is {folders.kind(folder / SWEEP)}; accepted in a sweep: the file itself")
     document = SweepDocument.read(folder / SWEEP)
     require_plain(folder)
-    lines = []
+    own: dict[str, list[str]] = {}
+    for cell in document.cells:
+        if cell.state == "finished" and Path(cell.folder).name == cell.folder and cell.folder != "..":
+            own.setdefault(cell.configuration, []).append(cell.folder)
+    lines, loaded = [], dict[Path, RunReport]()
     for index, row in enumerate(document.rows):
         key = letter(first + index)
-        cells = (c for c in document.cells if c.configuration == row.configuration and c.state == "finished")
-        releases = (
-            folder / RUNS / cell.folder / "release"
-            for cell in cells
-            if Path(cell.folder).name == cell.folder and cell.folder != ".."
-        )
+        releases = (folder / RUNS / name / "release" for name in own.get(row.configuration, ()))
         release = next((found for found in releases if found.is_dir()), None)
         run = None
         if release is not None:
-            run = load_release(release, key=key, name=row.configuration)
-            run = replace(run, cell_of=document.name)
+            if release not in loaded:
+                loaded[release] = load_release(release, key=key, name=row.configuration)
+            run = replace(loaded[release], key=key, cell_of=document.name)
         lines.append(SweepLine(key, row, run))
     return SweepReport(
         clean(document.name, 60), document, _file(folder / SWEEP), place(folder / SWEEP), typed, tuple(lines)

@@ -21,6 +21,7 @@ from trainers import limited
 SETTINGS, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 MOST_SETTINGS = 1 << 20  # bytes
 MOST_RANK = 1 << 14
+MOST_NUMBER = 1e12  # of a scale
 
 _PREFIX = "base_model.model."
 _WORDS = re.compile(r"[\w.]{1,200}")
@@ -36,7 +37,7 @@ def _whole(value: Any) -> bool:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MOST_NUMBER
 
 
 def _pattern(value: Any, of: Callable[[Any], bool]) -> bool:

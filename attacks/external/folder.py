@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from attacks.canaries import Coins, Plan, check_coins, save_coins
-from dpaudit import atomic, untrusted
+from dpaudit import atomic, folders, untrusted
 from dpaudit.documents import AuditDocument, Claim, ClaimDocument, LedgerDocument, LedgerRow
 from dpaudit.errors import EnvironmentFailure, UsageError
 from dpaudit.packages import OWN
@@ -43,6 +43,7 @@ class AuditFolder:
         out None: the first of audits/NAME-001, -002, … that is new or can be gone on with.
         """
         if out is not None:
+            folders.require_outside_runs("--out", out)
             folder = cls(out)
             problem = folder._problem(settings)
             if problem is not None:

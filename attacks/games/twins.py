@@ -5,6 +5,7 @@ twin that was not trained by this audit is never taken for one that was.
 """
 
 import hashlib
+import os
 from pathlib import Path
 
 from attacks.canaries import save_coins
@@ -13,9 +14,9 @@ from attacks.games.played import Played
 from attacks.games.white_box import read_game
 from attacks.membership.stacked import initial_adapter
 from attacks.training import open_run
-from dpaudit import atomic
+from dpaudit import atomic, folders, stated
 from dpaudit.config import RunConfig, resolve
-from dpaudit.documents import Claim
+from dpaudit.documents import Claim, LedgerDocument
 from dpaudit.errors import UsageError
 from dpaudit.runs import RunFolder
 from trainers.plan import Inserted, make_plan
@@ -43,9 +44,20 @@ def config_of(config: RunConfig, place: Path) -> RunConfig:
 def latest(run: RunFolder, name: str) -> Path | None:
     """The last of NAME, NAME-2, … that exists without a gap; None without any."""
     found, number = None, 1
-    while (path := run.path / (name if number == 1 else f"{name}-{number}")).exists():
+    while os.path.lexists(path := run.path / (name if number == 1 else f"{name}-{number}")):
+        folders.require_own(path)
         found, number = path, number + 1
     return found
+
+
+def require_stated(config: RunConfig, claim: Claim | None, ledger: LedgerDocument) -> None:
+    """UsageError where a claim is not its configuration's, or has no price: what nobody claimed is not trained again.
+
+    config: of the run that a twin is wanted of, which may have come with any number of steps.
+    """
+    for row in stated.rows(claim, config, ledger=ledger) if config.method != "non-private" else ():
+        if row.path != stated.COST_ROW or (claim is not None and stated.cost(claim).epsilon is None):
+            raise UsageError(f"no twin is trained: {row.explanation} {row.evidence}")
 
 
 def refusal(sampling: str) -> str:

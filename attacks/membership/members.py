@@ -17,6 +17,7 @@ import pandas as pd
 
 from attacks.canaries import ALL, Plan, coin_frame, content_sha256, save_coins
 from attacks.training import open_run
+from dpaudit import folders
 from dpaudit.analysis.plan import bound_guesses
 from dpaudit.config import RunConfig
 from dpaudit.errors import InvalidGame, UsageError
@@ -105,6 +106,7 @@ def member_twin(
 ) -> RunFolder:
     """The twin in `place`: trained now, gone on with, or taken as it is when finished."""
     twin = RunFolder(place)
+    folders.require_own(place)
     if twin.config.is_file() and twin.finished:
         return RunFolder.open(place)
     if twin.config.is_file() and twin.ledger.is_file() and twin.noise_key.is_file():

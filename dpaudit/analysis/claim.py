@@ -59,6 +59,9 @@ class Game:
         return Game(self.canaries, self.guesses, self.guesses)
 
 
+MOST_STEPS, SMALLEST_RATE = 10**6, 1e-12
+
+
 def claimed_event(claim: Claim) -> DpSgd | None:
     """The claim as Gaussian steps, Poisson-subsampled, allocated or on everybody; None if it says too little for that.
 
@@ -72,7 +75,9 @@ def claimed_event(claim: Claim) -> DpSgd | None:
         return None
     if claim.sampling not in ("poisson", "full", "shuffle", "allocation"):
         return None
-    if sigma is None or not 0 < sigma < np.inf or rate is None or steps is None or steps < 1 or rate <= 0:
+    if sigma is None or not 0 < sigma < np.inf or rate is None or steps is None:
+        return None
+    if not (1 <= steps <= MOST_STEPS and SMALLEST_RATE <= rate <= 1):  # no training; numbers overflow beyond
         return None
     if claim.sampling == "shuffle":
         if abs(1 / rate - round(1 / rate)) > 1e-6 / rate:

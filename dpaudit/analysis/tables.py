@@ -212,7 +212,10 @@ def _numbers(where: str, column: "pd.Series[Any]") -> npt.NDArray[np.float64]:
     if column.dtype.kind in "cmM":
         kind = "complex numbers" if column.dtype.kind == "c" else "times"
         raise UsageError(f"{where}: {column.name} holds {kind}; accepted: real numbers")
-    numbers = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64)
+    try:
+        numbers = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64)
+    except (OverflowError, ValueError):  # an integer of hundreds of digits
+        raise UsageError(f"{where}: {column.name} holds a number beyond 1e308; accepted: numbers") from None
     bad = np.isnan(numbers)
     if bad.any():
         row = int(np.argmax(bad))

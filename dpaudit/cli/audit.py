@@ -293,6 +293,7 @@ def describe(document: "AuditDocument", sharper: str | None = None) -> list[str]
 def _games(document: "AuditDocument") -> list[str]:
     """The games in the order of play with the evidence after each, where there is more to say than the tests do."""
     from dpaudit.documents import ABOUT, WITHOUT_COINS
+    from dpaudit.printable import field
 
     lines = []
     for entry in document.games:
@@ -302,7 +303,7 @@ def _games(document: "AuditDocument") -> list[str]:
         evidence = f"log evidence {float(entry.log_evidence):.1f}, of all so far {float(entry.log_product):.1f}"
         lines.append(f"game      {entry.name}: {ABOUT[entry.about]}; {evidence}; {power}")
         if entry.alternative is not None:
-            lines.append(f"          looked for: {entry.alternative}")
+            lines.append(f"          looked for: {field(entry.alternative, 400)}")
     return lines
 
 
@@ -343,6 +344,8 @@ def _table(tests: "tuple[Test, ...]") -> list[str]:
 
 
 def _row(test: "Test") -> tuple[str, ...]:
+    from dpaudit.printable import field
+
     notes = []
     if test.p_value is not None:
         notes.append(f"p = {test.p_value:.3g}")
@@ -356,8 +359,8 @@ def _row(test: "Test") -> tuple[str, ...]:
     if not test.decides or test.estimate:
         notes.append("informs only")
     return (
-        test.name,
-        test.bound,
+        field(test.name, 120),
+        field(test.bound, 80),
         str(test.n),
         "-" if test.guesses is None else str(test.guesses),
         "-" if test.correct is None else str(test.correct),

@@ -28,6 +28,10 @@ CanaryKind = Literal[
 ]  # fmt: skip
 
 
+# What a training may have at most: beyond, numbers overflow and no accountant is asked.
+MOST_UNITS, MOST_STEPS = 10**12, 10**8
+
+
 def _finite(value: float) -> float:
     if value != value or value in (float("inf"), float("-inf")):
         raise ValueError("must be finite")
@@ -79,7 +83,10 @@ class DataConfig(Section):
     reserve: int = Field(default=0, ge=0, description="local sets: units held back from training for natural canaries")
     limit: int | None = Field(default=None, ge=2, description="use only the first N train units (and N test units)")
     public_size: int | None = Field(
-        default=None, ge=1, description="declared public size of the training set; default: its true size, made public"
+        default=None,
+        ge=1,
+        le=MOST_UNITS,
+        description="declared public size of the training set; default: its true size, made public",
     )
 
     @field_validator("background")
@@ -190,7 +197,7 @@ class FusionConfig(Section):
 class PrivacyConfig(Section):
     """The claim that the run makes. Either `epsilon` or `noise-multiplier`; a non-private run uses neither."""
 
-    epsilon: Annotated[Finite, Field(gt=0)] | Literal["inf"] | None = Field(
+    epsilon: Annotated[Finite, Field(ge=1e-6, le=1e6)] | Literal["inf"] | None = Field(
         default=8.0, description="inf: the method clips and adds no noise, and claims no privacy"
     )
     delta: Finite = Field(default=1e-5, gt=0, lt=1)
@@ -236,16 +243,19 @@ class ZerothOrderConfig(Section):
 class TrainingConfig(Section):
     """The optimisation. `batch-size` is the expected batch; steps = epochs * candidates / batch-size."""
 
-    epochs: Finite = Field(default=30.0, gt=0)
-    steps: int | None = Field(default=None, ge=1, description="overrides epochs")
-    batch_size: int = Field(default=256, ge=1)
+    epochs: Finite = Field(default=30.0, gt=0, le=MOST_STEPS)
+    steps: int | None = Field(default=None, ge=1, le=MOST_STEPS, description="overrides epochs")
+    batch_size: int = Field(default=256, ge=1, le=MOST_UNITS)
     sampling: Literal["poisson", "fixed", "shuffle", "allocation"] = Field(
         default="poisson",
         description="fixed: a uniform subset of batch-size; shuffle: epochs; allocation: every unit draws its steps of "
         "an epoch by itself; see docs/accounting.md",
     )
     draws: int = Field(
-        default=1, ge=1, description="allocation: steps of an epoch that a unit is in; an epoch has draws * n / batch"
+        default=1,
+        ge=1,
+        le=MOST_STEPS,
+        description="allocation: steps of an epoch that a unit is in; an epoch has draws * n / batch",
     )
     optimizer: Literal["adamw", "adambc", "sgd"] = Field(
         default="adamw", description="adambc: AdamW whose second moment has the noise's own variance taken out"

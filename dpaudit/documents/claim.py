@@ -46,6 +46,9 @@ _STAGES_OF_VERSION_1: dict[str, Stage] = {
 }
 
 
+MOST_CURVE = 64  # points; each is priced wherever the claim is read
+
+
 class EpsilonAt(Part):
     """One point of the privacy curve."""
 
@@ -87,7 +90,7 @@ class Claim(Part):
         default=None, description="z: noise std of released visual tokens / their clip norm; eps covers them too."
     )
     release: str = Field(default="final weights", description="What leaves the trust boundary.")
-    curve: tuple[EpsilonAt, ...] = Field(default=(), description="eps at other deltas.")
+    curve: tuple[EpsilonAt, ...] = Field(default=(), max_length=MOST_CURVE, description="eps at other deltas.")
 
 
 class ClaimDocument(Document):

@@ -15,7 +15,7 @@ class Metric(Part):
     for that many clusters. Null limits: a single cluster, or a metric that can't be resampled.
     """
 
-    value: float
+    value: float = Field(ge=-1e12, le=1e12)
     low: float | None
     high: float | None
     n: int = Field(description="Questions.")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpaudit import atomic
+from dpaudit import atomic, folders
 from dpaudit.documents import AuditDocument, BenchmarkDocument, ClaimDocument, LedgerRow, Metric
 from dpaudit.errors import EnvironmentFailure, UsageError
 from dpaudit.ledger import tuning_row
@@ -93,6 +93,7 @@ def _state(cell: Cell, run: RunFolder, audits: Sequence[str]) -> State:
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Hold a sweep's folder alone; the operating system drops the lock with the process, also after kill -9."""
+    folders.require_outside_runs("--out", out)
     atomic.make_folder(out)
     try:
         descriptor = atomic.open_own(out / "lock", os.O_RDWR | os.O_CREAT)

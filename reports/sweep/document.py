@@ -10,10 +10,14 @@ State = Literal["waiting", "training", "trained", "measuring", "finished", "fail
 Sources = Literal["seeds and pictures", "pictures", "none"]
 
 
+MOST_ROWS, MOST_CELLS = 500, 10_000  # of a sweep; each row may have a run of its own described
+MOST_VALUE = 1e12
+
+
 class Averaged(Part):
     """A mean over seeds with a 95 % interval; `covers` says what varied behind it (see reports.sweep.table)."""
 
-    value: float
+    value: float = Field(ge=-MOST_VALUE, le=MOST_VALUE)
     low: float | None
     high: float | None
     seeds: int = Field(description="Trainings behind the mean.")
@@ -25,7 +29,7 @@ class Averaged(Part):
 class SweepCell(Part):
     """One run of the sweep; its folder is runs/`folder`."""
 
-    folder: str
+    folder: str = Field(max_length=255)
     configuration: str
     seed: int
     config_sha256: str
@@ -70,8 +74,8 @@ class SweepDocument(Document):
     grid: dict[str, Any] = Field(description="The grid as it was given; `dpaudit sweep --resume` reads it.")
     overrides: tuple[str, ...] = ()
     seeds: tuple[int, ...]
-    rows: tuple[SweepRow, ...]
-    cells: tuple[SweepCell, ...]
+    rows: tuple[SweepRow, ...] = Field(max_length=MOST_ROWS)
+    cells: tuple[SweepCell, ...] = Field(max_length=MOST_CELLS)
     majority: Metric | None = Field(default=None, description="Always giving the commonest answer.")
     sample_sha256: str | None = Field(description="The test questions; null: not measured, or cells differ.")
     ledger: tuple[LedgerRow, ...] = Field(description="What choosing between the cells costs.")

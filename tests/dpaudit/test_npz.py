@@ -32,11 +32,18 @@ def npy(array: object, **options: object) -> bytes:
     return out.getvalue()
 
 
+def header(text: str) -> bytes:
+    """An array whose header is some other text."""
+    content = text.encode("latin-1")
+    return b"\x93NUMPY\x01\x00" + len(content).to_bytes(2, "little") + content
+
+
 @pytest.mark.parametrize(
     "content",
     [
         b"",
         b"PK\x03\x04 no archive",
+        *(member(header(text)) for text in ("{'descr': (", "(" * 3000, "{'\xb5\xe4': ", " {\n  'a'")),
         npy(np.arange(3.0)),  # a bare .npy
         member(b""),
         member(b"text"),

@@ -8,7 +8,7 @@ from scipy.stats import norm
 
 from dpaudit import stated
 from dpaudit.config import resolve
-from dpaudit.documents import Claim, EpsilonAt
+from dpaudit.documents import Claim, EpsilonAt, LedgerDocument, Spent
 from dpaudit.verdict import decide
 
 
@@ -93,11 +93,82 @@ def test_the_judge_calls_it_unsupported() -> None:
 def test_a_claim_of_another_configuration() -> None:
     config = resolve({"method": "dp-sgd"}, ["privacy.epsilon=null", "privacy.noise-multiplier=1.0"])
     mine = claim(
-        sampling="poisson", sample_rate=0.01, steps=10, relation=config.privacy.relation, delta=config.privacy.delta,
+        sampling="poisson", sample_rate=256 / 1000, steps=78, candidates=1000,
+        relation=config.privacy.relation, delta=config.privacy.delta,
         max_grad_norm=config.privacy.max_grad_norm, expected_batch_size=float(config.training.batch_size),
     )  # fmt: skip
     assert stated.differences(mine, config) == ()
     other = mine.model_copy(update={"noise_multiplier": 2.0, "relation": "replace"})
     assert [text.partition(":")[0] for text in stated.differences(other, config)] == ["relation", "noise-multiplier"]
     assert stated.rows(other, config)[-1].path == stated.CONFIGURATION_ROW
+    spent = Spent(steps_started=3, steps_planned=4, epsilon=None, delta=1e-5)
+    row = stated.rows(mine, config, ledger=LedgerDocument(coins_sha256=None, rows=(), spent=spent))[-1]
+    assert "78 are claimed, the ledger plans 4" in row.evidence
     assert stated.differences(mine, resolve({"method": "non-private"})) != ()
+
+
+CONFIGURED = ["privacy.epsilon=8", "training.steps=6", "training.batch-size=256"]
+WHOLE = {
+    "sampling": "poisson", "sample_rate": 256 / 1000, "steps": 6, "expected_batch_size": 256.0, "candidates": 1000,
+    "noise_multiplier": 2.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [({"mechanism": "correlated"}, "mechanism"), ({"mechanism": "zeroth-order"}, "mechanism"),
+     ({"mechanism": "laplace"}, "mechanism"), ({"noise": "laplace"}, "noise"), ({"sample_rate": None}, "sample-rate"),
+     ({"sample_rate": 0.02}, "sample-rate"), ({"sample_rate": 0.0}, "sample-rate"),
+     ({"sample_rate": 5.0}, "sample-rate"),
+     ({"sample_rate": 1e-300}, "sample-rate"), ({"candidates": None}, "candidates"), ({"candidates": 3}, "candidates"),
+     ({"candidates": 12800, "steps": 6}, "sample-rate"), ({"token_multiplier": 1e-9}, "token-multiplier"),
+     ({"steps": 10**12}, "steps"), ({"steps": None}, "steps"), ({"sampling": "full"}, "sampling")],
+    ids=str,
+)  # fmt: skip
+def test_every_part_of_a_claim_is_the_configured_one(fields: dict[str, object], field: str) -> None:
+    config = resolve({"method": "dp-sgd"}, CONFIGURED)
+    assert stated.rows(claim(**WHOLE), config) == ()
+    found = stated.rows(claim(**(WHOLE | fields)), config)
+    assert any(row.path == stated.CONFIGURATION_ROW and f"{field}: " in row.evidence for row in found), found
+
+
+@pytest.mark.parametrize("sigma", [None, "inf", -3.0])
+def test_a_claim_without_a_price_is_unsupported(sigma: object) -> None:
+    """eps is what the configuration wants, and nothing says that the noise pays for it."""
+    config = resolve({"method": "dp-sgd"}, CONFIGURED)
+    stating = claim(**(WHOLE | {"noise_multiplier": sigma}))
+    (row,) = stated.rows(stating, config)
+    assert row.path == stated.COST_ROW and "can't be computed" in row.explanation and row.evidence
+    assert decide(claim=stating, alpha=0.001, games=[], ledger=(row,))[0] == "unsupported"
+    assert stated.rows(stating) == (), "the claim of a foreign trainer may be an eps alone"
+
+
+def test_declared_sizes_and_epochs_decide_q_and_t() -> None:
+    config = resolve({"method": "dp-sgd"}, ["data.public-size=940", "canaries.count=60", "training.epochs=2"])
+    assert stated.differences(claim(**(WHOLE | {"steps": 8})), config) == ()
+    assert "steps: 6 is claimed" in "; ".join(stated.differences(claim(**WHOLE), config))
+    more = claim(**(WHOLE | {"candidates": 2000, "sample_rate": 256 / 2000, "steps": 16}))
+    assert [text.partition(":")[0] for text in stated.differences(more, config)] == [
+        "candidates",
+        "sample-rate",
+        "steps",
+    ]
+
+
+def test_a_claim_taken_out_is_missed() -> None:
+    private, plain = resolve({"method": "dp-sgd"}), resolve({"method": "non-private"})
+    assert stated.rows(None, plain) == stated.rows(None) == ()
+    for found in (stated.rows(None, private), stated.rows(None, plain, named=True), stated.rows(None, named=True)):
+        assert decide(claim=None, alpha=0.001, games=[], ledger=found)[0] == "unsupported"
+    assert decide(claim=None, alpha=0.001, games=[], ledger=())[0] == "no claim"
+
+
+@pytest.mark.parametrize("fields", [{"steps": 10**8}, {"sample_rate": 1e-300, "sampling": "poisson"}], ids=str)
+def test_figures_beyond_any_accountant_end_in_words(fields: dict[str, object]) -> None:
+    found = stated.cost(claim(**fields))
+    assert (found.epsilon is None and found.why) or found.epsilon >= 0  # type: ignore[operator]
+
+
+def test_a_curve_has_few_points() -> None:
+    with pytest.raises(ValueError, match="at most 64"):
+        claim(curve=[{"delta": 1e-5, "epsilon": 8.0}] * 65)

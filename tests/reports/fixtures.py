@@ -55,7 +55,7 @@ def claim(epsilon: float = 8.0) -> Claim:
         noise_multiplier=1.519,
         max_grad_norm=1.0,
         sampling="poisson",
-        sample_rate=0.1549,
+        sample_rate=256 / 1653,
         steps=194,
         expected_batch_size=256.0,
         candidates=1653,
@@ -65,7 +65,7 @@ def claim(epsilon: float = 8.0) -> Claim:
 
 
 def config(method: str) -> RunConfig:
-    return resolve({"method": method, "canaries": {"count": 300}, "seed": 7})
+    return resolve({"method": method, "canaries": {"count": 300}, "seed": 7, "training": {"epochs": 30.0}})
 
 
 def ledger_rows(method: str) -> tuple[LedgerRow, ...]:
