@@ -36,6 +36,16 @@ class SizesKept(Compact):
         return torch.sign(super().block_noise(name)) * torch.from_numpy(np.abs(size))
 
 
+class RowOfTheStepBefore(Compact):
+    """A ring buffer: w1's last row takes the noise that its first row had in the step before."""
+
+    def block_noise(self, name: str) -> Tensor:
+        noise = super().block_noise(name)
+        if name == "w1":
+            noise[-1] = torch.from_numpy(self.key.normal(SHAPES[name], step=self.step_count - 1, name=name))[0]
+        return noise
+
+
 class NoiseClamped(Compact):
     """Noise is clamped at 3 sigma, for stability."""
 
@@ -139,6 +149,14 @@ class PoolInProduction(InProduction):
         return torch.from_numpy(self.key.normal(SHAPES[name], step=step, name=name))
 
 
+class BiasNoiseKeptInProduction(InProduction):
+    """In production the noise of the biases is drawn in odd steps and used once more in even ones."""
+
+    def block_noise(self, name: str) -> Tensor:
+        step = self.step_count - (self.production and name.startswith("b") and self.step_count % 2 == 0)
+        return torch.from_numpy(self.key.normal(SHAPES[name], step=step, name=name))
+
+
 class RowsShareNoiseInProduction(InProduction):
     """In production a tiled kernel gives odd rows of w1 the noise of even ones."""
 
@@ -172,6 +190,8 @@ BUGS = (
         effect="differences of two releases show the biases without noise: no finite eps", seen_by=OVER_STEPS),
     Bug("noise-sizes-kept", "B36", SizesKept, REASONING,
         effect="half of the sums or differences of two neighbouring releases have no noise", seen_by="sizes of noise"),
+    Bug("row-of-the-step-before", "B36", RowOfTheStepBefore, REASONING,
+        effect="a difference of two rows of two releases has no noise", seen_by="equal numbers anywhere"),
     Bug("noise-clamped", "B10", NoiseClamped, "clamped noise; " + REASONING,
         effect="bounded noise: no finite eps at small delta", seen_by=LAW),
     Bug("noise-on-a-grid", "B10", NoiseOnAGrid, "Mironov 2012 (least significant bits), made coarse",
@@ -194,6 +214,8 @@ BUGS = (
         seen_by="eps at two deltas"),
     Bug("pool-in-production", "B36", PoolInProduction, REASONING,
         effect="differences of releases 16 steps apart have no noise", seen_by="many steps without a seed"),
+    Bug("bias-noise-kept-in-production", "B36", BiasNoiseKeptInProduction, REASONING,
+        effect="differences of two releases show the biases without noise", seen_by="equal numbers anywhere"),
     Bug("rows-share-noise-in-production", "B36", RowsShareNoiseInProduction, REASONING,
         effect="differences of rows have no noise", seen_by="rows without a seed"),
     Bug("buckets-in-production", "B17", BucketsInProduction, REASONING,

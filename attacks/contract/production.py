@@ -16,7 +16,7 @@ import numpy as np
 from attacks.contract import statistics as stats
 from attacks.contract.bench import Bench
 from attacks.contract.guard import MethodFailure
-from attacks.contract.independence import Pair, neighbours, worst_pair
+from attacks.contract.independence import Pair, neighbours, repeated, worst_pair
 from attacks.contract.noise import law_of, level_of, squares
 from attacks.contract.probe import Observation, Vector
 from attacks.contract.result import judged, skipped
@@ -124,9 +124,15 @@ def _independent(bench: Bench, trainers: list[Vector]) -> tuple[bool, str]:
         tests.append(stats.most_correlated(steps, symmetric=symmetric))
         named = [f"step {step + 2} of trainer {k + 1}" for k, noise in enumerate(rows) for step in range(len(noise))]
         names.append(" and ".join(named[place] for place in tests[1][2]))
+    again, equal = repeated(probe, np.concatenate(rows)) if probe.mechanism != "correlated" else (1.0, 0)
+    if again * (len(tests) + 1) <= stats.ALPHA / TESTS:
+        return (
+            False,
+            f"the same noise again: {equal} numbers are those of another place, step or trainer (p = {again:.2g})",
+        )
     r, p, _, pairs = min(tests, key=lambda test: test[1])
     what = names[min(range(len(tests)), key=lambda place: tests[place][1])]
-    fine = p * len(tests) > stats.ALPHA / TESTS
+    fine = p * (len(tests) + 1) > stats.ALPHA / TESTS
     said = f"largest correlation {r:.3g} ({what}; p = {min(1.0, p * len(tests)):.2g} over {pairs} pairs)"
     return fine, said if fine else f"the same noise again: {said}"
 

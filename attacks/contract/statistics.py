@@ -9,7 +9,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import minimize_scalar
-from scipy.special import logsumexp
+from scipy.special import gammaln, logsumexp
 from scipy.stats import binom, chi2, gamma, kstest, norm, t
 
 Vector = npt.NDArray[np.float64]
@@ -76,6 +76,25 @@ def law_p(values: Vector, law: str) -> tuple[float, str]:
 def _beyond(size: float, law: str) -> float:
     """P[|X| > size]."""
     return 2 * float(norm.sf(size)) if law == "norm" else math.exp(-size)
+
+
+EQUAL = 5e-7  # relative: what rounding in float32 does to equal numbers
+MOST_EQUAL_AMONG = 20_000
+
+
+def repeats_p(values: Vector) -> tuple[float, int]:
+    """(p, K) of K absolute values that equal another one, among independent normal or Laplace numbers.
+
+    Sorted by size, K neighbours lie within EQUAL of each other. They are edges of a forest over the numbers: given all
+    numbers but its own, each edge has a chance of at most 2 EQUAL sup x f(x) <= 0.97 EQUAL (f: density of |X|). So
+    P[K >= k] <= C(M, k) (0.97 EQUAL)^k <= (0.97 EQUAL M)^k / k!, with M pairs of numbers. Zeros are left out.
+    """
+    size = np.sort(np.abs(values[values != 0]))
+    found = int(np.count_nonzero(np.diff(size) <= EQUAL * size[1:]))
+    expected = 0.97 * EQUAL * size.size * (size.size - 1) / 2
+    if found <= expected:
+        return 1.0, found
+    return min(1.0, math.exp(found * math.log(expected) - float(gammaln(found + 1)))), found
 
 
 def correlation(x: Vector, y: Vector) -> tuple[float, float]:

@@ -36,6 +36,7 @@ EXPECTED: list[tuple[type[Compact], Checks, str]] = [
     (unusual.LateAnneal, level, "all blocks, from step"),
     (unusual.BiasNoiseKept, over_steps, "b1"),
     (unusual.SizesKept, over_steps, "sizes of"),
+    (unusual.RowOfTheStepBefore, over_steps, "numbers of noise are those of another place"),
     (unusual.NoiseClamped, law, "values at the largest, 3"),
     (unusual.NoiseOnAGrid, law, "distinct values"),
     (unusual.ToleratedExcess, one(influence.influence), "all parameters times"),
@@ -47,6 +48,7 @@ EXPECTED: list[tuple[type[Compact], Checks, str]] = [
     (unusual.EpsilonTableEnds, one(accounting.epsilon), "after 200 steps"),
     (unusual.EpsilonAtOneDelta, one(accounting.epsilon), "at delta = 1e-07"),
     (unusual.PoolInProduction, one(production.unseeded), "the same noise again"),
+    (unusual.BiasNoiseKeptInProduction, one(production.unseeded), "numbers are those of another place"),
     (unusual.RowsShareNoiseInProduction, one(production.unseeded), "rows of w1"),
     (unusual.BucketsInProduction, sampling.checks, "without a noise seed"),
 ]
