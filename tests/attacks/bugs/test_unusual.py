@@ -49,7 +49,7 @@ EXPECTED: list[tuple[type[Compact], Checks, str]] = [
     (unusual.EpsilonAtOneDelta, one(accounting.epsilon), "at delta = 1e-07"),
     (unusual.PoolInProduction, one(production.unseeded), "the same noise again"),
     (unusual.BiasNoiseKeptInProduction, one(production.unseeded), "numbers are those of another place"),
-    (unusual.RowsShareNoiseInProduction, one(production.unseeded), "rows of w1"),
+    (unusual.RowsShareNoiseInProduction, one(production.unseeded), "numbers are those of another place"),
     (unusual.BucketsInProduction, sampling.checks, "without a noise seed"),
 ]
 
