@@ -36,6 +36,7 @@ def clip_(gradients):
 
 def step(model, optimizer, batch):
     parameters = list(model.parameters())
+    optimizer.zero_grad()  # else the released gradient of the last step is added to that of the first record
     total = [torch.zeros_like(value) for value in parameters]
     for picture, digit in batch:
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -332,6 +332,66 @@ def test_numpy_step() -> None:
     assert torch.allclose(factory(seed=0, noise_seed=1).gradient(factory(seed=0).records[3])["w"], expected.double())
 
 
+def torch_by_hand(start: Any, draw: Any) -> Any:
+    """A step on one linear layer that takes its noise from what `start` returned beside the model, or globally."""
+
+    def step(state: Any, batch: Any) -> Any:
+        model, optimizer, source = state
+        optimizer.zero_grad()
+        for value in model.parameters():
+            value.grad = draw(value, source)
+        optimizer.step()
+        return state
+
+    return step_function(init=start, step=step, records=rows, claim=CLAIM)
+
+
+def started(source: Any) -> Any:
+    def start(seed: int | None = None) -> Any:
+        if seed is not None:
+            torch.manual_seed(seed)
+        model = nn.Linear(4, 2)
+        return model, torch.optim.SGD(model.parameters(), lr=0.1), source()
+
+    return start
+
+
+def constant(seed: int | None = None) -> Any:
+    torch.manual_seed(7)
+    return started(lambda: None)()
+
+
+@pytest.mark.parametrize(
+    ("start", "draw", "public"),
+    [
+        (started(lambda: None), lambda value, _: torch.randn_like(value), False),
+        (constant, lambda value, _: torch.randn_like(value), True),
+        (started(lambda: torch.Generator().manual_seed(1234)), None, True),
+        (started(lambda: np.random.default_rng(42)), None, True),
+        (started(lambda: np.random.RandomState(42)), None, True),
+        (started(np.random.default_rng), None, False),
+    ],
+    ids=["global", "global, constant", "generator", "numpy", "RandomState", "numpy, from the system"],
+)
+def test_production_noise_that_a_constant_has_seeded_stays_public(start: Any, draw: Any, public: bool) -> None:
+    def own(value: Tensor, source: Any) -> Tensor:
+        if isinstance(source, torch.Generator):
+            return torch.randn(value.shape, generator=source)
+        return torch.tensor(source.normal(size=tuple(value.shape)), dtype=torch.float32)
+
+    factory = torch_by_hand(start, draw or own)
+    seen = []
+    for _ in range(2):
+        trainer = factory(seed=3)
+        trainer.step([0])
+        seen.append(total(trainer))
+    assert torch.equal(*seen) == public
+    again = [factory(seed=3, noise_seed=5) for _ in range(2)]
+    for trainer in again:
+        trainer.step([0])
+    assert torch.equal(total(again[0]), total(again[1]))
+
+
 def test_a_step_that_hides_its_gradients_says_so() -> None:
     trainer = by_hand(released=(Hand, "noisy"))(seed=0, noise_seed=0)
     trainer.step([0])

@@ -96,6 +96,14 @@ class Streams:
             return
         self.seed(secrets.randbits(62) if noise_seed is None else seed_of("noise", noise_seed))
 
+    def as_without_a_seed(self, init: Callable[[], object]) -> None:
+        """Go on, while active, from where a construction that is handed no seed leaves the streams.
+
+        That is at secret numbers, unless the construction seeds them by itself.
+        """
+        self.seed(secrets.randbits(62))
+        init()
+
 
 def _seed_torch(value: int) -> None:
     """torch.manual_seed for the devices in use; it takes a stack trace for those that are not, at every call."""

@@ -6,6 +6,7 @@ of a function that takes the gradients of all records at once; it goes through t
 """
 
 import contextlib
+import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,9 @@ NO_SEAM = (
 )
 
 
+OTHER = 1_000_003  # added to a seed for a state whose generators show what a seed does to them
+
+
 class FunctionTrainer(UnderTest):
     """One state, stepped."""
 
@@ -40,8 +44,12 @@ class FunctionTrainer(UnderTest):
         self._claim = plan.claim
         with self._streams.active():
             self._state = plan.init(seed)
-            self._streams.after_construction(noise_seed)
-        self._state = state.renew(self._state, noise_seed)
+            other = plan.init(seed + OTHER) if noise_seed is None else None
+            if noise_seed is None and plan.seed_is_optional:
+                self._streams.as_without_a_seed(plan.init)
+            else:
+                self._streams.after_construction(noise_seed)
+        self._state = state.renew(self._state, noise_seed, other)
         self._where = state.Where(self._state, plan.parameters)
         self._parameters = self._where.get(self._state)
         self._sees = seams.Rows("per_record_gradients", plan.rows) if plan.rows is not None else None
@@ -197,6 +205,7 @@ class FunctionPlan:
         self.rows: seams.Seam | None = said["per_record_gradients"]
         self.epsilon, self.sample, self.score = said["epsilon"], said["sample"], said["score"]
         self.scratch = Scratch(lambda records: FunctionTrainer(self, records, seed=0, noise_seed=0))
+        self.seed_is_optional = _optional(init)
         self.uncompiled = False  # whether functions of the owner's are called inside compiled code of jax
         self._refusal: tuple[str | None] | None = None
 
@@ -230,6 +239,15 @@ class FunctionPlan:
             return None
         passes = trial._passes.count
         return f"{passes} backward passes for 2 records, so {NO_SEAM}"
+
+
+def _optional(init: Init) -> bool:
+    """Whether `init` may be called without its seed, as a training outside of tests would."""
+    try:
+        parameters = list(inspect.signature(init).parameters.values())
+    except (TypeError, ValueError):  # built in, or a callable without a signature
+        return False
+    return bool(parameters) and parameters[0].default is None
 
 
 def step_function(
@@ -271,7 +289,9 @@ def step_function(
             init=init, step=lambda state, batch: dp_step(*state, batch), records=load_data, claim=CLAIM
         )
 
-    Generators and keys of jax in the state are seeded anew for every trainer. Raises UsageError (one line).
+    Generators and keys of jax in the state are seeded anew for every trainer, but for those that a constant has seeded:
+    without a noise seed they are left alone, so that public noise shows. An init whose seed defaults to None is also
+    called without one there, to see what it does to the global generators. Raises UsageError (one line).
     """
     if not isinstance(claim, StepClaim):
         raise rejected("claim", type(claim).__name__, "a dpaudit.claims.StepClaim")

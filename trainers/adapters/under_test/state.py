@@ -104,10 +104,18 @@ def _prefix(state: Any, selector: str | None) -> trees.Path:
     return ()
 
 
-def renew(state: Any, noise_seed: int | None) -> Any:
-    """Every generator and key of jax in the state seeded anew: from the noise seed, or secretly."""
+def renew(state: Any, noise_seed: int | None, other: Any = None) -> Any:
+    """Every generator and key of jax in the state seeded anew: from the noise seed, or secretly.
+
+    other: the state that `init` makes of another seed. What is the same in both was seeded by a constant: its numbers
+    are no secret, and a check of the production mode must be able to see that, so it is left as it is.
+    """
     salt = secrets.token_hex(16) if noise_seed is None else str(noise_seed)
+    same = {path: _drawn(leaf) for path, leaf in objects(other)} if other is not None else {}
+    keys = dict(trees.items(other)) if other is not None else {}
     for path, leaf in objects(state):
+        if path in same and same[path] == _drawn(leaf):
+            continue
         seed = seed_of("generator", salt, trees.name_of(path))
         if isinstance(leaf, np.random.Generator):
             leaf.bit_generator.state = type(leaf.bit_generator)(seed).state
@@ -117,6 +125,8 @@ def renew(state: Any, noise_seed: int | None) -> Any:
             leaf.manual_seed(seed)
 
     def fresh(path: trees.Path, leaf: Any) -> Any:
+        if path in keys and (trees.is_key(leaf) or _raw_key(path, leaf)) and _equal_keys(leaf, keys[path]):
+            return leaf
         seed = seed_of("key", salt, trees.name_of(path)) % 2**31
         if trees.is_key(leaf):
             random = sys.modules["jax"].random
@@ -128,6 +138,24 @@ def renew(state: Any, noise_seed: int | None) -> Any:
         return leaf
 
     return trees.replace(state, fresh) if "jax" in sys.modules else state
+
+
+def _drawn(leaf: Any) -> bytes | None:
+    """What a generator would draw next, as bytes; None for anything else. The generator is not moved."""
+    if isinstance(leaf, np.random.Generator):
+        return repr(leaf.bit_generator.state).encode()
+    if isinstance(leaf, np.random.RandomState):
+        return repr(leaf.get_state(legacy=False)).encode() + leaf.get_state(legacy=False)["state"]["key"].tobytes()
+    return leaf.get_state().numpy().tobytes() if isinstance(leaf, torch.Generator) else None
+
+
+def _equal_keys(one: Any, two: Any) -> bool:
+    if trees.is_key(one) != trees.is_key(two):
+        return False
+    if trees.is_key(one):
+        data = sys.modules["jax"].random.key_data
+        one, two = data(one), data(two)
+    return bool(np.array_equal(np.asarray(one), np.asarray(two)))
 
 
 def _raw_key(path: trees.Path, leaf: Any) -> bool:
