@@ -1,14 +1,13 @@
 """Planted bugs that show at one size of batch, in a few numbers, late, at another delta, or only in the tails."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from attacks.bugs.bases import Production
 from attacks.bugs.row import REASONING, Bug
 from dpaudit import accounting
-from trainers.adapters.compact import SHAPES, Compact, Record, split
+from trainers.adapters.compact import SHAPES, Compact, split
 
 LEVEL, LAW, OVER_STEPS = "levels over many steps together", "extremes of the noise", "correlations a block"
 
@@ -133,45 +132,37 @@ class EpsilonAtOneDelta(Compact):
         return super().epsilon(1e-5)
 
 
-class InProduction(Compact):
-    """What a trainer does only without a noise seed."""
-
-    def __init__(self, records: Sequence[Record] | None = None, *, seed: int, noise_seed: int | None = None) -> None:
-        super().__init__(records, seed=seed, noise_seed=noise_seed)
-        self.production = noise_seed is None
-
-
-class PoolInProduction(InProduction):
+class PoolInProduction(Production):
     """In production noise comes from a buffer of 16 steps that is used in turn."""
 
     def block_noise(self, name: str) -> Tensor:
-        step = self.step_count % 16 if self.production else self.step_count
+        step = self.step_count % 16 if self.live else self.step_count
         return torch.from_numpy(self.key.normal(SHAPES[name], step=step, name=name))
 
 
-class BiasNoiseKeptInProduction(InProduction):
+class BiasNoiseKeptInProduction(Production):
     """In production the noise of the biases is drawn in odd steps and used once more in even ones."""
 
     def block_noise(self, name: str) -> Tensor:
-        step = self.step_count - (self.production and name.startswith("b") and self.step_count % 2 == 0)
+        step = self.step_count - (self.live and name.startswith("b") and self.step_count % 2 == 0)
         return torch.from_numpy(self.key.normal(SHAPES[name], step=step, name=name))
 
 
-class RowsShareNoiseInProduction(InProduction):
+class RowsShareNoiseInProduction(Production):
     """In production a tiled kernel gives odd rows of w1 the noise of even ones."""
 
     def block_noise(self, name: str) -> Tensor:
         noise = super().block_noise(name)
-        if self.production and name == "w1":
+        if self.live and name == "w1":
             noise[1::2] = noise[0::2]
         return noise
 
 
-class BucketsInProduction(InProduction):
+class BucketsInProduction(Production):
     """In production the sampler draws buckets of four neighbours, each at rate q."""
 
     def sample(self) -> list[int]:
-        if not self.production:
+        if not self.live:
             return super().sample()
         joined = np.repeat(self.sampler.random(-(-len(self.records) // 4)) < self.sample_rate, 4)
         return [int(index) for index in np.flatnonzero(joined[: len(self.records)])]

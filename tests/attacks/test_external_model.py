@@ -77,8 +77,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = VisionLanguageModel.load(str(folder / "base"), device="cpu")
     parameters = model.attach_lora(LoraConfig(rank=8), generator=np.random.default_rng(0))
     inputs = UnitInputs(model, [unit for unit, member in zip(units, members, strict=True) if member])
-    optimizer = torch.optim.Adam(list(parameters.values()), lr=0.02)
-    for _ in range(90):
+    optimizer = torch.optim.Adam(list(parameters.values()), lr=0.005)
+    for _ in range(250):
         optimizer.zero_grad()
         torch.autograd.backward(unit_losses(model, inputs.select(range(int(members.sum())))).mean())
         optimizer.step()

@@ -129,7 +129,7 @@ def test_says_what_an_auditor_needs(three: tuple[list[Path], str]) -> None:
         "No test of this audit has earned power",
         "dpaudit audit dp-sgd --white-box : tests the noise itself",
         "--strict turns an inconclusive audit into exit code 3",
-        "Each image, not each person (or patient). Two images of one person: eps up to 19.1.",
+        "Each image, not each person (or patient). Two images of one person: eps up to 19.",
         "is right at most 78 times in 100; a coin: 50.",
         "could not have shown a wrong claim (no power earned)",
         "Nothing for or against the claim: it rests on the owner's word.",
