@@ -10,7 +10,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -46,7 +46,7 @@ class FunctionTrainer(UnderTest):
             self._state = plan.init(seed)
             other = plan.init(seed + OTHER) if noise_seed is None else None
             if noise_seed is None and plan.seed_is_optional:
-                self._streams.as_without_a_seed(plan.init)
+                self._streams.as_without_a_seed(cast(Callable[[], object], plan.init))
             else:
                 self._streams.after_construction(noise_seed)
         self._state = state.renew(self._state, noise_seed, other)

@@ -145,8 +145,9 @@ def _drawn(leaf: Any) -> bytes | None:
     if isinstance(leaf, np.random.Generator):
         return repr(leaf.bit_generator.state).encode()
     if isinstance(leaf, np.random.RandomState):
-        return repr(leaf.get_state(legacy=False)).encode() + leaf.get_state(legacy=False)["state"]["key"].tobytes()
-    return leaf.get_state().numpy().tobytes() if isinstance(leaf, torch.Generator) else None
+        state: Any = leaf.get_state(legacy=False)
+        return repr(state).encode() + bytes(state["state"]["key"].tobytes())
+    return bytes(leaf.get_state().numpy().tobytes()) if isinstance(leaf, torch.Generator) else None
 
 
 def _equal_keys(one: Any, two: Any) -> bool:
