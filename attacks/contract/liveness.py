@@ -53,7 +53,8 @@ def moves(bench: Bench) -> Check:
 def _stopped(bench: Bench, courses: list[list[Observation]]) -> dict[str, int]:
     """Blocks that are released in the last third of a training and don't move in it, and their last step that did.
 
-    Only where another block still moves: at the end of a schedule the learning rate may be 0 for all.
+    Only where another block still moves (at the end of a schedule the learning rate may be 0 for all), and only blocks
+    that moved in every step before: one that is chosen now and then may as well not be chosen for a third.
     """
     found: dict[str, int] = {}
     for course in courses:
@@ -62,7 +63,8 @@ def _stopped(bench: Bench, courses: list[list[Observation]]) -> dict[str, int]:
         if moving and len(tail) >= FEWEST:
             for name in _due(bench, tail) - moving:
                 steps = [step for step, seen in enumerate(course, 1) if name in seen.moved and seen.moved[name].any()]
-                found[name] = max(steps, default=0)
+                if len(steps) >= FEWEST and len(steps) == steps[-1] - steps[0] + 1:
+                    found[name] = steps[-1]
     return found
 
 
