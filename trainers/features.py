@@ -78,30 +78,22 @@ def cache_of(
 ) -> "Features | None":
     """The feature cache of a run, or None where the configuration (auto: the size of the tower) wants none.
 
-    The project's folder where there is one. Otherwise the run's own, and a twin, which lives in its run's folder, reads
-    what the run has encoded, without writing there. UsageError for a project's folder that others can open.
+    The project's folder where there is one, otherwise the run's own. A twin that an audit trains never reads what its
+    run has encoded: the owner could have changed it. UsageError for a project's folder that others can open.
     """
     if wanted == "never" or (wanted == "auto" and tower_parameters(model) < LARGE_TOWER):
         return None
     project = feature_folder.named()
     if project is not None:
-        return Features(project / settings_sha256(model)[:32], warn=warn)
-    parent = RunFolder(run.path.parent)
-    return Features(folder(run), [folder(parent)] if parent.config.is_file() else [], warn)
-
-
-def folder(run: RunFolder) -> Path:
-    """Where a run keeps its encoded pictures."""
-    return run.private / "features"
+        return Features(project / settings_sha256(model)[:32], warn)
+    return Features(run.private / "features", warn)
 
 
 class Features:
-    """Encoded pictures in `write` (made on demand) and, to look only, in the folders of `read`."""
+    """Encoded pictures in the folder `place`, made on demand."""
 
-    def __init__(
-        self, write: Path, read: Sequence[Path] = (), warn: Callable[[str], None] = lambda _text: None
-    ) -> None:
-        self.write, self.read, self.warn = write, tuple(read), warn
+    def __init__(self, place: Path, warn: Callable[[str], None] = lambda _text: None) -> None:
+        self.place, self.warn = place, warn
         self._settings: str | None = None
         self._known: dict[str, Encoded] = {}
         self.encoded_now = 0  # pictures that were not found
@@ -110,9 +102,8 @@ class Features:
         """Pictures in their order, encoded now where no file has them."""
         if self._settings is None:
             self._settings = settings_sha256(model)
-            for place in (*self.read, self.write):
-                for path in sorted(place.glob("*.safetensors")) if place.is_dir() else ():
-                    self._known |= self._open(path)
+            for path in sorted(self.place.glob("*.safetensors")) if self.place.is_dir() else ():
+                self._known |= self._open(path)
         keys = [picture_sha256(item) for item in pixels]
         missing = [index for index, key in enumerate(keys) if key not in self._known]
         if missing:
@@ -136,8 +127,8 @@ class Features:
         }
         pictures = ",".join(keys)
         named = {"format": FORMAT, "settings": str(self._settings), "pictures": pictures}
-        atomic.make_folder(self.write, mode=0o700)
-        path = self.write / f"{hashlib.sha256(f'{self._settings},{pictures}'.encode()).hexdigest()[:32]}.safetensors"
+        atomic.make_folder(self.place, mode=0o700)
+        path = self.place / f"{hashlib.sha256(f'{self._settings},{pictures}'.encode()).hexdigest()[:32]}.safetensors"
         atomic.write_tensors(path, tensors, named | {"checksum": _checksum(tensors)}, mode=0o600)
         return path
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
 from tests.tiny import random_units, save_tiny_llava
 from tests.tiny_families import save_tiny_idefics3
-from trainers import feature_folder
+from trainers import feature_folder, features
 from trainers.features import Features, cache_of
 from trainers.inputs import UnitInputs
 from trainers.records import Dataset, Picture, Unit
@@ -113,11 +114,10 @@ def test_other_weights_layers_reducers_or_precision_find_nothing(tiny: Path, tmp
         load(other),
         VisionLanguageModel.load(str(tiny), device="cpu"),
     ]
-    for model in cases:
+    for index, model in enumerate(cases):
         said: list[str] = []
-        features = Features(tmp_path / "f", warn=said.append)
-        features.write = tmp_path / "elsewhere"
-        features.read = (tmp_path / "f",)
+        copied = shutil.copytree(tmp_path / "f", tmp_path / "copies" / str(index))
+        features = Features(copied, warn=said.append)
         UnitInputs(model, UNITS[:1], features=features)
         assert features.encoded_now == 2 and "other settings" in said[0]
 
@@ -177,16 +177,32 @@ def weights(run: RunFolder) -> dict[str, torch.Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def test_same_weights_with_and_without_and_a_twin_reads_without_writing(tiny: Path, tmp_path: Path) -> None:
+def cache(run: RunFolder) -> Features:
+    return Features(run.private / "features", pytest.fail)
+
+
+def forge(path: Path) -> None:
+    """What an owner could do: other tokens with a checksum that fits."""
+    with safe_open(str(path), framework="pt") as file:
+        said = file.metadata()
+    tensors = safetensors.torch.load_file(path)
+    tensors["tokens"] += 1.0
+    atomic.write_tensors(path, tensors, said | {"checksum": features._checksum(tensors)}, mode=0o600)
+
+
+def test_same_weights_with_and_without_and_a_twin_neither_reads_nor_writes(tiny: Path, tmp_path: Path) -> None:
     plain = start_run(config(tiny, "never"), tmp_path / "plain", dataset=DATA)
     run = start_run(config(tiny, "always"), tmp_path / "run", dataset=DATA)
     assert not (plain.private / "features").exists() and (run.private / "features").is_dir()
     expected, found = weights(plain), weights(run)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+    for path in (run.private / "features").iterdir():
+        forge(path)
+    assert not rows_equal(UnitInputs(load(tiny), UNITS), UnitInputs(load(tiny), UNITS, features=cache(run)))
     before = {path: path.stat().st_mtime_ns for path in (run.private / "features").iterdir()}
     twin = start_run(config(tiny, "always"), run.path / "twin", dataset=DATA)
     assert {path: path.stat().st_mtime_ns for path in (run.private / "features").iterdir()} == before
-    assert not (twin.private / "features").exists(), "everything was found in the run's own cache"
+    assert (twin.private / "features").is_dir()
     assert all(torch.equal(expected[name], value) for name, value in weights(twin).items())
     assert not any("features" in str(path) for path in run.release.rglob("*"))
 
