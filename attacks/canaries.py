@@ -21,7 +21,7 @@ from attacks.kinds import FIRST, Draft, Gradients, Kind, Materials, Selection
 from attacks.kinds_drawn import DRAWN
 from attacks.kinds_optimised import Optimised
 from attacks.kinds_region import FusedRegion
-from dpaudit import atomic, untrusted
+from dpaudit import atomic, untrusted, untrusted_tables
 from dpaudit.config import CanaryKind
 from dpaudit.errors import InvalidGame, rejected
 from dpaudit.randomness import Key
@@ -221,14 +221,14 @@ def check_coins(path: Path, sha256: str | None) -> Coins:
         raise InvalidGame(f"{path}: the ledger holds no hash of the coins; they could have been written after training")
     if not path.is_file():
         raise InvalidGame(f"{path}: the coins are missing; without them membership is not known")
-    found = untrusted.sha256(path, untrusted.MOST_TABLE)
+    found = untrusted.sha256(path, untrusted_tables.MOST_TABLE)
     if found != sha256:
         raise InvalidGame(
             f"{path}: SHA-256 {found[:12]}… is not the {sha256[:12]}… recorded before the first step; "
             "the coins were edited"
         )
     try:
-        table = untrusted.read_arrow(path)
+        table = untrusted_tables.read_arrow(path)
         plan = Plan.from_json((table.schema.metadata or {})[_PLAN])
         frame = table.to_pandas()
     except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpaudit import untrusted
+from dpaudit import untrusted, untrusted_tables
 from dpaudit.documents import Document
 from dpaudit.errors import EnvironmentFailure, UsageError
 
@@ -232,7 +232,7 @@ def read_frame(path: Path) -> "pd.DataFrame":
     import pyarrow
 
     try:
-        table = untrusted.read_arrow(path)
+        table = untrusted_tables.read_arrow(path)
         frame: pd.DataFrame = table.to_pandas()
         written = (table.schema.metadata or {}).get(_DIGEST.encode(), b"").decode()
         if written != _frame_digest(frame):

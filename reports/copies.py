@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow
 from PIL import Image
 
-from dpaudit import untrusted
+from dpaudit import untrusted, untrusted_tables
 from dpaudit.errors import UsageError, rejected
 from reports.heldout import write_questions
 from reports.metrics import yes_no
@@ -96,21 +96,23 @@ def _split_of(file: Path) -> str | None:
 
 def _schema(field: str, file: Path) -> pyarrow.Schema:
     try:
-        with untrusted.parquet_file(file) as opened:
+        with untrusted_tables.parquet_file(file) as opened:
             return opened.schema_arrow
     except (pyarrow.ArrowException, OSError, ValueError):
         raise UsageError(f"{field}: {file.name}: not a readable Parquet file") from None
 
 
 def _rows(file: Path) -> int:
-    with untrusted.parquet_file(file) as opened:
+    with untrusted_tables.parquet_file(file) as opened:
         return int(opened.metadata.num_rows)
 
 
-def _listed(field: str, file: Path, columns: Sequence[str], most: int = untrusted.MOST_TABLE) -> list[dict[str, Any]]:
+def _listed(
+    field: str, file: Path, columns: Sequence[str], most: int = untrusted_tables.MOST_TABLE
+) -> list[dict[str, Any]]:
     """The rows of a file, these columns alone."""
     try:
-        found: list[dict[str, Any]] = untrusted.read_arrow(file, columns, most=most).to_pylist()
+        found: list[dict[str, Any]] = untrusted_tables.read_arrow(file, columns, most=most).to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         why = " ".join(str(error).split())
         raise UsageError(f"{field}: {file.name}: not a readable Parquet file ({why:.80})") from None

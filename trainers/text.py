@@ -94,8 +94,9 @@ class CausalLanguageModel:
             config = CONFIG_MAPPING[model_type].from_dict(dict(files.config))
             model_files.check_size(files, lambda: CLASSES[type(config)]._from_config(config), f"{flag}:")
             guard = model_files.TokenizerGuard.of(folder, f"{flag}:")
-            known: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True, "config": config}
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), **known)
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(folder), trust_remote_code=False, local_files_only=True, config=config
+            )
             wanted = {"dtype": torch.float32, "config": config, "trust_remote_code": False}
             hf = model_files.read_weights(AutoModelForCausalLM, folder, path, flag, **wanted)
             model_files.check_vocabulary(hf, tokenizer, path, flag)

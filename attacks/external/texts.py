@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from attacks.external import contents
-from dpaudit import untrusted
+from dpaudit import untrusted_tables
 from dpaudit.errors import UsageError, rejected
 from trainers.data import rows
 from trainers.data.rows import Row, Source
@@ -53,7 +53,7 @@ def _rows(source: Source) -> Iterator[tuple[int, Row]]:
         yield from rows.read_rows(source, ["id"], COLUMNS)
         return
     try:
-        frame = untrusted.read_csv(source.path, dtype=str, keep_default_na=False)
+        frame = untrusted_tables.read_csv(source.path, dtype=str, keep_default_na=False)
     except (ValueError, OSError) as error:
         why = " ".join(str(error).split())
         raise UsageError(f"{source.label}: can't be read as a table ({why:.160})") from None

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from dpaudit import untrusted
+from dpaudit import untrusted_tables
 from dpaudit.errors import UsageError
 
 LEAST_OF_A_CLASS = 10  # fewer, and no bound can say anything
@@ -147,13 +147,13 @@ def _read(
     try:
         kind = path.suffix.lower()
         if kind in (".parquet", ".pq"):
-            frame = untrusted.read_parquet(path)
+            frame = untrusted_tables.read_parquet(path)
             if not isinstance(frame.index, pd.RangeIndex):  # stored on purpose
                 frame = with_id(frame, columns.id)
         elif kind == ".npz":
             frame = _from_npz(path, columns)
         else:
-            frame = untrusted.read_csv(path, dtype={columns.id: str}, keep_default_na=True, low_memory=False)
+            frame = untrusted_tables.read_csv(path, dtype={columns.id: str}, keep_default_na=True, low_memory=False)
     except pd.errors.EmptyDataError as error:
         header = ",".join(names or astuple(columns))
         raise UsageError(f"{where}: the file is empty; accepted: a header {header} and rows") from error
@@ -165,7 +165,7 @@ def _read(
 
 def _from_npz(path: Path, columns: Columns) -> pd.DataFrame:
     """The vectors of an .npz file as columns; places are the ids where it holds none."""
-    arrays = untrusted.read_npz(path)
+    arrays = untrusted_tables.read_npz(path)
     lengths = {array.size for array in arrays.values()}
     for name, array in arrays.items():
         if array.ndim != 1 or len(lengths) != 1:

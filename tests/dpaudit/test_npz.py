@@ -1,4 +1,4 @@
-"""`untrusted.read_npz`: arrays of numbers and text, and nothing that is unpickled, cut off or unpacks to gigabytes."""
+"""`read_npz`: arrays of numbers and text, and nothing that is unpickled, cut off or unpacks to gigabytes."""
 
 import io
 import zipfile
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpaudit import untrusted
+from dpaudit import untrusted_tables
 
 
 def test_what_numpy_wrote(tmp_path: Path) -> None:
@@ -15,7 +15,7 @@ def test_what_numpy_wrote(tmp_path: Path) -> None:
     arrays = {"x": np.arange(5.0), "y": np.array([True, False]), "id": np.array(["a", "b"]), "m": np.ones((2, 3))}
     for save in (np.savez, np.savez_compressed):
         save(path, **arrays)
-        found = untrusted.read_npz(path)
+        found = untrusted_tables.read_npz(path)
         assert set(found) == set(arrays) and all(np.array_equal(found[name], arrays[name]) for name in arrays)
 
 
@@ -61,7 +61,7 @@ def test_everything_else_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"\w"):
-        untrusted.read_npz(path)
+        untrusted_tables.read_npz(path)
 
 
 def test_nothing_unpacks_to_more_than_it_may(tmp_path: Path) -> None:
@@ -69,4 +69,4 @@ def test_nothing_unpacks_to_more_than_it_may(tmp_path: Path) -> None:
     np.savez_compressed(path, x=np.zeros(1 << 20))
     assert path.stat().st_size < 1 << 14
     with pytest.raises(ValueError, match="unpacks to more"):
-        untrusted.read_npz(path, most=1 << 20)
+        untrusted_tables.read_npz(path, most=1 << 20)

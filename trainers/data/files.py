@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpaudit import untrusted
+from dpaudit import untrusted, untrusted_tables
 from dpaudit.errors import UsageError, rejected
 from trainers.data import rows
 from trainers.data.rows import Row, Source, Volume, inside
@@ -218,9 +218,9 @@ def _schema_names(source: Source) -> list[str]:
     parquet = source.path.suffix.lower() == ".parquet"
     try:
         if parquet:
-            with untrusted.parquet_file(source.path) as file:
+            with untrusted_tables.parquet_file(source.path) as file:
                 return list(file.schema_arrow.names)
-        with untrusted.arrow_stream(source.path) as stream:
+        with untrusted_tables.arrow_stream(source.path) as stream:
             return list(stream.schema.names)
     except (OSError, ValueError):
         kind = "Parquet" if parquet else "Arrow"
@@ -229,7 +229,7 @@ def _schema_names(source: Source) -> list[str]:
 
 def _arrow_rows(source: Source, wanted: Sequence[str] | None) -> Iterator[tuple[int, Row]]:
     try:
-        with untrusted.arrow_stream(source.path) as stream:
-            yield from enumerate(untrusted.arrow_rows(stream, wanted, rows.ROWS_AT_ONCE), 1)
+        with untrusted_tables.arrow_stream(source.path) as stream:
+            yield from enumerate(untrusted_tables.arrow_rows(stream, wanted, rows.ROWS_AT_ONCE), 1)
     except (OSError, ValueError):
         raise UsageError(f"{source.label}: not a readable Arrow file") from None

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from dpaudit import untrusted
+from dpaudit import untrusted, untrusted_tables
 from dpaudit.errors import UsageError, rejected
 from trainers.data import pictures
 from trainers.data.pictures import PLAINLY, Decoded, Look
@@ -153,7 +153,7 @@ def _parquet_rows(source: Source, needed: list[str], wanted: list[str] | None) -
     import pyarrow
 
     try:
-        with untrusted.parquet_file(source.path) as file:
+        with untrusted_tables.parquet_file(source.path) as file:
             present = list(file.schema_arrow.names)
             for name in needed:
                 if name not in present:
@@ -161,7 +161,7 @@ def _parquet_rows(source: Source, needed: list[str], wanted: list[str] | None) -
             number = 0
             _no_bomb(source, file.metadata)
             chosen = present if wanted is None else [name for name in wanted if name in present]
-            for batch in untrusted.parquet_batches(file, chosen, ROWS_AT_ONCE):
+            for batch in untrusted_tables.parquet_batches(file, chosen, ROWS_AT_ONCE):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row

@@ -25,7 +25,7 @@ from tests.tiny import save_tiny_llava
 from trainers.data import load
 from trainers.vlm import VisionLanguageModel
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("dpaudit", "trainers", "attacks", "reports")
 
 # What is never called, and why an exception stands.
@@ -38,6 +38,11 @@ FORBIDDEN = {
     "yaml.unsafe_load": "runs what it reads", "yaml.full_load": "makes objects", "shutil.unpack_archive": "can escape",
     "zipfile.ZipFile": "can escape", "tarfile.open": "can escape", "tempfile.mktemp": "a race",
 }  # fmt: skip
+# (file, module or call) -> why it stands: an archive is never unpacked onto the disk.
+STANDING = {
+    ("dpaudit/untrusted_tables.py", "zipfile"): "parts of an .npz file, read in memory after their sizes are known",
+    ("dpaudit/untrusted_tables.py", "zipfile.ZipFile"): "the same",
+}
 IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "zipfile", "tarfile"}
 
 
@@ -52,12 +57,14 @@ def faults(name: str, tree: ast.Module) -> Iterator[str]:
         if isinstance(node, ast.Import | ast.ImportFrom):
             named = [node.module or ""] if isinstance(node, ast.ImportFrom) else [item.name for item in node.names]
             for item in named:
-                if item.partition(".")[0] in IMPORTS:
+                if item.partition(".")[0] in IMPORTS and (name, item) not in STANDING:
                     yield f"{name}:{node.lineno}: imports {item}"
         if not isinstance(node, ast.Call):
             continue
         called = ast.unparse(node.func)
         keywords = {word.arg: ast.unparse(word.value) for word in node.keywords}
+        if (name, called) in STANDING:
+            continue
         if called in FORBIDDEN and keywords.get("weights_only") != "True":
             yield f"{name}:{node.lineno}: {called} {FORBIDDEN[called]}"
         if keywords.get("shell") == "True":
