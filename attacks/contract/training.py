@@ -21,7 +21,7 @@ STAGES = {"in the middle": 12, "late": 24}  # step of a history that is branched
 NOISE_STEPS, LONGEST, FAST = 24, 500, 0.004  # steps, steps, seconds of one
 FREE = 120  # steps that a quick trainer takes where its claim names fewer, or none
 MOST_HELD = 40_000_000  # numbers of the noise of every step
-LARGEST = 64  # a batch this large costs little; larger ones are looked at up to REACH x the expected size
+LARGEST = 64  # a quick trainer's batch of this size costs little; all are looked at up to REACH x the expected size
 REACH = 3.0
 
 # Sizes of the batches of a history; "large" and "expected" follow the claim. A unit comes again and again.
@@ -40,7 +40,7 @@ class Training:
         self._enlarge()
         order = np.random.default_rng([probe.seed, 23]).permutation(len(self.records.items))
         self.pool = [int(index) for index in order if index != outside]
-        self.largest = min(len(self.pool), max(self.wanted, LARGEST if varying else 6))
+        self.largest = min(len(self.pool), max(self.wanted, LARGEST if varying and self.quick else 6))
         self.longest = longest
 
     def _enlarge(self) -> None:

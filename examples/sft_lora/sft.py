@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-SIZE, BATCH, STEPS, CLIP, SIGMA = 60, 6, 30, 0.5, 0.7
+SIZE, BATCH, STEPS, CLIP, SIGMA = 60, 6, 30, 0.2, 0.7
 BUG = os.environ.get("BUG", "none")  # none, half-noise, batch-clip
 LETTERS = " abcdefghijklmnopqrstuvwxyz?"
 WORDS = ["red", "green", "blue", "round", "flat", "warm", "cold", "near", "far", "old"]
@@ -68,7 +68,7 @@ def make_trainer(rows):
         vocab_size=len(LETTERS),
         hidden_size=32,
         intermediate_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=2,
         pad_token_id=None,
