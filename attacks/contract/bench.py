@@ -77,7 +77,7 @@ class Bench:
     @cached_property
     def training(self) -> Training:
         """Whole trainings on fixed batches."""
-        return Training(self.probe, self.picks.place, len(self.sample))
+        return Training(self.probe, self.picks.place, len(self.sample), empties=self.empty_problem is None)
 
     @cached_property
     def series(self) -> "Everything":

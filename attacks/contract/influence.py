@@ -127,10 +127,13 @@ def _branched(bench: Bench) -> Iterator[Move]:
     """Single units and extreme records in the middle of a training and late in it."""
     probe, picks, training = bench.probe, bench.picks, bench.training
     for when, step in STAGES.items():
-        tried: list[tuple[int, Records | None, str]] = [(unit, None, f"unit {unit}") for unit in picks.group]
-        tried += [(picks.place, item.records, f"extreme record {item.number}") for item in bench.usable]
-        for unit, records, what in tried:
-            seen = training.at(step, [unit], records=records)
+        alone = training.releases(step, [[unit] for unit in picks.group])
+        tried = [(seen, f"unit {unit}") for unit, seen in zip(picks.group, alone, strict=True)]
+        tried += [
+            (training.at(step, [picks.place], records=item.records), f"extreme record {item.number}")
+            for item in bench.usable
+        ]
+        for seen, what in tried:
             if training.comparable(step, seen) and _sound(bench, step):
                 move = probe.size(training.signal(step, seen)) - training.slack(step, seen)
                 yield move / probe.claim.max_grad_norm, f"{what} alone {when} (step {step})"
@@ -148,9 +151,10 @@ def _large(bench: Bench) -> Iterator[Move]:
     for step in (1, STAGES["late"]):
         if not _sound(bench, step):
             continue
-        whole = training.at(step, units)
-        for unit in {units[0], units[len(units) // 2], units[-1]}:
-            rest = training.at(step, [other for other in units if other != unit])
+        left_out = sorted({units[0], units[len(units) // 2], units[-1]})
+        fewer = [[other for other in units if other != unit] for unit in left_out]
+        whole, *rests = training.releases(step, [units, *fewer])
+        for unit, rest in zip(left_out, rests, strict=True):
             if rest.noised == whole.noised:
                 move = probe.size(whole.vector - rest.vector) - probe.slack(whole, rest)
                 what = f"unit {unit} in a batch of {len(units)} in step {step}"
@@ -266,9 +270,11 @@ def _halves(bench: Bench) -> Iterator[_Gap]:
     for step in (1, *STAGES.values()):
         if not _sound(bench, step):
             continue
-        for size, larger in pairwise(training.sizes):
-            one, two = training.pool[:size], training.pool[size:larger]
-            seen = [training.at(step, sorted(batch)) for batch in ([*one, *two], one, two)]
+        pairs = [(training.pool[:size], training.pool[size:larger]) for size, larger in pairwise(training.sizes)]
+        batches = [sorted(batch) for one, two in pairs for batch in ([*one, *two], one, two)]
+        releases = iter(training.releases(step, batches))
+        for larger in training.sizes[1:]:
+            seen = [next(releases) for _ in range(3)]
             if not training.comparable(step, *seen):
                 continue
             signals = [training.signal(step, item) for item in seen]

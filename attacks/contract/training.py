@@ -9,12 +9,13 @@ import contextlib
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
 
 from attacks.contract.guard import MethodFailure
-from attacks.contract.probe import Observation, Probe, Records, Vector
+from attacks.contract.probe import Batch, Observation, Probe, Records, Vector
 
 STEPS = 24
 STAGES = {"in the middle": 12, "late": 24}  # step of a history that is branched; "early" is step 1
@@ -23,16 +24,20 @@ FREE = 120  # steps that a quick trainer takes where its claim names fewer, or n
 MOST_HELD = 40_000_000  # numbers of the noise of every step
 LARGEST = 64  # a quick trainer's batch of this size costs little; all are looked at up to REACH x the expected size
 REACH = 3.0
+LEAST_BRANCHES = 3  # fewer are looked at by as many trainers
 
 # Sizes of the batches of a history; "large" and "expected" follow the claim. A unit comes again and again.
 PATTERN = (1, "expected", 2, 0, "large", 0, 5, 1, "expected", 0, 2, "large", 1, 0, "expected", 5, 1, 0, "large", 2)
 
 
 class Training:
-    """Batches of two histories over `records`, none of which holds the unit `outside`."""
+    """Batches of two histories over `records`, none of which holds the unit `outside`.
 
-    def __init__(self, probe: Probe, outside: int, longest: int) -> None:
-        self.probe, self.outside = probe, outside
+    longest: steps of the longest training that is compared with noise. empties: whether an empty batch is a step.
+    """
+
+    def __init__(self, probe: Probe, outside: int, longest: int, *, empties: bool) -> None:
+        self.probe, self.outside, self.empties = probe, outside, empties
         expected = probe.claim.expected_batch_size
         varying = probe.claim.sampling in ("poisson", "allocation")
         self.wanted = max(1, math.ceil(REACH * expected if varying else expected))
@@ -112,6 +117,8 @@ class Training:
     def quick(self) -> bool:
         """Whether a step takes so little that hundreds of them may be watched: by the fastest of several, since another
         process can only make a step slower."""
+        if not self.empties:
+            return False
         subject = self.probe.build(self.probe.own)
         subject.ask("step", [])
         taken = []
@@ -144,6 +151,40 @@ class Training:
         earlier = self.batches[: step - 1]
         return self.probe.observe(batch, records=self.beside(records), noise=noise, earlier=earlier)
 
+    def releases(self, step: int, batches: Sequence[Sequence[int]]) -> list[Observation]:
+        """What each of `batches` releases in `step` of the first history. How parameters move is not meant to be read.
+
+        A trainer that can't be copied would repeat the history for each of them. One that repeats it once is set back
+        to the parameters of that step before every batch instead; each release then has the noise of a later step,
+        which is known, in place of that of `step`. The largest batch comes first and again last: unless both agree,
+        something else than the parameters was left behind, and the history is repeated after all.
+        """
+        wanted = list(dict.fromkeys(tuple(batch) for batch in batches))
+        found: dict[Batch, Observation] = {}
+        if self.empties and not self.probe.copyable and step > 1 and len(wanted) >= LEAST_BRANCHES:
+            control = max(wanted, key=len)
+            others = [batch for batch in wanted if batch != control]
+            room = len(self.noise) - step - 1
+            for start in range(0, len(others), room):
+                found |= self._set_back(step, [control, *others[start : start + room], control])
+        return [found[key] if (key := tuple(batch)) in found else self.at(step, batch) for batch in batches]
+
+    def _set_back(self, step: int, batches: Sequence[Batch]) -> dict[Batch, Observation]:
+        """Each of `batches` in `step`, by one trainer; nothing where the first and the last, which are one, differ."""
+        subject = self.probe.grown(tuple(map(tuple, self.batches[: step - 1])), self.records)
+        meant, own = subject.parameters(), self.noise[step - 1]
+        found: list[Observation] = []
+        for place, batch in enumerate(batches):
+            if place and not subject.put(meant):
+                return {}
+            seen, noise = self.probe.watch(subject, batch), self.noise[step - 1 + place]
+            if not seen.noised == noise.noised == own.noised:
+                return {}
+            found.append(_with_noise(seen, noise, own))
+        if not self.probe.size(found[0].vector - found[-1].vector) <= self.slack(step, found[0], found[-1]):
+            return {}
+        return dict(zip(batches[:-1], found[:-1], strict=True))
+
     def signal(self, step: int, seen: Observation) -> Vector:
         """Clipped sum: release minus noise, on the blocks that were noised in both; others count as they are."""
         return seen.vector - self.noise[step - 1].vector
@@ -155,3 +196,13 @@ class Training:
     def comparable(self, step: int, *seen: Observation) -> bool:
         """Whether the same blocks were noised in all of them (which ones may follow earlier releases)."""
         return all(item.noised == self.noise[step - 1].noised for item in seen)
+
+
+def _with_noise(seen: Observation, noise: Observation, other: Observation) -> Observation:
+    """An observation with the noise of another step in place of its own; all have the same noised blocks."""
+
+    def changed(name: str, value: Vector | None) -> Vector | None:
+        out, into = noise.released[name], other.released[name]
+        return value if value is None or out is None or into is None else value - out + into
+
+    return replace(seen, released={name: changed(name, value) for name, value in seen.released.items()})

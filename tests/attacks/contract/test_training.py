@@ -509,3 +509,55 @@ def test_the_false_alarms_of_the_whole_contract_add_up() -> None:
     assert len(STATISTICAL) == 18 and pytest.approx(1.8e-6) == FALSE_ALARMS < 1e-5
     text = (Path(__file__).parents[3] / "docs" / "step-contract.md").read_text()
     assert "18 x 1e-7 = 1.8e-6" in text
+
+
+# -- trainers that can't be copied -----------------------------------------------------------------------------------
+
+
+class Uncopyable(Compact):
+    """Holds what can't be copied, as a training loop in a thread does."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Uncopyable":
+        raise TypeError("cannot copy a running loop")
+
+
+class Remembering(Uncopyable):
+    """Adds a tenth of the last clipped sum to the next one."""
+
+    before = torch.zeros(D)
+
+    def clip(self, gradients: Tensor) -> Tensor:
+        clipped = super().clip(gradients)
+        out, self.before = torch.cat([clipped, 0.1 * self.before[None]]), clipped.sum(dim=0)
+        return out
+
+
+class Tightening(Uncopyable):
+    """Half of C from step 28 on, in a public schedule."""
+
+    def clip(self, gradients: Tensor) -> Tensor:
+        return super().clip(gradients) * (0.5 if self.step_count >= 28 else 1.0)
+
+
+@pytest.mark.parametrize(("factory", "set_back"), [(Uncopyable, True), (Remembering, False), (Tightening, False)])
+def test_one_trainer_that_is_set_back_sees_what_many_trainers_see(
+    factory: Any, set_back: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(Probe(factory))
+    training, step = bench.training, 24
+    assert not bench.probe.copyable
+    batches = [sorted(training.pool[:size]) for size in (1, 2, 5, 9, 30)] + [training.pool[-1:]]
+    assert len(training.noise) > step + len(batches)
+    before = bench.probe.steps
+    seen = training.releases(step, batches)
+    taken = bench.probe.steps - before
+    assert (taken < 2 * STEPS) is set_back
+    for batch, found in zip(batches, seen, strict=True):
+        alone = training.at(step, batch)
+        assert bench.probe.size(found.vector - alone.vector) <= training.slack(step, found, alone)
+    assert bench.probe.size(seen[-1].vector - seen[0].vector) > 100 * training.slack(step, *seen[:1])
+
+
+@pytest.mark.parametrize("factory", [Uncopyable, Tightening])
+def test_the_contract_passes_on_correct_trainers_that_cant_be_copied(factory: Any) -> None:
+    assert [check.name for check in influence.checks(Bench(Probe(factory))) if check.status == "fail"] == []
