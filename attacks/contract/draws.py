@@ -27,10 +27,17 @@ class Draws:
     twice: int
 
 
-def draw(probe: Probe, *, path: Sequence[Sequence[int]] = (), playing: int = 0, noise: int | None = 0) -> Draws:
+def draw(
+    probe: Probe,
+    *,
+    path: Sequence[Sequence[int]] = (),
+    playing: int = 0,
+    noise: int | None = 0,
+    empties: bool = True,
+) -> Draws:
     """Draws of one trainer after the steps `path`; the first `playing` of them are also stepped on, as in a training.
 
-    noise: which noise seed it has; None: none, as in production.
+    noise: which noise seed it has; None: none, as in production. empties: whether an empty batch is a step.
 
     As many draws as EPOCHS epochs take, fewer where they are slow and more where they are cheap.
     """
@@ -45,7 +52,7 @@ def draw(probe: Probe, *, path: Sequence[Sequence[int]] = (), playing: int = 0, 
         row[indices] = True
         twice += len(set(indices)) < len(indices)
         rows.append(row)
-        if len(rows) <= playing:
+        if len(rows) <= playing and (indices or empties):
             subject.ask("step", sorted(set(indices)))
     return Draws(np.stack(rows), twice)
 

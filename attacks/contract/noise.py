@@ -63,6 +63,9 @@ def level(draws: Draws) -> Check:
         steps = len(draws.bench.training.noise) if draws.mixing is None else WHITENED_STEPS
     fine, measured = level_of(sums, laplace=probe.mechanism == "laplace")
     measured += f"; {draws.seeds} noise seeds on a batch, steps 1 to {steps} on empty ones, {len(draws.blocks)} blocks)"
+    if fine and not draws.empty:
+        why = f"{measured}, but later steps were not looked at: they need an empty batch ({draws.bench.empty_problem})"
+        return skipped(LEVEL, why, LEVEL_WHY)
     return judged(LEVEL, fine, measured, "an interval that holds 1 in every block and step", LEVEL_WHY)
 
 
@@ -152,7 +155,7 @@ def law(draws: Draws, *, right_level: bool) -> Check:
     """The pooled noise: its body, its largest values, and whether it lies on a grid."""
     probe = draws.probe
     if not right_level:
-        return skipped(LAW, "the noise level is not as claimed, so its law can't be compared", LAW_WHY)
+        return skipped(LAW, "the noise level is not known to be as claimed, so its law can't be compared", LAW_WHY)
     if probe.mechanism == "laplace" and not draws.empty:
         return skipped(LAW, f"empty batch: {draws.bench.empty_problem}", LAW_WHY)
     first = abs(float(draws.mixing[0, 0])) if draws.mixing is not None and not draws.empty else 1.0
@@ -282,6 +285,9 @@ def empty_batch(draws: Draws) -> Check:
     """It runs, has the claimed noise, and no signal: f([]) = f(a) + f(b) - f(a, b) under frozen noise."""
     bench, probe = draws.bench, draws.probe
     allowed = "noise as claimed, and nothing else"
+    if bench.empty_problem is not None and probe.claim.sampling not in ("poisson", "allocation"):
+        why = f"{probe.claim.sampling} batches are never empty, and the trainer takes none ({bench.empty_problem})"
+        return skipped(EMPTY, why, EMPTY_WHY)
     if bench.empty_problem is not None:
         return judged(EMPTY, False, bench.empty_problem, allowed, EMPTY_WHY)
     missing = set(draws.blocks) - probe.observe([]).noised

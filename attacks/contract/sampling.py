@@ -45,7 +45,7 @@ def checks(bench: Bench) -> Iterator[Check]:
         return
     drawn = (
         ("fresh", bench.draws),
-        (f"after {PLAYED} steps", draw(bench.probe, playing=PLAYED)),
+        (f"after {PLAYED} steps", draw(bench.probe, playing=PLAYED, empties=bench.empty_problem is None)),
         ("without a noise seed", draw(bench.probe, noise=None)),
     )
     twice = [f"{when} {found.twice} of {len(found.drawn)}" for when, found in drawn]

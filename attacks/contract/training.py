@@ -97,6 +97,8 @@ class Training:
         batches, start = [], 0
         for step in range(STEPS):
             size = PATTERN[step % len(PATTERN)]
+            if size == 0 and not self.empties:
+                size = 1
             if size == "large":
                 size = large if step != 4 else self.largest
             elif size == "expected":

@@ -454,3 +454,45 @@ def test_the_door_has_the_three() -> None:
     import dpaudit.under_test as door
 
     assert sorted(dir(door)) == ["hf_trainer", "opacus_loop", "step_function"] == sorted(adapters.__all__)
+
+
+class _Drawing(torch.autograd.Function):
+    """Draws the noise of the weights' gradient in the backward pass, as libraries with book-keeping do."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(values)
+        return values @ weights
+
+    @staticmethod
+    def backward(ctx: Any, *given: Tensor) -> tuple[None, Tensor]:
+        (values,) = ctx.saved_tensors
+        each = values * given[0][:, None]
+        clipped = each / each.norm(dim=1, keepdim=True).clamp(min=C)
+        return None, clipped.sum(dim=0) + torch.normal(mean=0.0, std=SIGMA * C, size=(2000,))
+
+
+def test_noise_that_is_drawn_in_the_backward_pass_is_frozen_a_step_at_a_time() -> None:
+    data = [torch.randn(2000, generator=torch.Generator().manual_seed(number)) for number in range(N)]
+
+    def start(seed: int) -> tuple[nn.Linear, torch.optim.Optimizer]:
+        model = nn.Linear(2000, 1, bias=False)
+        return model, torch.optim.SGD(model.parameters(), lr=0.1 / B)
+
+    def step(state: tuple[nn.Linear, torch.optim.Optimizer], batch: list[Tensor]) -> Any:
+        model, optimizer = state
+        values = torch.stack(batch) if batch else torch.zeros(0, 2000)
+        (_Drawing.apply(values, model.weight[0]) - 1.0).square().sum().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+        return state
+
+    factory = step_function(init=start, step=step, records=lambda: data, claim=CLAIM)
+    one, two, other = factory(seed=1, noise_seed=2), factory(seed=1, noise_seed=2), factory(seed=1, noise_seed=3)
+    seen = []
+    for batch in ([], [], [1, 2]):
+        for trainer in (one, two, other):
+            trainer.step(batch)
+        assert torch.equal(total(one), total(two))
+        seen += [total(one), total(other)]
+    assert np.abs(np.corrcoef(torch.stack(seen[:4]).numpy()) - np.eye(4)).max() < 0.12  # 5.4 standard errors

@@ -16,6 +16,7 @@ from attacks.contract import (
     FALSE_ALARMS,
     STATISTICAL,
     accounting,
+    check,
     history,
     independence,
     influence,
@@ -561,3 +562,46 @@ def test_one_trainer_that_is_set_back_sees_what_many_trainers_see(
 @pytest.mark.parametrize("factory", [Uncopyable, Tightening])
 def test_the_contract_passes_on_correct_trainers_that_cant_be_copied(factory: Any) -> None:
     assert [check.name for check in influence.checks(Bench(Probe(factory))) if check.status == "fail"] == []
+
+
+# -- batches that are never empty -------------------------------------------------------------------------------------
+
+
+def takes_no_empty_batch(base: type[Compact]) -> type[Compact]:
+    class Taking(base):  # type: ignore[misc, valid-type]
+        def step(self, indices: Sequence[int]) -> None:
+            if not len(indices):
+                raise RuntimeError("cannot reshape tensor of 0 elements")
+            super().step(indices)
+
+    return Taking
+
+
+class LateHalf(FixedSize):
+    """Half of the noise from step 10 on."""
+
+    def noise(self) -> Tensor:
+        return super().noise() * (0.5 if self.step_count >= 10 else 1.0)
+
+
+class Half(FixedSize):
+    """Half of the noise."""
+
+    def noise(self) -> Tensor:
+        return super().noise() * 0.5
+
+
+@pytest.mark.parametrize(
+    ("base", "verdict", "failed"),
+    [
+        (FixedSize, "inconclusive", []),
+        (LateHalf, "inconclusive", []),
+        (Half, "fail", ["noise level"]),
+        (Compact, "fail", ["empty batch"]),
+    ],
+)
+def test_a_trainer_that_takes_no_empty_batch(base: type[Compact], verdict: str, failed: list[str]) -> None:
+    document = check(takes_no_empty_batch(base))
+    assert (document.verdict, [item.name for item in document.checks if item.status == "fail"]) == (verdict, failed)
+    level = {item.name: item for item in document.checks}["noise level"]
+    assert level.status != "pass"

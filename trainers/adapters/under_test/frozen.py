@@ -128,14 +128,20 @@ class FrozenNoise(TorchFunctionMode):
     def __init__(self, noise_seed: int) -> None:
         super().__init__()
         self.noise_seed, self.step = noise_seed, 0
-        self.mark = seed_of("mark", noise_seed)
+        self.mark = seed_of("mark", noise_seed, 0)
+        self._marks = {self.mark}
         self._counts: dict[tuple[object, ...], int] = {}
         self._first_seeds: dict[int, int] = {}  # seed that a generator came with -> step in which it was met
         self._known: list[torch.Generator] = []
 
     def begin(self, step: int) -> None:
-        """A new step, on the thread whose streams are active."""
-        self.step = step
+        """A new step, on the thread whose streams are active.
+
+        PyTorch suspends the mode while a backward pass runs. What a hook draws there comes from the global generator
+        in its order, so each step seeds it otherwise.
+        """
+        self.step, self.mark = step, seed_of("mark", self.noise_seed, step)
+        self._marks.add(self.mark)
         self._counts.clear()
         _seed_torch(self.mark)
         np.random.seed(seed_of("numpy", self.noise_seed, step) % 2**32)
@@ -169,7 +175,7 @@ class FrozenNoise(TorchFunctionMode):
 
     def _ours(self, generator: torch.Generator) -> bool:
         """Whether nobody has seeded it since we last saw it; a generator met for the first time becomes ours."""
-        if generator.initial_seed() == self.mark:
+        if generator.initial_seed() in self._marks:
             return True
         if any(generator is known for known in self._known):
             return False
