@@ -1,30 +1,36 @@
 """The power of the tests of a score file, earned by the scores of a game with a known leak (a control).
 
 Nothing in a score file shows that its scores could have carried a signal. The scores of a second game of the same kind,
-whose leak is known, show it, and how often a test of this size would have refuted the claim there.
+whose leak is known, show it, and how often a test of this size would have refuted the claim there. That holds for the
+file only where its own scores tell members from others, look like the control's in scale and repeat each other as
+seldom: dead, rounded or other scores would pass every test.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from dpaudit import verdict
 from dpaudit.analysis import claim as claims
 from dpaudit.analysis.claim import play
 from dpaudit.analysis.tables import ScoreTable
 from dpaudit.bounds import roc
+from dpaudit.bounds.ranks import rank_p
 from dpaudit.documents import Claim, Control, ScoreSummary, Test
 from dpaudit.errors import UsageError
 from dpaudit.evidence import calibrate
 
 CONTROL_GAMES = 400
-COMPLETE = 0.995  # lower limit of the AUC from which on a control is a game without any privacy
+SIGNAL_LEVEL = 0.01  # one-sided, for "members score higher than chance allows"; a guard outside the error budget
+APART = 100.0  # times the other's spread: scores of another unit or origin
+MORE_TIES = 0.05  # share of scores that repeat another, beside the control's
 
 
 def with_power(
-    tests: Sequence[Test], control: ScoreTable, claim: Claim, *, alpha: float, seed: int
+    tests: Sequence[Test], table: ScoreTable, control: ScoreTable, claim: Claim, *, alpha: float, seed: int
 ) -> tuple[list[Test], tuple[Control, ...], str | None]:
-    """The tests with the power that the control shows: how often games of this size, drawn from its scores, refute.
+    """The tests of `table` with the power that the control shows: how often games of this size, drawn from it, refute.
 
     Each drawn game has as many records as the real one, fair coins, and scores of the control's members and non-members
     (with replacement); guesses and level are those of the real test. The share that refutes has an exact interval.
@@ -34,7 +40,11 @@ def with_power(
     inside, outside = control.scores[control.members], control.scores[~control.members]
     leak = roc.summarise("control", control.scores, control.members)
     if leak.auc_low is None or leak.auc_low <= 0.5:
-        return _without_power(tests, leak)
+        interval = "" if leak.auc_low is None else f" ({leak.auc_low:.3f} to {leak.auc_high:.3f})"
+        return _without_power(tests, f"the control shows no leak: AUC {leak.auc:.3f}{interval}")
+    unlike = _unlike(table, control)
+    if unlike is not None:
+        return _without_power(tests, unlike)
     profile = claims.null_profile(claim)
     rng = np.random.default_rng([seed, 1])
     found, controls = [], list[Control]()
@@ -66,8 +76,8 @@ def with_power(
                 outcome="earned",
                 measured=f"{refuted} of {CONTROL_GAMES} games drawn from the control refute ({low:.0%} to {high:.0%})",
                 allowed=f"at least {verdict.POWER_NEEDED:.0%} to support 'not refuted'",
-                explanation=f"The power is against {known_leak(leak)}. That this is the leak to be found is "
-                "its owner's statement.",
+                explanation=f"The power is against {known_leak(leak)}. That the control is a game of the same kind, "
+                "and this the leak to be found, is its owner's statement.",
             )
         )
     return found, tuple(controls), known_leak(leak) if controls else None
@@ -75,22 +85,46 @@ def with_power(
 
 def known_leak(leak: ScoreSummary) -> str:
     """What the scores of a control show, in words."""
-    if leak.auc_low is not None and leak.auc_low > COMPLETE:
-        return f"a game without any privacy, as the control is (AUC {leak.auc:.4f})"
-    return f"a leak like the control's (AUC {leak.auc:.2f})"
+    return f"a leak like the control's (AUC {leak.auc:.{4 if leak.auc > 0.99 else 2}f})"
 
 
-def _without_power(tests: Sequence[Test], leak: ScoreSummary) -> tuple[list[Test], tuple[Control, ...], None]:
-    """A control whose scores do not tell members from others shows nothing."""
-    interval = "" if leak.auc_low is None else f" ({leak.auc_low:.3f} to {leak.auc_high:.3f})"
-    measured = f"AUC {leak.auc:.3f}{interval}"
-    why = f"not earned: the control shows no leak: {measured}"
-    shown = [test.model_copy(update={"control": why}) if verdict.counts(test) else test for test in tests]
+def _unlike(table: ScoreTable, control: ScoreTable) -> str | None:
+    """Why a control says nothing about these scores; None where it does."""
+    p, area = rank_p(table.scores, table.members)
+    if p > SIGNAL_LEVEL:
+        return (
+            f"these scores do not tell members from others (AUC {area:.3f}, p = {p:.2g}; at most {SIGNAL_LEVEL:g} "
+            "needed), so they may be dead"
+        )
+    own, theirs = (1 - np.unique(part.scores).size / part.scores.size for part in (table, control))
+    if own > theirs + MORE_TIES:
+        return f"{own:.0%} of these scores repeat another, {theirs:.0%} of the control's"
+    (middle, spread), (their_middle, their_spread) = (_place(part.scores[~part.members]) for part in (table, control))
+    apart = abs(middle - their_middle) > APART * max(spread, their_spread)
+    if apart or not 1 / APART <= spread / their_spread <= APART:
+        return (
+            f"non-members' scores are of another scale (median {middle:.3g}, half of them within {spread:.3g}) than "
+            f"the control's ({their_middle:.3g}, {their_spread:.3g})"
+        )
+    return None
+
+
+def _place(scores: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """Median and range of the middle half; of all of them where that half is one value."""
+    low, middle, high = np.quantile(scores, (0.25, 0.5, 0.75))
+    return float(middle), float(high - low) or float(np.ptp(scores)) or float(np.finfo(float).tiny)
+
+
+def _without_power(tests: Sequence[Test], why: str) -> tuple[list[Test], tuple[Control, ...], None]:
+    """No power: what the control shows does not hold for these scores, or it shows nothing."""
+    shown = [
+        test.model_copy(update={"control": f"not earned: {why}"}) if verdict.counts(test) else test for test in tests
+    ]
     control = Control(
         name="known leak",
         outcome="not earned",
-        measured=measured,
-        allowed="an AUC whose interval lies above 1/2",
-        explanation="A control must have a leak that its scores show; otherwise it can't show that one would be seen.",
+        measured=why,
+        allowed="a control with a leak, and scores that show one as well and are like the control's in scale and ties",
+        explanation="Otherwise nothing shows that a leak would have been seen in these scores.",
     )
     return shown, (control,), None

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 from scipy.special import ndtr
-from scipy.stats import rankdata
 
 from dpaudit import blind, verdict
 from dpaudit.analysis import claim as claims
@@ -22,6 +21,7 @@ from dpaudit.analysis.plan import bound_guesses, plan_test
 from dpaudit.analysis.tables import ScoreTable
 from dpaudit.bounds import bayes, mahloujifar, order_statistic, roc, selection, steinke
 from dpaudit.bounds.clopper_pearson import Counts
+from dpaudit.bounds.ranks import rank_p
 from dpaudit.documents import Assumes, Check, Claim, Control, GameDocument, ScoresDocument, Test, Validity
 from dpaudit.evidence import calibrate
 
@@ -73,7 +73,9 @@ def analyse(
     controls: tuple[Control, ...] = ()
     alternative: str | None = None
     if control is not None and options.claim is not None:
-        tests, controls, alternative = with_power(tests, control, options.claim, alpha=options.alpha, seed=options.seed)
+        tests, controls, alternative = with_power(
+            tests, table, control, options.claim, alpha=options.alpha, seed=options.seed
+        )
     game = GameDocument(
         game="scores",
         alternative=alternative,
@@ -196,20 +198,14 @@ def _ties(table: ScoreTable, options: Options) -> Check:
 def sign_check(scores: npt.NDArray[np.float64], members: npt.NDArray[np.bool_]) -> Check:
     """Whether members score lower than non-members beyond chance: then the sign is turned, and the game is invalid.
 
-    Mann-Whitney with the permutation variance, ties included; exact coins make labels exchangeable given the scores.
+    Mann-Whitney; exact coins make labels exchangeable given the scores.
     """
-    ranks = rankdata(scores)
-    n, n_in = scores.size, int(members.sum())
-    n_out = n - n_in
-    spread = float(np.sqrt(n_in * n_out / n * np.var(ranks, ddof=1))) if n > 1 else 0.0
-    above = float(ranks[members].sum()) - n_in * (n_in + 1) / 2
-    # Half a rank of continuity keeps small games from being called turned by one unlucky order.
-    p = 1.0 if spread == 0.0 else float(ndtr((above + 0.5 - n_in * n_out / 2) / spread))
+    p, below = rank_p(-scores, members)
     turned = p < SIGN_LEVEL
     return Check(
         name="sign of the scores",
         status="fail" if turned else "pass",
-        measured=f"AUC {above / (n_in * n_out):.3f} (p = {p:.2g} for so low a value)",
+        measured=f"AUC {1 - below:.3f} (p = {p:.2g} for so low a value)",
         allowed=f"p >= {SIGN_LEVEL:g} one-sided",
         explanation="Members score lower than non-members: is the sign turned? Higher must mean 'was in training'."
         if turned

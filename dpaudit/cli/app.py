@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from dpaudit import __version__, extras, printable
-from dpaudit.cli import console
+from dpaudit.cli import console, supervised
 from dpaudit.errors import DpauditError
 
 # typer brings its own copy of click in newer releases and the real one in older: the base of its usage errors is
@@ -155,4 +155,4 @@ def _reader_gone() -> int:
 
 def main() -> None:
     """Console entry point."""
-    sys.exit(run())
+    sys.exit(supervised.run(run) if supervised.wanted(sys.argv[1:]) else run())
