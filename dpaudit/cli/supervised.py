@@ -4,6 +4,7 @@
 the command has reached from a pipe, and a command that ended without one reached no verdict.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -28,8 +29,22 @@ def run(command: Callable[[], int]) -> int:
     import ctypes
 
     reading, writing = os.pipe()
-    parent, child = os.getpid(), os.fork()
+    parent, children, early = os.getpid(), list[int](), list[int]()
+
+    def forward(number: int, _: object) -> None:
+        if children:
+            os.kill(children[0], number)
+        else:
+            early.append(number)
+
+    before = {number: signal.getsignal(number) for number in _FORWARDED}
+    for number in _FORWARDED:
+        if before[number] is not signal.SIG_IGN:
+            signal.signal(number, forward)
+    child = os.fork()
     if child == 0:
+        for number in _FORWARDED:
+            signal.signal(number, before[number])
         os.close(reading)
         ctypes.CDLL(None).prctl(_DEATH, signal.SIGKILL)
         if os.getppid() != parent:  # gone before the line above
@@ -39,17 +54,14 @@ def run(command: Callable[[], int]) -> int:
         os.write(writing, bytes([code]))
         return code
     os.close(writing)
-    for number in _FORWARDED:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda received, _: os.kill(child, received))
+    children.append(child)
     told = b""
-    while not told:
-        try:
-            told = os.read(reading, 1)
-        except InterruptedError:
-            continue
-        break
-    _, status = os.waitpid(child, 0)
+    for received in early:
+        os.kill(child, received)
+    _, status = os.waitpid(child, 0)  # goes on after a signal (PEP 475)
+    os.set_blocking(reading, False)  # a process that the code under audit has left behind holds the other end open
+    with contextlib.suppress(BlockingIOError):
+        told = os.read(reading, 1)
     if told:
         return told[0]
     if os.WIFSIGNALED(status):

@@ -54,10 +54,10 @@ def test_the_exit_code_is_the_one_that_was_reached(body: str, code: int, said: b
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a child ends with its parent on Linux only")
 def test_signals_reach_the_command_and_it_ends_with_its_parent() -> None:
-    waiting = "\n    try: time.sleep(60)\n    except KeyboardInterrupt: return 130"  # what dpaudit makes of Ctrl-C
+    waiting = "try:\n        print(1, flush=True)\n        time.sleep(60)\n    except KeyboardInterrupt: return 130"
     interrupted = start(waiting)
     assert interrupted.stdout is not None
-    interrupted.stdout.readline()
+    assert [interrupted.stdout.readline()[:5], interrupted.stdout.readline()] == ["child", "1\n"]
     interrupted.send_signal(signal.SIGINT)
     interrupted.communicate(timeout=60)
     assert interrupted.returncode == 130
