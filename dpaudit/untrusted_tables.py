@@ -8,6 +8,7 @@ Every decoder runs within `bounded_memory`, and ValueError is all that a bad fil
 """
 
 import contextlib
+import csv
 import io
 import lzma
 import math
@@ -174,6 +175,11 @@ def read_csv(path: Path, **options: Any) -> "pd.DataFrame":
         raise ValueError(f"a line of more than {MOST_LINE} bytes")
     if content.partition(b"\n")[0].count(b",") >= MOST_NAMES:
         raise ValueError(f"more than {MOST_NAMES} columns")
+    header = next(csv.reader([content.partition(b"\n")[0].decode("utf-8", "replace").lstrip("\ufeff")]), [])
+    names = [name.strip() for name in header]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:  # pandas would rename the second
+        raise ValueError(f"column {twice!r} occurs {names.count(twice)} times")
     try:
         with bounded_memory(), warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)

@@ -162,7 +162,7 @@ def decide(
         shown = "; ".join(f"{t.name}: eps >= {float(t.epsilon_lower or 0):.3g} at {t.confidence:.4g}" for t in above)
         return "inconclusive", (
             f"A bound lies above the claimed eps, at a confidence too low to refute by itself ({shown}): audit again "
-            "with fresh coins (--again).",
+            "with fresh coins.",
         )
     if powered:
         names = "; ".join(

@@ -99,11 +99,11 @@ def _unlike(table: ScoreTable, control: ScoreTable) -> str | None:
     own, theirs = (1 - np.unique(part.scores).size / part.scores.size for part in (table, control))
     if own > theirs + MORE_TIES:
         return f"{own:.0%} of these scores repeat another, {theirs:.0%} of the control's"
-    (middle, spread), (their_middle, their_spread) = (_place(part.scores[~part.members]) for part in (table, control))
+    (middle, spread), (their_middle, their_spread) = (_place(part.scores) for part in (table, control))
     apart = abs(middle - their_middle) > APART * max(spread, their_spread)
     if apart or not 1 / APART <= spread / their_spread <= APART:
         return (
-            f"non-members' scores are of another scale (median {middle:.3g}, half of them within {spread:.3g}) than "
+            f"the scores are of another scale (median {middle:.3g}, half of them within {spread:.3g}) than "
             f"the control's ({their_middle:.3g}, {their_spread:.3g})"
         )
     return None

@@ -49,6 +49,8 @@ def read_scores(path: Path, columns: Columns = USUAL) -> ScoreTable:
 
 def from_frame(frame: pd.DataFrame, columns: Columns = USUAL, *, where: str = "scores") -> ScoreTable:
     """The same of a data frame. `where` names it in errors."""
+    if len(set(astuple(columns))) < len(astuple(columns)):
+        raise UsageError(f"{where}: columns {', '.join(astuple(columns))}; accepted: three different ones")
     _check(where, frame, astuple(columns))
     scores = _numbers(where, frame[columns.score])
     usable = np.abs(scores) <= LARGEST
@@ -148,7 +150,7 @@ def _read(
         kind = path.suffix.lower()
         if kind in (".parquet", ".pq"):
             frame = untrusted_tables.read_parquet(path)
-            if not isinstance(frame.index, pd.RangeIndex):  # stored on purpose
+            if not isinstance(frame.index, pd.RangeIndex) or frame.index.name is not None:  # stored on purpose
                 frame = with_id(frame, columns.id)
         elif kind == ".npz":
             frame = _from_npz(path, columns)

@@ -66,6 +66,8 @@ def command(
     from dpaudit.bounds import validate
     from dpaudit.errors import rejected
 
+    if fail_above is not None:
+        validate.real("--fail-above", fail_above, low=0.0, high=float("inf"))
     if coins not in ("independent", "half", "unknown"):
         raise rejected("--coins", coins, ("independent", "half", "unknown"))
     options = Options(

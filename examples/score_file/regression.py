@@ -77,6 +77,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train and write a score file.")
     parser.add_argument("scores", type=Path)
     parser.add_argument("--bug", choices=BUGS, default="none", help="a mistake on purpose")
+    parser.add_argument(
+        "--control", type=Path, help="scores of a game with a known leak, for the command that is printed"
+    )
     parser.add_argument("--seed", type=int, default=None, help="repeatable (default: from the operating system)")
     given = parser.parse_args()
     rng = np.random.default_rng(secrets.randbits(128) if given.seed is None else given.seed)
@@ -97,7 +100,8 @@ def main() -> None:
     score = [-math.log1p(math.exp(-value)) if value > -50 else value for value in margin]
     given.scores.write_text(table({"id": ids, "member": members.astype(int), "score": np.array(score)}))
     claim = f"--claim-sigma {SIGMA} --claim-rate {RATE} --claim-steps {STEPS}"
-    print(f"dpaudit scores {given.scores} --delta 1e-5 --coins independent --separate {claim}")
+    control = f"--control {given.control}" if given.control is not None else ""
+    print(f"dpaudit scores {given.scores} --delta 1e-5 --coins independent --separate {claim} {control}".rstrip())
 
 
 if __name__ == "__main__":
