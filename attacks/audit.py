@@ -20,7 +20,7 @@ from attacks.games.played import Games
 from attacks.membership.members import member_twin
 from attacks.options import MEMBER_TWIN, TWIN, WHITE_BOX_TWIN, Options, prepare
 from attacks.training import resume_run, start_run
-from dpaudit import stated, verdict
+from dpaudit import checksums, stated, verdict
 from dpaudit.config import RunConfig
 from dpaudit.documents import (
     ABOUT,
@@ -100,6 +100,11 @@ def audit(
     prepare(run, options)
     config = read_config(run)
     chosen = options.named(config)
+    if not any(name.startswith("model/") for name in checksums.read(run.release / checksums.SUMS)):
+        log(
+            f"warning: {run.release / checksums.SUMS} does not name the released model: it was removed or made anew, "
+            "so a game that was removed with it can't be noticed"
+        )
     if not options.audits and not config.canaries.count:
         log(f"{path}: trained without canaries; --canaries trains {TWIN} with them and audits that")
     games = Games.of(run, options.alpha, options.command)

@@ -141,7 +141,9 @@ def _play(at: Playing, games: list[Game], contract: bool, played: Games, claim: 
             played.keep(game.name, found, about="procedure", claim=claim)
     if contract and played.had("step contract") is None:
         at.log("step contract")
-        seen = step_contract(at.setting.factory, time_limit=at.setting.options.time_limit)
+        options = at.setting.options
+        named = None if options.arguments else options.target  # a process of its own can't be handed arguments
+        seen = step_contract(at.setting.factory, time_limit=options.time_limit, target=named)
         result = ContractAudit(verdict=seen.verdict, checks=seen.checks)
         played.add("step contract", about="procedure", claim=claim, contract=result)
     return claim
