@@ -6,8 +6,7 @@ opake-auditing is no dependency of dpaudit. In an environment of its own:
     opake/bin/python benchmarks/bounds_opake.py [--out benchmarks/results]
 
 The coins are Opake's. Members' scores are normal with mean mu, the others' with mean 0. Its threshold is the default,
-the one that is best on the same scores; `at 0` fixes it beforehand. Writes bounds_opake.csv. Not run to its end yet: no
-results are committed.
+the one that is best on the same scores; `at 0` fixes it beforehand. Writes bounds_opake.csv.
 """
 
 import argparse
