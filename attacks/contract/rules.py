@@ -8,6 +8,7 @@ value (SGD, momentum, weight decay, schedules), and Adam's with any of the usual
 
 import itertools
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,16 +19,25 @@ from attacks.contract.training import STEPS
 
 FIRST_DECAYS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 SECOND_DECAYS = (0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9995, 0.9999)
-MARGIN = 3.0  # what a prediction may be off by, in units of what the rule may be off where it was learned
+# What a prediction may be off by, in units of what the rule may be off where it was learned, and of what it was.
+MARGIN, MAGNIFIED = 3.0, 10.0
 
 Rule = Callable[[Vector, Vector, Vector], Vector]  # releases, moves and values before each step, each (STEPS, d)
-Miss = tuple[float, str]
+
+
+class Miss(NamedTuple):
+    """How far off the moves of one block were in one history: in units of what is allowed, where, and the last step
+    that was judged."""
+
+    gap: float
+    where: str
+    last: int
 
 
 def misses(bench: Bench) -> Iterator[Miss]:
-    """(gap in units of what is allowed, where) for each block and history whose rule could be learned."""
+    """For each block whose rule could be learned: two histories with a seed, and two without."""
     learn = bench.series.noises
-    judge = [bench.series.of(course) for course in (bench.training.first, bench.training.second)]
+    judge = [bench.series.of(course) for course in (bench.training.first, bench.training.second, *bench.live)]
     for name in sorted(bench.series.ruled):
         if any(name not in series.release for series in (*learn, *judge)):
             continue
@@ -38,14 +48,27 @@ def misses(bench: Bench) -> Iterator[Miss]:
         rule = _affine(runs, tolerance) or _adam(runs, tolerance, bench.probe.claim.expected_batch_size)
         if rule is None:
             continue
+        allowed = _allowed(bench, rule, runs, tolerance)
         for number, series in enumerate(judge):
             releases, moves, values = _run(series, name, start)
             if not np.isfinite(releases).all():
                 continue
-            gaps = np.abs(rule(releases, moves, values) - moves) / (MARGIN * tolerance[:, None])
-            gaps = np.where(np.isnan(gaps), 0.0, gaps)
+            gaps = np.abs(rule(releases, moves, values) - moves) / allowed[:, None]
+            known = ~np.isnan(gaps)
+            gaps = np.where(known, gaps, 0.0)
             step, _ = np.unravel_index(int(np.argmax(gaps)), gaps.shape)
-            yield float(gaps.max()), f"{name}, step {step + 1} of history {number + 1}"
+            where = f"{name}, step {step + 1} of history {number % 2 + 1}{' without a noise seed' * (number > 1)}"
+            yield Miss(float(gaps.max()), where, int(known.nonzero()[0].max(initial=-1)) + 1)
+
+
+def _allowed(bench: Bench, rule: Rule, runs: "Runs", tolerance: Vector) -> Vector:
+    """(STEPS,) what a prediction may be off by: rounding and a little of the move, and more where the rule is off on what it
+    was learned on, up to MARGIN times what was allowed there."""
+    off = np.max([np.nan_to_num(np.abs(rule(*run) - run[1])).max(axis=1) for run in runs], axis=0)
+    size = np.max([np.abs(run[1]).max(axis=1) for run in runs], axis=0)
+    rounding = tolerance - 10 * AGREEMENT * size
+    least = MARGIN * (bench.probe.agreement * size + rounding)
+    return np.asarray(np.minimum(MARGIN * tolerance, np.maximum(least, MAGNIFIED * off)))
 
 
 def _run(series: Series, name: str, start: Vector) -> tuple[Vector, Vector, Vector]:

@@ -154,7 +154,7 @@ def together(bench: Bench, drawn: Drawn, rate: float) -> tuple[float, str]:
     """(p, what was seen) of the two units that come together most unusually often.
 
     The draws that hold both are Binomial(draws, rate), exactly: q^2 for Poisson batches, B (B - 1) / (n (n - 1)) for
-    fixed ones. The tails fall off to both sides, so the most and the fewest are the least likely; all pairs are counted.
+    fixed ones. Tails fall off to both sides, so the most and the fewest are the least likely; all pairs are counted.
     """
     units = np.arange(drawn.shape[1])
     if units.size < 2:
