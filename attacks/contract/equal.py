@@ -17,19 +17,22 @@ import torch
 from attacks.contract.bench import Bench
 from attacks.contract.guard import MethodFailure
 from attacks.contract.probe import Observation, Vector
-from attacks.contract.rules import Miss
+from attacks.contract.rules import LATE, Miss
 from attacks.contract.subject import Subject
 from attacks.contract.training import STEPS
 
+ENOUGH = 0.3  # of CPU, after which no more steps are compared than must be
 PART = 0.9  # of C: an injected gradient that is not clipped
 MOST_PARTS, MOST_INJECTED = 400, 4_000_000  # gradients, and numbers of them, in one step
-SECONDS = 2.0  # of one training
+SECONDS = 2.0  # of CPU for as many steps as must be compared: a training whose steps take longer is not made
 SAME = 1e-3  # relative gap of releases up to which they are equal
 EARLIER = 10.0  # how far a gap of releases may be magnified in the moves
 
 
-def misses(bench: Bench) -> Iterator[Miss]:
+def misses(bench: Bench, *, covered: bool) -> Iterator[Miss]:
     """(gap in units of what is allowed, where, last step compared) of each block and pair of trainings.
+
+    covered: whether all blocks were judged by rules that were learned; slow trainers are then left alone.
 
     A step that rounds near a jump of its rule (a sign at zero, a tie between blocks) may differ for no reason, so the
     gap of a block is the smaller one of two trainings that have nothing but the rule in common.
@@ -37,13 +40,15 @@ def misses(bench: Bench) -> Iterator[Miss]:
     probe = bench.probe
     if "inject" not in probe.offered or bench.empty_problem is not None or probe.std == 0:
         return
+    if covered and not bench.training.quick:
+        return
     training = bench.training
     noise, none = training.noise[:STEPS], [[] for _ in range(STEPS)]
     kinds = [("injected gradients", [(noise, none), (noise, none)])]
     if probe.copyable:
         batches = [(noise, training.batches), (noise, training.others)]
         kinds.append(("batches whose sums injected gradients take back", batches))
-    if len(bench.live) == 2:
+    if len(bench.live) == 2 and not covered:  # rules that were learned were put to production already
         kinds.append(("without a noise seed", [(course, none) for course in bench.live]))
     for number, (what, kind) in enumerate(kinds):
         try:
@@ -51,6 +56,8 @@ def misses(bench: Bench) -> Iterator[Miss]:
         except MethodFailure:  # takes no injected gradient where there is no unit
             continue
         steps = min(len(gaps) for gaps in both)
+        if steps < LATE:  # other pairs take no less time
+            return
         for name in sorted(probe.shapes) if steps else ():
             worst = [max((gaps[step].get(name, 0.0), step + 1) for step in range(steps)) for gaps in both]
             gap, step = min(worst)
@@ -66,7 +73,7 @@ def _gaps(
     subject = probe.build(bench.training.records, noise)
     own = None if any(batches) else probe.course([[]] * len(meant), noise=noise)
     found: list[dict[str, float]] = []
-    apart, began = 0.0, time.monotonic()
+    apart, began = 0.0, time.process_time()
     for step, (wanted, batch) in enumerate(zip(meant, batches, strict=True)):
         before = own[step] if own is not None else probe.watch(subject.twin(), batch)
         if wanted.noised != before.noised or not _inject(bench, subject, wanted, before):
@@ -80,7 +87,8 @@ def _gaps(
         if not apart <= SAME:
             break
         found.append({name: _gap(bench, name, wanted, seen, values[name], apart) for name in probe.shapes})
-        if time.monotonic() - began > SECONDS:
+        spent = time.process_time() - began
+        if spent * LATE / (step + 1) > SECONDS or (step + 1 >= LATE and spent > ENOUGH):
             break
     return found
 

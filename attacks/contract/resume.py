@@ -83,8 +83,8 @@ def checks(bench: Bench) -> Iterator[Check]:
 
 
 def _forks(bench: Bench) -> Vector | str:
-    """(3 x FORKED, d) noise without a seed: of a trainer before its checkpoint and of two that go on from it, over FORKS
-    such trainings; or what failed."""
+    """(3 x FORKED, d) noise without a seed: of a trainer before its checkpoint and of two that go on from it; of
+    FORKS such trainings, side by side. Or what failed."""
     probe, forks = bench.probe, []
     with tempfile.TemporaryDirectory(prefix="dpaudit-check-") as folder:
         try:

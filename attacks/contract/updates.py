@@ -18,7 +18,6 @@ from dpaudit.documents import Check
 
 PILOT, MOST_RUNS = 8, 200
 RUNS = 10  # noise seeds behind the fit of the update rule
-LATE = 12  # a step up to which the update must have been judged
 
 
 def checks(bench: Bench) -> Iterator[Check]:
@@ -140,7 +139,9 @@ def update_rule(bench: Bench) -> Check:
     misses = [_miss_of_step(bench, name, weights[name], second) for name in sorted(weights) for second in (False, True)]
     judgeable = [miss for miss in misses if miss is not None]
     if bench.empty_problem is None:
-        late = [*rules.misses(bench), *equal.misses(bench)]
+        late = list(rules.misses(bench))
+        covered = {miss.where.split(",")[0] for miss in late if miss.last >= rules.LATE} >= set(weights)
+        late += equal.misses(bench, covered=covered)
         judgeable, misses = judgeable + late, [*misses, *late]
     if not judgeable:
         return skipped(RULE, "the update rule is neither affine nor a sign, so it can't be learned", RULE_WHY)
@@ -148,7 +149,7 @@ def update_rule(bench: Bench) -> Check:
     last = max(miss.last for miss in judgeable)
     measured = f"prediction off by {worst:.2g} x the tolerance ({where}; {len(judgeable)} of {len(misses)} cases judged"
     measured += f", {'step 1 alone' if last == 1 else f'steps 1 to {last}'})"
-    if worst <= 1 and last < LATE:
+    if worst <= 1 and last < rules.LATE:
         return skipped(RULE, f"{measured}: the rule of later steps could not be learned{_why(bench)}", RULE_WHY)
     return judged(RULE, worst <= 1, measured, "at most 1", RULE_WHY)
 
