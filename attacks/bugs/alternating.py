@@ -144,7 +144,7 @@ class AdagradOfCleanSums(Compact):
 
 
 class LessNoiseApplied(Compact):
-    """The gradient that is applied has 0.98 of the noise that the released one has: their difference shows the noise."""
+    """The gradient that is applied has 0.98 of the released one's noise: their difference shows the noise."""
 
     def update(self, noisy: Tensor, clean_sum: Tensor) -> None:
         clean = clean_sum / self.expected_batch_size
@@ -169,19 +169,20 @@ BUGS = (
     Bug("coupled-pair", "B17", CoupledPair, REASONING, effect="two units share one coin", seen_by=SPREAD),
     Bug("rate-of-private-size", "B17", RateOfPrivateSize, "Opacus issues 813 and 814",
         effect="the rate follows a private number", seen_by="draws over half of the records"),
-    Bug("clean-mean-in-production", "B8", CleanMeanInProduction, REASONING, effect="no noise in what is trained",
+    Bug("clean-mean-in-production", "B39", CleanMeanInProduction, REASONING, effect="no noise in what is trained",
         seen_by="moves without a seed"),
-    Bug("clean-mask-in-production", "B9", CleanMaskInProduction, REASONING, effect="the mask has no noise",
+    Bug("clean-mask-in-production", "B39", CleanMaskInProduction, REASONING, effect="the mask has no noise",
         seen_by="masks without a seed"),
-    Bug("stands-still-in-production", "B37", StandsStillInProduction, REASONING, effect="nothing is trained",
+    Bug("stands-still-in-production", "B39", StandsStillInProduction, REASONING, effect="nothing is trained",
         seen_by="moves without a seed", violation=False),
-    Bug("other-epsilon-in-production", "B18", OtherEpsilonInProduction, REASONING,
+    Bug("other-epsilon-in-production", "B39", OtherEpsilonInProduction, REASONING,
         effect="eps of more noise than there is", seen_by="eps without a seed"),
-    Bug("resumed-noise-again", "B13", ResumedNoiseAgain, REASONING,
-        effect="differences of releases before and after a checkpoint have no noise", seen_by="checkpoints without a seed"),
-    Bug("lion-of-clean-sums", "B8", LionOfCleanSums, REASONING, effect="clean sums decide moves", seen_by=UPDATE),
-    Bug("adagrad-of-clean-sums", "B8", AdagradOfCleanSums, REASONING, effect="clean sums scale moves", seen_by=UPDATE),
-    Bug("less-noise-applied", "B8", LessNoiseApplied, REASONING,
+    Bug("resumed-noise-again", "B39", ResumedNoiseAgain, REASONING,
+        effect="differences of releases before and after a checkpoint have no noise",
+        seen_by="checkpoints without a seed"),
+    Bug("lion-of-clean-sums", "B33", LionOfCleanSums, REASONING, effect="clean sums decide moves", seen_by=UPDATE),
+    Bug("adagrad-of-clean-sums", "B33", AdagradOfCleanSums, REASONING, effect="clean sums scale moves", seen_by=UPDATE),
+    Bug("less-noise-applied", "B33", LessNoiseApplied, REASONING,
         effect="release and move together show the sum without noise", seen_by=UPDATE),
     Bug("epsilon-ends-with-the-plan", "B18", EpsilonEndsWithThePlan, REASONING,
         effect="9.97 is quoted where 10.98 were spent", seen_by="eps beyond the claimed steps"),
