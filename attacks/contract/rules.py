@@ -165,12 +165,16 @@ def _adam(runs: Runs, tolerance: Vector, batch: float) -> Rule | None:
     best: tuple[float, tuple[float, float], Vector] | None = None
     for decays in itertools.product(FIRST_DECAYS, SECOND_DECAYS):
         directions = np.stack([_direction(run[0] / batch, *decays) for run in runs], axis=1)
-        rates = np.stack([_rates(directions[step], values[step], moves[step]) for step in range(STEPS)])
-        fitted = rates[:, 0, None, None] * directions + rates[:, 1, None, None] * values
-        off = float((np.abs(fitted - moves).max(axis=(1, 2)) / tolerance).max())
-        if best is None or off < best[0]:
+        rates, off = np.zeros((STEPS, 2)), 0.0
+        for step in reversed(range(STEPS)):  # late steps tell decay rates apart
+            rates[step] = _rates(directions[step], values[step], moves[step])
+            fitted = rates[step, 0] * directions[step] + rates[step, 1] * values[step]
+            off = max(off, float(np.abs(fitted - moves[step]).max() / tolerance[step]))
+            if off > 1:
+                break
+        if off <= 1 and (best is None or off < best[0]):
             best = off, decays, rates
-    if best is None or best[0] > 1:
+    if best is None:
         return None
     _, decays, rates = best
 
