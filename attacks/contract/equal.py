@@ -24,7 +24,7 @@ from attacks.contract.training import STEPS
 ENOUGH = 0.3  # of CPU, after which no more steps are compared than must be
 PART = 0.9  # of C: an injected gradient that is not clipped
 MOST_PARTS, MOST_INJECTED = 400, 4_000_000  # gradients, and numbers of them, in one step
-SECONDS = 2.0  # of CPU for as many steps as must be compared: a training whose steps take longer is not made
+SECONDS = 4.0  # of CPU for as many steps as must be compared: a training whose steps take longer is not made
 SAME = 1e-3  # relative gap of releases up to which they are equal
 EARLIER = 10.0  # how far a gap of releases may be magnified in the moves
 

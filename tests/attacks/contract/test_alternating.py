@@ -10,7 +10,19 @@ import torch
 from scipy.stats import binom
 
 from attacks.bugs import alternating, correct_updates
-from attacks.contract import CORE, accounting, equal, liveness, resume, rules, sampling, units, updates, verdict
+from attacks.contract import (
+    CORE,
+    accounting,
+    equal,
+    liveness,
+    resume,
+    rules,
+    sampling,
+    training,
+    units,
+    updates,
+    verdict,
+)
 from attacks.contract.bench import Bench
 from attacks.contract.probe import Probe
 from attacks.contract.result import judged, skipped
@@ -18,6 +30,13 @@ from dpaudit.documents import Check
 from trainers.adapters.compact import SHAPES, Adam, Compact, FixedSize, Pruned
 
 Checks = Callable[[Bench], Iterable[Check]]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loaded machine may not decide what is looked at."""
+    monkeypatch.setattr(training, "FAST", 10.0)
+    monkeypatch.setattr(equal, "SECONDS", 1e6)
 
 
 def one(function: Callable[[Bench], Check]) -> Checks:
@@ -28,7 +47,7 @@ EXPECTED: list[tuple[type[Compact], Checks, str, str]] = [
     (alternating.LargestComesAgain, sampling.checks, sampling.EPOCH, "while it trains"),
     (alternating.RateGrowsWithSteps, sampling.checks, sampling.MARGINALS, "while it trains"),
     (alternating.CoupledPair, sampling.checks, sampling.SPREAD, "units 1 and 2 together in"),
-    (alternating.RateOfPrivateSize, sampling.checks, sampling.MARGINALS, "with half of the records: mean rate 0.2"),
+    (alternating.RateOfPrivateSize, sampling.checks, sampling.MARGINALS, "with half of the records: mean rate"),
     (alternating.CleanMeanInProduction, one(updates.update_rule), updates.RULE, "without a noise seed"),
     (alternating.CleanMaskInProduction, one(updates.mask), updates.MASK, "of 19 were not applied"),
     (alternating.StandsStillInProduction, one(liveness.moves), liveness.MOVES, "without a noise seed"),
