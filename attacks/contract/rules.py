@@ -61,7 +61,7 @@ def misses(bench: Bench) -> Iterator[Miss]:
             gaps = np.where(known, gaps, 0.0)
             step, _ = np.unravel_index(int(np.argmax(gaps)), gaps.shape)
             where = f"{name}, step {step + 1} of history {number % 2 + 1}{' without a noise seed' * (number > 1)}"
-            yield Miss(float(gaps.max()), where, int(known.any(axis=1).nonzero()[0].max(initial=-1)) + 1)
+            yield Miss(float(gaps.max()), where, int(np.flatnonzero(known.any(axis=1)).max(initial=-1)) + 1)
 
 
 def _learned(bench: Bench, name: str, start: Vector) -> tuple[Callable[[Series], Run], Rule, Vector] | None:
