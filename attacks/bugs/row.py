@@ -22,6 +22,7 @@ KINDS = {
     "probes": "few records",
     "accounting": "accounting of another scheme",
     "unusual": "one size, one moment, one delta",
+    "alternating": "between draws and steps, between two units, behind the release",
 }
 
 

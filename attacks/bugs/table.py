@@ -7,6 +7,7 @@ production stand in the modules that have them. Fields: attacks/bugs/row.py.
 
 from attacks.bugs import (
     accounting,
+    alternating,
     clipping,
     dead,
     fusion,
@@ -164,6 +165,7 @@ BUGS: tuple[Bug, ...] = (
     *probes.BUGS,
     *accounting.BUGS,
     *unusual.BUGS,
+    *alternating.BUGS,
 )
 
 

@@ -39,7 +39,8 @@ __all__ = ["FALSE_ALARMS", "Examination", "MethodFailure", "assert_contract", "c
 # In the order of a step.
 MODULES = (units, influence, history, noise, production, later, updates, liveness, sampling, resume, accounting)
 
-# Without these a pass would say too little: the verdict is then "inconclusive".
+# Without these a pass would say too little: the verdict is then "inconclusive". So it is where neither the update rule
+# nor the public line of a zeroth-order step was judged.
 CORE = (influence.INFLUENCE, influence.CLIPPING, influence.ISOLATION, noise.LEVEL, noise.OF_DATA)
 
 # Checks with a statistical test: each alarms on a correct trainer with probability at most stats.ALPHA. Those of the
@@ -153,7 +154,9 @@ def verdict(checks: tuple[Check, ...], *, stated: Stated = NOTHING_STATED) -> Li
     if any(item.status == "fail" and item.waived is None for item in checks):
         return "fail"
     needed = CORE if stated.epsilon is None else (*CORE, accounting.CLAIMED)
-    missing = [item for item in checks if item.name in needed and item.status == "not applicable"]
+    lacking = {item.name for item in checks if item.status == "not applicable"}
+    # What a zeroth-order step may do with the parameters is the public line's check.
+    missing = lacking.intersection(needed) or {updates.RULE, updates.LINE} <= lacking
     return "inconclusive" if missing else "pass"
 
 

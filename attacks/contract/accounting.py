@@ -1,11 +1,13 @@
 """The eps that the trainer reports, and the one that is claimed for it, against an accountant of our own."""
 
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from attacks.contract.bench import Bench
 from attacks.contract.draws import reported, window_of
+from attacks.contract.guard import MethodFailure
 from attacks.contract.probe import Probe
 from attacks.contract.result import judged, skipped
 from dpaudit import accounting
@@ -14,6 +16,8 @@ from dpaudit.documents import Check
 
 STEPS, MANY = 20, 60
 EARLY = (1, 2, 9, 19, STEPS)  # also off the beat of accountants that are asked every 10 steps
+BEYOND, LONGEST, CHEAP = 0.2, 500, 0.1  # of the claimed steps; at most so many; seconds of a step and its eps
+SAME = 1e-3  # of eps, with and without a noise seed
 OTHER = 0.01  # times the claim's delta: an eps that does not follow delta is right for one of them at most
 DEFAULT_DELTA = 1e-5
 # Ours is an upper bound, tight to 1e-4; accountants that are right to 1 % (PRV at eps_error 0.01) still pass.
@@ -36,7 +40,7 @@ def checks(bench: Bench) -> Iterator[Check]:
 
 def epsilon(bench: Bench) -> Check:
     """After one step (an empty one where that works), at several up to twenty, and at all that are claimed where steps
-    are quick; at the claim's delta, and at a smaller one."""
+    are quick, and beyond them; at the claim's delta, and at a smaller one; without a noise seed as with one."""
     probe = bench.probe
     if "epsilon" not in probe.offered:
         return skipped(EPSILON, probe.lacking["epsilon"], EPSILON_WHY)
@@ -51,25 +55,79 @@ def epsilon(bench: Bench) -> Check:
     if any(value is None for value in needed.values()):
         why = f"no proof known to dpaudit for {probe.claim.mechanism} noise with {probe.claim.sampling} batches"
         return skipped(EPSILON, why, EPSILON_WHY)
-    subject = probe.build(probe.own)
-    first = [] if bench.empty_problem is None else [bench.picks.anchor]
-    found: dict[tuple[int, float], float] = {}
-    for step in range(1, counts[-1] + 1):
-        subject.ask("step", [bench.picks.anchor] if 1 < step <= STEPS else first)
-        for pair in (pair for pair in needed if pair[0] == step):
-            found[pair] = reported(subject, pair[1])
+    found = _reported(bench, needed, counts[-1])
     lines, short = [], []
     for (steps, at), ours in needed.items():
         assert ours is not None
-        empty = " (an empty batch)" if steps == 1 and not first else ""
+        empty = " (an empty batch)" if steps == 1 and bench.empty_problem is None else ""
         where = f" at delta = {at:g}" if at != delta else ""
         lines.append(f"{found[steps, at]:.4g} after {steps} step{'s'[: steps - 1]}{empty}{where}, ours {ours:.4g}")
         if not found[steps, at] >= ours * (1 - RELATIVE) - ABSOLUTE:
             short.append(lines[-1])
+    beyond, early = _beyond(bench, delta), [pair for pair in needed if pair[0] <= STEPS]
+    if beyond is not None:
+        lines.append(f"{beyond[0]:.4g} after {beyond[2]} steps, more than claimed, ours {beyond[1]:.4g}")
+        if not beyond[0] >= beyond[1] * (1 - RELATIVE) - ABSOLUTE:
+            short.append(lines[-1])
+    if not short and early:
+        lines, short = _in_production(bench, found, early, lines)
     scheme = f"{probe.claim.mechanism} noise, {probe.claim.sampling} batches, {probe.claim.relation}"
     allowed = f"at least ours for {scheme}, less {RELATIVE:.0%} and {ABSOLUTE:g}"
     measured = f"eps at delta = {delta:g}: {'; '.join(short or lines)}"
     return judged(EPSILON, not short, measured, allowed, EPSILON_WHY)
+
+
+def _reported(
+    bench: Bench, asked: Iterable[tuple[int, float]], last: int, noise: int | None = 0
+) -> dict[tuple[int, float], float]:
+    """What one trainer reports at each (steps, delta)."""
+    subject = bench.probe.build(bench.probe.own, noise)
+    first = [] if bench.empty_problem is None else [bench.picks.anchor]
+    found: dict[tuple[int, float], float] = {}
+    for step in range(1, last + 1):
+        subject.ask("step", [bench.picks.anchor] if 1 < step <= STEPS else first)
+        for pair in (pair for pair in asked if pair[0] == step):
+            found[pair] = reported(subject, pair[1])
+    return found
+
+
+def _beyond(bench: Bench, delta: float) -> tuple[float, float, int] | None:
+    """(reported, ours, steps) of a training that goes on for BEYOND of its claimed steps; None where that takes time or
+    the trainer refuses: a table of eps, or a budget, may end where the training was planned to end."""
+    probe, steps = bench.probe, bench.probe.claim.steps
+    if steps is None or not bench.training.quick or steps > LONGEST or probe.claim.sampling == "allocation":
+        return None
+    last = steps + math.ceil(BEYOND * steps)
+    subject = probe.build(probe.own)
+    try:
+        began = time.monotonic()
+        subject.ask("step", [])
+        reported(subject, delta)
+        if time.monotonic() - began > CHEAP:
+            return None
+        for _ in range(last - 1):
+            subject.ask("step", [])
+        found = reported(subject, delta)
+    except MethodFailure:
+        return None
+    ours = spent(probe, last, delta)
+    return None if ours is None else (found, ours, last)
+
+
+def _in_production(
+    bench: Bench, found: dict[tuple[int, float], float], asked: list[tuple[int, float]], lines: list[str]
+) -> tuple[list[str], list[str]]:
+    """(lines, those that are wrong): a trainer without a noise seed reports the same eps as one with a seed."""
+    try:
+        live = _reported(bench, asked, max(steps for steps, _ in asked), None)
+    except MethodFailure as failure:
+        return lines, [f"with noise_seed=None {failure}"]
+    wrong = [
+        f"{live[pair]:.4g} without a noise seed and {found[pair]:.4g} with one, after {pair[0]} steps"
+        for pair in asked
+        if live[pair] != found[pair] and not abs(live[pair] - found[pair]) <= SAME * abs(found[pair])
+    ]
+    return [*lines, "the same without a noise seed"], wrong
 
 
 def _counts(bench: Bench) -> list[int]:

@@ -80,6 +80,19 @@ class Bench:
         return Training(self.probe, self.picks.place, len(self.sample), empties=self.empty_problem is None)
 
     @cached_property
+    def live(self) -> list[list[Observation]]:
+        """Both histories by trainers without a noise seed, as in production; none where these can't be asked, which
+        'batches without a seed' reports."""
+        training = self.training
+        try:
+            return [
+                self.probe.course(batches, records=training.records, noise=None)
+                for batches in (training.batches, training.others)
+            ]
+        except MethodFailure:
+            return []
+
+    @cached_property
     def series(self) -> "Everything":
         """Pure noise under several seeds."""
         from attacks.contract.series import Everything

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from attacks.contract.guard import MethodFailure
-from attacks.contract.probe import Probe
+from attacks.contract.probe import Probe, Records
 from attacks.contract.subject import Subject
 from dpaudit.claims import StepClaim
 
@@ -34,19 +34,22 @@ def draw(
     playing: int = 0,
     noise: int | None = 0,
     empties: bool = True,
+    records: Records | None = None,
+    cheap: bool = True,
 ) -> Draws:
     """Draws of one trainer after the steps `path`; the first `playing` of them are also stepped on, as in a training.
 
-    noise: which noise seed it has; None: none, as in production. empties: whether an empty batch is a step.
+    noise: which noise seed it has; None: none, as in production. empties: whether an empty batch is a step. records:
+    other ones than its own. cheap: whether more are drawn where they take no time.
 
     As many draws as EPOCHS epochs take, fewer where they are slow and more where they are cheap.
     """
     window = window_of(probe.claim)
-    subject = probe.grown(tuple(tuple(part) for part in path), noise=noise)
-    count, began = len(probe.own.items), time.monotonic()
+    subject = probe.grown(tuple(tuple(part) for part in path), records, noise=noise)
+    count, began = len((records or probe.own).items), time.monotonic()
     rows: list[Drawn] = []
     twice = 0
-    while _another(len(rows), window, time.monotonic() - began):
+    while _another(len(rows) - playing, window, time.monotonic() - began, cheap=cheap):
         indices = ask(subject, count)
         row = np.zeros(count, dtype=bool)
         row[indices] = True
@@ -57,10 +60,10 @@ def draw(
     return Draws(np.stack(rows), twice)
 
 
-def _another(done: int, window: int, spent: float) -> bool:
+def _another(done: int, window: int, spent: float, *, cheap: bool) -> bool:
     """Whether one more draw is worth its time after `done` of them in `spent` seconds."""
     if done >= min(MOST_DRAWS, max(LEAST_DRAWS, EPOCHS * window)):
-        return done < CHEAP_DRAWS and spent < CHEAP_SECONDS
+        return cheap and done < CHEAP_DRAWS and spent < CHEAP_SECONDS
     return done < 10 * window or spent < SECONDS
 
 

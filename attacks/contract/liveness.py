@@ -44,10 +44,27 @@ def moves(bench: Bench) -> Check:
     measured = f"{len(moved)} of {len(probe.shapes)} blocks moved in {len(steps)} steps"
     if still:
         measured = f"never moved in {len(steps)} steps: {joined(still)} ({len(still)} of {len(due)} released blocks)"
-    stopped = {} if still else _stopped(bench, courses)
+    stopped = {} if still else _stopped(bench, [*courses, *bench.live])
     if stopped:
         measured = f"moved no more: {', '.join(f'{name} after step {step}' for name, step in sorted(stopped.items()))}"
-    return judged(MOVES, not still and not stopped, measured, "every block that is updated moves", MOVES_WHY)
+    idle = [] if still or stopped else _idle(bench)
+    if idle:
+        measured = f"never moved without a noise seed, and did with one: {joined(idle)}"
+    return judged(
+        MOVES, not still and not stopped and not idle, measured, "every block that is updated moves", MOVES_WHY
+    )
+
+
+def _idle(bench: Bench) -> list[str]:
+    """Blocks that moved in most steps of a history with a noise seed and in none of those without."""
+    training, live = bench.training, [seen for course in bench.live for seen in course]
+    seeded = [*training.first, *training.second]
+
+    def times(steps: list[Observation], name: str) -> int:
+        return sum(bool(seen.moved[name].any()) for seen in steps if name in seen.moved)
+
+    names = bench.probe.shapes if live else ()
+    return [name for name in names if 2 * times(seeded, name) > len(seeded) and not times(live, name)]
 
 
 def _stopped(bench: Bench, courses: list[list[Observation]]) -> dict[str, int]:

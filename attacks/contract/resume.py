@@ -9,6 +9,7 @@ import numpy as np
 from attacks.contract import statistics as stats
 from attacks.contract.bench import Bench
 from attacks.contract.draws import reported
+from attacks.contract.guard import MethodFailure
 from attacks.contract.probe import Vector
 from attacks.contract.result import joined, judged, skipped
 from attacks.contract.subject import Subject
@@ -16,6 +17,7 @@ from dpaudit.documents import Check
 
 SEEDS, FEW_SEEDS = 8, 4  # few where the factory is slow
 EMPTY, BEFORE = 3, 9  # empty steps, and steps on data, before the checkpoint
+FORKS, FEW_FORKS, FORKED = 4, 2, 3  # trainings without a noise seed; steps before and after each checkpoint
 DEFAULT_DELTA = 1e-5
 LOST = 2.0**-8  # of a parameter's size: what a checkpoint in bfloat16 may lose
 
@@ -77,7 +79,28 @@ def checks(bench: Bench) -> Iterator[Check]:
                 later.append(_kept(bench, seen.released))
     yield _parameters(moved, lost)
     yield _eps(eps)
-    yield _noise(bench, earlier, later)
+    yield _noise(bench, earlier, later, _forks(bench) if empty else None)
+
+
+def _forks(bench: Bench) -> Vector | str:
+    """(3 x FORKED, d) noise without a seed: of a trainer before its checkpoint and of two that go on from it; of
+    FORKS such trainings, side by side. Or what failed."""
+    probe, forks = bench.probe, []
+    with tempfile.TemporaryDirectory(prefix="dpaudit-check-") as folder:
+        try:
+            for number in range(FEW_FORKS if probe.slow else FORKS):
+                path = Path(folder) / f"checkpoint-{number}"
+                subject = probe.build(bench.training.records, None)
+                rows = [_kept(bench, probe.watch(subject, []).released) for _ in range(FORKED)]
+                subject.ask("save", path)
+                for _ in range(2):
+                    resumed = probe.build(bench.training.records, None)
+                    resumed.ask("load", path)
+                    rows += [_kept(bench, probe.watch(resumed, []).released) for _ in range(FORKED)]
+                forks.append(np.stack(rows))
+        except MethodFailure as failure:
+            return f"with noise_seed=None {failure}"
+    return np.concatenate(forks, axis=1)
 
 
 def _step(noise: dict[str, "np.typing.NDArray[np.float32]"], step: int) -> Vector:
@@ -123,8 +146,9 @@ def _eps(eps: list[tuple[float, float]]) -> Check:
     return judged(RESUME_EPSILON, after >= before * (1 - 1e-6), measured, "not less", RESUME_EPSILON_WHY)
 
 
-def _noise(bench: Bench, earlier: list[list[Vector]], later: list[Vector]) -> Check:
-    """Correlation of the resumed step's noise with that of every earlier step."""
+def _noise(bench: Bench, earlier: list[list[Vector]], later: list[Vector], forks: Vector | str | None) -> Check:
+    """Correlation of the resumed step's noise with that of every earlier step; without a seed, of the steps before a
+    checkpoint and of those of two trainers after it."""
     if not later:
         return skipped(RESUME_NOISE, f"needs an empty batch: {bench.empty_problem}", RESUME_NOISE_WHY)
     test = stats.symmetric_correlation if bench.probe.mechanism == "laplace" else stats.correlation
@@ -138,4 +162,21 @@ def _noise(bench: Bench, earlier: list[list[Vector]], later: list[Vector]) -> Ch
         p = 0.0 if abs(r) > 1 - 1e-9 else 1.0  # correlation is allowed, repetition is not
     p = min(1.0, steps * p)
     measured = f"correlation {r:.3g} with step {worst + 1} of {steps} (p = {p:.2g})"
-    return judged(RESUME_NOISE, p > stats.ALPHA, measured, f"none: p above {stats.ALPHA:g}", RESUME_NOISE_WHY)
+    fine, alpha = p > stats.ALPHA / 2, stats.ALPHA / 2
+    if fine and forks is not None:
+        fine, said = _forked(bench, forks)
+        measured = f"{measured}; without a seed {said}" if fine else f"without a seed {said}"
+    return judged(RESUME_NOISE, fine, measured, f"none: p above {alpha:g}", RESUME_NOISE_WHY)
+
+
+def _forked(bench: Bench, forks: Vector | str) -> tuple[bool, str]:
+    """Whether any two of the steps before a checkpoint and after it, by two trainers, share noise."""
+    if isinstance(forks, str):
+        return False, forks
+    mechanism = bench.probe.mechanism
+    r, p, (a, b), pairs = stats.most_correlated(np.nan_to_num(forks), symmetric=mechanism in ("laplace", "correlated"))
+    if mechanism == "correlated":
+        p = 0.0 if abs(r) > 1 - 1e-9 else 1.0
+    who = ("before the checkpoint", "of a trainer that loaded it", "of another that loaded it")
+    named = " and ".join(f"step {place % FORKED + 1} {who[place // FORKED]}" for place in (a, b))
+    return p > stats.ALPHA / 2, f"correlation {r:.3g} ({named}; p = {p:.2g} over {pairs} pairs)"

@@ -7,7 +7,9 @@ value (SGD, momentum, weight decay, schedules), and Adam's with any of the usual
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,47 +20,101 @@ from attacks.contract.training import STEPS
 
 FIRST_DECAYS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 SECOND_DECAYS = (0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9995, 0.9999)
-MARGIN = 3.0  # what a prediction may be off by, in units of what the rule may be off where it was learned
+# What a prediction may be off by, in units of what the rule may be off where it was learned, and of what it was.
+MARGIN, MAGNIFIED = 3.0, 10.0
 
+LATE = 12  # a step up to which the update must have been judged
+CLIPPED = (math.inf, 1.0, 1e-6)  # norms to which an optimiser may clip the whole noisy mean; the last one normalises it
+
+Run = tuple[Vector, Vector, Vector]
+Runs = list[Run]
 Rule = Callable[[Vector, Vector, Vector], Vector]  # releases, moves and values before each step, each (STEPS, d)
-Miss = tuple[float, str]
+
+
+class Miss(NamedTuple):
+    """How far off the moves of one block were in one history: in units of what is allowed, where, and the last step
+    that was judged."""
+
+    gap: float
+    where: str
+    last: int
 
 
 def misses(bench: Bench) -> Iterator[Miss]:
-    """(gap in units of what is allowed, where) for each block and history whose rule could be learned."""
+    """For each block whose rule could be learned: two histories with a seed, and two without."""
     learn = bench.series.noises
-    judge = [bench.series.of(course) for course in (bench.training.first, bench.training.second)]
+    judge = [bench.series.of(course) for course in (bench.training.first, bench.training.second, *bench.live)]
     for name in sorted(bench.series.ruled):
         if any(name not in series.release for series in (*learn, *judge)):
             continue
         start = bench.probe.start[name][bench.series.ruled[name]]
-        runs = [_run(series, name, start) for series in learn]
-        tolerance = 10 * AGREEMENT * np.max([np.abs(run[1]).max(axis=1) for run in runs], axis=0)
-        tolerance = tolerance + 4e-7 * float(np.abs(start).max(initial=0.0)) + 1e-300
-        rule = _affine(runs, tolerance) or _adam(runs, tolerance, bench.probe.claim.expected_batch_size)
-        if rule is None:
+        found = _learned(bench, name, start)
+        if found is None:
             continue
+        scaled, rule, allowed = found
         for number, series in enumerate(judge):
-            releases, moves, values = _run(series, name, start)
+            releases, moves, values = scaled(series)
             if not np.isfinite(releases).all():
                 continue
-            gaps = np.abs(rule(releases, moves, values) - moves) / (MARGIN * tolerance[:, None])
-            gaps = np.where(np.isnan(gaps), 0.0, gaps)
+            gaps = np.abs(rule(releases, moves, values) - moves) / allowed[:, None]
+            known = ~np.isnan(gaps)
+            gaps = np.where(known, gaps, 0.0)
             step, _ = np.unravel_index(int(np.argmax(gaps)), gaps.shape)
-            yield float(gaps.max()), f"{name}, step {step + 1} of history {number + 1}"
+            where = f"{name}, step {step + 1} of history {number % 2 + 1}{' without a noise seed' * (number > 1)}"
+            yield Miss(float(gaps.max()), where, int(np.flatnonzero(known.any(axis=1)).max(initial=-1)) + 1)
 
 
-def _run(series: Series, name: str, start: Vector) -> tuple[Vector, Vector, Vector]:
+def _learned(bench: Bench, name: str, start: Vector) -> tuple[Callable[[Series], Run], Rule, Vector] | None:
+    """(what the rule sees of a training, the rule, what it may be off by in each step) of one block.
+
+    The rule may see the release as it is, or clipped as a whole once more (`max_grad_norm` of a Trainer).
+    """
+    batch = bench.probe.claim.expected_batch_size
+    for most in CLIPPED:
+
+        def scaled(series: Series, most: float = most) -> Run:
+            releases, moves, values = _run(series, name, start)
+            if most < math.inf:
+                norms = _norms(bench, series) / batch
+                releases = releases * np.minimum(1.0, most / np.maximum(norms, 1e-300))[:, None]
+            return releases, moves, values
+
+        runs = [scaled(series) for series in bench.series.noises]
+        if np.isnan(runs[0][0]).any() and most < math.inf:
+            return None
+        tolerance = 10 * AGREEMENT * np.max([np.abs(run[1]).max(axis=1) for run in runs], axis=0)
+        tolerance = tolerance + 4e-7 * float(np.abs(start).max(initial=0.0)) + 1e-300
+        rule = _affine(runs, tolerance) or _adam(runs, tolerance, batch)
+        if rule is not None:
+            return scaled, rule, _allowed(bench, rule, runs, tolerance)
+    return None
+
+
+def _norms(bench: Bench, series: Series) -> Vector:
+    """(STEPS,) of the whole releases, NaN where only a part of their coordinates is kept."""
+    whole = all(bench.series.kept[name].size == size for name, size in bench.series.sizes.items())
+    squares = sum(np.nansum(rows[:STEPS].astype(np.float64) ** 2, axis=1) for rows in series.noise.values())
+    return np.sqrt(squares) if whole else np.full(STEPS, np.nan)
+
+
+def _allowed(bench: Bench, rule: Rule, runs: Runs, tolerance: Vector) -> Vector:
+    """(STEPS,) what a prediction may be off by: rounding and a little of the move, and more where the rule is off
+    on what it was learned on, up to MARGIN times what was allowed there."""
+    off = np.max([np.nan_to_num(np.abs(rule(*run) - run[1])).max(axis=1) for run in runs], axis=0)
+    size = np.max([np.abs(run[1]).max(axis=1) for run in runs], axis=0)
+    rounding = tolerance - 10 * AGREEMENT * size
+    least = MARGIN * (bench.probe.agreement * size + rounding)
+    return np.asarray(np.minimum(MARGIN * tolerance, np.maximum(least, MAGNIFIED * off)))
+
+
+def _run(series: Series, name: str, start: Vector) -> Run:
     """(releases, moves, values before the step) of the first STEPS steps, each (STEPS, d)."""
     moves = series.moved[name][:STEPS]
     values = start + np.concatenate([np.zeros((1, start.size)), np.cumsum(moves, axis=0)[:-1]])
     return series.release[name][:STEPS], moves, values
 
 
-Runs = list[tuple[Vector, Vector, Vector]]
-
-
-def _inputs(run: tuple[Vector, Vector, Vector], step: int) -> Vector:
+def _inputs(run: Run, step: int) -> Vector:
     """(p, d): the release, then what a linear optimiser can remember by: the last move and the present value."""
     releases, moves, values = run
     rows = [releases[step]]
@@ -109,12 +165,16 @@ def _adam(runs: Runs, tolerance: Vector, batch: float) -> Rule | None:
     best: tuple[float, tuple[float, float], Vector] | None = None
     for decays in itertools.product(FIRST_DECAYS, SECOND_DECAYS):
         directions = np.stack([_direction(run[0] / batch, *decays) for run in runs], axis=1)
-        rates = np.stack([_rates(directions[step], values[step], moves[step]) for step in range(STEPS)])
-        fitted = rates[:, 0, None, None] * directions + rates[:, 1, None, None] * values
-        off = float((np.abs(fitted - moves).max(axis=(1, 2)) / tolerance).max())
-        if best is None or off < best[0]:
+        rates, off = np.zeros((STEPS, 2)), 0.0
+        for step in reversed(range(STEPS)):  # late steps tell decay rates apart
+            rates[step] = _rates(directions[step], values[step], moves[step])
+            fitted = rates[step, 0] * directions[step] + rates[step, 1] * values[step]
+            off = max(off, float(np.abs(fitted - moves[step]).max() / tolerance[step]))
+            if off > 1:
+                break
+        if off <= 1 and (best is None or off < best[0]):
             best = off, decays, rates
-    if best is None or best[0] > 1:
+    if best is None:
         return None
     _, decays, rates = best
 

@@ -10,7 +10,9 @@ from attacks.contract import allocation
 from attacks.contract import statistics as stats
 from attacks.contract.allocation import Found
 from attacks.contract.bench import Bench
-from attacks.contract.draws import Drawn, Draws, draw, window_of
+from attacks.contract.draws import LEAST_DRAWS, Drawn, draw, window_of
+from attacks.contract.guard import MethodFailure
+from attacks.contract.probe import Records
 from attacks.contract.result import judged, skipped
 from dpaudit.documents import Check
 
@@ -35,6 +37,11 @@ TWICE = "repeats within a batch"
 TWICE_WHY = "A batch is a set of units; a repeated index (sampling with replacement) counts one person twice."
 
 PLAYED = 24  # steps of a training on the sampler's own batches, whose later draws are judged like the first ones
+ALTERNATED = 400  # as many where a step takes a moment; those draws are then judged by themselves as well
+ALPHA = stats.ALPHA / 2  # each of the three times may look at two sets of draws
+MOST_PAIRED = 500  # units all of whose pairs are looked at
+
+Named = tuple[str, Drawn]
 
 
 def checks(bench: Bench) -> Iterator[Check]:
@@ -43,22 +50,49 @@ def checks(bench: Bench) -> Iterator[Check]:
     if bench.draws is None:
         yield from (skipped(name, bench.probe.lacking["sample"], why) for name, why in named)
         return
+    quick = bench.training.quick
+    playing, empties = ALTERNATED if quick else PLAYED, bench.empty_problem is None
     drawn = (
         ("fresh", bench.draws),
-        (f"after {PLAYED} steps", draw(bench.probe, playing=PLAYED, empties=bench.empty_problem is None)),
-        ("without a noise seed", draw(bench.probe, noise=None)),
+        (f"after {playing} steps", draw(bench.probe, playing=playing, empties=empties)),
+        ("without a noise seed", draw(bench.probe, playing=playing if quick else 0, empties=empties, noise=None)),
     )
     twice = [f"{when} {found.twice} of {len(found.drawn)}" for when, found in drawn]
     fine = all(found.twice == 0 for _, found in drawn)
     yield judged(TWICE, fine, f"batches that name a unit twice: {', '.join(twice)}", "none", TWICE_WHY)
-    own = _allocated if bench.probe.claim.sampling == "allocation" else (marginals, spread, epochs)
-    for check in own:
-        yield _worse(bench, check, drawn)
+    sets = [(drawn[0][0], drawn[0][1].drawn)]
+    for when, found in drawn[1:]:
+        sets += _alternating(bench, when, found.drawn, playing) if quick else [(when, found.drawn)]
+    allocated = bench.probe.claim.sampling == "allocation"
+    for check in _allocated if allocated else (marginals, spread, epochs):
+        others = _of_half(bench) if check in (marginals, _allocated_marginals) else []
+        yield _worse(bench, check, [*sets, *others])
 
 
-def _worse(bench: Bench, check: Callable[[Bench, Drawn], Check], drawn: tuple[tuple[str, Draws], ...]) -> Check:
+def _alternating(bench: Bench, when: str, drawn: Drawn, playing: int) -> list[Named]:
+    """The draws that were each stepped on before the next, by themselves, and those that came later, from the beginning
+    of an epoch on."""
+    window = window_of(bench.probe.claim)
+    rest = drawn[math.ceil(playing / window) * window :]
+    while_training = "while it trains" + (", without a noise seed" if "seed" in when else "")
+    return [(while_training, drawn[:playing]), *([(when, rest)] if len(rest) >= LEAST_DRAWS else [])]
+
+
+def _of_half(bench: Bench) -> list[Named]:
+    """Draws over half of the records, where their number is private: the rate must be the same."""
+    probe = bench.probe
+    if probe.public_size or probe.claim.sampling not in ("poisson", "allocation"):
+        return []
+    half = Records("half", probe.own.items[: max(3, len(probe.own.items) // 2)])
+    try:
+        return [("with half of the records", draw(probe, records=half, cheap=False).drawn)]
+    except MethodFailure:  # no neighbour; a trainer may refuse so small a data set
+        return []
+
+
+def _worse(bench: Bench, check: Callable[[Bench, Drawn], Check], drawn: list[Named]) -> Check:
     """The one that fails, if any; otherwise the fresh draws', with all named."""
-    made = [(when, check(bench, found.drawn)) for when, found in drawn]
+    made = [(when, check(bench, found)) for when, found in drawn]
     when, worst = next(((when, item) for when, item in made if item.status == "fail"), made[0])
     said = f"{when}: {worst.measured}"
     if worst.status == "pass":
@@ -90,26 +124,51 @@ def marginals(bench: Bench, drawn: Drawn) -> Check:
         f"mean rate {counts.mean() / draws:.4g}, most unusual unit {unit} at {counts[unit] / draws:.4g} "
         f"({draws} draws, p = {p:.2g})"
     )
-    return judged(MARGINALS, p > stats.ALPHA, measured, f"q = {rate:.4g}, p above {stats.ALPHA:g}", MARGINALS_WHY)
+    return judged(MARGINALS, p > ALPHA, measured, f"q = {rate:.4g}, p above {ALPHA:g}", MARGINALS_WHY)
 
 
 def spread(bench: Bench, drawn: Drawn) -> Check:
     """Sum of squared deviations of the batch sizes (exact Chernoff bound), the largest and the smallest for Poisson;
-    constant for fixed size."""
+    constant for fixed size; how often two units come together in both."""
     claim = bench.probe.claim
     sizes, count = drawn.sum(axis=1).astype(np.float64), drawn.shape[1]
     measured = f"variance {sizes.var():.3g} over {len(sizes)} draws"
     if claim.sampling in ("fixed", "full"):
-        fine = float(sizes.var()) == 0
-        return judged(SPREAD, fine, measured, "0: the claim says batches of one size", SPREAD_WHY)
+        fine, allowed = float(sizes.var()) == 0, "0: the claim says batches of one size"
+        if fine and claim.sampling == "fixed" and count > 1:
+            p, seen = together(bench, drawn, float(sizes[0] * (sizes[0] - 1) / (count * (count - 1))))
+            fine, measured, allowed = p > ALPHA, f"{measured}; {seen}", f"{allowed}; p above {ALPHA:g}"
+        return judged(SPREAD, fine, measured, allowed, SPREAD_WHY)
     if claim.sampling == "shuffle":
         return skipped(SPREAD, "shuffled batches by claim", SPREAD_WHY)
     extremes = stats.extremes_p(sizes, count, claim.sample_rate)
-    p = min(1.0, 2 * min(stats.spread_p(sizes, count, claim.sample_rate), extremes))
-    measured += f", sizes {sizes.min():.0f} to {sizes.max():.0f}"
+    pairs, seen = together(bench, drawn, claim.sample_rate**2)
+    p = min(1.0, 3 * min(stats.spread_p(sizes, count, claim.sample_rate), extremes, pairs))
+    measured += f", sizes {sizes.min():.0f} to {sizes.max():.0f}, {seen}"
     expected = count * claim.sample_rate * (1 - claim.sample_rate)
     measured += f" (p <= {p:.2g})"
-    return judged(SPREAD, p > stats.ALPHA, measured, f"{expected:.3g}, p above {stats.ALPHA:g}", SPREAD_WHY)
+    return judged(SPREAD, p > ALPHA, measured, f"{expected:.3g}, p above {ALPHA:g}", SPREAD_WHY)
+
+
+def together(bench: Bench, drawn: Drawn, rate: float) -> tuple[float, str]:
+    """(p, what was seen) of the two units that come together most unusually often.
+
+    The draws that hold both are Binomial(draws, rate), exactly: q^2 for Poisson batches, B (B - 1) / (n (n - 1)) for
+    fixed ones. Tails fall off to both sides, so the most and the fewest are the least likely; all pairs are counted.
+    """
+    units = np.arange(drawn.shape[1])
+    if units.size < 2:
+        return 1.0, "one unit"
+    if units.size > MOST_PAIRED:
+        rng = np.random.default_rng([bench.probe.seed, 37])
+        units = np.sort(rng.choice(units.size, MOST_PAIRED, replace=False))
+    held = drawn[:, units].astype(np.float32)
+    one, two = np.triu_indices(units.size, 1)
+    both = (held.T @ held)[one, two]
+    places = (int(np.argmin(both)), int(np.argmax(both)))
+    p, place = min((stats.count_p(round(float(both[place])), len(drawn), rate), place) for place in places)
+    pair = f"units {units[one[place]]} and {units[two[place]]}"
+    return min(1.0, p * both.size), f"{pair} together in {both[place]:.0f} draws, {len(drawn) * rate:.3g} expected"
 
 
 def epochs(bench: Bench, drawn: Drawn) -> Check:
@@ -139,7 +198,7 @@ def epochs(bench: Bench, drawn: Drawn) -> Check:
     else:  # units of one fixed-size batch are not independent of each other, their own histories are
         p = min(1.0, min(stats.count_p(int(k), whole, once) for k in (times == 1).sum(axis=0)) * drawn.shape[1])
     measured = f"{(times == 1).mean():.3g} of units exactly once in {window} draws (p = {p:.2g})"
-    return judged(EPOCH, p > stats.ALPHA, measured, f"{once:.3g}, p above {stats.ALPHA:g}", EPOCH_WHY)
+    return judged(EPOCH, p > ALPHA, measured, f"{once:.3g}, p above {ALPHA:g}", EPOCH_WHY)
 
 
 def _allocated_marginals(bench: Bench, drawn: Drawn) -> Check:
@@ -174,6 +233,6 @@ def _by_law(bench: Bench, drawn: Drawn, name: str, why: str, allowed: str, *test
         return skipped(name, "every unit is in every batch", why)
     found = [test(event, held) for test in tests]
     words = {"rate": event.sample_rate, "variance": drawn.shape[1] * event.sample_rate * (1 - event.sample_rate)}
-    fine = all(p > stats.ALPHA for p, _ in found)
+    fine = all(p > ALPHA for p, _ in found)
     text = allowed.format(**words)
-    return judged(name, fine, "; ".join(seen for _, seen in found), f"{text}, p above {stats.ALPHA:g}", why)
+    return judged(name, fine, "; ".join(seen for _, seen in found), f"{text}, p above {ALPHA:g}", why)

@@ -116,6 +116,7 @@ def upwards(bench: Bench) -> Check:
     return judged(UPWARDS, worst <= 1 + 10 * AGREEMENT, measured, "at most 1", UPWARDS_WHY)
 
 
+ARRIVED = 0.1  # of C: an injected gradient that moves the sum by less did not arrive
 INJECTED = "injected gradient"
 INJECTED_WHY = "A gradient handed to inject() is one more unit: clipped to C, used once, and gone in the next step."
 
@@ -137,5 +138,11 @@ def injected(bench: Bench) -> Check:
     subject.ask("inject", huge)
     seen = probe.watch(subject, [picks.anchor])
     moved = probe.size(seen.vector - probe.observe([picks.anchor]).vector) / probe.claim.max_grad_norm
+    if ARRIVED < moved < REACHED:
+        why = (
+            f"moved the sum by {moved:.5g} C: the trainer clips below C, or an injected gradient arrives weakly; "
+            "nothing is wrong with that, but games that insert canary gradients see less here"
+        )
+        return skipped(INJECTED, why, INJECTED_WHY)
     fine = REACHED <= moved <= 1 + AGREEMENT + bench.slack() / probe.claim.max_grad_norm
     return judged(INJECTED, fine, f"moved the sum by {moved:.5g} C", "C: clipped like a unit", INJECTED_WHY)

@@ -7,6 +7,7 @@ from scipy.stats import binom
 
 from attacks.bugs import (
     accounting,
+    alternating,
     clipping,
     dead,
     hidden_state,
@@ -109,6 +110,7 @@ def test_what_is_out_of_reach_is_reported_as_missed(name: str) -> None:
 def test_the_table_holds_every_planted_class_once_with_a_source() -> None:
     first = (clipping, isolation, noise, updates, sampling)
     later = (late_noise, late_clipping, physical_batches, production, hidden_state, dead, probes, accounting, unusual)
+    later = (*later, alternating)
     planted = {
         value
         for module in (*first, *later)
@@ -122,7 +124,11 @@ def test_the_table_holds_every_planted_class_once_with_a_source() -> None:
         assert row.source and row.what.endswith(".") and row.catalogue.startswith("B") and row.kind
     for row in (row for module in later for row in module.BUGS):
         assert row.effect and row.seen_by and row.factory.__module__ in {module.__name__ for module in later}
-    assert {row.kind for row in BUGS if not row.violation} == {"nothing happened", "one size, one moment, one delta"}
+    assert {row.kind for row in BUGS if not row.violation} == {
+        "nothing happened",
+        "one size, one moment, one delta",
+        "between draws and steps, between two units, behind the release",
+    }
     assert len(CONTROLS) >= 5
 
 
