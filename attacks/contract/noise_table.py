@@ -1,0 +1,170 @@
+"""Tables of pure noise for the tests of `attacks.contract.structure`, in units of the claim.
+
+Only blocks that are noised in every step that was looked at, and only where an empty batch is a step.
+"""
+
+from functools import cached_property
+
+import numpy as np
+
+from attacks.contract import structure
+from attacks.contract.probe import AGREEMENT, Vector
+from attacks.contract.seeds import Draws, block_of
+from attacks.contract.structure import Squares
+from attacks.contract.training import NOISE_STEPS
+
+MOST_BLOCKS = 24  # looked at one by one; a random part of more
+MOST_SUMMED = 20_000_000  # numbers of a block in all steps
+BUILD = 0.005  # seconds; a factory that takes less is called once more for each of several hundred noise seeds
+WIDEST, WIDEST_PAIR = 200, 100  # coordinates of one step and of two
+BEYOND, TESTED = 48, 24  # draws more than there are coordinates; draws that directions of the others are tested on
+COARSE = 1e-6  # precision of a released type whose rounding makes numbers equal
+
+
+class Tables:
+    """Made of the trainings that other checks have asked for, and of many first steps where these are quick."""
+
+    def __init__(self, draws: Draws) -> None:
+        self.draws, self.bench, self.probe = draws, draws.bench, draws.probe
+        self.laplace = self.probe.mechanism == "laplace"
+
+    @cached_property
+    def blocks(self) -> list[str]:
+        """Blocks that are noised in every step of every training on empty batches."""
+        if not self.draws.empty or self.draws.unknown or self.probe.std == 0:
+            return []
+        course, series = self.bench.training.noise, self.bench.series
+        names = [name for name in series.blocks if all(name in seen.noised for seen in course)]
+        return [name for name in names if np.isfinite(series.table(name)).all()]
+
+    @cached_property
+    def some(self) -> list[str]:
+        """Those that are looked at one by one."""
+        order = np.random.default_rng([self.probe.seed, 47]).permutation(len(self.blocks))[:MOST_BLOCKS]
+        return [self.blocks[index] for index in sorted(order)]
+
+    def white(self, name: str) -> Vector:
+        """(seeds, steps, d) kept coordinates."""
+        return self.draws.white(name) / self.probe.std
+
+    @cached_property
+    def together(self) -> Vector:
+        """(seeds, steps, d) of all blocks."""
+        return np.concatenate([self.white(name) for name in self.blocks], axis=2)
+
+    def course(self, names: list[str]) -> Vector:
+        """(steps, d) all coordinates in the one long training; correlated noise: (seeds steps, d), as far as kept."""
+        if self.draws.mixing is not None:
+            return np.concatenate([_rows(self.white(name)) for name in names], axis=1)
+        parts = [np.stack([block_of(seen, name) for seen in self.bench.training.noise]) for name in names]
+        return np.concatenate(parts, axis=1) / self.probe.std
+
+    def pooled(self, names: list[str]) -> Vector:
+        """(n, d) kept coordinates, over seeds and steps, and over the rest of the long training where d is small."""
+        short = np.concatenate([_rows(self.white(name)) for name in names], axis=1)
+        if self.draws.mixing is not None or short.shape[1] > structure.MOST_DIRECTIONS:
+            return short
+        return np.concatenate([short, self.course(names)[NOISE_STEPS:]])  # all coordinates are kept of so few
+
+    @cached_property
+    def many(self) -> Vector:
+        """(n, steps, d) noise of the first two steps (or the first) under more seeds than there are coordinates."""
+        names, width = self.blocks, self.together.shape[2] if self.blocks else 0
+        build = self.probe.build_seconds / max(1, self.probe.builds)
+        ready = self.draws.mixing is None and self.bench.training.quick and build < BUILD
+        if not ready or not 2 <= width <= WIDEST:
+            return np.zeros((0, 1, width))
+        steps = 2 if width <= WIDEST_PAIR else 1
+        found = []
+        for noise in range(steps * width + BEYOND):
+            seen = self.probe.course([[]] * steps, noise=noise)
+            found.append(np.stack([np.concatenate([block_of(item, name) for name in names]) for item in seen]))
+        return np.stack(found) / self.probe.std
+
+    # -- what each check looks at ----------------------------------------------------------------------------------
+
+    def of_law(self) -> Squares:
+        """Norms of all blocks and of each."""
+        found: Squares = {}
+        if self.blocks:
+            found = structure.norms(self.course(self.blocks), "all blocks", laplace=self.laplace)
+        for name in self.some:
+            found |= structure.norms(self.course([name]), name, laplace=self.laplace)
+        return found
+
+    def equal(self) -> tuple[float, str]:
+        """(p, phrase) of numbers that equal another one of their own step, where what is released is fine enough to
+        tell them apart and equal numbers are not those of a release that is rounded as a whole."""
+        if not self.blocks or self.probe.precision > COARSE:
+            return 1.0, ""
+        p, found, count = structure.ties(self._part(self.together))
+        if p >= 1.0:
+            return 1.0, ""
+        on_batches = np.stack([self.probe.observe(self.draws.batch, noise=k).vector for k in range(self.draws.seeds)])
+        rounded = structure.ties(self._part(on_batches[:, None]))
+        if 2 * rounded[1] / rounded[2] > found / count:  # the sum's numbers are as coarse
+            return 1.0, ""
+        return p, f"{found} of {count} values equal another one of their step, p = {p:.2g}: noise of a coarser type"
+
+    def _part(self, table: Vector) -> Vector:
+        """(n, d) of (seeds, steps, d): some coordinates."""
+        width = max(2, 200_000 // (table.shape[0] * table.shape[1]))
+        chosen = np.random.default_rng([self.probe.seed, 53]).permutation(table.shape[2])[:width]
+        return _rows(table[:, :, chosen])
+
+    def over_steps(self) -> tuple[float, str]:
+        """(p, phrase): windows of steps, directions over steps, and those of the first two steps together."""
+        if not self.blocks or self.laplace:
+            return 1.0, ""
+        seed, table = self.probe.seed, self.together
+        by_step = table.transpose(1, 0, 2).reshape(table.shape[1], -1)
+        squares = structure.directions(by_step.T, "a coordinate's steps", seed)
+        found = [structure.windows(by_step, "noise under several seeds", seed)]
+        if self.draws.mixing is None and len(self.bench.training.noise) > NOISE_STEPS:
+            course = self.course(self.blocks)
+            found.append(structure.windows(course, "noise", seed))
+            squares |= structure.directions(course.T, "a coordinate's steps in one training", seed)
+        if self.many.shape[1] == 2 and len(self.many):
+            squares |= structure.directions(self.many.reshape(len(self.many), -1), "two steps", seed, tested=TESTED)
+        return least([*found, structure.worst_of(squares)])
+
+    def over_parameters(self) -> tuple[float, str]:
+        """(p, phrase): directions over all blocks."""
+        if len(self.blocks) < 2 or self.laplace:
+            return 1.0, ""
+        seed, names = self.probe.seed, self.blocks
+        squares = structure.directions(self.pooled(names), "all blocks", seed)
+        squares |= structure.each_step(self.together, "all blocks")
+        if len(self.many):
+            squares |= structure.directions(self.many[:, 0], "all blocks in step 1", seed, tested=TESTED)
+        return structure.worst_of(squares)
+
+    def within(self) -> tuple[float, str]:
+        """(p, phrase): sums of a block and directions in it."""
+        if self.laplace:
+            return 1.0, ""
+        squares: Squares = {}
+        start = 0
+        place = {}
+        for name in self.blocks:
+            place[name] = slice(start, start := start + self.white(name).shape[2])
+        for name in self.some:
+            shape, seed = self.probe.shapes.get(name, ()), self.probe.seed
+            course = self.course([name])
+            if course.size <= MOST_SUMMED:
+                squares |= structure.sums(course, shape, name)
+            squares |= structure.directions(self.pooled([name]), name, seed)
+            squares |= structure.each_step(self.white(name), name)
+            if len(self.many):
+                squares |= structure.directions(self.many[:, 0, place[name]], f"{name} in step 1", seed, tested=TESTED)
+        return structure.worst_of(squares)
+
+
+def least(found: list[tuple[float, str]]) -> tuple[float, str]:
+    """The smallest p, corrected for their number."""
+    p, phrase = min(found, key=lambda item: item[0])
+    return min(1.0, p * len(found)), phrase
+
+
+def _rows(table: Vector) -> Vector:
+    return np.asarray(table.reshape(-1, table.shape[2]))
