@@ -22,6 +22,7 @@ KINDS = {
     "probes": "few records",
     "accounting": "accounting of another scheme",
     "unusual": "one size, one moment, one delta",
+    "structured": "noise with structure",
 }
 
 

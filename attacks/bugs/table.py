@@ -19,6 +19,7 @@ from attacks.bugs import (
     probes,
     production,
     sampling,
+    structured,
     unusual,
     updates,
 )
@@ -164,6 +165,7 @@ BUGS: tuple[Bug, ...] = (
     *probes.BUGS,
     *accounting.BUGS,
     *unusual.BUGS,
+    *structured.BUGS,
 )
 
 

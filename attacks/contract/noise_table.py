@@ -3,18 +3,20 @@
 Only blocks that are noised in every step that was looked at, and only where an empty batch is a step.
 """
 
+import math
 from functools import cached_property
 
 import numpy as np
 
 from attacks.contract import structure
-from attacks.contract.probe import AGREEMENT, Vector
+from attacks.contract.probe import Vector
 from attacks.contract.seeds import Draws, block_of
 from attacks.contract.structure import Squares
 from attacks.contract.training import NOISE_STEPS
 
 MOST_BLOCKS = 24  # looked at one by one; a random part of more
-MOST_SUMMED = 20_000_000  # numbers of a block in all steps
+MOST_SUMMED = 20_000_000  # numbers of one training; a random part of the coordinates of more
+MOST_TOGETHER = 50_000  # coordinates of all blocks; a random part of more
 BUILD = 0.005  # seconds; a factory that takes less is called once more for each of several hundred noise seeds
 WIDEST, WIDEST_PAIR = 200, 100  # coordinates of one step and of two
 BEYOND, TESTED = 48, 24  # draws more than there are coordinates; draws that directions of the others are tested on
@@ -50,26 +52,51 @@ class Tables:
     @cached_property
     def together(self) -> Vector:
         """(seeds, steps, d) of all blocks."""
-        return np.concatenate([self.white(name) for name in self.blocks], axis=2)
+        rng = np.random.default_rng([self.probe.seed, 59])
+        parts, total = [], sum(self.white(name).shape[2] for name in self.blocks)
+        for name in self.blocks:
+            part = self.white(name)
+            share = math.ceil(part.shape[2] * min(1.0, MOST_TOGETHER / total))
+            parts.append(part[:, :, np.sort(rng.permutation(part.shape[2])[:share])])
+        return np.concatenate(parts, axis=2)
+
+    @property
+    def longer(self) -> bool:
+        """Whether one training has steps beyond those of all seeds."""
+        return self.draws.mixing is None and len(self.bench.training.noise) > NOISE_STEPS
 
     def course(self, names: list[str]) -> Vector:
-        """(steps, d) all coordinates in the one long training; correlated noise: (seeds steps, d), as far as kept."""
+        """(steps, d) in the one long training; correlated noise: (seeds steps, d), as far as kept."""
         if self.draws.mixing is not None:
             return np.concatenate([_rows(self.white(name)) for name in names], axis=1)
-        parts = [np.stack([block_of(seen, name) for seen in self.bench.training.noise]) for name in names]
-        return np.concatenate(parts, axis=1) / self.probe.std
+        training = self.bench.training.noise
+        width = sum(self.sizes[name] for name in names)
+        most = max(2, MOST_SUMMED // len(training))
+        chosen: slice | Vector = slice(None)
+        if width > most:
+            chosen = np.sort(np.random.default_rng([self.probe.seed, 61]).permutation(width)[:most])
+        rows = (np.concatenate([block_of(seen, name) for name in names])[chosen] for seen in training)
+        return np.stack(list(rows)) / self.probe.std
 
-    def pooled(self, names: list[str]) -> Vector:
-        """(n, d) kept coordinates, over seeds and steps, and over the rest of the long training where d is small."""
-        short = np.concatenate([_rows(self.white(name)) for name in names], axis=1)
-        if self.draws.mixing is not None or short.shape[1] > structure.MOST_DIRECTIONS:
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Coordinates of each block that are looked at."""
+        if self.draws.mixing is not None:
+            return {name: self.white(name).shape[2] for name in self.blocks}
+        return {name: block_of(self.bench.training.noise[0], name).size for name in self.blocks}
+
+    def pooled(self, name: str | None) -> Vector:
+        """(n, d) kept coordinates of a block, None = all, over seeds and steps, and over the rest of the long training
+        where d is small."""
+        short = _rows(self.together if name is None else self.white(name))
+        if not self.longer or short.shape[1] > structure.MOST_DIRECTIONS:
             return short
-        return np.concatenate([short, self.course(names)[NOISE_STEPS:]])  # all coordinates are kept of so few
+        return np.concatenate([short, self.course(self.blocks if name is None else [name])[NOISE_STEPS:]])
 
     @cached_property
     def many(self) -> Vector:
         """(n, steps, d) noise of the first two steps (or the first) under more seeds than there are coordinates."""
-        names, width = self.blocks, self.together.shape[2] if self.blocks else 0
+        names, width = self.blocks, sum(self.sizes.values())
         build = self.probe.build_seconds / max(1, self.probe.builds)
         ready = self.draws.mixing is None and self.bench.training.quick and build < BUILD
         if not ready or not 2 <= width <= WIDEST:
@@ -85,12 +112,22 @@ class Tables:
 
     def of_law(self) -> Squares:
         """Norms of all blocks and of each."""
-        found: Squares = {}
-        if self.blocks:
-            found = structure.norms(self.course(self.blocks), "all blocks", laplace=self.laplace)
+        sizes = {name: self._sizes(name) for name in self.blocks}
+        if not sizes:
+            return {}
+        everything = np.sum(list(sizes.values()), axis=0)
+        found = structure.norms(everything, sum(self.sizes.values()), "all blocks", laplace=self.laplace)
         for name in self.some:
-            found |= structure.norms(self.course([name]), name, laplace=self.laplace)
+            found |= structure.norms(sizes[name], self.sizes[name], name, laplace=self.laplace)
         return found
+
+    def _sizes(self, name: str) -> Vector:
+        """(n,) sums of squares, or of absolute values, of one block."""
+        if self.draws.mixing is not None:
+            values = list(_rows(self.white(name)))
+        else:
+            values = [block_of(seen, name) / self.probe.std for seen in self.bench.training.noise]
+        return np.array([np.abs(row).sum() if self.laplace else float(row @ row) for row in values])
 
     def equal(self) -> tuple[float, str]:
         """(p, phrase) of numbers that equal another one of their own step, where what is released is fine enough to
@@ -120,7 +157,7 @@ class Tables:
         by_step = table.transpose(1, 0, 2).reshape(table.shape[1], -1)
         squares = structure.directions(by_step.T, "a coordinate's steps", seed)
         found = [structure.windows(by_step, "noise under several seeds", seed)]
-        if self.draws.mixing is None and len(self.bench.training.noise) > NOISE_STEPS:
+        if self.longer:
             course = self.course(self.blocks)
             found.append(structure.windows(course, "noise", seed))
             squares |= structure.directions(course.T, "a coordinate's steps in one training", seed)
@@ -132,8 +169,8 @@ class Tables:
         """(p, phrase): directions over all blocks."""
         if len(self.blocks) < 2 or self.laplace:
             return 1.0, ""
-        seed, names = self.probe.seed, self.blocks
-        squares = structure.directions(self.pooled(names), "all blocks", seed)
+        seed = self.probe.seed
+        squares = structure.directions(self.pooled(None), "all blocks", seed)
         squares |= structure.each_step(self.together, "all blocks")
         if len(self.many):
             squares |= structure.directions(self.many[:, 0], "all blocks in step 1", seed, tested=TESTED)
@@ -144,19 +181,19 @@ class Tables:
         if self.laplace:
             return 1.0, ""
         squares: Squares = {}
-        start = 0
-        place = {}
-        for name in self.blocks:
-            place[name] = slice(start, start := start + self.white(name).shape[2])
+        ends = dict(zip(self.blocks, np.cumsum([self.sizes[name] for name in self.blocks]).tolist(), strict=True))
         for name in self.some:
             shape, seed = self.probe.shapes.get(name, ()), self.probe.seed
-            course = self.course([name])
-            if course.size <= MOST_SUMMED:
-                squares |= structure.sums(course, shape, name)
-            squares |= structure.directions(self.pooled([name]), name, seed)
+            squares |= structure.sums(self.course([name]), shape, name)
+            squares |= structure.directions(self.pooled(name), name, seed)
             squares |= structure.each_step(self.white(name), name)
             if len(self.many):
-                squares |= structure.directions(self.many[:, 0, place[name]], f"{name} in step 1", seed, tested=TESTED)
+                squares |= structure.directions(
+                    self.many[:, 0, ends[name] - self.sizes[name] : ends[name]],
+                    f"{name} in step 1",
+                    seed,
+                    tested=TESTED,
+                )
         return structure.worst_of(squares)
 
 

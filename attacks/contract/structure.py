@@ -90,18 +90,14 @@ def sums(rows: Vector, shape: Sequence[int], label: str) -> Squares:
     return found
 
 
-def norms(rows: Vector, label: str, *, laplace: bool = False) -> Squares:
-    """Norms of (n, d) rows made standard normal by their exact law: chi-square, or Gamma(d) of an L1 norm."""
-    count, width = rows.shape
+def norms(sizes: Vector, width: int, label: str, *, laplace: bool = False) -> Squares:
+    """Norms of n rows of d = `width` numbers made standard normal by their exact law. sizes: (n,) sums of squares,
+    chi-square, or (`laplace`) of absolute values, Gamma(d)."""
     if width < 2:
         return {}
-    if laplace:
-        size, shape = np.abs(rows).sum(axis=1), float(width)
-    else:
-        size, shape = (rows**2).sum(axis=1) / 2, width / 2
-    below, above = gammainc(shape, size), gammaincc(shape, size)
-    smaller = np.maximum(np.minimum(below, above), 1e-300)
-    return {f"norm of {label}": (float((ndtri(smaller) ** 2).sum()), count)}
+    size, shape = (sizes, float(width)) if laplace else (sizes / 2, width / 2)
+    smaller = np.maximum(np.minimum(gammainc(shape, size), gammaincc(shape, size)), 1e-300)
+    return {f"norm of {label}": (float((ndtri(smaller) ** 2).sum()), sizes.size)}
 
 
 MOST_WIDE = 256  # coordinates whose sums over windows are looked at
@@ -125,9 +121,7 @@ def windows(rows: Vector, label: str, seed: int) -> tuple[float, str]:
     for size in range(2, steps // 3 + 1):
         starts += list(range(min(size, steps - 2 * size + 1)))
         lengths += [size] * min(size, steps - 2 * size + 1)
-    totals = np.array(
-        [square.diagonal(size)[first::size].sum() for first, size in zip(starts, lengths, strict=True)]
-    )
+    totals = np.array([square.diagonal(size)[first::size].sum() for first, size in zip(starts, lengths, strict=True)])
     counts = np.array([(steps - first) // size for first, size in zip(starts, lengths, strict=True)])
     tests = len(values) + len(totals)
     p_rows = 2 * np.minimum(chdtr(counts * chosen.size, totals), chdtrc(counts * chosen.size, totals))
