@@ -110,16 +110,19 @@ class Tables:
 
     # -- what each check looks at ----------------------------------------------------------------------------------
 
-    def of_law(self) -> Squares:
-        """Norms of all blocks and of each."""
+    def of_law(self) -> tuple[float, str]:
+        """(p, phrase): norms of all blocks and of each."""
         sizes = {name: self._sizes(name) for name in self.blocks}
         if not sizes:
-            return {}
-        everything = np.sum(list(sizes.values()), axis=0)
-        found = structure.norms(everything, sum(self.sizes.values()), "all blocks", laplace=self.laplace)
-        for name in self.some:
-            found |= structure.norms(sizes[name], self.sizes[name], name, laplace=self.laplace)
-        return found
+            return 1.0, ""
+        tried = {"all blocks": (np.sum(list(sizes.values()), axis=0), sum(self.sizes.values()))}
+        tried |= {name: (sizes[name], self.sizes[name]) for name in self.some}
+        found = [
+            (p, f"norms of the noise of {label}: {what}")
+            for label, (values, width) in tried.items()
+            for p, what in structure.norms(values, width, laplace=self.laplace)
+        ]
+        return least(found) if found else (1.0, "")
 
     def _sizes(self, name: str) -> Vector:
         """(n,) sums of squares, or of absolute values, of one block."""
@@ -141,7 +144,7 @@ class Tables:
         rounded = structure.ties(self._part(on_batches[:, None]))
         if 2 * rounded[1] / rounded[2] > found / count:  # the sum's numbers are as coarse
             return 1.0, ""
-        return p, f"{found} of {count} values equal another one of their step, p = {p:.2g}: noise of a coarser type"
+        return p, f"{found} of {count} values equal another one of their step: noise of a coarser type"
 
     def _part(self, table: Vector) -> Vector:
         """(n, d) of (seeds, steps, d): some coordinates."""
@@ -161,6 +164,8 @@ class Tables:
             course = self.course(self.blocks)
             found.append(structure.windows(course, "noise", seed))
             squares |= structure.directions(course.T, "a coordinate's steps in one training", seed)
+            if len(self.blocks) > 1:
+                found += [structure.windows(self.course([name]), f"noise of {name}", seed) for name in self.some]
         if self.many.shape[1] == 2 and len(self.many):
             squares |= structure.directions(self.many.reshape(len(self.many), -1), "two steps", seed, tested=TESTED)
         return least([*found, structure.worst_of(squares)])
@@ -171,7 +176,7 @@ class Tables:
             return 1.0, ""
         seed = self.probe.seed
         squares = structure.directions(self.pooled(None), "all blocks", seed)
-        squares |= structure.each_step(self.together, "all blocks")
+        squares |= structure.each_step(self.together, "all blocks") | self._late(self.blocks, "all blocks")
         if len(self.many):
             squares |= structure.directions(self.many[:, 0], "all blocks in step 1", seed, tested=TESTED)
         return structure.worst_of(squares)
@@ -186,7 +191,7 @@ class Tables:
             shape, seed = self.probe.shapes.get(name, ()), self.probe.seed
             squares |= structure.sums(self.course([name]), shape, name)
             squares |= structure.directions(self.pooled(name), name, seed)
-            squares |= structure.each_step(self.white(name), name)
+            squares |= structure.each_step(self.white(name), name) | self._late([name], name)
             if len(self.many):
                 squares |= structure.directions(
                     self.many[:, 0, ends[name] - self.sizes[name] : ends[name]],
@@ -195,6 +200,13 @@ class Tables:
                     tested=TESTED,
                 )
         return structure.worst_of(squares)
+
+    def _late(self, names: list[str], label: str) -> Squares:
+        """Directions in the last two thirds of the one long training."""
+        if not self.longer:
+            return {}
+        rows = self.course(names)[len(self.bench.training.noise) // 3 :]
+        return structure.directions(rows, f"{label} late", self.probe.seed, tested=min(TESTED, len(rows) // 2))
 
 
 def least(found: list[tuple[float, str]]) -> tuple[float, str]:

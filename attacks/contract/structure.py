@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from scipy.special import chdtr, chdtrc, gammainc, gammaincc, gammaln, ndtri
+from scipy.stats import kstest
 
 from attacks.contract import statistics as stats
 from attacks.contract.probe import Vector
@@ -90,14 +91,20 @@ def sums(rows: Vector, shape: Sequence[int], label: str) -> Squares:
     return found
 
 
-def norms(sizes: Vector, width: int, label: str, *, laplace: bool = False) -> Squares:
-    """Norms of n rows of d = `width` numbers made standard normal by their exact law. sizes: (n,) sums of squares,
-    chi-square, or (`laplace`) of absolute values, Gamma(d)."""
+def norms(sizes: Vector, width: int, *, laplace: bool = False) -> list[tuple[float, str]]:
+    """(p, what) of norms of n rows of d = `width` numbers, whose law is exact: their squares' sum is chi-square, or, of
+    Laplace noise, that of absolute values Gamma(d). sizes: (n,) such sums. Made normal, they must vary as they should
+    (chi-square of their squares), and follow their law (Kolmogorov-Smirnov)."""
     if width < 2:
-        return {}
+        return []
     size, shape = (sizes, float(width)) if laplace else (sizes / 2, width / 2)
-    smaller = np.maximum(np.minimum(gammainc(shape, size), gammaincc(shape, size)), 1e-300)
-    return {f"norm of {label}": (float((ndtri(smaller) ** 2).sum()), sizes.size)}
+    below = gammainc(shape, size)
+    smaller = np.maximum(np.minimum(below, gammaincc(shape, size)), 1e-300)
+    spread = float((ndtri(smaller) ** 2).sum())
+    return [
+        (stats.variance_p(spread, sizes.size), f"{spread / sizes.size:.3g} x the variance that they have by chance"),
+        (float(kstest(below, "uniform").pvalue), "another law than by chance (Kolmogorov-Smirnov)"),
+    ]
 
 
 MOST_WIDE = 256  # coordinates whose sums over windows are looked at

@@ -50,7 +50,7 @@ EXPECTED: list[tuple[type[Compact], Checks, str]] = [
     (structured.NoiseOfASubspace, OVER_PARAMETERS, "directions of least noise"),
     (structured.NoiseMissesADirection, OVER_PARAMETERS, "all blocks in step 1, 1 directions of least noise"),
     (structured.NoiseRotated, OVER_STEPS, "two steps"),
-    (structured.NoiseOnASphere, LAW, "norm of all blocks"),
+    (structured.NoiseOnASphere, LAW, "norms of the noise of all blocks"),
     (structured.NoiseCentred, WITHIN, "sum of w1"),
     (structured.ColumnNoiseCentred, WITHIN, "x the claimed variance"),
     (structured.NoiseSumsToZero, OVER_STEPS, "over"),
@@ -149,8 +149,6 @@ NULL: dict[str, Statistic] = {
     "wide": lambda rng: structure.directions(rng.standard_normal((20, 300)), "x", 0),
     "each step": lambda rng: structure.each_step(rng.standard_normal((8, 5, 12)), "x"),
     "sums": lambda rng: structure.sums(rng.standard_normal((24, 12)), (3, 4), "x"),
-    "norms": lambda rng: structure.norms((rng.standard_normal((24, 7)) ** 2).sum(axis=1), 7, "x"),
-    "laplace norms": lambda rng: structure.norms(np.abs(rng.laplace(size=(24, 7))).sum(axis=1), 7, "x", laplace=True),
 }
 
 
@@ -164,6 +162,22 @@ def test_each_statistic_has_the_claimed_law(name: str) -> None:
     assert found
     for label, p in found.items():
         assert uniform(p) > 1e-7, label
+
+
+@pytest.mark.parametrize("laplace", [False, True])
+def test_norms_have_the_claimed_law(laplace: bool) -> None:
+    rng = np.random.default_rng(13)
+    draws = [rng.laplace(size=(24, 7)) if laplace else rng.standard_normal((24, 7)) for _ in range(RUNS)]
+    sizes = [(np.abs(rows) if laplace else rows**2).sum(axis=1) for rows in draws]
+    found = np.array([[p for p, _ in structure.norms(size, 7, laplace=laplace)] for size in sizes])
+    assert min(uniform(list(column)) for column in found.T) > 1e-7
+
+
+def test_norms_of_two_sizes_and_capped_norms_are_seen() -> None:
+    rng = np.random.default_rng(17)
+    sizes = (rng.standard_normal((200, 61)) ** 2).sum(axis=1)
+    for wrong in (np.where(np.arange(200) % 2, 74.0, 48.0), np.minimum(sizes, 64.0)):
+        assert min(p for p, _ in structure.norms(wrong, 61)) < stats.ALPHA / 100
 
 
 def brute_windows(rows: Vector) -> tuple[float, int]:
