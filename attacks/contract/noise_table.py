@@ -21,6 +21,7 @@ BUILD = 0.005  # seconds; a factory that takes less is called once more for each
 WIDEST, WIDEST_PAIR = 200, 100  # coordinates of one step and of two
 BEYOND, TESTED = 48, 24  # draws more than there are coordinates; draws that directions of the others are tested on
 COARSE = 1e-6  # precision of a released type whose rounding makes numbers equal
+MOST_EQUAL = 100_000  # numbers among which equal ones are looked for
 
 
 class Tables:
@@ -148,7 +149,7 @@ class Tables:
 
     def _part(self, table: Vector) -> Vector:
         """(n, d) of (seeds, steps, d): some coordinates."""
-        width = max(2, 200_000 // (table.shape[0] * table.shape[1]))
+        width = max(2, MOST_EQUAL // (table.shape[0] * table.shape[1]))
         chosen = np.random.default_rng([self.probe.seed, 53]).permutation(table.shape[2])[:width]
         return _rows(table[:, :, chosen])
 
