@@ -11,6 +11,7 @@ import numpy as np
 from attacks.contract import structure
 from attacks.contract.probe import Vector
 from attacks.contract.seeds import Draws, block_of
+from attacks.contract.series import Kept
 from attacks.contract.structure import Squares
 from attacks.contract.training import NOISE_STEPS
 
@@ -73,7 +74,7 @@ class Tables:
         training = self.bench.training.noise
         width = sum(self.sizes[name] for name in names)
         most = max(2, MOST_SUMMED // len(training))
-        chosen: slice | Vector = slice(None)
+        chosen: slice | Kept = slice(None)
         if width > most:
             chosen = np.sort(np.random.default_rng([self.probe.seed, 61]).permutation(width)[:most])
         rows = (np.concatenate([block_of(seen, name) for name in names])[chosen] for seen in training)
