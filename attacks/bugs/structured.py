@@ -19,7 +19,8 @@ class NoiseOfASubspace(Structured):
 
     def noise(self) -> Tensor:
         basis = torch.linalg.qr(self.public(TOTAL, 31))[0]
-        return self.noise_std() * (TOTAL / 31) ** 0.5 * (basis @ (basis.T @ self.flat(self.step_count)))
+        noised: Tensor = self.noise_std() * (TOTAL / 31) ** 0.5 * (basis @ (basis.T @ self.flat(self.step_count)))
+        return noised
 
 
 class NoiseMissesADirection(Structured):
@@ -28,7 +29,8 @@ class NoiseMissesADirection(Structured):
     def noise(self) -> Tensor:
         direction, noise = self.public(TOTAL), self.flat(self.step_count)
         direction = direction / direction.norm()
-        return self.noise_std() * (noise - (noise @ direction) * direction)
+        noised: Tensor = self.noise_std() * (noise - (noise @ direction) * direction)
+        return noised
 
 
 class NoiseRotated(Structured):
@@ -38,7 +40,8 @@ class NoiseRotated(Structured):
         if self.step_count % 2:
             return self.noise_std() * self.flat(self.step_count)
         rotation = torch.linalg.qr(self.public(TOTAL, TOTAL))[0]
-        return self.noise_std() * (rotation @ self.flat(self.step_count - 1))
+        noised: Tensor = self.noise_std() * (rotation @ self.flat(self.step_count - 1))
+        return noised
 
 
 class NoiseOnASphere(Structured):
@@ -46,7 +49,8 @@ class NoiseOnASphere(Structured):
 
     def noise(self) -> Tensor:
         noise = self.flat(self.step_count)
-        return self.noise_std() * TOTAL**0.5 * noise / noise.norm()
+        noised: Tensor = self.noise_std() * TOTAL**0.5 * noise / noise.norm()
+        return noised
 
 
 class NoiseCentred(Structured):
@@ -78,7 +82,8 @@ class NoiseSumsToZero(Structured):
         count = self.steps_balanced
         epoch, place = divmod(self.step_count - 1, count)
         drawn = torch.stack([self.flat(epoch * count + step + 1) for step in range(count)])
-        return self.noise_std() * (count / (count - 1)) ** 0.5 * (drawn[place] - drawn.mean(dim=0))
+        noised: Tensor = self.noise_std() * (count / (count - 1)) ** 0.5 * (drawn[place] - drawn.mean(dim=0))
+        return noised
 
 
 class NoiseInBfloat16(Structured):
