@@ -2,9 +2,13 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from trainers.adapters.compact import Compact, Record
+from trainers.adapters.compact import SHAPES, SIZES, Compact, Record, join
+
+TOTAL = sum(SIZES.values())
 
 
 class Production(Compact):
@@ -26,3 +30,16 @@ class RememberedBatch(Compact):
     def unit_gradients(self, batch: Sequence[Record]) -> Tensor:
         self.present = list(batch)
         return super().unit_gradients(batch)
+
+
+class Structured(Compact):
+    """Correct; has the standard normal noise of any step as one vector."""
+
+    def flat(self, step: int) -> Tensor:
+        """(61,) of one step."""
+        return join({name: torch.from_numpy(self.key.normal(SHAPES[name], step=step, name=name)) for name in SHAPES})
+
+    def public(self, *shape: int) -> Tensor:
+        """Standard normal numbers that everybody knows, new in each step."""
+        values = np.random.default_rng(self.step_count).standard_normal(shape)
+        return torch.from_numpy(values.astype(np.float32))

@@ -23,6 +23,7 @@ KINDS = {
     "accounting": "accounting of another scheme",
     "unusual": "one size, one moment, one delta",
     "alternating": "between draws and steps, between two units, behind the release",
+    "structured": "noise with structure",
 }
 
 

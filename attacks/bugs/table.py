@@ -20,6 +20,7 @@ from attacks.bugs import (
     probes,
     production,
     sampling,
+    structured,
     unusual,
     updates,
 )
@@ -166,6 +167,7 @@ BUGS: tuple[Bug, ...] = (
     *accounting.BUGS,
     *unusual.BUGS,
     *alternating.BUGS,
+    *structured.BUGS,
 )
 
 

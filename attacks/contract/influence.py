@@ -222,12 +222,12 @@ def additivity(bench: Bench) -> Check:
         return skipped(CLIPPING, "no unit moved the sum, so nothing was compared", CLIPPING_WHY)
     gaps = [_Gap(together - sum(parts, np.zeros_like(together)), len(parts), bench.slack(), "a batch of 5")]
     if bench.empty_problem is None:
-        gaps += [*_groups(bench), *_halves(bench)]
+        gaps += [*_groups(bench), *_every_size(bench), *_halves(bench)]
     worst = max(gaps, key=lambda gap: gap.over(bench, scale))
     fine = worst.over(bench, scale) <= 1
     measured = (
         f"off by {ratio(probe.size(worst.vector), scale)} of the largest contribution ({worst.what}; {len(gaps)} "
-        f"batches, of {', '.join(map(str, bench.training.sizes))} units)"
+        f"batches, {bench.training.looked_at})"
     )
     return judged(CLIPPING, fine, measured, f"at most {ratio(worst.allowed(bench, scale), scale)}", CLIPPING_WHY)
 
@@ -262,6 +262,17 @@ def _groups(bench: Bench) -> Iterator[_Gap]:
             parts = sum((alone[unit] for unit in group), np.zeros_like(seen.vector))
             gap = seen.vector - probe.observe([]).vector - parts
             yield _Gap(gap, len(group), probe.slack(seen), f"a batch of {len(group)}")
+
+
+def _every_size(bench: Bench) -> Iterator[_Gap]:
+    """Batches of every size in the first step, each against the one with a unit less and that unit (quick trainers)."""
+    probe, training = bench.probe, bench.training
+    for size, batch in enumerate(training.every_size[1:], 2):
+        last = [training.pool[size - 1]]
+        less = training.every_size[size - 2]
+        seen = [probe.observe(part, records=training.records) for part in (batch, less, last, [])]
+        gap = seen[0].vector - seen[1].vector - seen[2].vector + seen[3].vector
+        yield _Gap(gap, size, probe.slack(*seen), f"a batch of {size} against one of {size - 1} and a unit")
 
 
 def _halves(bench: Bench) -> Iterator[_Gap]:

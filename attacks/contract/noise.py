@@ -14,6 +14,7 @@ import numpy as np
 from attacks.contract import independence
 from attacks.contract import statistics as stats
 from attacks.contract.bench import FROZEN, Bench
+from attacks.contract.noise_table import Tables, least
 from attacks.contract.probe import AGREEMENT, Probe, Records, Vector
 from attacks.contract.result import joined, judged, skipped
 from attacks.contract.seeds import WHITENED_STEPS, Draws, block_of
@@ -28,8 +29,9 @@ def checks(bench: Bench) -> Iterator[Check]:
     draws = Draws(bench)
     level_check = level(draws)
     yield level_check
-    yield law(draws, right_level=level_check.status == "pass")
-    yield from independence.checks(draws, right_level=level_check.status == "pass")
+    tables = Tables(draws) if level_check.status == "pass" else None
+    yield law(draws, tables=tables)
+    yield from independence.checks(draws, tables=tables)
     yield of_data(draws)
     yield normalisation(draws)
     yield empty_batch(draws)
@@ -144,6 +146,8 @@ def _added(found: Sequence[tuple[float, int]]) -> tuple[float, int]:
     return sum(part[0] for part in found), sum(part[1] for part in found)
 
 
+MOST_IN_BODY = 100_000  # values that Kolmogorov-Smirnov and the grid look at; the largest are those of all
+
 LAW = "noise law"
 LAW_WHY = (
     "The proof needs the claimed law and not only its variance: uniform or truncated noise of the right variance has "
@@ -151,10 +155,10 @@ LAW_WHY = (
 )
 
 
-def law(draws: Draws, *, right_level: bool) -> Check:
-    """The pooled noise: its body, its largest values, and whether it lies on a grid."""
+def law(draws: Draws, *, tables: Tables | None) -> Check:
+    """The pooled noise: its body, its largest values, whether it lies on a grid; the norms of blocks; equal numbers."""
     probe = draws.probe
-    if not right_level:
+    if tables is None:
         return skipped(LAW, "the noise level is not known to be as claimed, so its law can't be compared", LAW_WHY)
     if probe.mechanism == "laplace" and not draws.empty:
         return skipped(LAW, f"empty batch: {draws.bench.empty_problem}", LAW_WHY)
@@ -163,16 +167,18 @@ def law(draws: Draws, *, right_level: bool) -> Check:
     if draws.empty and draws.mixing is None:  # one longer training beside the shorter ones
         later = [seen.vector for seen in draws.bench.training.noise[NOISE_STEPS:]]
         values = np.concatenate([values, *(part[part != 0] / probe.std for part in later)])
-    p, which, count = law_of(probe, values)
-    measured = f"p = {p:.2g} over {count} values ({which})"
+    single, which, count = law_of(probe, values)
+    found = [(single, f"{count} values ({which})"), tables.of_law(), tables.equal()]
+    p, what = least(found)
+    measured = f"p = {p:.2g} over {what}" if what == found[0][1] else f"{what}, p = {p:.2g}"
     return judged(LAW, p > stats.ALPHA, measured, f"p above {stats.ALPHA:g}", LAW_WHY)
 
 
 def law_of(probe: Probe, values: Vector) -> tuple[float, str, int]:
     """p of standardised noise under the claimed law, by which test, and over how many values."""
-    if values.size > 100_000:
-        values = np.random.default_rng(probe.seed).choice(values, 100_000, replace=False)
-    p, which = stats.law_p(values, "laplace" if probe.mechanism == "laplace" else "norm")
+    order = np.random.default_rng(probe.seed)
+    body = order.choice(values, MOST_IN_BODY, replace=False) if values.size > MOST_IN_BODY else None
+    p, which = stats.law_p(values, "laplace" if probe.mechanism == "laplace" else "norm", body=body)
     return p, which, values.size
 
 
@@ -262,6 +268,7 @@ def normalisation(draws: Draws) -> Check:
         batches.append(("a data set of one less", less, probe.dropped(picks.place)))
     if bench.empty_problem is None:
         batches.append(("an empty batch", [], None))
+    batches += [(f"a batch of {len(batch)}", batch, training.records) for batch in training.every_size]
     energy = float(reference @ reference)
     if energy == 0:
         return skipped(NORMALISATION, "there is no noise whose scale could be compared", NORMALISATION_WHY)
@@ -269,7 +276,7 @@ def normalisation(draws: Draws) -> Check:
         what: float(_noise_difference(probe, batch, records) @ reference) / energy for what, batch, records in batches
     }
     worst = max(scales, key=lambda what: abs(scales[what] - 1))
-    measured = f"noise x {scales[worst]:.4g} in {worst} compared with a batch of 1"
+    measured = f"noise x {scales[worst]:.4g} in {worst} compared with a batch of 1 (batches {training.looked_at})"
     fine = abs(scales[worst] - 1) <= AGREEMENT
     return judged(NORMALISATION, fine, measured, f"1 within {AGREEMENT:g}", NORMALISATION_WHY)
 

@@ -48,12 +48,13 @@ NEAR = 2.0**-8  # of the largest value: what bfloat16 can tell apart; equal numb
 ON_A_GRID, GRID_NEEDS = 1000, 2000  # fewer distinct values than this among so many: a grid coarser than bfloat16's
 
 
-def law_p(values: Vector, law: str) -> tuple[float, str]:
+def law_p(values: Vector, law: str, *, body: Vector | None = None) -> tuple[float, str]:
     """(p, by which test) of independent values against the standard 'norm' or 'laplace'.
 
     Kolmogorov-Smirnov (exact for a continuous law) sees the body. It hardly sees noise that was clamped, so the largest
     absolute value M of n is judged too: P[M <= m] = F(m)^n exactly; and, given M, the others that lie within NEAR of it
     are binomial. Noise on a grid is told by its few distinct values. The smallest of three p-values, times 3.
+    body: those of the values that the first and the last test look at, where there are very many; None = all.
     """
     size = np.abs(values)
     largest, count = float(size.max()), size.size
@@ -61,14 +62,15 @@ def law_p(values: Vector, law: str) -> tuple[float, str]:
     ties = int(np.count_nonzero(size >= largest * (1 - NEAR))) - 1
     tied = float(binom.sf(ties - 1, count - 1, (near - above) / (1 - above))) if ties and above < 1 else 1.0
     cut = count * math.log1p(-above) if above < 1 else -math.inf
+    body = values if body is None else body
     tests = {
-        "Kolmogorov-Smirnov": float(kstest(values, law).pvalue),
+        "Kolmogorov-Smirnov": float(kstest(body, law).pvalue),
         f"none of {count} values above {largest:.3g} standard deviations": math.exp(cut),
         f"{ties + 1} values at the largest, {largest:.3g}": tied,
     }
-    distinct = np.unique(np.round(values, 4)).size
-    if count >= GRID_NEEDS and distinct < min(ON_A_GRID, count / 8):
-        tests[f"{distinct} distinct values among {count}"] = 0.0
+    distinct = np.unique(np.round(body, 4)).size
+    if body.size >= GRID_NEEDS and distinct < min(ON_A_GRID, body.size / 8):
+        tests[f"{distinct} distinct values among {body.size}"] = 0.0
     which = min(tests, key=lambda name: tests[name])
     return min(1.0, 3 * tests[which]), which
 

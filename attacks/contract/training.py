@@ -81,6 +81,16 @@ class Training:
         return sizes
 
     @cached_property
+    def every_size(self) -> list[list[int]]:
+        """A quick trainer's batches of 1, 2, 3, ... up to `largest` units, each with one unit more; none of others."""
+        return [sorted(self.pool[:size]) for size in range(1, self.largest + 1)] if self.quick else []
+
+    @property
+    def looked_at(self) -> str:
+        """The sizes of batches in the first step, for a line."""
+        return f"of every size up to {self.largest}" if self.quick else f"of {', '.join(map(str, self.sizes))} units"
+
+    @cached_property
     def batches(self) -> list[list[int]]:
         """STEPS batches of several sizes."""
         return self._batches(0)

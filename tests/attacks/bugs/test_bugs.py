@@ -19,6 +19,7 @@ from attacks.bugs import (
     probes,
     production,
     sampling,
+    structured,
     unusual,
     updates,
 )
@@ -109,8 +110,8 @@ def test_what_is_out_of_reach_is_reported_as_missed(name: str) -> None:
 
 def test_the_table_holds_every_planted_class_once_with_a_source() -> None:
     first = (clipping, isolation, noise, updates, sampling)
-    later = (late_noise, late_clipping, physical_batches, production, hidden_state, dead, probes, accounting, unusual)
-    later = (*later, alternating)
+    rare = (probes, accounting, unusual, alternating, structured)
+    later = (late_noise, late_clipping, physical_batches, production, hidden_state, dead, *rare)
     planted = {
         value
         for module in (*first, *later)

@@ -8,6 +8,7 @@ import pytest
 from attacks.bugs import unusual
 from attacks.contract import accounting, independence, influence, liveness, noise, production, sampling
 from attacks.contract.bench import Bench
+from attacks.contract.noise_table import Tables
 from attacks.contract.probe import Probe
 from attacks.contract.seeds import Draws
 from dpaudit.documents import Check
@@ -17,7 +18,7 @@ Checks = Callable[[Bench], Iterable[Check]]
 
 
 def over_steps(bench: Bench) -> list[Check]:
-    return [independence.over_steps(Draws(bench), right_level=True)]
+    return [independence.over_steps(Draws(bench), tables=Tables(Draws(bench)))]
 
 
 def level(bench: Bench) -> list[Check]:
@@ -25,7 +26,7 @@ def level(bench: Bench) -> list[Check]:
 
 
 def law(bench: Bench) -> list[Check]:
-    return [noise.law(Draws(bench), right_level=True)]
+    return [noise.law(Draws(bench), tables=Tables(Draws(bench)))]
 
 
 def one(function: Callable[[Bench], Check]) -> Checks:
