@@ -43,7 +43,8 @@ def misses(bench: Bench, *, covered: bool) -> Iterator[Miss]:
     if covered and not bench.training.quick:
         return
     training = bench.training
-    noise, none = training.noise[:STEPS], [[] for _ in range(STEPS)]
+    noise = training.noise[:STEPS]
+    none: list[list[int]] = [[] for _ in range(STEPS)]
     kinds = [("injected gradients", [(noise, none), (noise, none)])]
     if probe.copyable:
         batches = [(noise, training.batches), (noise, training.others)]
