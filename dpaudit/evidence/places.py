@@ -6,8 +6,9 @@ once everything that is known beforehand (the records, the canaries it took) is 
 
 - the sum of r^2 of each step, along the spare directions, over all coordinates and over each block;
 - the sum of r^2 over all steps, of each block and of each coordinate;
-- the sum of r^2 in the second half of the steps along the spare combinations that showed least in the first half, or
-  nothing at all (noise that fills a subspace only shows nothing there).
+- of each step what lies outside the span of all earlier steps, along the spare directions: noise that fills a subspace
+  only shows less and less there; and the second half of the steps along the spare combinations that showed least in the
+  first half.
 
 **Validity.** Let F_t be everything before the noise of step t: earlier releases, batches, gradients, coins. If the
 mechanism adds noise with a covariance of at least sigma^2 C^2 I, drawn anew at step t, then given F_t
@@ -133,10 +134,9 @@ class PlacedNoise:
         wide = np.flatnonzero(self.widths >= LEAST_DEGREES)
         parts = [f"step {step}, block {self.names[block]}" for step in range(1, self.steps + 1) for block in wide]
         degrees = np.tile(self.widths[wide], self.steps).astype(float)
-        families = [_Family(shown[:, wide].ravel(), degrees, parts)]
-        if self.kept.size >= LEAST_DEGREES:
-            families.append(_Family(shown.sum(axis=1), np.full(self.steps, float(self.kept.size)), whole))
-        return families
+        families = [_Family(shown.sum(axis=1), np.full(self.steps, float(self.kept.size)), whole)]
+        families = families if self.kept.size >= LEAST_DEGREES else []
+        return [*families, _Family(shown[:, wide].ravel(), degrees, parts)]
 
     def _over_steps(self) -> list[_Family]:
         """All steps: each block, and each coordinate."""
@@ -174,13 +174,17 @@ def _of_spare(shown: Floats) -> list[_Family]:
     if not half:
         return families
     first, second = shown[:half], shown[half:]
-    # Ascending: directions that the first half did not reach at all come first.
-    directions = np.linalg.eigh(first.T @ first)[1]
-    counts = (max(width - half, width // 2), width // 8)
-    squares = np.array([float(np.square(second @ directions[:, :count]).sum()) for count in counts])
-    degrees = np.array([float(count * len(second)) for count in counts])
-    names = [f"{count} directions predicted from the first {half} steps, later steps" for count in counts]
-    return [*families, _Family(squares, degrees, names)]
+    directions = np.linalg.eigh(first.T @ first)[1]  # those that the first half did not reach come first
+    counts = (width // 2, width // 8)
+    squares = [float(np.square(second @ directions[:, :count]).sum()) for count in counts]
+    degrees = [count * len(second) for count in counts]
+    names = [f"{count} directions predicted from the first {half} steps, in the later ones" for count in counts]
+    # Gram-Schmidt: the diagonal of R holds what each step shows outside the span of those before it.
+    outside = np.diag(np.linalg.qr(shown[:width].T, mode="r"))[1:]
+    squares.append(float(np.square(outside).sum()))
+    degrees.append(sum(range(width - outside.size, width)))
+    names.append("outside the span of earlier steps, all steps")
+    return [*families, _Family(np.array(squares), np.array(degrees, dtype=float), names)]
 
 
 def _shares(sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -188,8 +192,8 @@ def _shares(sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     total = int(sizes.sum())
     if total <= MOST_COORDINATES:
         return sizes
-    wanted = np.maximum(MOST_COORDINATES // 2 * sizes // total, max(1, MOST_COORDINATES // 2 // sizes.size))
-    return np.minimum(sizes, wanted)
+    half = MOST_COORDINATES // 2
+    return np.minimum(sizes, half * sizes // total + max(1, half // sizes.size))
 
 
 def _some(size: int, share: int, rng: np.random.Generator) -> Places:
