@@ -186,7 +186,7 @@ class GradientGame:
         """The kept coordinates of one step, over sigma C. What the canaries put in is known and taken out; each is
         clipped to C along a unit vector."""
         if self.places is None:
-            blocks = [(name, noisy[name].numel()) for name in sorted(noisy)]
+            blocks = [(name, noisy[name].numel()) for name in sorted(noisy) if noisy[name].numel()]
             self.places = PlacedNoise(blocks, self.key.generator(purpose="coordinates looked at"))
         kept = torch.from_numpy(self.places.kept)
         whole = len(kept) == len(left)

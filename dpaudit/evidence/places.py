@@ -30,7 +30,7 @@ rounding of the release can matter (a release in bfloat16 keeps 8 bits): |r| is 
 released, which only moves the p-value up.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,31 +57,17 @@ class Found:
 
 @dataclass(frozen=True)
 class _Family:
-    """squares: sums of squares of the members. degrees: of freedom, of each. names: of the members, made on demand."""
+    """squares: sums of squares of the members. degrees: of freedom, of each. name: of a member, by its number."""
 
     squares: Floats
     degrees: Floats
-    names: Sequence[str]
+    name: Callable[[int], str]
 
     def found(self) -> Found:
         p = chi2.cdf(self.squares, self.degrees)
         at = int(np.argmin(p))
         level = float(np.sqrt(self.squares[at] / self.degrees[at]))
-        return Found(min(1.0, p.size * float(p[at])), f"{self.names[at]}: {level:.3g} times the claimed noise")
-
-
-class _Coordinates(Sequence[str]):
-    """Names of coordinates, made when one is asked for."""
-
-    def __init__(self, noise: "PlacedNoise") -> None:
-        self.noise = noise
-
-    def __len__(self) -> int:
-        return self.noise.kept.size
-
-    def __getitem__(self, at):  # type: ignore[no-untyped-def]
-        block = int(np.searchsorted(self.noise.starts, at, side="right")) - 1
-        return f"coordinate {self.noise.kept[at] - self.noise.firsts[block]} of {self.noise.names[block]}, all steps"
+        return Found(min(1.0, p.size * float(p[at])), f"{self.name(at)}: {level:.3g} times the claimed noise")
 
 
 class PlacedNoise:
@@ -108,8 +94,8 @@ class PlacedNoise:
     def add(self, left: Floats, released: Floats, absent: Collection[str] = ()) -> None:
         """One step. left: (N,) of the kept coordinates after subtraction; released: (N,) before it, both over sigma C.
         absent: blocks that were not released, whose values say nothing."""
-        left = np.nan_to_num(left, nan=np.inf)
-        for name in absent:
+        left = np.nan_to_num(left, nan=np.inf, posinf=np.inf, neginf=np.inf)
+        for name in set(absent) & set(self.names):
             block = self.names.index(name)
             left[self.starts[block] : self.starts[block] + self.widths[block]] = np.inf
         squares = np.square(left)
@@ -130,22 +116,32 @@ class PlacedNoise:
     def _of_steps(self) -> list[_Family]:
         """Each step: over all kept coordinates, and over each block."""
         shown = np.stack(self._blocks)
-        whole = [f"step {step}, all blocks" for step in range(1, self.steps + 1)]
         wide = np.flatnonzero(self.widths >= LEAST_DEGREES)
-        parts = [f"step {step}, block {self.names[block]}" for step in range(1, self.steps + 1) for block in wide]
         degrees = np.tile(self.widths[wide], self.steps).astype(float)
-        families = [_Family(shown.sum(axis=1), np.full(self.steps, float(self.kept.size)), whole)]
-        families = families if self.kept.size >= LEAST_DEGREES else []
-        return [*families, _Family(shown[:, wide].ravel(), degrees, parts)]
+
+        def part(at: int) -> str:
+            return f"step {at // wide.size + 1}, block {self.names[wide[at % wide.size]]}"
+
+        parts = _Family(shown[:, wide].ravel(), degrees, part)
+        if self.kept.size < LEAST_DEGREES:
+            return [parts]
+        every = np.full(self.steps, float(self.kept.size))
+        return [_Family(shown.sum(axis=1), every, lambda at: f"step {at + 1}, all blocks"), parts]
 
     def _over_steps(self) -> list[_Family]:
         """All steps: each block, and each coordinate."""
         degrees = self.widths.astype(float) * self.steps
         wide = np.flatnonzero(degrees >= LEAST_DEGREES)
         totals = np.stack(self._blocks).sum(axis=0)
-        names = [f"block {self.names[block]}, all steps" for block in wide]
         every = np.full(self.kept.size, float(self.steps))
-        return [_Family(totals[wide], degrees[wide], names), _Family(self._coordinates, every, _Coordinates(self))]
+        return [
+            _Family(totals[wide], degrees[wide], lambda at: f"block {self.names[wide[at]]}, all steps"),
+            _Family(self._coordinates, every, self._coordinate),
+        ]
+
+    def _coordinate(self, at: int) -> str:
+        block = int(np.searchsorted(self.starts, at, side="right")) - 1
+        return f"coordinate {self.kept[at] - self.firsts[block]} of {self.names[block]}, all steps"
 
     def law(self) -> Found | None:
         """Whether coordinates have the kurtosis of normal noise, by the block that is furthest from it; None where no
@@ -168,8 +164,8 @@ def _of_spare(shown: Floats) -> list[_Family]:
     steps, width = shown.shape
     if width < LEAST_WIDTH or not np.isfinite(shown).all():
         return []
-    names = [f"step {step}, directions without canaries" for step in range(1, steps + 1)]
-    families = [_Family(np.square(shown).sum(axis=1), np.full(steps, float(width)), names)]
+    every = np.full(steps, float(width))
+    families = [_Family(np.square(shown).sum(axis=1), every, lambda at: f"step {at + 1}, directions without canaries")]
     half = steps // 2
     if not half:
         return families
@@ -184,7 +180,7 @@ def _of_spare(shown: Floats) -> list[_Family]:
     squares.append(float(np.square(outside).sum()))
     degrees.append(sum(range(width - outside.size, width)))
     names.append("outside the span of earlier steps, all steps")
-    return [*families, _Family(np.array(squares), np.array(degrees, dtype=float), names)]
+    return [*families, _Family(np.array(squares), np.array(degrees, dtype=float), lambda at: names[at])]
 
 
 def _shares(sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
