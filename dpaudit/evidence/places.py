@@ -64,7 +64,7 @@ class _Family:
     name: Callable[[int], str]
 
     def found(self) -> Found:
-        p = chi2.cdf(self.squares, self.degrees)
+        p = np.asarray(chi2.cdf(self.squares, self.degrees))
         at = int(np.argmin(p))
         level = float(np.sqrt(self.squares[at] / self.degrees[at]))
         return Found(min(1.0, p.size * float(p[at])), f"{self.name(at)}: {level:.3g} times the claimed noise")
