@@ -39,6 +39,11 @@ POWER_NEEDED = 0.8
 NO_CONTROL = "no control shows that its scores carry a signal"
 CERTAIN = 0.999  # a p-value this near to 1 contradicts a high power: the channel is not what the power assumes
 HEADLINE = ("none", "claimed-mechanism")  # what a headline bound may assume
+UNDER_TEST = "trainer under test"  # RunInfo.method of training code that dpaudit did not write
+UNSEEN = (
+    "Not looked at: the update rule, the accounting, the independence of the sampler's draws, saved states (dpaudit "
+    "check, or dpaudit audit-trainer without naming a game, looks at them)."
+)
 MISSING_CLAIM = "missing claim"  # the row of a run without the claim that its configuration or its games name
 
 
@@ -273,6 +278,8 @@ def document(
     )
     if len(played) > 1:
         sayings.append(f"{len(played)} games were played in all; their evidence is counted together.")
+    if run.method == UNDER_TEST and played and not contracts:
+        sayings.append(UNSEEN)
     latest = next((game.alternative for game in reversed(games) if game.alternative), None)
     return AuditDocument(
         verdict=verdict,

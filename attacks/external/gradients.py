@@ -10,8 +10,9 @@ Before the training, pairs of trainers with equal seeds and frozen noise show th
 first step without records, in a first step with a batch, and in a later step with two canaries at once.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from attacks.external.claims import epoch_of
+from attacks.external.conduct import Blocks, batch_sizes
 from attacks.external.setting import Playing, Setting
 from attacks.external.subject import Subject
 from attacks.games.controls import Liveness
@@ -141,11 +143,13 @@ class _Rows:
         parts = zip(self.names, torch.split(row, self.sizes), strict=True)
         subject.inject({name: part.reshape(self.shapes[name]).clone() for name, part in parts})
 
-    def seen(self, subject: Subject, missing: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the last step released; a block without noise shows nothing of its canaries, so `missing` stands for
-        it."""
+    def seen(self, subject: Subject, missing: Callable[[str], Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """What the last step released, and the blocks that it did not: nothing of their canaries is shown, and
+        `missing` stands for them."""
         noisy = subject.released()
-        return {name: missing[name] if (value := noisy.get(name)) is None else value for name in self.names}
+        absent = [name for name in self.names if noisy.get(name) is None]
+        found = {name: missing(name) if (value := noisy.get(name)) is None else value for name in self.names}
+        return found, absent
 
 
 def live(setting: Setting, game: GradientGame, rows: _Rows) -> Iterator[Liveness]:
@@ -171,8 +175,7 @@ def live(setting: Setting, game: GradientGame, rows: _Rows) -> Iterator[Liveness
                     for place in taken:
                         rows.inject(subject, rows.rows[place])
                 subject.step(indices)
-            nothing = {name: torch.zeros(rows.shapes[name]) for name in rows.names}
-            shown.append(rows.seen(subject, nothing))
+            shown.append(rows.seen(subject, lambda name: torch.zeros(rows.shapes[name]))[0])
         noise = game.project({name: shown[1][name] - shown[2][name] for name in shown[1]})
         if not np.isfinite(noise).all() or np.abs(noise).max() > 1e-3:
             return
@@ -191,6 +194,7 @@ def train(setting: Setting, game: GradientGame, reporter: Reporter) -> float | N
     reporter.phase("checking that injected gradients arrive")
     game.liveness.extend(live(setting, game, rows))
     known = _Known(subject, game.max_grad_norm, shapes)
+    blocks, sizes = Blocks(subject.values()), list[int]()
     reporter.phase(f"training with {len(rows.rows)} of {game.count} canary gradients")
     for step, indices in setting.batches(subject, "white box", reporter):
         contribution = known.contribution(indices)
@@ -198,6 +202,21 @@ def train(setting: Setting, game: GradientGame, reporter: Reporter) -> float | N
         for place in taken:
             rows.inject(subject, rows.rows[place])
         subject.step(indices)
-        missing = {name: value / game.expected_batch_size for name, value in contribution.items()}
-        game.observe(step, rows.seen(subject, missing), contribution, taken)
+        noisy, absent = rows.seen(subject, partial(_stand_in, game, contribution, step))
+        blocks.add(absent)
+        sizes.append(len(set(indices)))
+        game.observe(step, noisy, contribution, taken, absent=absent)
+    game.beside.append(blocks.control(subject.values()))
+    if subject.offers("sample"):
+        units = len(subject.records())
+        game.beside.append(batch_sizes(sizes, units, setting.step_claim, epoch_of(setting.step_claim)))
     return setting.stated_epsilon(subject)
+
+
+def _stand_in(game: GradientGame, contribution: Mapping[str, Tensor], step: int, name: str) -> Tensor:
+    """For a block that was not released: what its records contribute and noise of our own of the claimed size, so that
+    directions over all blocks show no less noise than the claim because of it."""
+    value = contribution[name]
+    drawn = game.key.normal(tuple(value.shape), step=step, name=name, purpose="block not released")
+    noise = game.noise_multiplier * game.max_grad_norm * torch.from_numpy(drawn)
+    return (value + noise.to(value.dtype)) / game.expected_batch_size

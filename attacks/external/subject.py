@@ -85,7 +85,11 @@ class Subject:
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the trained parameters."""
-        return {name: tuple(value.shape) for name, value in self._tensors("parameters").items() if value is not None}
+        return {name: tuple(value.shape) for name, value in self.values().items()}
+
+    def values(self) -> dict[str, Tensor]:
+        """The trained parameters, float32 on the CPU."""
+        return {name: value for name, value in self._tensors("parameters").items() if value is not None}
 
     def size(self) -> int:
         """How many numbers are trained."""

@@ -33,7 +33,6 @@ from dpaudit.errors import InvalidGame
 from dpaudit.executors import Executor
 from trainers.progress import Reporter
 
-METHOD = "trainer under test"
 SEEDED = "Coins and noise came from --seed: the audit can be repeated exactly, and anyone can recompute its coins."
 DRAWN = "Fair coins, candidates and planned guesses were written and hashed before the first step."
 
@@ -157,7 +156,7 @@ def _assemble(
     return verdict.document(
         run=RunInfo(
             name=options.target,
-            method=METHOD,
+            method=verdict.UNDER_TEST,
             config_sha256=settings_sha256(settings),
             about="procedure",
             coins_sha256=coins.sha256 if tossed else None,

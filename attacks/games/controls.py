@@ -4,7 +4,8 @@ Liveness: under frozen noise an injected gradient moves the release by exactly i
 and nothing along the others. Arrival: over the whole game, in the steps that took a canary, what its direction shows is
 1 in units of C on average (a channel that dies later, or lets through a part, shows less). Noise level: the directions
 without canaries show the claimed noise; more means that something blurs the channel, so that the power does not hold.
-Noise between steps: no two steps show the same along those directions.
+Independent steps: no two steps show the same along those directions. Law of the noise: coordinates are as a normal law
+spreads them.
 """
 
 import math
@@ -16,12 +17,14 @@ import numpy.typing as npt
 
 from dpaudit.documents import Check, Control
 from dpaudit.evidence.noise import NoiseLevel
+from dpaudit.evidence.places import ERRORS, KURTOSIS, PlacedNoise
 from dpaudit.evidence.steps import LEVEL, dependence
 
 Floats = npt.NDArray[np.float64]
 
 LIVE_STEPS = 3  # steps of a training in which liveness is checked; each costs the noise of one more step
-TOLERANCE = 0.02  # of C: float32 sums of a large model
+TOLERANCE = 0.02  # of C: the most that rounding of a large model may move the release along other directions
+EXACT = 0.002  # of C: how far an arrival may lie below 1 where rounding shows nowhere else
 DEAD = 0.5  # a canary that moves the release by less of C did not arrive
 Z = 4.5  # two-sided 7e-6: how far the mean arrival of a correct channel may lie from 1
 WIDEST = 0.25  # half-width of the arrival's interval that still says something
@@ -90,11 +93,11 @@ def judge_liveness(seen: Sequence[Liveness], arrived: Arrived, sigma: float) -> 
                 "failed",
                 "inject: the injected gradient does not arrive in the release, so this game sees nothing.",
             )
-        elif worst.least < 1 - TOLERANCE:
+        elif worst.least < 1 - max(EXACT, elsewhere):
             outcome, text = "not earned", "An injected gradient arrives in part only."
         measured = f"moved by {worst.least:.4f} to {most:.4f} C along its direction, {elsewhere:.4f} C along others"
         found.append(
-            _control("liveness", outcome, f"{measured} ({', '.join(item.where for item in seen)})", "1 C, 0 C", text)
+            control("liveness", outcome, f"{measured} ({', '.join(item.where for item in seen)})", "1 C, 0 C", text)
         )
     if arrived.count:
         low, high = arrived.interval(sigma)
@@ -108,10 +111,10 @@ def judge_liveness(seen: Sequence[Liveness], arrived: Arrived, sigma: float) -> 
                 "Canaries do not arrive as the claimed mechanism lets them, or too few did to tell.",
             )
         measured = f"{low:.3f} to {high:.3f} C in {arrived.count} arrivals"
-        found.append(_control("amplitude", outcome, measured, f"1 C, known to {WIDEST:g}", text))
+        found.append(control("amplitude", outcome, measured, f"1 C, known to {WIDEST:g}", text))
     if not found:
         text = "No canary was taken by any step: nothing shows that one would have been seen."
-        found.append(_control("liveness", "not earned", "no canary was taken", "1 C", text))
+        found.append(control("liveness", "not earned", "no canary was taken", "1 C", text))
     return found
 
 
@@ -125,11 +128,11 @@ def noise_control(noise: NoiseLevel, spare: int) -> Control:
     elif high < 1:
         outcome, text = "not earned", "Directions without canaries show less noise than the claim."
     measured = f"{noise.ratio:.4f} times the claim ({low:.4f} to {high:.4f}), {spare} directions"
-    return _control("noise level", outcome, measured, "an interval that holds 1", text)
+    return control("noise level", outcome, measured, "an interval that holds 1", text)
 
 
 def steps_control(empty: Floats) -> list[Control]:
-    """The control "noise between steps"; none for a single step. empty: (T, K), what the spare directions show."""
+    """The control "independent steps"; none for a single step. empty: (T, K), what the spare directions show."""
     seen = dependence(empty)
     if seen is None:
         return []
@@ -138,7 +141,19 @@ def steps_control(empty: Floats) -> list[Control]:
         outcome = "not earned"
         text = "Steps share something along directions without canaries: noise that is not new, or records that blur."
     measured = f"{seen.seen} (p = {seen.p_value:.2g})"
-    return [_control("noise between steps", outcome, measured, f"p of at least {LEVEL:g}", text)]
+    return [control("independent steps", outcome, measured, f"p of at least {LEVEL:g}", text)]
+
+
+def law_control(places: PlacedNoise) -> list[Control]:
+    """The control "law of the noise"; none where too few values were seen."""
+    seen = places.law()
+    if seen is None:
+        return []
+    outcome, text = "earned", "Coordinates of the noise spread as a normal law does."
+    if seen.p_value == 0.0:
+        outcome = "not earned"
+        text = "The noise is not normal, as the claim says it is: what its size means for privacy is not known."
+    return [control("law of the noise", outcome, seen.seen, f"within {KURTOSIS:g} or {ERRORS:g} standard errors", text)]
 
 
 def as_check(control: Control) -> Check:
@@ -153,5 +168,5 @@ def as_check(control: Control) -> Check:
     )
 
 
-def _control(name: str, outcome: str, measured: str, allowed: str, explanation: str) -> Control:
+def control(name: str, outcome: str, measured: str, allowed: str, explanation: str) -> Control:
     return Control(name=name, outcome=outcome, measured=measured, allowed=allowed, explanation=explanation)  # type: ignore[arg-type]

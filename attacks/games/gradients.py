@@ -15,7 +15,7 @@ Sources: Nasr et al. 2023 (arXiv 2302.07956), Steinke et al. 2023 (arXiv 2305.08
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -26,9 +26,11 @@ import torch
 
 from attacks.canaries import ALL, Plan, coin_frame
 from attacks.games import controls
+from dpaudit.documents import Control
 from dpaudit.errors import rejected
 from dpaudit.evidence.channel import Channel
 from dpaudit.evidence.game import SPARE
+from dpaudit.evidence.places import PlacedNoise
 from dpaudit.randomness import Key
 from trainers.gradients import Gradient
 
@@ -50,7 +52,8 @@ class GradientGame:
     """`count` directions with independent fair coins: orthonormal, single coordinates, or random unit vectors.
 
     known: whether `observe` is told what the other records contributed. final: nothing is seen of the steps;
-    `see_final` scores the sum of all updates. epoch: t of random allocation; None: Poisson sampling.
+    `see_final` scores the sum of all updates. epoch: t of random allocation; None: Poisson sampling. beside: controls
+    of whoever plays it.
     """
 
     count: int
@@ -66,6 +69,8 @@ class GradientGame:
     members: Bools = field(init=False)
     arrived: controls.Arrived = field(init=False)
     liveness: list[controls.Liveness] = field(init=False, default_factory=list)
+    beside: list[Control] = field(init=False, default_factory=list)
+    places: PlacedNoise | None = field(init=False, default=None)
     _seen: list[npt.NDArray[np.float32]] = field(init=False, default_factory=list)
     _empty: list[npt.NDArray[np.float32]] = field(init=False, default_factory=list)
     _last: Floats = field(init=False)
@@ -144,7 +149,9 @@ class GradientGame:
 
     def project(self, difference: Gradient) -> Floats:
         """(m + K,) what a difference of releases shows along the directions, in units of C of the sum."""
-        flat = torch.cat([difference[name].flatten().float().cpu() for name in sorted(difference)])
+        return self._along(_joined(difference))
+
+    def _along(self, flat: torch.Tensor) -> Floats:
         return (self._vectors @ flat).double().numpy() * self.expected_batch_size / self.max_grad_norm
 
     def observe(
@@ -154,11 +161,12 @@ class GradientGame:
         known: Gradient,
         taken: npt.NDArray[np.intp],
         without: Callable[[], Gradient] | None = None,
+        absent: Collection[str] = (),
     ) -> None:
         """One step: what it shows along every direction; the first steps with canaries are checked for liveness.
 
         known: clipped sum of the records. taken: the inserted canaries in this step. without: the release of the same
-        step and noise without them.
+        step and noise without them. absent: blocks that this step did not release, for which `noisy` holds stand-ins.
         """
         if without is not None and len(taken) and len(self.liveness) < controls.LIVE_STEPS:
             there = without()
@@ -167,10 +175,33 @@ class GradientGame:
         if self.final:
             return
         size = self.expected_batch_size
-        shown = self.project({name: noisy[name] - known[name] / size for name in noisy})
+        left = _joined({name: noisy[name] - known[name] / size for name in noisy})
+        shown = self._along(left)
+        self._place(noisy, left, taken, absent)
         self._seen.append(shown[: self.count].astype(np.float32))
         self._empty.append((shown[self.count :] / self.noise_multiplier).astype(np.float32))
         self.arrived.add(shown[: self.count][self.inserted[taken]])
+
+    def _place(self, noisy: Gradient, left: torch.Tensor, taken: npt.NDArray[np.intp], absent: Collection[str]) -> None:
+        """The kept coordinates of one step, over sigma C. What the canaries put in is known and taken out; each is
+        clipped to C along a unit vector."""
+        if self.places is None:
+            blocks = [(name, noisy[name].numel()) for name in sorted(noisy) if noisy[name].numel()]
+            self.places = PlacedNoise(blocks, self.key.generator(purpose="coordinates looked at"))
+        kept = torch.from_numpy(self.places.kept)
+        whole = len(kept) == len(left)
+        unit = self.expected_batch_size / (self.max_grad_norm * self.noise_multiplier)
+        rows = self.inserted[taken]
+        held = torch.zeros(len(kept))
+        for row in rows:  # one at a time: no copy of all rows
+            held += self._vectors[row] if whole else self._vectors[row][kept]
+        released = _joined(noisy)
+        shown, total = (left, released) if whole else (left[kept], released[kept])
+        self.places.add(
+            shown.double().numpy() * unit - held.double().numpy() / self.noise_multiplier,
+            total.double().numpy() * unit,
+            absent,
+        )
 
     def seen(self) -> Floats:
         """(m, T) in units of C."""
@@ -190,3 +221,8 @@ class GradientGame:
     def channel(self) -> Channel:
         """What the claim says about the steps that were seen."""
         return Channel(self.noise_multiplier, self.sample_rate, max(1, len(self._seen)), self.epoch)
+
+
+def _joined(gradient: Gradient) -> torch.Tensor:
+    """(P,) float32 on the CPU, blocks in name order."""
+    return torch.cat([gradient[name].flatten().float().cpu() for name in sorted(gradient)])

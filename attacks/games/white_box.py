@@ -17,14 +17,15 @@ from dpaudit.analysis.claim import claimed_event, describe_alternative, sigma_se
 from dpaudit.bounds import pld
 from dpaudit.bounds.roc import summarise
 from dpaudit.documents import Claim, Control, Test, Validity
-from dpaudit.evidence import steps
+from dpaudit.evidence import calibrate, steps
 from dpaudit.evidence.coins import Posteriors, p_value
 from dpaudit.evidence.game import ALL as ALL_CANARIES
-from dpaudit.evidence.game import KEPT, NOISE, SHARES, STEPS, Rule
+from dpaudit.evidence.game import KEPT, NOISE, PLACES, SHARES, STEPS, Rule
 from dpaudit.evidence.game import LOUD as LOUD_CANARIES
 from dpaudit.evidence.limits import sigma_upper
 from dpaudit.evidence.noise import NoiseLevel
 from dpaudit.evidence.power import white_box_power
+from dpaudit.verdict import wanted
 
 TITLE = "white box"
 STATISTIC = "log-likelihood ratio of the claimed mechanism, over all noisy gradients"
@@ -53,7 +54,11 @@ def read_game(
     if noise is not None:
         found.append(controls.noise_control(noise, game.spare))
         found += controls.steps_control(empty)
-    checks = tuple(controls.as_check(control) for control in found if control.name == "liveness")
+    if game.places is not None and game.known:
+        found += controls.law_control(game.places)
+    found += game.beside
+    said = (control for control in found if control.name == "liveness" or control.outcome == "failed")
+    checks = tuple(controls.as_check(control) for control in said)
     shared: dict[str, Any] = {
         "coins_sha256": coins_sha256,
         "coins": "gradients",
@@ -69,6 +74,8 @@ def read_game(
         tests.append(_noise_test(noise, game, claim, alpha))
         if len(empty) > 1:
             tests.append(_steps_test(empty, claim, alpha))
+    if game.places is not None:
+        tests.append(_places_test(game, empty, claim, alpha))
     # A third of the error of the bounds each: what assumes nothing, and within the mechanism the coins and the noise.
     level = 1 - (1 - confidence) / 3
     free = one_run_bound(
@@ -215,6 +222,26 @@ def _steps_test(empty: Floats, claim: Claim, alpha: float) -> Test:
         statement="p-value (one over the e-value) of 'every step has noise of its own, at least as large as claimed'",
         e_value=_plain(log),
         share=SHARES[STEPS],
+        control=ELSEWHERE,
+    )
+
+
+def _places_test(game: GradientGame, empty: Floats, claim: Claim, alpha: float) -> Test:
+    assert game.places is not None
+    places, share = game.places, SHARES[PLACES]
+    seen = places.judged(empty)
+    return _test(
+        claim,
+        1 - alpha,
+        name=f"{TITLE}: {PLACES}",
+        statistic=f"least noise in any step, block, coordinate or predictable direction; lowest: {seen.seen}",
+        bound="chi-square",
+        selection=f"all of them, by Bonferroni's inequality ({places.kept.size} coordinates, fixed with the coins)",
+        n=places.kept.size * places.steps,
+        p_value=seen.p_value,
+        statement="p-value of 'the noise is at least as large as claimed in every step and every coordinate'",
+        e_value=calibrate.e_value(seen.p_value, wanted=wanted(share, alpha)),
+        share=share,
         control=ELSEWHERE,
     )
 

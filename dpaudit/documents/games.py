@@ -96,7 +96,17 @@ class Control(Part):
     earned: the channel carries what the power assumes. not earned: no power is stated. failed: the game is invalid.
     """
 
-    name: Literal["liveness", "amplitude", "noise level", "noise between steps", "known leak", "p-value"]
+    name: Literal[
+        "liveness",
+        "amplitude",
+        "noise level",
+        "independent steps",
+        "law of the noise",
+        "released blocks",
+        "batch sizes",
+        "known leak",
+        "p-value",
+    ]
     outcome: Literal["earned", "not earned", "failed"]
     measured: str
     allowed: str

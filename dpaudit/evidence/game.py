@@ -11,10 +11,12 @@ from dpaudit.evidence.noise import NoiseLevel
 Bools = npt.NDArray[np.bool_]
 
 # Shares of the game's evidence. All candidates together see a small deficit of noise; the loud ones alone see faulty
-# clipping that hides the others; the spare directions see the noise itself, and whether every step has its own. What is
-# not staked keeps a game that finds nothing from wiping out the evidence of earlier and later ones.
+# clipping that hides the others; the spare directions see the noise itself, and whether every step has its own; single
+# steps, blocks and coordinates see where noise is missing. What is not staked keeps a game that finds nothing from
+# wiping out the evidence of earlier and later ones.
 ALL, LOUD, NOISE, STEPS = "all canaries", "loud canaries", "noise level", "noise between steps"
-SHARES = {ALL: 0.45, LOUD: 0.2, NOISE: 0.25, STEPS: 0.05}
+PLACES = "noise of every step, block and coordinate"
+SHARES = {ALL: 0.45, LOUD: 0.2, NOISE: 0.2, STEPS: 0.05, PLACES: 0.05}
 KEPT = 0.05
 SPARE = 256  # directions without canaries, where the model has room for them
 

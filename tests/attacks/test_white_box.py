@@ -165,7 +165,7 @@ def test_a_correct_run_is_not_refuted_and_less_noise_is(tiny: Path, tmp_path: Pa
         settings = (f"planted.noise-scale={scale}", "training.batch-size=400", "privacy.noise-multiplier=2")
         part = played(config(tiny, *settings), tmp_path / name)
         tests = deciding(part)
-        assert [test.bound for test in tests] == ["exact likelihood"] * 2 + ["chi-square"] * 2
+        assert [test.bound for test in tests] == ["exact likelihood"] * 2 + ["chi-square"] * 3
         values[name] = sum(test.share * float(test.e_value or 0) for test in tests)
         within = next(test for test in part.tests if test.assumes == "dp-sgd(q,T)")
         free = next(test for test in part.tests if test.bound == "steinke")

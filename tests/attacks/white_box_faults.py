@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from tests.attacks.external_toy import Toy
@@ -205,3 +206,124 @@ class Arrays(Toy):
 
     def gradient(self, record: Tensor) -> Mapping[str, Any]:
         return {"w": -record.numpy()}
+
+
+class LastClean(Remembering):
+    """The last of the steps has no noise."""
+
+    def following(self, fresh: np.ndarray, before: list[np.ndarray]) -> np.ndarray:
+        return fresh * (len(before) != 24)
+
+
+class FirstClean(Remembering):
+    """The first step has no noise."""
+
+    def following(self, fresh: np.ndarray, before: list[np.ndarray]) -> np.ndarray:
+        return fresh * (len(before) > 0)
+
+
+class Alternating(Remembering):
+    """Half of the noise and 1.32 times it in turn: right on average."""
+
+    def following(self, fresh: np.ndarray, before: list[np.ndarray]) -> np.ndarray:
+        return fresh * (0.5 if len(before) % 2 else 1.75**0.5)
+
+
+class SomeClean(Remembering):
+    """250 of 2,500 coordinates have no noise, the others a little more: right on average."""
+
+    def following(self, fresh: np.ndarray, before: list[np.ndarray]) -> np.ndarray:
+        return fresh * np.where(np.arange(len(fresh)) < 250, 0.0, (10 / 9) ** 0.5)
+
+
+class LowRank(Remembering):
+    """Noise in a fixed subspace of 60 dimensions, right on average."""
+
+    def following(self, fresh: np.ndarray, before: list[np.ndarray]) -> np.ndarray:
+        if not before:
+            self.basis = np.linalg.qr(np.random.default_rng(3).normal(size=(len(fresh), 60)))[0]
+        return self.basis @ (self.basis.T @ fresh) * (len(fresh) / 60) ** 0.5
+
+
+class Signs(Remembering):
+    """Plus or minus sigma C: the claimed size, not the claimed law."""
+
+    def following(self, fresh: np.ndarray, before: list[np.ndarray]) -> np.ndarray:
+        return np.sign(fresh)
+
+
+class TwoBlocks(Toy):
+    """The same weights in two blocks: a body and a head of 40."""
+
+    def cut(self, flat: Tensor) -> dict[str, Tensor]:
+        return {"body": flat[:-40], "head": flat[-40:]}
+
+    def released(self) -> Mapping[str, Tensor | None]:
+        return self.cut(self.last)
+
+    def parameters(self) -> Mapping[str, Tensor]:
+        return self.cut(self.w)
+
+    def gradient(self, record: Tensor) -> Mapping[str, Tensor]:
+        return self.cut(-record)
+
+    def inject(self, gradient: Mapping[str, Tensor]) -> None:
+        super().inject({"w": torch.cat([gradient["body"], gradient["head"]])})
+
+
+class HeadClean(Remembering, TwoBlocks):
+    """No noise in the head."""
+
+    def following(self, fresh: np.ndarray, before: list[np.ndarray]) -> np.ndarray:
+        return fresh * (np.arange(len(fresh)) < len(fresh) - 40)
+
+
+class HeadHidden(HeadClean):
+    """And says so: None where no noise was drawn, though the head is trained."""
+
+    def released(self) -> Mapping[str, Tensor | None]:
+        return {**super().released(), "head": None}
+
+
+class HeadFrozen(TwoBlocks):
+    """The head is neither trained nor released: nothing leaks there, and nothing was looked at."""
+
+    def step(self, indices: Sequence[int]) -> None:
+        before = self.w[-40:].clone()
+        super().step(indices)
+        self.w[-40:] = before
+
+    def released(self) -> Mapping[str, Tensor | None]:
+        return {**super().released(), "head": None}
+
+
+class SampleAll(Toy):
+    """sample() draws every record in every step."""
+
+    def sample(self) -> list[int]:
+        return list(range(len(self.records)))
+
+
+class SampleOften(Toy):
+    """Twice the claimed rate."""
+
+    def sample(self) -> list[int]:
+        return np.flatnonzero(self.sampler.random(len(self.records)) < 2 * self.rate).tolist()
+
+
+class SampleInTurn(Toy):
+    """Every record or none: the right number on average."""
+
+    def sample(self) -> list[int]:
+        return list(range(len(self.records))) if self.done % 4 == 3 else []
+
+
+class Lies(Toy):
+    """The noisy sum is shown, and the weights follow the clean one."""
+
+    def step(self, indices: Sequence[int]) -> None:
+        before, injected = self.w.clone(), list(self.injected)
+        super().step(indices)
+        rows = [-self.records[index] for index in indices] + injected
+        clean = sum((row / max(1.0, float(row.norm())) for row in rows), torch.zeros_like(before))
+        self.w = before - clean / 5.0
