@@ -170,16 +170,18 @@ class Trainer:
         return total
 
     def with_injected(self, known: UnitSum, canaries: npt.NDArray[np.int64]) -> UnitSum:
-        """`known` plus the sampled gradient canaries, each clipped as one more unit."""
+        """`known` plus the sampled gradient canaries, each clipped as one more unit: in the blocks of this step."""
         if self.injected is None or not len(canaries):
             return known
-        rows = self.injected[torch.from_numpy(canaries)]
-        factors = clip_factors(rows.norm(dim=1), self.plan.max_grad_norm)
-        flat, at, total = factors @ rows, 0, {}
-        for name in sorted(self.parameters):
-            value = known.gradient[name]
-            total[name] = value + flat[at : at + value.numel()].view_as(value).to(value.device)
-            at += value.numel()
+        names = sorted(self.parameters)
+        sizes = [self.parameters[name].numel() for name in names]
+        parts = torch.split(self.injected[torch.from_numpy(canaries)], sizes, 1)  # type: ignore[no-untyped-call]
+        rows = {name: part for name, part in zip(names, parts, strict=True) if name in known.gradient}
+        factors = clip_factors(torch.cat(tuple(rows.values()), 1).norm(dim=1), self.plan.max_grad_norm)
+        total = {
+            name: value + (factors @ rows[name]).view_as(value).to(value.device)
+            for name, value in known.gradient.items()
+        }
         return UnitSum(total, known.norms, known.losses)
 
     def noisy_mean(self, step: int, total: UnitSum) -> Gradient:

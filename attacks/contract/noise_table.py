@@ -100,7 +100,7 @@ class Tables:
         """(n, steps, d) noise of the first two steps (or the first) under more seeds than there are coordinates."""
         names, width = self.blocks, sum(self.sizes.values())
         build = self.probe.build_seconds / max(1, self.probe.builds)
-        ready = self.draws.mixing is None and self.bench.training.quick and build < BUILD
+        ready = self.draws.mixing is None and self.bench.training.quick and build < BUILD and not self.probe.slow
         if not ready or not 2 <= width <= WIDEST:
             return np.zeros((0, 1, width))
         steps = 2 if width <= WIDEST_PAIR else 1

@@ -116,13 +116,30 @@ def audited(bin: Path, module: str, changes: dict[str, str], words: list[str], l
     return row | {"checks": [{key: str(item[key])[:300] for key in ("name", "status", "measured")} for item in told]}
 
 
+def table() -> str:
+    """The committed results as the Markdown table of docs/in-the-wild.md."""
+    lines = ["| package | case | `dpaudit check` | `audit-trainer --white-box` | seconds |", "|---|---|---|---|---|"]
+    for name, entry in json.loads(RESULTS.read_text(encoding="utf-8")).items():
+        for variant, (check, game) in entry.get("cases", {}).items():
+            cells = [
+                f"{row['verdict'] or 'no verdict'} (exit code {row.get('exit_code', '-')})" for row in (check, game)
+            ]
+            spent = " + ".join(f"{row.get('seconds', 0):.0f}" for row in (check, game))
+            lines.append(f"| {name} | {variant or 'as taught'} | {' | '.join(cells)} | {spent} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--table", action="store_true", help="only print the table of the committed results")
     parser.add_argument("--only", nargs="+", choices=list(PACKAGES), default=list(PACKAGES))
     parser.add_argument("--source", nargs="*", default=[], help="ENVIRONMENT=PATH: a local copy instead of a download")
     parser.add_argument("--limit", type=float, default=1800, help="seconds a command may take")
     given = parser.parse_args()
+    if given.table or given.folder is None:
+        print(table())
+        return
     sources = dict(item.split("=", 1) for item in given.source)
     rows = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     for name in given.only:

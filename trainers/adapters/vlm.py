@@ -101,6 +101,7 @@ class VlmTrainer:
         self.step_count = self.draws = 0
         self.last: dict[str, Tensor] = {}
         self.kept: set[str] = set()
+        self.injected: list[Tensor] = []  # gradients that join the next step
 
     def __deepcopy__(self, memo: dict[int, object]) -> "VlmTrainer":
         """Weights, moments and pruning scores of its own; model and inputs are shared, as in one factory anyway."""
@@ -112,7 +113,7 @@ class VlmTrainer:
         pruning = replace(self.trainer.pruning, scores=dict(self.trainer.pruning.scores))
         made.trainer = replace(self.trainer, optimizer=optimizer, pruning=pruning)
         made.weights = {name: value.clone() for name, value in self.weights.items()}
-        made.last, made.kept = dict(self.last), set(self.kept)
+        made.last, made.kept, made.injected = dict(self.last), set(self.kept), list(self.injected)
         return made
 
     def _install(self, weights: Mapping[str, Tensor]) -> None:
@@ -143,10 +144,17 @@ class VlmTrainer:
         self.step_count += 1
         self._install(self.weights)
         total = self.trainer.clipped_sum(self.step_count, sorted(set(indices)))
+        if self.injected:
+            more = replace(self.trainer, injected=torch.stack(self.injected))
+            total, self.injected = more.with_injected(total, np.arange(len(self.injected))), []
         noisy = replace(self.trainer, key=self.secret).noisy_mean(self.step_count, total)
         self.last = {name: value.clone() for name, value in noisy.items()}
         self.kept = self.trainer.update(self.step_count, noisy)
         self.weights = {name: value.detach().clone() for name, value in self.trainer.parameters.items()}
+
+    def inject(self, gradient: Mapping[str, Tensor]) -> None:
+        """One more unit of the next step, by its gradient."""
+        self.injected.append(torch.cat([gradient[name].flatten() for name in sorted(gradient)]))
 
     def released(self) -> Mapping[str, Tensor | None]:
         """The noisy mean before pruning; None for a block that was pruned ahead of the step."""
@@ -233,6 +241,7 @@ class VlmZerothOrder(VlmTrainer):
     """Method dp-zo: `released()` holds one noisy number a direction. No gradient, no block that is chosen."""
 
     gradient = None  # type: ignore[assignment]
+    inject = None  # type: ignore[assignment]
     applied = None  # type: ignore[assignment]
     select = None  # type: ignore[assignment]
 
