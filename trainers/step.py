@@ -175,7 +175,7 @@ class Trainer:
             return known
         names = sorted(self.parameters)
         sizes = [self.parameters[name].numel() for name in names]
-        parts = torch.split(self.injected[torch.from_numpy(canaries)], sizes, 1)  # type: ignore[no-untyped-call]
+        parts = torch.split(self.injected[torch.from_numpy(canaries)], sizes, 1)
         rows = {name: part for name, part in zip(names, parts, strict=True) if name in known.gradient}
         factors = clip_factors(torch.cat(tuple(rows.values()), 1).norm(dim=1), self.plan.max_grad_norm)
         total = {
