@@ -99,7 +99,7 @@ def run_bug(row: Bug, *, seed: int = 0, game: bool = True) -> BugRow:
     began = time.monotonic()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a bug may divide by zero
-        probe = Probe(row.factory, seed=seed)
+        probe = Probe(row.factory, seed=seed, target=row.target)
         checks = run_checks(probe)
         outcome = verdict(checks)
         failed = tuple(check.name for check in checks if check.status == "fail")

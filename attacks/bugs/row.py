@@ -53,6 +53,12 @@ class Bug:
         return " ".join((self.factory.__doc__ or "").split())
 
     @property
+    def target(self) -> str | None:
+        """The factory as `module:name`, by which other processes build it: where the fault shows in production only."""
+        module = self.factory.__module__
+        return f"{module}:{self.factory.__qualname__}" if module.endswith(".production") else None
+
+    @property
     def kind(self) -> str:
         """Its kind, which is that of the module that has it."""
         return KINDS[self.factory.__module__.rsplit(".", 1)[-1]]
