@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-SIZE, BATCH, STEPS, CLIP, SIGMA = 60, 6, 30, 0.2, 0.7
+SIZE, BATCH, STEPS, CLIP, SIGMA = 40, 4, 30, 0.2, 0.7
 BUG = os.environ.get("BUG", "none")  # none, half-noise, batch-clip
 LETTERS = " abcdefghijklmnopqrstuvwxyz?"
 WORDS = ["red", "green", "blue", "round", "flat", "warm", "cold", "near", "far", "old"]
