@@ -96,7 +96,9 @@ def equal_parameters(bench: Bench) -> Check:
             seen = _after(bench, _paths(bench, step), batch, meant)
             if seen is None:
                 why = "the trainer offers neither assign() nor save() and load(), so parameters can't be made equal"
-                if "assign" in probe.offered:
+                if probe.unheard is not None:
+                    why = f"{probe.unheard}, so parameters can't be made equal"
+                elif "assign" in probe.offered:
                     why = "assign() does not change what the next step releases, so nothing can be compared"
                 return skipped(EQUAL, why, EQUAL_WHY)
             for one, two in pairwise(seen):

@@ -130,6 +130,8 @@ def gradients_live(bench: Bench) -> Check:
     )
     if silent:
         measured += f"; no unit moved {joined(silent)}"
+    if probe.unheard is not None:
+        measured += f"; {probe.unheard}"
     return judged(LIVE, changed, measured, "contributions that change", LIVE_WHY)
 
 

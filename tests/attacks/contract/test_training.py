@@ -11,7 +11,7 @@ import torch
 from scipy.stats import hypergeom
 from torch import Tensor
 
-from attacks.bugs import bases_opacus
+from attacks.bugs import bases_opacus, dead
 from attacks.contract import (
     FALSE_ALARMS,
     STATISTICAL,
@@ -605,3 +605,10 @@ def test_a_trainer_that_takes_no_empty_batch(base: type[Compact], verdict: str, 
     assert (document.verdict, [item.name for item in document.checks if item.status == "fail"]) == (verdict, failed)
     level = {item.name: item for item in document.checks}["noise level"]
     assert level.status != "pass"
+
+
+def test_a_copy_that_is_shown_fails_the_contract() -> None:
+    """`assign` reaches the weights, `parameters()` shows the optimiser's copy: a verdict, not the end of the check."""
+    document = check(dead.CopyShown)
+    failed = {item.name: item.measured for item in document.checks if item.status == "fail"}
+    assert document.verdict == "fail" and "shows other values for 'w1'" in failed["gradients follow the parameters"]
