@@ -5,7 +5,7 @@
 
 With --run each example is tried as it is, with half of the noise (BUG=half-noise) and, for Opacus, in ghost mode. Times
 are those of the command on the clock and on the processor (one thread), so that a busy machine shows.
-Writes benchmarks/results/glue_lines.csv. The lines were counted; `--run` was not played to its end yet.
+Writes benchmarks/results/glue_lines.csv.
 """
 
 import argparse

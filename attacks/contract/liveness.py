@@ -47,12 +47,33 @@ def moves(bench: Bench) -> Check:
     stopped = {} if still else _stopped(bench, [*courses, *bench.live])
     if stopped:
         measured = f"moved no more: {', '.join(f'{name} after step {step}' for name, step in sorted(stopped.items()))}"
-    idle = [] if still or stopped else _idle(bench)
+    dead = None if still or stopped else _dead(bench, courses)
+    if dead is not None:
+        measured = dead
+    idle = [] if still or stopped or dead else _idle(bench)
     if idle:
         measured = f"never moved without a noise seed, and did with one: {joined(idle)}"
-    return judged(
-        MOVES, not still and not stopped and not idle, measured, "every block that is updated moves", MOVES_WHY
-    )
+    fine = not (still or stopped or dead or idle)
+    return judged(MOVES, fine, measured, "every block that is updated moves", MOVES_WHY)
+
+
+def _dead(bench: Bench, courses: list[list[Observation]]) -> str | None:
+    """A training in which nothing moves in the last third of the steps looked at, all of them claimed: weights
+    that have become NaN, a schedule made for fewer steps, a warm-up that never begins. Beyond the claimed steps
+    a learning rate may well be 0."""
+    claimed = bench.probe.claim.steps
+    for course in courses:
+        within = course if claimed is None else course[:claimed]
+        tail = within[2 * len(within) // 3 :]
+        if len(tail) >= FEWEST and _due(bench, tail) and not any(map(_goes_on, tail)):
+            last = max((step for step, seen in enumerate(within, 1) if _goes_on(seen)), default=0)
+            return f"no parameter moved after step {last} of {len(within)}"
+    return None
+
+
+def _goes_on(seen: Observation) -> bool:
+    """Whether a step moved some block to numbers."""
+    return any(np.nan_to_num(value, posinf=0.0, neginf=0.0).any() for value in seen.moved.values())
 
 
 def _idle(bench: Bench) -> list[str]:
