@@ -173,10 +173,10 @@ class Training:
         """
         wanted = list(dict.fromkeys(tuple(batch) for batch in batches))
         found: dict[Batch, Observation] = {}
-        if self.empties and not self.probe.copyable and step > 1 and len(wanted) >= LEAST_BRANCHES:
+        room = len(self.noise) - step - 1 if self.empties and not self.probe.copyable else 0  # later steps, known noise
+        if room > 0 and step > 1 and len(wanted) >= LEAST_BRANCHES:
             control = max(wanted, key=len)
             others = [batch for batch in wanted if batch != control]
-            room = len(self.noise) - step - 1
             for start in range(0, len(others), room):
                 found |= self._set_back(step, [control, *others[start : start + room], control])
         return [found[key] if (key := tuple(batch)) in found else self.at(step, batch) for batch in batches]

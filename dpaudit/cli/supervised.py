@@ -75,5 +75,6 @@ def run(command: Callable[[], int]) -> int:
 
 def _as_the_child(number: int) -> None:
     """End by the signal that ended the child."""
-    signal.signal(number, signal.SIG_DFL) if number not in (signal.SIGKILL, signal.SIGSTOP) else None
+    if number not in (signal.SIGKILL, signal.SIGSTOP):
+        signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)

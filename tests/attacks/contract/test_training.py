@@ -612,3 +612,21 @@ def test_a_copy_that_is_shown_fails_the_contract() -> None:
     document = check(dead.CopyShown)
     failed = {item.name: item.measured for item in document.checks if item.status == "fail"}
     assert document.verdict == "fail" and "shows other values for 'w1'" in failed["gradients follow the parameters"]
+
+
+@pytest.mark.parametrize("known", [24, 25, 26, 28])
+def test_as_many_batches_as_there_is_known_noise_for(known: int) -> None:
+    bench = Bench(Probe(Uncopyable))
+    training, step = bench.training, 24
+    vars(training)["noise"] = training.noise[:known]
+    batches = [sorted(training.pool[:size]) for size in (1, 2, 5, 9)]
+    for batch, found in zip(batches, training.releases(step, batches), strict=True):
+        alone = training.at(step, batch)
+        assert bench.probe.size(found.vector - alone.vector) <= training.slack(step, found, alone)
+
+
+@pytest.mark.parametrize("name", ["rate-zero", "stops-moving", "dead-after-ten"])
+def test_a_training_that_moves_nothing_any_more_fails(name: str) -> None:
+    (bug,) = [bug for bug in dead.BUGS if bug.name == name]
+    check_ = made(bug.factory, liveness)["every released block moves"]
+    assert check_.status == "fail" and "no parameter moved after step" in check_.measured
