@@ -18,6 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hypothesis import HealthCheck, given, seed, settings
+from hypothesis.errors import Flaky
 
 from dpaudit import atomic
 from tests.fuzz.grammar import FAMILIES, Case
@@ -43,8 +44,8 @@ def play_round(runner: Runner, family: str, start: int, part: Tree) -> None:
 
     try:
         play()
-    except AssertionError as found:
-        part["problems"].append(str(found)[:2000])
+    except (AssertionError, Flaky) as found:  # Flaky: a second try of the same case did not show it
+        part["problems"].append(f"{type(found).__name__ if isinstance(found, Flaky) else ''} {found}".strip()[:2000])
         print(f"{family}: {str(found)[:600]}", flush=True)
 
 

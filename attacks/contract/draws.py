@@ -15,16 +15,18 @@ from dpaudit.claims import StepClaim
 
 EPOCHS, MOST_DRAWS, LEAST_DRAWS, SECONDS = 40, 20_000, 400, 8.0
 CHEAP_DRAWS, CHEAP_SECONDS = 5_000, 1.5  # as many where they take no longer: a cap at B + 2.5 sqrt(B) shows in the size
+PLAYED = 24  # steps of a training on the sampler's own batches, whose later draws are judged like the first ones
 
 Drawn = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class Draws:
-    """`drawn` (draws, n): who was in. `twice`: batches with a repeated index."""
+    """`drawn` (draws, n): who was in. `twice`: batches with a repeated index. `played`: draws that were stepped on."""
 
     drawn: Drawn
     twice: int
+    played: int = 0
 
 
 def draw(
@@ -42,8 +44,10 @@ def draw(
     noise: which noise seed it has; None: none, as in production. empties: whether an empty batch is a step. records:
     other ones than its own. cheap: whether more are drawn where they take no time.
 
-    As many draws as EPOCHS epochs take, fewer where they are slow and more where they are cheap.
+    As many draws as EPOCHS epochs take, fewer where they are slow and more where they are cheap. A trainer that refuses
+    a step after PLAYED of them and all that it claims has played to its end.
     """
+    least = max(PLAYED, probe.claim.steps or 0)
     window = window_of(probe.claim)
     subject = probe.grown(tuple(tuple(part) for part in path), records, noise=noise)
     count, began = len((records or probe.own).items), time.monotonic()
@@ -56,8 +60,13 @@ def draw(
         twice += len(set(indices)) < len(indices)
         rows.append(row)
         if len(rows) <= playing and (indices or empties):
-            subject.ask("step", sorted(set(indices)))
-    return Draws(np.stack(rows), twice)
+            try:
+                subject.ask("step", sorted(set(indices)))
+            except MethodFailure:
+                if len(path) + len(rows) <= least:
+                    raise
+                playing = len(rows) - 1
+    return Draws(np.stack(rows), twice, playing)
 
 
 def _another(done: int, window: int, spent: float, *, cheap: bool) -> bool:

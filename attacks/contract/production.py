@@ -81,7 +81,7 @@ def _released(bench: Bench) -> tuple[Vector, Vector]:
         subject = probe.build(probe.own, None)
         first.append(row_of(probe.watch(subject, list(bench.picks.group))))
         if bench.empty_problem is None:
-            steps = QUICK_STEPS if bench.training.quick else STEPS
+            steps = min(QUICK_STEPS, len(bench.training.noise)) if bench.training.quick else STEPS
             rest.append(np.stack([row_of(probe.watch(subject, [])) for _ in range(steps - 1)]))
     return np.stack(first), np.stack(rest) if rest else np.zeros((0, 0, 0))
 

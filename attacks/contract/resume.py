@@ -19,6 +19,8 @@ SEEDS, FEW_SEEDS = 8, 4  # few where the factory is slow
 EMPTY, BEFORE = 3, 9  # empty steps, and steps on data, before the checkpoint
 FORKS, FEW_FORKS, FORKED = 4, 2, 3  # trainings without a noise seed; steps before and after each checkpoint
 DEFAULT_DELTA = 1e-5
+FEW_FURTHER = 3  # further steps, of slow trainers, after which eps is asked again; others make as many as before
+SAME = 1e-3  # of eps: what a resumed training may report less than one that was not interrupted
 LOST = 2.0**-8  # of a parameter's size: what a checkpoint in bfloat16 may lose
 
 RESUME_PARAMETERS = "parameters after a resume"
@@ -27,12 +29,17 @@ RESUME_PARAMETERS_WHY = (
     "lost in silence (a wrapped module saved in place of the trained one)."
 )
 RESUME_EPSILON = "eps after a resume"
-RESUME_EPSILON_WHY = "Spent budget stays spent: a checkpoint that forgets it lets a run restart its accountant at zero."
+RESUME_EPSILON_WHY = (
+    "Spent budget stays spent: a checkpoint that forgets it lets a run restart its accountant at zero. Steps after a "
+    "resume are paid for like those before it."
+)
 RESUME_NOISE = "noise after a resume"
 RESUME_NOISE_WHY = (
     "The step after a resume must not reuse the noise of an earlier one: two releases with equal noise differ by the "
     "data alone. Usually the generator is restored, but not the step count."
 )
+# eps before a checkpoint and after it, and (further steps, eps without an interruption, eps after the resume)
+Spent = tuple[float, float, tuple[int, float, float] | None]
 NAMES = (
     (RESUME_PARAMETERS, RESUME_PARAMETERS_WHY),
     (RESUME_EPSILON, RESUME_EPSILON_WHY),
@@ -55,7 +62,7 @@ def checks(bench: Bench) -> Iterator[Check]:
     ]
     earlier: list[list[Vector]] = []
     later: list[Vector] = []
-    eps: list[tuple[float, float]] = []
+    eps: list[Spent] = []
     lost: list[str] = []
     moved = False
     with tempfile.TemporaryDirectory(prefix="dpaudit-check-") as folder:
@@ -69,9 +76,11 @@ def checks(bench: Bench) -> Iterator[Check]:
             resumed.ask("load", path)
             if "epsilon" in probe.offered and not eps:
                 delta = probe.claim.delta or DEFAULT_DELTA
-                eps.append((reported(subject, delta), reported(resumed, delta)))
+                eps.append((reported(subject, delta), reported(resumed, delta), None))
             if not lost:
                 moved, lost = _lost(bench, subject, resumed)
+            if eps and eps[0][2] is None:
+                eps[0] = (*eps[0][:2], _further(bench, subject, path, batches))
             if empty:
                 pure = bench.series.noises[noise].noise
                 earlier.append([_step(pure, step) for step in range(len(batches))])
@@ -101,6 +110,23 @@ def _forks(bench: Bench) -> Vector | str:
         except MethodFailure as failure:
             return f"with noise_seed=None {failure}"
     return np.concatenate(forks, axis=1)
+
+
+def _further(bench: Bench, subject: Subject, path: Path, batches: list[list[int]]) -> tuple[int, float, float] | None:
+    """(further steps, eps of the trainer that saved, eps of one that loaded) after both went on with the same batches.
+    None where the claim has no step left."""
+    probe = bench.probe
+    left = len(batches) if probe.claim.steps is None else min(len(batches), probe.claim.steps - len(batches))
+    further = batches[: min(left, FEW_FURTHER) if probe.slow else left] if left > 0 else []
+    if not further:
+        return None
+    resumed = probe.build(bench.training.records, 0)
+    resumed.ask("load", path)
+    for batch in further:
+        subject.ask("step", list(batch))
+        resumed.ask("step", list(batch))
+    delta = probe.claim.delta or DEFAULT_DELTA
+    return len(further), reported(subject, delta), reported(resumed, delta)
 
 
 def _step(noise: dict[str, "np.typing.NDArray[np.float32]"], step: int) -> Vector:
@@ -138,12 +164,16 @@ def _parameters(moved: bool, lost: list[str]) -> Check:
     return judged(RESUME_PARAMETERS, not lost, measured, "those that were saved", RESUME_PARAMETERS_WHY)
 
 
-def _eps(eps: list[tuple[float, float]]) -> Check:
+def _eps(eps: list[Spent]) -> Check:
     if not eps:
         return skipped(RESUME_EPSILON, "the trainer offers no epsilon()", RESUME_EPSILON_WHY)
-    before, after = eps[0]
-    measured = f"eps {before:.4g} before and {after:.4g} after"
-    return judged(RESUME_EPSILON, after >= before * (1 - 1e-6), measured, "not less", RESUME_EPSILON_WHY)
+    before, after, further = eps[0]
+    measured, fine = f"eps {before:.4g} before and {after:.4g} after", after >= before * (1 - 1e-6)
+    if further is not None:
+        steps, straight, resumed = further
+        measured += f"; {steps} steps later {resumed:.4g}, without an interruption {straight:.4g}"
+        fine = fine and resumed >= straight * (1 - SAME)
+    return judged(RESUME_EPSILON, fine, measured, "not less", RESUME_EPSILON_WHY)
 
 
 def _noise(bench: Bench, earlier: list[list[Vector]], later: list[Vector], forks: Vector | str | None) -> Check:

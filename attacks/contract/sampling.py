@@ -10,7 +10,7 @@ from attacks.contract import allocation
 from attacks.contract import statistics as stats
 from attacks.contract.allocation import Found
 from attacks.contract.bench import Bench
-from attacks.contract.draws import LEAST_DRAWS, Drawn, draw, window_of
+from attacks.contract.draws import LEAST_DRAWS, PLAYED, Drawn, draw, window_of
 from attacks.contract.guard import MethodFailure
 from attacks.contract.probe import Records
 from attacks.contract.result import judged, skipped
@@ -36,7 +36,6 @@ EPOCH_WHY = (
 TWICE = "repeats within a batch"
 TWICE_WHY = "A batch is a set of units; a repeated index (sampling with replacement) counts one person twice."
 
-PLAYED = 24  # steps of a training on the sampler's own batches, whose later draws are judged like the first ones
 ALTERNATED = 400  # as many where a step takes a moment; those draws are then judged by themselves as well
 ALPHA = stats.ALPHA / 2  # each of the three times may look at two sets of draws
 MOST_PAIRED = 500  # units all of whose pairs are looked at
@@ -52,9 +51,10 @@ def checks(bench: Bench) -> Iterator[Check]:
         return
     quick = bench.training.quick
     playing, empties = ALTERNATED if quick else PLAYED, bench.empty_problem is None
+    trained = draw(bench.probe, playing=playing, empties=empties)
     drawn = (
         ("fresh", bench.draws),
-        (f"after {playing} steps", draw(bench.probe, playing=playing, empties=empties)),
+        (f"after {trained.played} steps", trained),
         ("without a noise seed", draw(bench.probe, playing=playing if quick else 0, empties=empties, noise=None)),
     )
     twice = [f"{when} {found.twice} of {len(found.drawn)}" for when, found in drawn]
@@ -62,7 +62,7 @@ def checks(bench: Bench) -> Iterator[Check]:
     yield judged(TWICE, fine, f"batches that name a unit twice: {', '.join(twice)}", "none", TWICE_WHY)
     sets = [(drawn[0][0], drawn[0][1].drawn)]
     for when, found in drawn[1:]:
-        sets += _alternating(bench, when, found.drawn, playing) if quick else [(when, found.drawn)]
+        sets += _alternating(bench, when, found.drawn, found.played) if quick else [(when, found.drawn)]
     allocated = bench.probe.claim.sampling == "allocation"
     for check in _allocated if allocated else (marginals, spread, epochs):
         others = _of_half(bench) if check in (marginals, _allocated_marginals) else []

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from scipy.stats import hypergeom
 from torch import Tensor
 
 from attacks.bugs import bases_opacus, dead
+from attacks.bugs.accounting import ResumeCountsOnce
 from attacks.contract import (
     FALSE_ALARMS,
     STATISTICAL,
@@ -24,14 +26,17 @@ from attacks.contract import (
     noise,
     production,
     resume,
+    sampling,
     units,
     updates,
 )
 from attacks.contract.bench import NOTHING_STATED, Bench, Stated, miss_probability
+from attacks.contract.guard import MethodFailure
 from attacks.contract.probe import Probe
 from attacks.contract.training import PATTERN, STEPS
 from dpaudit.accounting import DpSgd
 from dpaudit.accounting import epsilon as spent
+from dpaudit.claims import StepClaim
 from dpaudit.documents import Check
 from trainers.adapters.compact import SHAPES, SIZES, Adam, Compact, FixedSize, Laplace, Record, join, split
 
@@ -630,3 +635,63 @@ def test_a_training_that_moves_nothing_any_more_fails(name: str) -> None:
     (bug,) = [bug for bug in dead.BUGS if bug.name == name]
     check_ = made(bug.factory, liveness)["every released block moves"]
     assert check_.status == "fail" and "no parameter moved after step" in check_.measured
+
+
+# -- trainers that end where their claim does ----------------------------------------------------------------------
+
+
+class Planned(Compact):
+    """Refuses a step beyond those it was planned for, as a learning-rate schedule or a loader does."""
+
+    planned = 30
+
+    @property
+    def claim(self) -> StepClaim:
+        return replace(super().claim, steps=self.planned)
+
+    def step(self, indices: Sequence[int]) -> None:
+        if self.step_count >= self.planned:
+            raise RuntimeError("the plan is over")
+        super().step(indices)
+
+
+class PlannedShort(Planned):
+    """Fewer steps than the contract needs."""
+
+    planned = 10
+
+
+def test_a_trainer_may_end_where_its_claim_does() -> None:
+    bench = Bench(Probe(Planned), NOTHING_STATED)
+    found = {check.name: check.status for module in (noise, sampling, production) for check in module.checks(bench)}
+    assert "fail" not in found.values()
+    passed = {noise.LEVEL, sampling.MARGINALS, sampling.SPREAD, sampling.EPOCH, production.UNSEEDED}
+    assert {found[name] for name in passed} == {"pass"}
+
+
+def test_a_trainer_that_ends_too_early_is_told_how_many_steps_are_needed() -> None:
+    with pytest.raises(MethodFailure, match=r"plan is over.*in step 11, and the contract takes 24 steps"):
+        made(PlannedShort, noise)
+
+
+class Forgetful(Planned):
+    """Refuses a step that its claim names: that is an error, however far it came."""
+
+    planned = 60
+
+    @property
+    def claim(self) -> StepClaim:
+        return replace(Compact.claim.fget(self), steps=100)  # type: ignore[attr-defined]
+
+
+def test_a_claimed_step_that_is_refused_is_an_error() -> None:
+    with pytest.raises(MethodFailure, match="in step 61, and the contract takes 100 steps"):
+        made(Forgetful, noise)
+
+
+# -- eps after a resume --------------------------------------------------------------------------------------------
+
+
+def test_steps_after_a_resume_are_paid_for() -> None:
+    assert made(ResumeCountsOnce, resume)[resume.RESUME_EPSILON].status == "fail"
+    assert made(Compact, resume)[resume.RESUME_EPSILON].status == "pass"

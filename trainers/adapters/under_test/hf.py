@@ -31,7 +31,7 @@ from trainers.adapters.under_test.base import (
 from trainers.adapters.under_test.loop import NEVER, Feed
 from trainers.adapters.under_test.rows import GHOST_INJECT, Rows, dp_optimizer, hook_step, is_ghost
 
-LEAST_STEPS = 64  # of one train(): audits make that many whatever the arguments say
+LEAST_STEPS = 600  # of one train(): audits make that many whatever the arguments say
 
 NOT_ONE_BY_ONE = (
     "{passes} backward passes for {records} records: their gradients are not computed one by one, and the optimizer is "
