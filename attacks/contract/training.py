@@ -20,6 +20,7 @@ from attacks.contract.probe import Batch, Observation, Probe, Records, Vector
 STEPS = 24
 STAGES = {"in the middle": 12, "late": 24}  # step of a history that is branched; "early" is step 1
 NOISE_STEPS, LONGEST, FAST = 24, 500, 0.004  # steps, steps, seconds of one
+QUICK_TRIES = 20  # steps that are timed; the fastest counts
 FREE = 120  # steps that a quick trainer takes where its claim names fewer, or none
 MOST_HELD = 40_000_000  # numbers of the noise of every step
 LARGEST = 64  # a quick trainer's batch of this size costs little; all are looked at up to REACH x the expected size
@@ -144,7 +145,7 @@ class Training:
         subject = self.probe.build(self.probe.own)
         subject.ask("step", [])
         taken = []
-        for _ in range(5):
+        for _ in range(QUICK_TRIES):
             began = time.process_time()
             self.probe.watch(subject, [])
             taken.append(time.process_time() - began)
