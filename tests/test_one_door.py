@@ -164,16 +164,18 @@ def test_every_exception_is_still_there() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["open(path)", "path.open('rb')", "path.open()", "path.open(mode)", "path.read_text()", "json.load(open(path))",
-     "import pandas as pd; pd.read_csv(path)", "pq.ParquetFile(path)", "from safetensors import safe_open; safe_open(p)",
-     "import safetensors.torch as st; st.load_file(path)", "Image.open(path)", "from PIL import Image as I; I.open(path)",
-     "import PIL.Image; PIL.Image.open(path)", "AutoModel.from_pretrained(x)", "PeftModel.from_pretrained(x)",
-     "import numpy as np; np.memmap(path)", "from numpy import load as get; get(path)", "import numpy as n; n.load(p)",
+    ["open(path)", "path.open('rb')", "path.open()", "path.open(mode)", "path.read_text()",
+     "json.load(open(path))", "import pandas as pd; pd.read_csv(path)", "pq.ParquetFile(path)",
+     "from safetensors import safe_open; safe_open(p)", "import safetensors.torch as st; st.load_file(path)",
+     "Image.open(path)", "from PIL import Image as I; I.open(path)", "import PIL.Image; PIL.Image.open(path)",
+     "AutoModel.from_pretrained(x)", "PeftModel.from_pretrained(x)", "import numpy as np; np.memmap(path)",
+     "from numpy import load as get; get(path)", "import numpy as n; n.load(p)",
      "import pyarrow.parquet as q; q.read_table(path)", "from pyarrow.parquet import read_table as r; r(path)",
-     "q.read_pandas(path)", "import yaml; yaml.safe_load(file)", "map(Path.read_bytes, paths)", "partial(open, path)",
-     "from pathlib import Path; Path.open(path)", "from os import open as o; o(path, 0)", "import os; os.open(path, 0)",
-     "import os; os.read(3, 9)", "import io; io.FileIO(path)", "getattr(path, 'read_bytes')()", "getattr(os, 'open')(path)",
-     "Tokenizer.from_file(path)", "import shutil; shutil.copyfileobj(a, b)", "import torch; torch.from_file(path)"],
+     "q.read_pandas(path)", "import yaml; yaml.safe_load(file)", "map(Path.read_bytes, paths)",
+     "partial(open, path)", "from pathlib import Path; Path.open(path)", "from os import open as o; o(path, 0)",
+     "import os; os.open(path, 0)", "import os; os.read(3, 9)", "import io; io.FileIO(path)",
+     "getattr(path, 'read_bytes')()", "getattr(os, 'open')(path)", "Tokenizer.from_file(path)",
+     "import shutil; shutil.copyfileobj(a, b)", "import torch; torch.from_file(path)"],
 )  # fmt: skip
 def test_the_scan_sees_it(text: str) -> None:
     assert list(uses(ast.parse(text)))
