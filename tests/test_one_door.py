@@ -39,7 +39,7 @@ LAST = METHODS | {name.rpartition(".")[2] for name in FUNCTIONS} | {"open"}
 READERS = {
     "mmap", "tarfile", "zipfile", "gzip", "bz2", "lzma", "zlib", "sqlite3", "dbm", "shelve", "fileinput", "linecache",
     "configparser", "plistlib", "runpy", "codecs", "tokenize", "subprocess", "pty", "h5py", "cv2", "imageio",
-    "torchvision", "datasets", "builtins", "_io", "posix", "urllib", "requests", "httpx", "fsspec",
+    "torchvision", "datasets", "builtins", "_io", "posix", "urllib.request", "requests", "httpx", "fsspec",
 }  # fmt: skip
 IMPORTED = {
     ("dpaudit/cli/demo.py", "subprocess"): "starts our own commands",
@@ -139,9 +139,17 @@ def uses(tree: ast.Module) -> Iterator[tuple[int, str]]:
 def readers(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """Line and name of every import of a module of READERS."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            named = [node.module or ""] if isinstance(node, ast.ImportFrom) else [item.name for item in node.names]
-            yield from ((node.lineno, name) for name in named if name.partition(".")[0] in READERS)
+        if isinstance(node, ast.Import):
+            named = [item.name for item in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            named = [f"{node.module}.{item.name}" for item in node.names]
+        else:
+            continue
+        for name in named:
+            parts = name.split(".")
+            module = next((m for n in range(1, len(parts) + 1) if (m := ".".join(parts[:n])) in READERS), None)
+            if module is not None:
+                yield node.lineno, module
 
 
 def test_no_module_opens_a_foreign_file_any_other_way() -> None:
@@ -184,7 +192,8 @@ def test_the_scan_sees_it(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     ["import subprocess", "from subprocess import run", "import tarfile", "from mmap import mmap", "import gzip as g",
-     "import builtins", "from torchvision.io import read_image", "import urllib.request", "import sqlite3"],
+     "import builtins", "from torchvision.io import read_image", "import urllib.request", "from urllib import request",
+     "import sqlite3"],
 )  # fmt: skip
 def test_the_scan_sees_the_import(text: str) -> None:
     assert list(readers(ast.parse(text)))
