@@ -200,20 +200,28 @@ def passes(data: bytes) -> int:
 
 
 def _check_pages(data: bytes) -> None:
-    """Refuse a TIFF whose directories are more than MAX_PAGES, or name one another in a circle."""
-    order = "<" if data[:2] == b"II" else ">"
-    big = struct.unpack_from(f"{order}H", data, 2)[0] == 43
-    number, entry, pointer = ("Q", 20, "Q") if big else ("H", 12, "L")
-    place = struct.unpack_from(order + pointer, data, 8 if big else 4)[0]
-    for _ in range(MAX_PAGES):
-        if not 0 < place <= len(data) - struct.calcsize(number):
-            return  # the last, or damaged: Pillow's to say
-        place += struct.calcsize(number) + entry * struct.unpack_from(order + number, data, place)[0]
-        if place > len(data) - struct.calcsize(pointer):
-            return
-        place = struct.unpack_from(order + pointer, data, place)[0]
-    if place:
+    """Refuse a TIFF whose directories are more than MAX_PAGES, or name one another in a circle.
+
+    A file that says it is a BigTIFF is followed as either kind: which it is depends on who reads it.
+    """
+    if _many_pages(data, "H", 12, "L", 4) or (43 in data[2:4] and _many_pages(data, "Q", 20, "Q", 8)):
         raise Refused(f"more than {MAX_PAGES} pages")
+
+
+def _many_pages(data: bytes, number: str, entry: int, pointer: str, first: int) -> bool:
+    """number, pointer: types of a directory's number of entries and of a place in the file. first: place of the first
+    pointer. entry: bytes of an entry."""
+    order = "<" if data[:2] == b"II" else ">"
+    size, reach = struct.calcsize(order + number), struct.calcsize(order + pointer)
+    place: int = struct.unpack_from(order + pointer, data, first)[0]
+    for _ in range(MAX_PAGES):
+        if not 0 < place <= len(data) - size:
+            return False  # the last, or damaged: Pillow's to say
+        place += size + entry * int(struct.unpack_from(order + number, data, place)[0])
+        if place > len(data) - reach:
+            return False
+        place = struct.unpack_from(order + pointer, data, place)[0]
+    return place > 0
 
 
 def _parts(picture: Image.Image, look: Look, several: bool, kind: str, count: Count | None) -> Iterator[Image.Image]:
