@@ -10,7 +10,7 @@ would fill the memory before its first line is looked at. Every module opens suc
     dpaudit.untrusted_tables                          tables: Parquet, Arrow, CSV, npz
     sha256                                            hashes
     part_of                                           a file inside a folder that was handed over
-    bounded_memory                                    an upper limit for what a decoder may take
+    bounded_memory, bounded_work                      upper limits for what a decoder or a library may take
 
 Symbolic links: a path that the auditor typed may be one. Inside a folder that was handed over a link is followed only
 where it stays in that folder, or leads from a Hugging Face snapshot to the blobs beside it (`part_of`).
@@ -24,11 +24,13 @@ import json
 import math
 import os
 import re
+import signal
 import stat
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dpaudit.errors import UsageError
 
@@ -43,6 +45,8 @@ MOST_HEADER = 1 << 24  # bytes of the header of a safetensors file: a hundred a 
 MOST_TENSORS = 100_000  # of one file: a model of 70 billion parameters has a thousand
 MOST_RELEASED = 1 << 32  # bytes of one file of a run's model: an adapter of rank 256 on 7 billion parameters has half
 MOST_DECODED = 3 << 29  # bytes that a decoder may take beyond what the process has: 1.5 GiB
+MOST_OPENED = 1 << 30  # bytes that a library may take for the settings of a model, before any weight is read
+MOST_SECONDS = 45  # of processor time for the same: the largest tokenizers take three
 
 _LARGE = 1 << 26  # bytes from which a file with holes is refused
 _DTYPES = {
@@ -194,6 +198,39 @@ def bounded_memory(extra: int = MOST_DECODED) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+class _OutOfTime(BaseException):
+    """Beyond `except Exception` of whatever library is at work."""
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    raise _OutOfTime
+
+
+@contextlib.contextmanager
+def bounded_work(seconds: int = MOST_SECONDS, extra: int = MOST_OPENED) -> Iterator[None]:
+    """While it lasts, libraries work on foreign settings within `bounded_memory` and `seconds` of processor time.
+
+    ValueError beyond either. A count in a configuration may ask for a table of a thousand million entries. What ends it
+    is an interval timer, between two steps of Python; it needs the main thread, elsewhere only memory is limited.
+    """
+    timed = threading.current_thread() is threading.main_thread() and hasattr(signal, "ITIMER_VIRTUAL")
+    timed = timed and signal.getitimer(signal.ITIMER_VIRTUAL)[0] == 0  # somebody else's
+    before = signal.signal(signal.SIGVTALRM, _stop) if timed else None
+    try:
+        if timed:
+            signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+        with bounded_memory(extra):
+            yield
+    except _OutOfTime:
+        raise ValueError(f"it takes more than {seconds} s of processor time") from None
+    except MemoryError:
+        raise ValueError(f"it takes more than {shown(extra)} of memory before any weight is read") from None
+    finally:
+        if timed:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.signal(signal.SIGVTALRM, before)
 
 
 # -- safetensors -----------------------------------------------------------------------------------------------------

@@ -44,6 +44,9 @@ def attach(hf: Any, family: Family, config: LoraConfig, generator: np.random.Gen
     missing = [name for name in config.targets if name not in known]
     if missing:
         raise rejected("model.lora.targets", missing[0], f"{sorted(known)} (linear layers inside the language model)")
+    wide = max(max(m.in_features, m.out_features) for n, m in hf.named_modules() if _adapted(n, m, config, family))
+    if config.rank > wide:
+        raise rejected("model.lora.rank", config.rank, f"at most {wide}, the width of the widest of these layers")
     if config.projector and not any(re.fullmatch(family.projector, name) for name, _ in hf.named_modules()):
         accepted = f"false: the projector of a {family.model_type} is no part that dpaudit trains"
         raise rejected("model.lora.projector", True, accepted)
@@ -62,6 +65,14 @@ def attach(hf: Any, family: Family, config: LoraConfig, generator: np.random.Gen
         for name, parameter in wrapped.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and "lora_A" not in name)
     return wrapped
+
+
+def _adapted(name: str, module: nn.Module, config: LoraConfig, family: Family) -> bool:
+    return (
+        isinstance(module, nn.Linear)
+        and name.rpartition(".")[2] in config.targets
+        and re.fullmatch(rf"{family.language}\.\w+", name) is not None
+    )
 
 
 def _check_modules(wrapped: Any, config: LoraConfig) -> None:

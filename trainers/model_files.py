@@ -70,10 +70,15 @@ def find(source: str, flag: str, fetch: bool) -> Path:
 
     fetch: ask the hub.
     """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(source).expanduser()
+        there, other = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a folder that may not be entered, no home
+        why = getattr(error, "strerror", None) or "no such place"
+        raise rejected(flag, source, f"an existing folder, or a hub id ({why})") from None
+    if there:
         return folder
-    if folder.exists():
+    if other:
         raise rejected(flag, source, "a folder, not a file: the one with config.json and .safetensors files")
     if source.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", source):
         raise rejected(flag, source, "an existing folder, or a hub id such as llava-hf/llava-1.5-7b-hf[@revision]")

@@ -66,7 +66,7 @@ def open_checkpoint(path: str | None = None, *, fetch: bool | None = None, flag:
     hf_logging.set_verbosity_error()  # what matters is said here, in one line
     folder = REFERENCE if path is None else model_files.find(path, flag, model_files.may_fetch(fetch))
     # Whatever these libraries raise on a checked folder is about its files.
-    with online.cut_off(), told_as(f"{flag}: got {path!r}, which can't be loaded"):
+    with online.cut_off(), told_as(f"{flag}: got {path!r}, which can't be loaded"), untrusted.bounded_work():
         model_type = model_files.model_type(folder, f"{flag}:")
         family = family_class(model_type, path, flag)
         files = model_files.check(folder, f"{flag}:")

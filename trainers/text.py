@@ -87,16 +87,17 @@ class CausalLanguageModel:
         hf_logging.disable_progress_bar()
         folder = model_files.find(path, flag, model_files.may_fetch(fetch))
         with online.cut_off(), told_as(f"{flag}: got {path!r}, which can't be loaded"):
-            model_type = model_files.model_type(folder, f"{flag}:")
-            if not is_text_model(model_type):
-                raise UsageError(f"{flag}: {path} is of type {model_type:.60}; accepted: a causal language model")
-            files = model_files.check(folder, f"{flag}:")
-            config = CONFIG_MAPPING[model_type].from_dict(dict(files.config))
-            model_files.check_size(files, lambda: CLASSES[type(config)]._from_config(config), f"{flag}:")
-            guard = model_files.TokenizerGuard.of(folder, f"{flag}:")
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(folder), trust_remote_code=False, local_files_only=True, config=config
-            )
+            with untrusted.bounded_work():
+                model_type = model_files.model_type(folder, f"{flag}:")
+                if not is_text_model(model_type):
+                    raise UsageError(f"{flag}: {path} is of type {model_type:.60}; accepted: a causal language model")
+                files = model_files.check(folder, f"{flag}:")
+                config = CONFIG_MAPPING[model_type].from_dict(dict(files.config))
+                model_files.check_size(files, lambda: CLASSES[type(config)]._from_config(config), f"{flag}:")
+                guard = model_files.TokenizerGuard.of(folder, f"{flag}:")
+                tokenizer = AutoTokenizer.from_pretrained(
+                    str(folder), trust_remote_code=False, local_files_only=True, config=config
+                )
             wanted = {"dtype": torch.float32, "config": config, "trust_remote_code": False}
             hf = model_files.read_weights(AutoModelForCausalLM, folder, path, flag, **wanted)
             model_files.check_vocabulary(hf, tokenizer, path, flag)

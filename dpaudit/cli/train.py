@@ -43,8 +43,12 @@ def command(
     from dpaudit.config import read_yaml, resolve
 
     if resume is not None:
-        given = {"settings": overrides, "--config": config, "--method": method, "--epsilon": epsilon, "--out": out}
-        clash = [name for name, value in given.items() if value]
+        given = {
+            "settings": overrides or None, "--config": config, "--method": method, "--epsilon": epsilon,
+            "--delta": delta, "--model": model, "--device": device, "--canaries": canaries, "--seed": seed,
+            "--out": out, "--dry-run": dry_run or None,
+        }  # fmt: skip
+        clash = [name for name, value in given.items() if value is not None]
         if clash:
             raise UsageError(f"--resume: uses the run's own configuration; drop {', '.join(clash)}")
         if online:

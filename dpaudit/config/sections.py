@@ -201,7 +201,7 @@ class PrivacyConfig(Section):
         default=8.0, description="inf: the method clips and adds no noise, and claims no privacy"
     )
     delta: Finite = Field(default=1e-5, gt=0, lt=1)
-    noise_multiplier: Finite | None = Field(default=None, gt=0)
+    noise_multiplier: Finite | None = Field(default=None, ge=1e-6, le=1e6)
     max_grad_norm: Finite = Field(default=1.0, gt=0)
     clipping: Literal["flat", "automatic"] = Field(
         default="flat", description="automatic: every unit to C norm / (norm + 0.01), small gradients too (AUTO-S)"

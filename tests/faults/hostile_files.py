@@ -4,6 +4,7 @@
 tests/fuzz bend copies of them.
 """
 
+import io
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dpaudit.config import LoraConfig, resolve
@@ -182,6 +184,34 @@ def png(width: int, height: int) -> bytes:
     rows = b"".join(packer.compress(bytes(1 + width)) for _ in range(height)) + packer.flush()
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def scans(count: int = 100) -> bytes:
+    """A progressive JPEG whose last scan, 33 bytes that touch every pixel, comes `count` times."""
+    buffer = io.BytesIO()
+    Image.new("L", (512, 512), 128).save(buffer, "JPEG", progressive=True)
+    whole = buffer.getvalue()
+    last = whole.rindex(b"\xff\xda")
+    return whole[:last] + whole[last:-2] * count + whole[-2:]
+
+
+def pages(count: int = 70_000, *, circle: bool = False) -> bytes:
+    """A TIFF of `count` pages of one pixel, or of two that name one another as the next."""
+    named = ((256, 1), (257, 1), (258, 8), (259, 1), (262, 1), (273, 0), (277, 1), (278, 1), (279, 1))
+    page = struct.pack("<H", len(named)) + b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in named)
+    size, number = len(page) + 4, 2 if circle else count
+    after = [8 + (index + 1) * size for index in range(number - 1)] + [8 if circle else 0]
+    return b"II*\0" + struct.pack("<I", 8) + b"".join(page + struct.pack("<I", place) for place in after)
+
+
+def pictured(make: Callable[[], bytes]) -> Damage:
+    """Records of which one has this picture."""
+
+    def change(place: Path) -> None:
+        row = {"id": "u0", "image": make(), "question": "what?", "answer": "one"}
+        pq.write_table(pa.Table.from_pylist([row]), place / "records.parquet")
+
+    return change
 
 
 def solid_pictures(count: int = 75) -> Damage:

@@ -93,6 +93,7 @@ MODEL_CASES: dict[str, tuple[Damage, str]] = {
     "huge vocabulary": (settings(CONFIG, text_config__vocab_size=10**9), "asks for a model of"),
     "huge width": (settings(CONFIG, text_config__hidden_size=1 << 20), "asks for a model of"),
     "huge picture": (settings(CONFIG, vision_config__image_size=10**6), "asks for a model of"),
+    "labels without end": (settings(CONFIG, num_labels=10**9), "of memory before any weight is read"),
     "number beyond all": (settings(CONFIG, text_config__max_position_embeddings=10**18), "max_position_embeddings"),
     "text for a number": (settings(CONFIG, text_config__hidden_size="many"), "can't be loaded"),
     "no heads": (settings(CONFIG, text_config__num_attention_heads=0), "can't be loaded"),
@@ -202,6 +203,9 @@ def test_a_chat_template_ends(place: Path, template: str) -> None:
 
 DATA_CASES: dict[str, tuple[Damage, str]] = {
     "solid pictures": (hands.solid_pictures(), "MB of pictures unpack to"),
+    "JPEG of countless scans": (hands.pictured(hands.scans), "a JPEG of more than 64 scans"),
+    "TIFF of countless pages": (hands.pictured(hands.pages), "more than 1000 pages"),
+    "TIFF in a circle": (hands.pictured(lambda: hands.pages(circle=True)), "more than 1000 pages"),
     "one question of all rows": (hands.named_again("question", "x" * (1 << 20), 60_000), "1048576 characters"),
     "one picture of all rows": (hands.named_again("image", hands.png(4096, 4096) + bytes(1 << 25), 60_000), "row "),
     "one id of all rows": (hands.named_again("id", "x" * (1 << 20), 60_000), "--records"),
@@ -247,6 +251,21 @@ def test_configurations_of_any_size_end_at_once(place: Path) -> None:
     refused(["train", "-c", "run.yaml", "--dry-run"], place, "larger than")
     hands.cubic_grid(place)
     refused(["sweep", "grid.yaml", "--dry-run"], place, "grid: got '27000000 cells'; accepted: at most 10000")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.lora.rank=1000000000", "model.lora.rank: got 1000000000; accepted: at most"),
+        ("privacy.noise-multiplier=1e-300", "privacy.noise-multiplier: got"),
+        ("privacy.noise-multiplier=1e300", "privacy.noise-multiplier: got"),
+        (f"model.path=/{'x' * 9000}", "model.path: got"),
+    ],
+)
+def test_numbers_and_names_of_any_size_are_refused(place: Path, setting: str, message: str) -> None:
+    base = [] if setting.startswith("model.path") else [f"model.path={place / 'base'}"]
+    steps = ["training.steps=2", "privacy.epsilon=null"] if "noise" in setting else ["training.steps=2"]
+    refused(["train", "--dry-run", "--method", "dp-sgd", *base, *steps, setting], place, message)
 
 
 class Listener:

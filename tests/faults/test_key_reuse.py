@@ -287,3 +287,14 @@ def test_a_planted_folder_is_not_taken(bench: Bench) -> None:
     assert ended.code == 2 and "0700" in ended.line, ended.err
     (run / "private").chmod(0o700)
     assert bench.run(bench.train(run)).code == 0 and key(run) != known
+
+
+@pytest.mark.parametrize(
+    "more", [["--dry-run"], ["--seed", "3"], ["--delta", "1e-6"], ["--epsilon", "0"], ["--canaries", "2"]]
+)
+def test_a_resume_takes_no_other_settings(bench: Bench, more: list[str]) -> None:
+    """They would be left out without a word; with --dry-run a run would be trained to its end."""
+    run = bench.root / "case"
+    shutil.copytree(bench.root / "killed", run)
+    ended = bench.run(["train", "--resume", str(run), *more])
+    assert ended.code == 2 and f"drop {more[0]}" in ended.line and steps(run) == 3 and not weights(run), ended.err

@@ -12,6 +12,7 @@ ink on a transparent ground differ in nothing but alpha.
 import contextlib
 import hashlib
 import io
+import re
 import struct
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,6 +27,10 @@ from trainers.records import Pixels
 # A picture larger than this is a mistake or a decompression bomb: it would take 50 MB once decoded.
 MAX_PIXELS = 1 << 24
 MAX_FRAMES = 16
+# A progressive JPEG is decoded once for each of its scans, and a scan of 33 bytes may touch every pixel. Encoders make
+# up to a dozen of them; a file of a megabyte could hold thirty thousand.
+MAX_SCANS, USUAL_SCANS = 64, 12
+MAX_PAGES = 1000  # of a TIFF; Pillow takes a time that grows with their square to count them
 # Decoders for other formats (EPS runs a program, for one) are never started on untrusted bytes.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 # Turning these into RGB would cut them off at 255 (a 12-bit scan becomes white) and NaN into black, without a word.
@@ -33,6 +38,8 @@ DEEP = {"F": "floating-point", "I": "32-bit", "I;16": "16-bit", "I;16L": "16-bit
 PLAIN = ("1", "L", "P", "RGB", "RGBX")
 ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 INKS = ("CMYK", "YCbCr")
+_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]", re.DOTALL)  # not a stuffed 0xFF00, a restart or filling
+_ALONE = (0x01, 0xD8, 0xD9)  # markers without a length
 # How files of other formats begin, to name what they are.
 FOREIGN = (
     (4, b"ftypavi", "AVIF"), (4, b"ftyphei", "HEIC"), (4, b"ftyphev", "HEIC"), (4, b"ftypmif1", "HEIF"),
@@ -142,7 +149,9 @@ def _decode(picture: Image.Image, data: bytes, look: Look, count: Count | None) 
         raise Refused(f"{width}x{height} pixels; at least 1x1 is needed")
     if width * height > MAX_PIXELS:
         raise Refused(f"{width}x{height} pixels; at most {MAX_PIXELS} are accepted")
-    _counted(count, len(data), picture)
+    if picture.format == "TIFF":
+        _check_pages(data)
+    _counted(count, len(data), picture, passes(data) if picture.format in ("JPEG", "MPO") else 1)
     _check_depth(picture, data)
     _scale_key(picture, data)
     # A phone's MPO is one photograph with a thumbnail or depth map behind it: every viewer shows the first alone.
@@ -166,10 +175,53 @@ def _decode(picture: Image.Image, data: bytes, look: Look, count: Count | None) 
     return Decoded(pixels, content, composited, blank, partial)
 
 
-def _counted(count: Count | None, packed: int, picture: Image.Image) -> None:
-    too_much = None if count is None else count(packed, 3 * picture.size[0] * picture.size[1])
+def _counted(count: Count | None, packed: int, picture: Image.Image, times: int = 1) -> None:
+    too_much = None if count is None else count(packed, 3 * picture.size[0] * picture.size[1] * times)
     if too_much is not None:
         raise Refused(too_much)
+
+
+def passes(data: bytes) -> int:
+    """How often a JPEG is decoded, a usual one counting as once. Raises Refused for one of more than MAX_SCANS scans.
+
+    Marker by marker: an application's segment (a thumbnail) is no scan, and within a scan 0xFF is never followed by
+    another marker's second byte.
+    """
+    scans, at = 0, 2
+    while found := _MARKER.search(data, at):
+        kind, at = data[found.end() - 1], found.end()
+        if kind == 0xDA:
+            scans += 1
+            if scans > MAX_SCANS:
+                raise Refused(f"a JPEG of more than {MAX_SCANS} scans; save it again, or as PNG")
+        if kind not in _ALONE:
+            at += int.from_bytes(data[at : at + 2], "big")
+    return max(1, -(-scans // USUAL_SCANS))
+
+
+def _check_pages(data: bytes) -> None:
+    """Refuse a TIFF whose directories are more than MAX_PAGES, or name one another in a circle.
+
+    A file that says it is a BigTIFF is followed as either kind: which it is depends on who reads it.
+    """
+    if _many_pages(data, "H", 12, "L", 4) or (43 in data[2:4] and _many_pages(data, "Q", 20, "Q", 8)):
+        raise Refused(f"more than {MAX_PAGES} pages")
+
+
+def _many_pages(data: bytes, number: str, entry: int, pointer: str, first: int) -> bool:
+    """number, pointer: types of a directory's number of entries and of a place in the file. first: place of the first
+    pointer. entry: bytes of an entry."""
+    order = "<" if data[:2] == b"II" else ">"
+    size, reach = struct.calcsize(order + number), struct.calcsize(order + pointer)
+    place: int = struct.unpack_from(order + pointer, data, first)[0]
+    for _ in range(MAX_PAGES):
+        if not 0 < place <= len(data) - size:
+            return False  # the last, or damaged: Pillow's to say
+        place += size + entry * int(struct.unpack_from(order + number, data, place)[0])
+        if place > len(data) - reach:
+            return False
+        place = struct.unpack_from(order + pointer, data, place)[0]
+    return place > 0
 
 
 def _parts(picture: Image.Image, look: Look, several: bool, kind: str, count: Count | None) -> Iterator[Image.Image]:
