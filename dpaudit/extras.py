@@ -1,5 +1,8 @@
 """Which extra of dpaudit brings a package: the one line for a command that needs more than is installed."""
 
+import contextlib
+from collections.abc import Iterator
+
 from dpaudit.errors import EnvironmentFailure
 
 # Import name -> extra of dpaudit (pyproject.toml).
@@ -26,6 +29,8 @@ EXTRAS = {
     "transformers": "train",
     "yaml": "train",
 }
+# Extras of one package -> what needs no more than that; anything else that finds the package missing needs `train`.
+ALONE = {"parquet": "scores", "plot": "plot"}
 
 
 def missing(error: ModuleNotFoundError, what: str) -> EnvironmentFailure | None:
@@ -34,4 +39,15 @@ def missing(error: ModuleNotFoundError, what: str) -> EnvironmentFailure | None:
     extra = EXTRAS.get(name)
     if extra is None:
         return None
+    if ALONE.get(extra, what) != what:
+        extra = "train"
     return EnvironmentFailure(f"{what}: needs {name}, which is not installed: pip install 'dpaudit[{extra}]'")
+
+
+@contextlib.contextmanager
+def named(what: str) -> Iterator[None]:
+    """A package that is missing inside, named with its extra: EnvironmentFailure instead of ModuleNotFoundError."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise (missing(error, what) or error) from None
