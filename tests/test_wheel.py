@@ -120,7 +120,8 @@ def test_every_typed_command_works_or_names_its_extra(core: Path, empty: Path) -
     commands = list(typed())
     assert len({words[1] for words in commands}) >= 11, commands
     worked, named = [], []
-    done = run_all([words[1:] for words in commands], cwd=empty, env=ENVIRONMENT, python=core / "python")
+    told = [words[1:] for words in commands]
+    done = run_all(told, cwd=empty, env=ENVIRONMENT, python=core / "python", timeout=3600)
     for words, one in zip(commands, done, strict=True):
         said = one.stdout + one.stderr
         assert "Traceback" not in said, (words, said)
