@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpaudit import __version__, untrusted
+from dpaudit import __version__, extras, untrusted
 from dpaudit.documents import Check, DoctorDocument, EnvironmentDocument
 
 # What results depend on; versions of the rest don't matter to a reader.
@@ -279,8 +279,7 @@ def check_lmms_eval(version: str | None, requirements: Sequence[str]) -> Check:
         version is not None and not missing and _inside(version, specifier),
         measured,
         f"lmms-eval{specifier} with the benchmark extra",
-        "dpaudit benchmark and demo need it: pip install 'dpaudit[benchmark]' && "
-        "pip install --no-deps 'lmms-eval==0.7.3' (without --no-deps it breaks torch on CPU machines)",
+        f"dpaudit benchmark and demo need it: {extras.LMMS_EVAL} (without --no-deps it breaks torch on CPU machines)",
     )
 
 

@@ -29,13 +29,10 @@ class Asserts(Protocol):
 
 def assert_contract(factory: Callable[..., Any], *, seed: int = 0, time_limit: float = 30.0) -> "CheckDocument":
     """Run the step contract; AssertionError with a line a failed check, or when a core check could not be made."""
-    try:
-        with packages.ours():
-            from attacks.contract import check
+    with extras.named("dp_trainer"), packages.ours():
+        from attacks.contract import check
 
-            document = check(factory, seed=seed, time_limit=time_limit)
-    except ModuleNotFoundError as error:
-        raise (extras.missing(error, "dp_trainer") or error) from None
+        document = check(factory, seed=seed, time_limit=time_limit)
     failed = [item for item in document.checks if item.status == "fail"]
     lines = [f"{item.name}: measured {item.measured}; allowed {item.allowed}. {item.explanation}" for item in failed]
     assert not failed, "the step contract fails:\n" + "\n".join(lines)

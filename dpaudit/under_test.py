@@ -23,11 +23,8 @@ __all__ = ["hf_trainer", "opacus_loop", "step_function"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        with packages.ours():
-            module = importlib.import_module("trainers.adapters.under_test")
-    except ModuleNotFoundError as error:
-        raise (extras.missing(error, __name__) or error) from None
+    with extras.named(__name__), packages.ours():
+        module = importlib.import_module("trainers.adapters.under_test")
     return getattr(module, name)
 
 

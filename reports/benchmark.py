@@ -1,7 +1,6 @@
 """Utility of runs through lmms-eval, in a process of its own: held-out records, lmms-eval's tasks, local sets."""
 
 import contextlib
-import importlib.util
 import os
 import shutil
 import tempfile
@@ -13,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from dpaudit import atomic
+from dpaudit import atomic, extras
 from dpaudit.config import RunConfig
 from dpaudit.documents import BenchmarkDocument, Gap, Metric, TaskAbout
 from dpaudit.errors import EnvironmentFailure, UsageError, rejected
@@ -75,8 +74,7 @@ def benchmark_many(
     names = catalogue.choose(tasks, data or {})
     if group is not None and HELD_OUT not in names:
         raise rejected("--group", group, f"a call that measures {HELD_OUT}; other sets carry a column 'group'")
-    if importlib.util.find_spec("lmms_eval") is None:
-        raise EnvironmentFailure("lmms-eval is not installed; mend it with: pip install --no-deps lmms-eval==0.7.3")
+    extras.require_lmms_eval("benchmark")
     from trainers.vlm import pick_device
 
     for run in runs:

@@ -36,20 +36,23 @@ def run_all(
     env: Mapping[str, str] | None = None,
     models: Sequence[Path] = (),
     timeout: float = 1200,
+    python: Path | None = None,
 ) -> list[Done]:
     """Each of `commands` (the words behind `dpaudit`) in a process of its own, in folder `cwd`, one after the other.
 
-    models: checkpoints that are opened once before, so that what libraries load for them counts once.
+    models: checkpoints that are opened once before, so that what libraries load for them counts once. python: that of
+    another environment, whose dpaudit is run instead of the one of this checkout.
     """
     told = json.dumps([[list(command) for command in commands], [str(folder) for folder in models]])
     root = str(Path(__file__).parents[1])
+    words = [sys.executable, "-m", "tests.commands"] if python is None else [str(python), "-P", __file__]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.commands"],
+        words,
         input=told,
         capture_output=True,
         text=True,
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, **(env or {})},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root if python is None else "", **(env or {})},
         timeout=timeout,
     )
     assert done.returncode == 0, done.stderr
@@ -91,15 +94,21 @@ def _entry() -> "object":
 
 
 def _main() -> None:
+    import importlib.util
     import tempfile
 
-    import attacks.training  # noqa: F401  what most commands import, once for all
-    import dpaudit.cli.train  # noqa: F401
-    from trainers.opened import open_checkpoint
-
     commands, models = json.loads(sys.stdin.read())
-    for folder in models:
-        open_checkpoint(folder)
+    if importlib.util.find_spec("torch") is None:  # the core alone
+        import dp_accounting  # noqa: F401
+        import pandas  # noqa: F401
+        import scipy.stats  # noqa: F401
+    else:
+        import attacks.training  # noqa: F401  what most commands import, once for all
+        import dpaudit.cli.train  # noqa: F401
+        from trainers.opened import open_checkpoint
+
+        for folder in models:
+            open_checkpoint(folder)
     with tempfile.TemporaryDirectory() as place:
         found = [_one(arguments, Path(place)) for arguments in commands]
     sys.stdout.write(json.dumps(found))

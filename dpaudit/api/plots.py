@@ -19,10 +19,8 @@ def axis(ax: Any | None) -> Any:
     """`ax`, or that of a new figure."""
     if ax is not None:
         return ax
-    try:
+    with extras.named("plot"):
         from matplotlib import pyplot
-    except ModuleNotFoundError as error:
-        raise (extras.missing(error, "plot") or error) from None
     return pyplot.subplots(figsize=(4.5, 4.5), layout="constrained")[1]
 
 

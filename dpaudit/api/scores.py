@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from dpaudit import verdict
+from dpaudit import extras, verdict
 from dpaudit.analysis import tables
 from dpaudit.analysis.scores import Coins, Options, analyse
 from dpaudit.analysis.tables import Columns, ScoreTable
@@ -321,7 +321,8 @@ def _table(scores: Any, member: Any, in_scores: Any, out_scores: Any, ids: Any, 
                 raise UsageError(f"{field}: given beside a table; name its column by {field.removesuffix('s')}_column=")
         if isinstance(scores, pd.DataFrame):
             return tables.from_frame(tables.with_id(scores, columns.id), columns, where="data frame")
-        return tables.read_scores(Path(scores), columns)
+        with extras.named("scores"):
+            return tables.read_scores(Path(scores), columns)
     if member is None:
         raise UsageError("member: missing; accepted: one truth value (or 0, 1) a score")
     if isinstance(scores, pd.Series) and isinstance(member, pd.Series) and not scores.index.equals(member.index):
@@ -335,7 +336,8 @@ def _features(features: Any, table: ScoreTable, name: str) -> npt.NDArray[np.flo
     if features is None:
         return None
     if isinstance(features, str | Path):
-        return tables.read_features(Path(features), table.ids, name)
+        with extras.named("scores"):
+            return tables.read_features(Path(features), table.ids, name)
     if isinstance(features, pd.DataFrame):
         return tables.features_of(tables.with_id(features, name), table.ids, name)
     values = _floats(lambda: np.asarray(features, dtype=np.float64))

@@ -258,11 +258,8 @@ def _audit_trainer(subject: Any, out: Path | None, progress: bool, **options: An
 @contextlib.contextmanager
 def _training(what: str) -> Iterator[None]:
     """What needs the extra `train`, with our packages in place whatever the caller's own are called."""
-    try:
-        with packages.ours():
-            yield
-    except ModuleNotFoundError as error:
-        raise (extras.missing(error, what) or error) from None
+    with extras.named(what), packages.ours():
+        yield
 
 
 def _is_run(subject: object) -> bool:

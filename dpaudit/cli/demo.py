@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from dpaudit import extras
 from dpaudit.cli import console
 from dpaudit.errors import DpauditError
 
@@ -40,6 +41,7 @@ def command(
     Trains OUT/runs/non-private, dp-sgd and dual-priv with canaries, audits and benchmarks them, and writes
     OUT/report.html. Run it again after an interruption: finished parts are kept.
     """
+    extras.require_lmms_eval("demo")
     began = time.monotonic()
     runs = {name: out / "runs" / name for name in RUNS}
     console.log(f"dpaudit demo: three fine-tunings with {canaries} canary candidates each, then audit and benchmark")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dpaudit import extras
 from dpaudit.cli import console
 from dpaudit.cli.executor import Address, ExecutorName, GpusPerTrial, choose
 from dpaudit.errors import UsageError, rejected
@@ -64,6 +65,8 @@ def command(
         raise UsageError(f"--out {folder}: holds a sweep already; continue it with --resume, or choose another folder")
     chosen_executor = choose(executor, processes, threads, address, gpus_per_trial)
     board = Board.read(plan, folder, grid=grid.model_dump(), overrides=overrides, seeds=chosen)
+    if address is None and any(entry.state != "finished" for entry in board.entries):  # before the trainings
+        extras.require_lmms_eval("sweep")
     with chosen_executor.connection:
         view = SweepView(board)
         try:

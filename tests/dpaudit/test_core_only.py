@@ -54,7 +54,6 @@ def test_works(tmp_path: Path, words: tuple[str, ...]) -> None:
         ("audit-model", "x", "--base", "y", "--records", "r.jsonl", "--coins", "c.csv", "--epsilon", "1"),
         ("audit", "--model", "x", "--base", "y", "--records", "r.jsonl", "--coins", "c.csv", "--epsilon", "1"),
         ("bugs",),
-        ("demo",),
         ("sweep", "--preset", "frontier"),
         ("report", "scores.json", "-o", "r.html"),
     ],
@@ -67,6 +66,21 @@ def test_names_the_extra(tmp_path: Path, words: tuple[str, ...]) -> None:
     done = without_extras(tmp_path, *words)
     assert done.returncode == 4 and "pip install 'dpaudit[train]'" in done.stderr, done.stdout + done.stderr
     assert "Traceback" not in done.stderr and done.stderr.splitlines()[-1].startswith("dpaudit: ")
+
+
+def test_a_demo_without_lmms_eval_trains_nothing(tmp_path: Path) -> None:
+    done = without_extras(tmp_path, "demo")
+    assert done.returncode == 4 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("dpaudit: demo: needs lmms_eval, datasets") and "pip install 'dpaudit[benchmark]' &&" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_without_lmms_eval_trains_nothing(tmp_path: Path) -> None:
+    code = HIDE.format(names=["lmms_eval"], words=["sweep", "--preset", "frontier", "--seeds", "0"])
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 4 and "sweep: needs lmms_eval, not installed: pip install" in done.stderr, done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_package_of_nobody_is_no_extra() -> None:

@@ -34,22 +34,38 @@ except AttributeError as error:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("extra", ["torch", "matplotlib"])
-def test_what_is_not_installed_is_named(extra: str) -> None:
-    call = {"torch": "dpaudit.check('a:b')", "matplotlib": "dpaudit.tradeoff(epsilon=1).plot()"}[extra]
-    line = {"torch": "check: needs torch", "matplotlib": "plot: needs matplotlib"}[extra]
+@pytest.mark.parametrize(
+    ("hidden", "call", "line"),
+    [
+        ("torch", "dpaudit.check('a:b')", "check: needs torch, which is not installed: pip install 'dpaudit[train]'"),
+        ("torch", "dpaudit.under_test.hf_trainer", "dpaudit.under_test: needs torch, which is not installed: pip "
+         "install 'dpaudit[train]'"),
+        ("matplotlib", "dpaudit.tradeoff(epsilon=1).plot()", "plot: needs matplotlib, which is not installed: pip "
+         "install 'dpaudit[plot]'"),
+        ("pyarrow", "dpaudit.Scores('s.parquet')", "scores: needs pyarrow, which is not installed: pip install "
+         "'dpaudit[parquet]'"),
+        ("pyarrow", "dpaudit.Scores(in_scores=range(40), out_scores=range(40), features='s.parquet')", "scores: needs "
+         "pyarrow, which is not installed: pip install 'dpaudit[parquet]'"),
+        # a run needs more than the one package that it missed first
+        ("pyarrow", "dpaudit.audit('run')", "audit: needs pyarrow, which is not installed: pip install "
+         "'dpaudit[train]'"),
+    ],
+)  # fmt: skip
+def test_what_is_not_installed_is_named(hidden: str, call: str, line: str, tmp_path: Path) -> None:
+    (tmp_path / "s.parquet").touch()
+    (tmp_path / "run").mkdir()
     code = f"""
 import sys
 class Hidden:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == {extra!r}:
+        if name.partition(".")[0] == {hidden!r}:
             raise ModuleNotFoundError(name, name=name)
 sys.meta_path.insert(0, Hidden())
-import dpaudit
+import dpaudit, dpaudit.under_test
 {call}
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert line in done.stderr.splitlines()[-1] and "pip install 'dpaudit[" in done.stderr
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert line in done.stderr.splitlines()[-1], done.stderr
 
 
 def factory(**changed: Any) -> Any:
