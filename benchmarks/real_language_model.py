@@ -40,6 +40,8 @@ from trainers.vlm import VisionLanguageModel
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "real_language_model.json"
+PAGE = HERE.parent / "docs" / "real-model.md"
+BEGIN, END = "<!-- figures: benchmarks/real_language_model.py write -->", "<!-- end of figures -->"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 IMAGE = "<image>"
 PICTURES, BATCH, RATE = 400, 8, 2e-3
@@ -150,15 +152,15 @@ def build(weights: Path, out: Path) -> Tree:
 
 # -- the arms ------------------------------------------------------------------------------------------------------
 
-KINDS = "canaries.kinds=[new-token,rare-answer,out-of-distribution,high-perplexity]"
+KINDS = "canaries.kinds=[new-token,rare-answer,out-of-distribution,high-perplexity,sampled]"
 COMMON = ["model.device=cpu", "data.limit=32", "model.lora.rank=16", "model.lora.alpha=32"]
 MEMORISE = ["method=non-private", "training.batch-size=32", "training.steps=40", "training.learning-rate=0.002"]
 FULL = ["method=dp-sgd", "privacy.epsilon=8", "canaries.count=200", KINDS, "training.optimizer=sgd",
         "training.batch-size=132", "training.warmup=0"]  # fmt: skip
 GAMES: dict[str, tuple[int, list[str]]] = {  # guesses at each end, settings
-    "non-private, new-token": (40, [*MEMORISE, "canaries.count=100", "canaries.kinds=[new-token]"]),
-    "non-private, four kinds": (45, [*MEMORISE, "canaries.count=200", KINDS]),
     "eps = 8, one full batch": (45, [*FULL, "training.steps=1", "training.learning-rate=1"]),
+    "non-private, five kinds": (45, [*MEMORISE, "canaries.count=200", KINDS]),
+    "non-private, new-token": (40, [*MEMORISE, "canaries.count=100", "canaries.kinds=[new-token]"]),
     "eps = 8, four full batches": (45, [*FULL, "training.steps=4", "training.learning-rate=0.03"]),
 }
 STEPS = ["--epsilon", "8", "training.batch-size=16", "training.steps=6", "model.device=cpu", "data.limit=64",
@@ -186,11 +188,14 @@ def white_box(method: str, model: Path) -> Tree:
         run = str(folder / "run")
         claim, trained, held = dpaudit("train", "--method", method, "--model", str(model), "--out", run, *STEPS)
         audit, played, also = dpaudit("audit", run, "--white-box", "--count", str(WHITE_BOX))
+        kept = ("name", "bound", "epsilon_lower", "ceiling", "e_value", "refutes")
         return {
             "claim": claim.get("claim"),
             "cpu_seconds": {"training": trained, "audit": played},
             "gigabytes": {"training": held, "audit": also},
-            "audit": audit,
+            "verdict": audit["verdict"],
+            "power": audit["games"][-1]["power"],
+            "tests": [{key: test[key] for key in kept} for test in audit["tests"]],
         }
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -199,7 +204,7 @@ def white_box(method: str, model: Path) -> Tree:
 def measure(model: Path) -> None:
     """Every arm that is not there yet, each in a process of its own."""
     rows: Tree = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-    for arm in (*GAMES, *RUNS):
+    for arm in (*RUNS, *GAMES):
         if arm in rows:
             continue
         print(f"{arm} …", file=sys.stderr, flush=True)
@@ -223,6 +228,53 @@ def play(arm: str, model: Path) -> Tree:
     return attack_black_box.row(arm, 0, [*COMMON, f"model.path={model}", *settings], side)
 
 
+# -- the page ------------------------------------------------------------------------------------------------------
+
+
+def tables(rows: Tree) -> str:
+    """The tables of docs/real-model.md."""
+    lines = ["| game | attack | AUC | right / guesses | bound | ceiling | within DP-SGD(q, T) |", "|" + "---|" * 7]
+    for arm in GAMES:
+        row = rows.get(arm, {})
+        for name in ("loss-against-base", "first-order-fall", "unmixed-update"):
+            if name in row:
+                found = row[name]
+                within = found.get("f_dp_within_dp_sgd", "–")
+                guesses = f"{found['correct']} / {found['guesses']}"
+                said = (arm, f"`{name}`", found["auc"], guesses, found["bound"], found["ceiling"], within)
+                lines.append("| " + " | ".join(map(str, said)) + " |")
+    lines += ["", "| game | attack | AUC by kind of canary |", "|---|---|---|"]
+    for arm in GAMES:
+        for name in ("loss-against-base", "unmixed-update"):
+            kinds = rows.get(arm, {}).get(name, {}).get("auc_by_kind", {})
+            if len(kinds) > 1:
+                shares = ", ".join(f"{kind} {share}" for kind, share in kinds.items())
+                lines.append(f"| {arm} | `{name}` | {shares} |")
+    lines += ["", "| white box | verdict | power | bound | within DP-SGD(q, T) | training, CPU s | audit, CPU s | GB |"]
+    lines.append("|" + "---|" * 8)
+    for arm in RUNS:
+        if arm in rows:
+            row = rows[arm]
+            seconds, held = row["cpu_seconds"], row["gigabytes"]["training"]
+            known = [test for test in row["tests"] if test["epsilon_lower"] is not None]
+            bounds = [
+                ", ".join(f"{test['epsilon_lower']:.2f}" for test in known if (test["bound"] == "steinke") == free)
+                or "–"
+                for free in (True, False)
+            ]
+            said = (arm, row["verdict"], row["power"], *bounds, seconds["training"], seconds["audit"], held)
+            lines.append("| " + " | ".join(map(str, said)) + " |")
+    return "\n".join(lines)
+
+
+def write() -> None:
+    """Put the tables into the page."""
+    head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    body = tables(json.loads(RESULTS.read_text(encoding="utf-8")))
+    atomic.write_text(PAGE, f"{head}{BEGIN}\n\n{body}\n\n{END}{tail}")
+
+
 def main() -> None:
     """One of build, measure, play, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -241,6 +293,8 @@ def main() -> None:
         measure(options.model.resolve())
     elif options.what == "play":
         print(json.dumps(play(options.arm, options.model.resolve())))
+    else:
+        write()
 
 
 if __name__ == "__main__":
