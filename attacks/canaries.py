@@ -17,17 +17,18 @@ import pandas as pd
 import pyarrow
 import pyarrow.parquet
 
-from attacks.kinds import FIRST, Draft, Gradients, Kind, Materials, Selection
+from attacks.kinds import FIRST, Draft, Gradients, Kind, Materials, Sampler, Selection
 from attacks.kinds_drawn import DRAWN
 from attacks.kinds_optimised import Optimised
 from attacks.kinds_region import FusedRegion
+from attacks.kinds_sampled import Sampled
 from dpaudit import atomic, untrusted, untrusted_tables
 from dpaudit.config import CanaryKind
 from dpaudit.errors import InvalidGame, rejected
 from dpaudit.randomness import Key
 from trainers.records import Dataset, Unit
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (*FIRST, *DRAWN, FusedRegion(), Optimised())}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (*FIRST, *DRAWN, FusedRegion(), Optimised(), Sampled())}
 ALL = "all"
 COLUMNS = ["id", "kind", "member", "content"]
 _PLAN = b"dpaudit.plan"
@@ -187,20 +188,24 @@ def draw_game(
     gradients: Gradients | None = None,
     chosen: Mapping[str, tuple[int, ...]] | None = None,
     selection: Selection | None = None,
+    sampler: Sampler | None = None,
 ) -> Game:
     """The game of a run: `count` candidates, split evenly over `kinds`, each with a fair independent coin.
 
     A function of the arguments and of the key's streams "canaries" (candidates) and "coins" alone. `spare_tokens`:
-    tokens that nothing else uses, one needed for each candidate of kind 'new-token'. gradients: of the public base
-    model, for kinds that choose by them; selection: what the run's reducer keeps; chosen: the kinds' choice, where it
-    was stored with the coins. Raises UsageError when the reserve or the tokens do not suffice, with the numbers.
+    tokens that nothing else uses, one needed for each candidate of kind 'new-token'. gradients, sampler: of the public
+    base model, for kinds that choose by its gradients or take its texts; selection: what the run's reducer keeps;
+    chosen: the kinds' choice, where it was stored with the coins. Raises UsageError when the reserve or the tokens do
+    not suffice, with the numbers.
     """
     if count == 0:
         return Game()
     if not kinds or len(set(kinds)) != len(kinds) or any(kind not in KINDS for kind in kinds):
         raise rejected("canaries.kinds", list(kinds), f"different kinds out of {', '.join(KINDS)}")
     sizes = {kind: size for kind, size in share_out(count, kinds).items() if size}
-    materials = Materials.of(dataset, spare_tokens, gradients=gradients, chosen=chosen, selection=selection)
+    materials = Materials.of(
+        dataset, spare_tokens, gradients=gradients, chosen=chosen, selection=selection, sampler=sampler
+    )
     rng = key.generator(purpose="canaries")
     drafts = [(kind, draft) for kind, size in sizes.items() for draft in KINDS[kind].draw(size, materials, rng)]
     heads = key.uniform(count, step=0, name="canaries", purpose="coins") < 0.5

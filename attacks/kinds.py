@@ -28,6 +28,7 @@ PUBLIC_WORDS = (
 )  # fmt: skip
 Gradients = Callable[[Sequence[Unit]], npt.NDArray[np.float32]]
 Selection = Callable[[Sequence[Pixels]], npt.NDArray[np.bool_]]
+Sampler = Callable[[Sequence[tuple[Pixels, str]], int], list[str]]
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 
 
@@ -37,7 +38,8 @@ class Materials:
 
     gradients: (n, d) sketched gradients of units at the public base model, where it is at hand. chosen: for kinds that
     choose among proposals, the choice: given, or left here by the kind. selection: (n, patches) which patches the run's
-    reducer keeps of pictures, on the public tower; None where it selects none.
+    reducer keeps of pictures, on the public tower; None where it selects none. sampler: texts of the public base model
+    about (picture, question) pairs under a seed.
     """
 
     reserve: tuple[Unit, ...]
@@ -48,6 +50,7 @@ class Materials:
     gradients: Gradients | None = None
     chosen: dict[str, tuple[int, ...]] = field(default_factory=dict)
     selection: Selection | None = None
+    sampler: Sampler | None = None
 
     @classmethod
     def of(
@@ -58,6 +61,7 @@ class Materials:
         gradients: Gradients | None = None,
         chosen: Mapping[str, tuple[int, ...]] | None = None,
         selection: Selection | None = None,
+        sampler: Sampler | None = None,
     ) -> "Materials":
         """Materials for a data set. The picture size is the test split's commonest: no training row is looked at."""
         sizes = Counter(picture.pixels.shape[:2] for unit in dataset.test for picture in unit.pictures)
@@ -70,7 +74,8 @@ class Materials:
 
             answers = PUBLIC_ANSWERS
         tokens = tuple(spare_tokens)
-        return cls(dataset.reserve, tokens, int(height), int(width), answers, gradients, dict(chosen or {}), selection)
+        given = dict(chosen or {})
+        return cls(dataset.reserve, tokens, int(height), int(width), answers, gradients, given, selection, sampler)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ def redraw_game(
     if count == 0:
         return None
     from attacks.fusion.masks import selection_of
+    from attacks.kinds_sampled import sampler_of
     from attacks.membership.gradients import base_gradients
 
     return draw_game(
@@ -53,6 +54,7 @@ def redraw_game(
         gradients=base_gradients(config),
         chosen=coins.plan.chosen if coins is not None else None,
         selection=selection_of(config),
+        sampler=sampler_of(config),
     )
 
 
@@ -212,8 +214,9 @@ def _train(
         for line in base_accuracy(model, dataset):
             reporter.phase(line)
     inserted, group = Inserted(), distributed.current()
-    if group.size > 1 and "orthogonal" in config.canaries.kinds and config.canaries.count:
-        accepted = "kinds without 'orthogonal' with several ranks: each rank would choose its own candidates"
+    own = [kind for kind in ("orthogonal", "sampled") if kind in config.canaries.kinds]
+    if group.size > 1 and own and config.canaries.count:
+        accepted = f"kinds without {own[0]!r} with several ranks: each rank would choose its own candidates"
         raise rejected("canaries.kinds", list(config.canaries.kinds), accepted)
     coins = None
     if resume and group.first and run.ledger.exists() and config.canaries.count:

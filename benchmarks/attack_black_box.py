@@ -25,6 +25,7 @@ import os
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -101,9 +102,9 @@ def bounds(
     return {key: round(value, 3) if isinstance(value, float) else value for key, value in out.items()}
 
 
-def row(arm: str, seed: int) -> dict[str, object]:
-    """Train and attack one run."""
-    config = resolve({}, [*ALL_RUNS, *ARMS[arm], f"seed={seed}"])
+def row(arm: str, seed: int, settings: Sequence[str], side: int = GUESSES) -> dict[str, object]:
+    """Train one run with `settings` and attack it; `side`: guesses at each end."""
+    config = resolve({}, [*settings, f"seed={seed}"])
     with tempfile.TemporaryDirectory() as folder:
         began = time.process_time()
         run = start_run(config, Path(folder) / "run")
@@ -126,9 +127,9 @@ def row(arm: str, seed: int) -> dict[str, object]:
         }  # fmt: skip
         names = ["loss-against-base"] if claim is None else ["loss-against-base", "unmixed-update", "first-order-fall"]
         for name, scores in score_all(view, names).items():
-            kind, side = ALONE.get(arm, (None, GUESSES))
+            kind, each = ALONE.get(arm, (None, side))
             mine = np.ones(len(members), bool) if kind is None else (coins.frame["kind"] == kind).to_numpy()
-            out[name] = bounds(run, scores[mine], coins.frame[mine], coins.plan.tie_seed, side)
+            out[name] = bounds(run, scores[mine], coins.frame[mine], coins.plan.tie_seed, each)
     return out | {"cpu_seconds": {"training": round(trained), "all": round(time.process_time() - began)}}
 
 
@@ -145,7 +146,7 @@ def main() -> None:
         for arm in options.arms:
             if any((old["arm"], old["seed"]) == (arm, seed) for old in rows):
                 continue
-            found = row(arm, seed)
+            found = row(arm, seed, [*ALL_RUNS, *ARMS[arm]])
             print(json.dumps(found), flush=True)
             rows = [*(json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else []), found]
             atomic.write_text(RESULTS, json.dumps(rows, indent=1) + "\n")

@@ -25,6 +25,7 @@ ReducerName = Literal["none", "random", "cls-topk", "visionzip", "tome", "divpru
 CanaryKind = Literal[
     "mislabelled", "noise", "new-token", "natural", "blank", "out-of-distribution", "rendered-code", "cross-modal",
     "rare-answer", "high-perplexity", "orthogonal", "fused-region", "optimised",
+    "sampled",
 ]  # fmt: skip
 
 
