@@ -7,6 +7,7 @@ door is listed here with the reason; a new call anywhere else fails.
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
 
@@ -152,22 +153,33 @@ def readers(tree: ast.Module) -> Iterator[tuple[int, str]]:
                 yield node.lineno, module
 
 
+Found = list[tuple[str, int, str]]
+
+
+@cache
+def scanned() -> tuple[Found, Found]:
+    """(uses, imports of readers) of every module, as (module, line, text)."""
+    trees = list(modules())
+    return (
+        [(name, line, text) for name, tree in trees for line, text in uses(tree)],
+        [(name, line, text) for name, tree in trees for line, text in readers(tree)],
+    )
+
+
 def test_no_module_opens_a_foreign_file_any_other_way() -> None:
     found = []
-    for name, tree in modules():
-        if name in DOORS or name.startswith("trainers/public/"):  # makes the reference model, by us alone
-            continue
-        found += [f"{name}:{line}: {text}" for line, text in uses(tree) if (name, text) not in OUTSIDE]
-        found += [f"{name}:{line}: imports {text}" for line, text in readers(tree) if (name, text) not in IMPORTED]
+    for seen, known, what in zip(scanned(), (OUTSIDE, IMPORTED), ("", "imports "), strict=True):
+        for name, line, text in seen:
+            if name in DOORS or name.startswith("trainers/public/"):  # makes the reference model, by us alone
+                continue
+            if (name, text) not in known:
+                found.append(f"{name}:{line}: {what}{text}")
     assert found == []
 
 
 def test_every_exception_is_still_there() -> None:
-    trees = list(modules())
-    seen = {(name, text) for name, tree in trees for _, text in uses(tree)}
-    assert set(OUTSIDE) <= seen, sorted(set(OUTSIDE) - seen)
-    seen = {(name, text) for name, tree in trees for _, text in readers(tree)}
-    assert set(IMPORTED) <= seen, sorted(set(IMPORTED) - seen)
+    for seen, known in zip(scanned(), (OUTSIDE, IMPORTED), strict=True):
+        assert set(known) <= (there := {(name, text) for name, _, text in seen}), sorted(set(known) - there)
 
 
 @pytest.mark.parametrize(
