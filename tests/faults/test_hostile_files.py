@@ -134,7 +134,7 @@ PICTURE_CASES: dict[str, tuple[Damage, str]] = {
     "huge": (settings(PICTURES, size={"longest_edge": 10**6}), "longest_edge: got 1000000"),
     "countless tiles": (settings(PICTURES, max_image_size={"longest_edge": 1}), "cuts pictures of"),
     "negative": (settings(PICTURES, size={"longest_edge": -5}), "longest_edge: got -5"),
-    "text": (settings(PICTURES, size={"longest_edge": "x"}), "can't be"),
+    "text": (settings(PICTURES, size={"longest_edge": "x"}), "picture processor does not fit its tower"),
     "other class": (settings(PICTURES, image_processor_type="Evil"), "can't be"),
 }
 
