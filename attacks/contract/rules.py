@@ -23,6 +23,7 @@ SECOND_DECAYS = (0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9995, 0.9999)
 # What a prediction may be off by, in units of what the rule may be off where it was learned, and of what it was.
 MARGIN, MAGNIFIED = 3.0, 10.0
 
+DISTINCT = 1e-4  # relative singular value from which two inputs of a rule are told apart
 LATE = 12  # a step up to which the update must have been judged
 CLIPPED = (math.inf, 1.0, 1e-6)  # norms to which an optimiser may clip the whole noisy mean; the last one normalises it
 
@@ -162,24 +163,25 @@ def _adam(runs: Runs, tolerance: Vector, batch: float) -> Rule | None:
         return None
     values = np.stack([run[2] for run in runs], axis=1)
     moves = np.stack([run[1] for run in runs], axis=1)  # (STEPS, K, d)
-    best: tuple[float, tuple[float, float], Vector] | None = None
+    best: tuple[float, tuple[float, float], Vector, Vector] | None = None
     for decays in itertools.product(FIRST_DECAYS, SECOND_DECAYS):
         directions = np.stack([_direction(run[0] / batch, *decays) for run in runs], axis=1)
-        rates, off = np.zeros((STEPS, 2)), 0.0
+        rates, known, off = np.zeros((STEPS, 2)), np.zeros(STEPS, dtype=bool), 0.0
         for step in reversed(range(STEPS)):  # late steps tell decay rates apart
-            rates[step] = _rates(directions[step], values[step], moves[step])
+            rates[step], known[step] = _rates(directions[step], values[step], moves[step])
             fitted = rates[step, 0] * directions[step] + rates[step, 1] * values[step]
             off = max(off, float(np.abs(fitted - moves[step]).max() / tolerance[step]))
             if off > 1:
                 break
         if off <= 1 and (best is None or off < best[0]):
-            best = off, decays, rates
+            best = off, decays, rates, known
     if best is None:
         return None
-    _, decays, rates = best
+    _, decays, rates, known = best
 
     def predict(releases: Vector, moves: Vector, values: Vector) -> Vector:
-        return np.asarray(rates[:, :1] * _direction(releases / batch, *decays) + rates[:, 1:] * values)
+        value = rates[:, :1] * _direction(releases / batch, *decays) + rates[:, 1:] * values
+        return np.where(known[:, None], value, np.nan)
 
     return predict
 
@@ -196,7 +198,14 @@ def _direction(releases: Vector, first: float, second: float) -> Vector:
     return out
 
 
-def _rates(direction: Vector, values: Vector, moves: Vector) -> Vector:
-    """Least squares of a step's moves on Adam's direction and the present values: (2,)."""
+def _rates(direction: Vector, values: Vector, moves: Vector) -> tuple[Vector, bool]:
+    """((2,), known): least squares of a step's moves on Adam's direction and the present values, and whether the two
+    can be told apart. In the first step the direction is a sign: a block of one number whose noise has one sign under all
+    seeds shows the learning rate and the weight decay together, and predicts nothing for the other sign.
+    """
     design = np.stack([direction.reshape(-1), values.reshape(-1)], axis=1)
-    return np.asarray(np.linalg.lstsq(design, moves.reshape(-1), rcond=None)[0])
+    scale = np.linalg.norm(design, axis=0)
+    used = scale > 0
+    scale = np.where(used, scale, 1.0)
+    found, _, rank, _ = np.linalg.lstsq(design / scale, moves.reshape(-1), rcond=DISTINCT)
+    return np.asarray(found / scale), int(rank) == int(used.sum())

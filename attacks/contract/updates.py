@@ -248,7 +248,8 @@ def _affine(learn: list[Run], tolerance: float) -> Rule | None:
 
 
 def _signs(learn: list[Run], tolerance: float) -> Rule | None:
-    """Per coordinate: the move depends on the sign of the release alone; NaN where a sign was not seen."""
+    """Per coordinate: the move depends on the sign of the release alone; NaN where a sign was not seen, and beyond the
+    releases that were (a rule that rounds may look like a sign among small ones)."""
     releases = np.stack([run[0][0] for run in learn])
     if np.ptp(releases, axis=0).max() == 0:
         return None
@@ -256,7 +257,7 @@ def _signs(learn: list[Run], tolerance: float) -> Rule | None:
     nearly_zero = AGREEMENT * float(np.median(np.abs(releases)))
     signs = np.where(np.abs(releases) > nearly_zero, np.sign(releases), 0.0)
     moves = np.stack([run[1] for run in learn])
-    tables = {}
+    tables, ranges = {}, {}
     for sign in (-1.0, 1.0):
         chosen = np.where(signs == sign, moves, np.nan)
         seen = (signs == sign).any(axis=0)
@@ -265,10 +266,15 @@ def _signs(learn: list[Run], tolerance: float) -> Rule | None:
         if (np.where(seen, high - low, 0.0) > tolerance).any():
             return None
         tables[sign] = np.where(seen, np.nanmax(np.where(seen, chosen, 0.0), axis=0), np.nan)
+        least = np.min(np.where(signs == sign, releases, np.inf), axis=0)
+        ranges[sign] = least, np.max(np.where(signs == sign, releases, -np.inf), axis=0)
 
     def predict(new: Vector) -> Vector:
-        negative = np.where(new[0] < -nearly_zero, tables[-1.0], np.nan)
-        return np.where(new[0] > nearly_zero, tables[1.0], negative)
+        out = np.full(new[0].shape, np.nan)
+        for sign, (least, most) in ranges.items():
+            inside = (sign * new[0] > nearly_zero) & (new[0] >= least) & (new[0] <= most)
+            out = np.where(inside, tables[sign], out)
+        return out
 
     return predict
 
