@@ -200,8 +200,8 @@ def _direction(releases: Vector, first: float, second: float) -> Vector:
 
 def _rates(direction: Vector, values: Vector, moves: Vector) -> tuple[Vector, bool]:
     """((2,), known): least squares of a step's moves on Adam's direction and the present values, and whether the two
-    can be told apart. In the first step the direction is a sign: a block of one number whose noise has one sign under all
-    seeds shows the learning rate and the weight decay together, and predicts nothing for the other sign.
+    can be told apart. In the first step the direction is a sign: a block of one number whose noise has one sign under
+    all seeds shows the learning rate and the weight decay together, and predicts nothing for the other sign.
     """
     design = np.stack([direction.reshape(-1), values.reshape(-1)], axis=1)
     scale = np.linalg.norm(design, axis=0)
