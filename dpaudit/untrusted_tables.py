@@ -173,9 +173,13 @@ def read_csv(path: Path, **options: Any) -> "pd.DataFrame":
     content = read_bytes(path, MOST_CSV)
     if re.search(rb"[^\r\n]{%d}" % MOST_LINE, content):
         raise ValueError(f"a line of more than {MOST_LINE} bytes")
-    if content.partition(b"\n")[0].count(b",") >= MOST_NAMES:
+    first = re.split(rb"[\r\n]", content, maxsplit=1)[0]
+    if first.count(b",") >= MOST_NAMES:
         raise ValueError(f"more than {MOST_NAMES} columns")
-    header = next(csv.reader([content.partition(b"\n")[0].decode("utf-8", "replace").lstrip("\ufeff")]), [])
+    try:
+        header = next(csv.reader([first.decode("utf-8", "replace").lstrip("\ufeff")]), [])
+    except csv.Error as error:
+        raise ValueError(f"no table of text: {error}") from None
     names = [name.strip() for name in header]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:  # pandas would rename the second

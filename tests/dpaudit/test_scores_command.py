@@ -278,3 +278,23 @@ def test_a_gate_above_every_ceiling_says_so(tmp_path: Path) -> None:
         assert done.returncode == code and "a gate of 40 can't fail" in done.stderr
     low = run(str(path), "--delta", "1e-5", "--coins", "independent", "--fail-above", "1")
     assert low.returncode == 1 and "can't fail" not in low.stderr
+
+
+@pytest.mark.parametrize("end", [b"\r", b"\r\n", b"\n"])
+def test_lines_may_end_as_on_any_system(tmp_path: Path, end: bytes) -> None:
+    path = write(tmp_path / "s.csv", 1.0)
+    whole = run(path, "--delta", "1e-5", "--json")
+    path.write_bytes(path.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", end))
+    again = run(path, "--delta", "1e-5", "--json")
+    assert again.returncode == whole.returncode == 0
+    assert json.loads(again.stdout)["tests"] == json.loads(whole.stdout)["tests"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"PAR1\x15\x04\r\x00,a\r\nb,\x00", b"\x89PNG\r\n\x1a\n\x00", b'"a\rb","c', bytes(99)]
+)
+def test_a_file_of_another_kind_under_this_name_is_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "s.csv").write_bytes(content)
+    done = run(tmp_path / "s.csv", "--delta", "1e-5")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
