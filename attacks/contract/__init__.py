@@ -5,8 +5,7 @@
     assert_contract(factory)
 
 Deterministic checks compare neighbours under frozen noise; statistical ones have a false-alarm rate of at most 1e-7
-each (attacks.contract.statistics), so a correct trainer fails the whole contract with probability below
-`FALSE_ALARMS`.
+each (attacks.contract.statistics), so they fail a correct trainer with probability below `FALSE_ALARMS` in all.
 """
 
 import time
