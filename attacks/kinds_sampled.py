@@ -4,11 +4,12 @@ Mitchell, Andrew, Ganesh, McMahan and Kairouz 2026 (arXiv 2606.10481) sample can
 temperature of at least 0.8 with prompts of the task: they are outliers that a person can still read. Here the base
 model asks a question about a scene of random shapes, and then answers it, both at temperature 1; a model that asks
 nothing (the small reference model) is asked a made-up question. Prompt, pictures and base model are public, so nothing
-depends on the data or on a coin. The texts are stored with the coins as code points,
-since rounding differs between machines and a sampled text with it.
+depends on the data or on a coin. The texts are stored with the coins as code points, since rounding differs between
+machines and a sampled text with it.
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 
@@ -45,7 +46,7 @@ class Sampled:
             stored = pack(self._sample(pictures, spare, materials.sampler, seed))
             materials.chosen[self.name] = stored
         texts = unpack(stored)
-        if len(texts) != 2 * count or not all(texts):
+        if len(texts) != 2 * count or not all(0 < len(text) <= LONGEST for text in texts):
             raise UsageError("coins: the sampled texts stored in them do not fit this run's kinds and count")
         drafts = zip(pictures, texts[:count], texts[count:], strict=True)
         return [Draft(single(*draft, "sampled"), "shapes, sampled texts") for draft in drafts]
@@ -86,11 +87,13 @@ def pack(texts: Sequence[str]) -> tuple[int, ...]:
 
 
 def unpack(numbers: Sequence[int]) -> list[str]:
-    """The texts again. Raises UsageError for numbers that are no code points."""
+    """The texts again. Raises UsageError for numbers that are no characters (halves of a surrogate pair among them)."""
     try:
-        *texts, rest = "".join(map(chr, numbers)).split("\0")
+        whole = "".join(map(chr, numbers))
+        whole.encode()
     except (ValueError, OverflowError):
         raise UsageError("coins: the sampled texts stored in them are damaged") from None
+    *texts, rest = whole.split("\0")
     return texts if not rest else [*texts, ""]
 
 
@@ -99,16 +102,15 @@ def sampler_of(config: RunConfig) -> Sampler:
     from attacks.membership.by_text import sampled_answers
     from trainers.vlm import VisionLanguageModel
 
-    loaded: list[VisionLanguageModel] = []
+    @cache
+    def base() -> VisionLanguageModel:
+        chosen = config.model
+        model = VisionLanguageModel.load(chosen.path, device=chosen.device, precision=chosen.precision)
+        model.set_reducer(config.reducer)
+        return model
 
     def sample(asked: Sequence[tuple[Pixels, str]], seed: int) -> list[str]:
-        if not loaded:
-            chosen = config.model
-            loaded.append(VisionLanguageModel.load(chosen.path, device="cpu", precision=chosen.precision))
-            loaded[0].set_reducer(config.reducer)
-        questions = [Question(text, "", "sampled") for _, text in asked]
-        return sampled_answers(
-            loaded[0], [(pixels,) for pixels, _ in asked], questions, temperature=TEMPERATURE, seed=seed
-        )
+        shown, questions = [(pixels,) for pixels, _ in asked], [Question(text, "", "sampled") for _, text in asked]
+        return sampled_answers(base(), shown, questions, temperature=TEMPERATURE, seed=seed)
 
     return sample

@@ -53,13 +53,15 @@ def test_the_texts_are_stored_with_the_coins_and_need_no_model_again(tmp_path: P
         draw_game(dataset(), 12, KINDS, **ARGUMENTS)
 
 
-@pytest.mark.parametrize("numbers", [(), (65, 0), (65,) * 12, (65, 0) * 13, (65, 0) * 11 + (0,)])
+@pytest.mark.parametrize(
+    "numbers", [(), (65, 0), (65,) * 12, (65, 0) * 13, (65, 0) * 11 + (0,), (*(65, 0) * 11, *(65,) * 201, 0)]
+)
 def test_stored_texts_that_do_not_fit_are_refused(numbers: tuple[int, ...]) -> None:
     with pytest.raises(UsageError, match="do not fit this run's kinds and count"):
         draw_game(dataset(), 12, KINDS, chosen={"sampled": numbers}, **ARGUMENTS)
 
 
-@pytest.mark.parametrize("number", [-1, 0x110000, 2**40])
+@pytest.mark.parametrize("number", [-1, 0xD800, 0x110000, 2**40])
 def test_numbers_that_are_no_characters_are_refused(number: int) -> None:
     with pytest.raises(UsageError, match="are damaged"):
         draw_game(dataset(), 12, KINDS, chosen={"sampled": (number, 0) * 12}, **ARGUMENTS)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ import torch
 from scipy.stats import hypergeom
 from torch import Tensor
 
-from attacks.bugs import bases_opacus, correct_updates, dead
-from attacks.bugs.accounting import ResumeCountsOnce
+from attacks.bugs import bases_opacus, dead
 from attacks.contract import (
     FALSE_ALARMS,
     STATISTICAL,
@@ -26,18 +24,14 @@ from attacks.contract import (
     noise,
     production,
     resume,
-    rules,
-    sampling,
     units,
     updates,
 )
 from attacks.contract.bench import NOTHING_STATED, Bench, Stated, miss_probability
-from attacks.contract.guard import MethodFailure
 from attacks.contract.probe import Probe
 from attacks.contract.training import PATTERN, STEPS
 from dpaudit.accounting import DpSgd
 from dpaudit.accounting import epsilon as spent
-from dpaudit.claims import StepClaim
 from dpaudit.documents import Check
 from trainers.adapters.compact import SHAPES, SIZES, Adam, Compact, FixedSize, Laplace, Record, join, split
 
@@ -636,94 +630,3 @@ def test_a_training_that_moves_nothing_any_more_fails(name: str) -> None:
     (bug,) = [bug for bug in dead.BUGS if bug.name == name]
     check_ = made(bug.factory, liveness)["every released block moves"]
     assert check_.status == "fail" and "no parameter moved after step" in check_.measured
-
-
-# -- trainers that end where their claim does ----------------------------------------------------------------------
-
-
-class Planned(Compact):
-    """Refuses a step beyond those it was planned for, as a learning-rate schedule or a loader does."""
-
-    planned = 30
-
-    @property
-    def claim(self) -> StepClaim:
-        return replace(super().claim, steps=self.planned)
-
-    def step(self, indices: Sequence[int]) -> None:
-        if self.step_count >= self.planned:
-            raise RuntimeError("the plan is over")
-        super().step(indices)
-
-
-class PlannedShort(Planned):
-    """Fewer steps than the contract needs."""
-
-    planned = 10
-
-
-def test_a_trainer_may_end_where_its_claim_does() -> None:
-    bench = Bench(Probe(Planned), NOTHING_STATED)
-    found = {check.name: check.status for module in (noise, sampling, production) for check in module.checks(bench)}
-    assert "fail" not in found.values()
-    passed = {noise.LEVEL, sampling.MARGINALS, sampling.SPREAD, sampling.EPOCH, production.UNSEEDED}
-    assert {found[name] for name in passed} == {"pass"}
-
-
-def test_a_trainer_that_ends_too_early_is_told_how_many_steps_are_needed() -> None:
-    with pytest.raises(MethodFailure, match=r"plan is over.*in step 11, and the contract takes 24 steps"):
-        made(PlannedShort, noise)
-
-
-class Forgetful(Planned):
-    """Refuses a step that its claim names: that is an error, however far it came."""
-
-    planned = 60
-
-    @property
-    def claim(self) -> StepClaim:
-        return replace(Compact.claim.fget(self), steps=100)  # type: ignore[attr-defined]
-
-
-def test_a_claimed_step_that_is_refused_is_an_error() -> None:
-    with pytest.raises(MethodFailure, match="in step 61, and the contract takes 100 steps"):
-        made(Forgetful, noise)
-
-
-# -- eps after a resume --------------------------------------------------------------------------------------------
-
-
-def test_steps_after_a_resume_are_paid_for() -> None:
-    assert made(ResumeCountsOnce, resume)[resume.RESUME_EPSILON].status == "fail"
-    assert made(Compact, resume)[resume.RESUME_EPSILON].status == "pass"
-
-
-# -- rules that a few numbers can't show ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("factory", "seed"), [(correct_updates.NoisyFeedback, 21), (correct_updates.AdamW, 45)])
-def test_a_rule_that_looks_like_another_one_among_few_releases_is_not_judged_beyond_them(
-    factory: type[Compact], seed: int
-) -> None:
-    """Seeds under which both failed: noise of one number had one sign in all trainings, and small releases alone."""
-    assert updates.update_rule(Bench(Probe(factory, seed=seed))).status == "pass"
-
-
-def test_a_sign_is_predicted_within_the_releases_that_showed_it() -> None:
-    learn = [(np.array([[x]]), np.array([0.1 * np.sign(x)])) for x in (-2.0, -1.0, 1.0, 1.5, 2.0)]
-    predict = updates._signs(learn, 1e-6)
-    assert predict is not None
-    for x, move in ((1.2, 0.1), (-1.5, -0.1), (2.5, np.nan), (-0.5, np.nan), (0.0, np.nan)):
-        np.testing.assert_equal(predict(np.array([[x]])), [move])
-
-
-@pytest.mark.parametrize("spread", [0.0, 1e-7])
-def test_a_learning_rate_and_a_weight_decay_that_one_sign_shows_together_are_not_known(spread: float) -> None:
-    direction = 1.0 - spread * np.arange(8.0)[:, None]
-    start = np.full((8, 1), 0.3)
-    assert not rules._rates(direction, start, 0.1 * direction - 0.01 * start)[1]
-    direction[3] *= -1
-    rates, known = rules._rates(direction, start, 0.1 * direction - 0.01 * start)
-    assert known and np.allclose(rates, [0.1, -0.01])
-    rates, known = rules._rates(direction, 0 * start, 0.1 * direction)
-    assert known and np.allclose(rates, [0.1, 0.0])
