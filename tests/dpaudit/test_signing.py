@@ -121,7 +121,7 @@ def test_the_page_says_who_vouches_and_that_nobody_does(place: Path) -> None:
     assert f'"signature":"signed","key_sha256":"{fingerprint}"' in page.replace(": ", ":").replace(", ", ",")
     (place / "run/release/signature.json").unlink()
     code, page = report(place)
-    assert code == 0 and "unsigned; stated by the owner" in page and fingerprint not in page
+    assert code == 0 and "obody has signed this result, it is stated by the owner" in page and fingerprint not in page
     assert verify(place) == 1
 
 
