@@ -376,8 +376,8 @@ def test_every_figure_says_what_it_speaks_of_and_the_deciding_one_stays(tmp_path
     text = visible(page)
     assert "The released weights (this model), canaries game: could not have shown" in text
     assert (
-        "A retrained twin (the same training, run again by this audit), white-box game: 97 % sure to refute if the true sigma is 10 % smaller"
-        in text
+        "A retrained twin (the same training, run again by this audit), white-box game: 97 % sure to refute if the "
+        "true sigma is 10 % smaller" in text
     )
     own = "(game 02-white-box: the training procedure, not these weights; sigma 1.198, q 0.119, T 168)"
     assert f"Scores in “ white box ” {own}" in text and f"Trade-off of “ white box ” {own}" in text
