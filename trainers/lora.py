@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dpaudit import online
 from dpaudit.config import ALL_LINEAR, LoraConfig
 from dpaudit.errors import UsageError, rejected
 from trainers import adapter_files
@@ -34,8 +35,9 @@ def attach(hf: Any, family: Family, config: LoraConfig, generator: np.random.Gen
 
     Only the language model (and the projector if asked) is adapted: plain target names would also hit the vision tower.
     """
-    from peft import LoraConfig as PeftLora
-    from peft import get_peft_model
+    with online.cut_off():  # it imports bitsandbytes where that is installed (trainers.precision)
+        from peft import LoraConfig as PeftLora
+        from peft import get_peft_model
 
     known = targets(hf, family)
     wanted = sorted(known) if config.targets == (ALL_LINEAR,) else config.targets

@@ -5,7 +5,6 @@ model is public, and quantising it is a function of public numbers.
 """
 
 import importlib.util
-import logging
 import re
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -42,7 +41,8 @@ def settings(opened: "Opened", precision: Precision, device: torch.device) -> di
         raise EnvironmentFailure(
             "model.precision: nf4 needs bitsandbytes, which is not installed: pip install 'dpaudit[nf4]'"
         )
-    _load_quietly()
+    with online.cut_off():  # where `kernels` is installed it would fetch compiled code by a hub id
+        importlib.import_module("bitsandbytes")
     from transformers import BitsAndBytesConfig
 
     family = opened.family(opened.empty, opened.processor, opened.source or "reference")
@@ -72,16 +72,3 @@ def unpacked(hf: Any) -> Any:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return hf
-
-
-def _load_quietly() -> None:
-    """bitsandbytes, imported without the network: where `kernels` is installed it would fetch compiled code by a hub
-    id, and where not it says so."""
-    logger = logging.getLogger("bitsandbytes")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with online.cut_off():
-            importlib.import_module("bitsandbytes")
-    finally:
-        logger.setLevel(before)
