@@ -317,7 +317,10 @@ class CanaryConfig(Section):
     """Canaries: `count` candidates, each inserted when its fair coin says so."""
 
     count: int = Field(default=0, ge=0)
-    kinds: tuple[CanaryKind, ...] = ("mislabelled", "noise", "new-token")
+    kinds: tuple[CanaryKind, ...] = Field(
+        default=("mislabelled", "noise", "new-token"),
+        description="default without data.reserve (own data): noise, new-token; mislabelled needs records held back",
+    )
 
 
 class PlantedConfig(Section):
