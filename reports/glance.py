@@ -201,7 +201,7 @@ def _conclude(run: RunReport) -> tuple[str, ...]:
     claim = run.claim
     if run.verdict == "not refuted":
         powered = {entry.about for entry in run.audit.games if entry.power is not None} if run.audit else set()
-        items = ["As far as this test sees, training adds the noise that is claimed."]
+        items = ["As far as this test can tell, training adds the noise that is claimed."]
         if powered == {"procedure"}:
             items.append("Not shown: that the released weights leak no more than eps.")
         return tuple(items)
@@ -212,7 +212,7 @@ def _conclude(run: RunReport) -> tuple[str, ...]:
             f"in at most {number(alpha * 1000)} of 1,000 audits.",
         )
     if run.verdict == "unsupported":
-        return ("Do not rely on the claim until what is named below is mended or explained.",)
+        return ("Do not rely on the claim until what is named below is fixed or explained.",)
     if run.verdict == "invalid":
         return ("Nothing, for or against the claim, until the test is repaired.",)
     if run.verdict == "no claim":

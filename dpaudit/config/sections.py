@@ -305,7 +305,7 @@ class TrainingConfig(Section):
         default="none", description="recompute the decoder's layers in the backward pass; auto: the kind that fits"
     )
     feature_cache: Literal["auto", "always", "never"] = Field(
-        default="auto", description="keep what the tower said on disk, in the run's private part; auto: a large tower"
+        default="auto", description="keep the tower's outputs on disk, in the run's private part; auto: a large tower"
     )
     parallel: Literal["data", "fsdp"] = Field(
         default="data", description="with several ranks: every rank holds the whole base model, or a share (fsdp)"

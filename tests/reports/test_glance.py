@@ -83,7 +83,7 @@ def test_every_verdict_has_a_conclusion_and_one_thing_to_do(tmp_path: Path, verd
         "unsupported": "Do not rely on the claim",
         "invalid": "Nothing, for or against",
         "inconclusive": "Treat the claim as untested.",
-        "not refuted": "Not a proof. As far as this test sees",
+        "not refuted": "Not a proof. As far as this test can tell",
         None: "Not audited",
     }[verdict] in said
     assert ("released weights leak no more than eps" in said) == (verdict == "not refuted")

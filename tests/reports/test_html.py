@@ -381,7 +381,7 @@ def test_every_figure_says_what_it_speaks_of_and_the_deciding_one_stays(tmp_path
     )
     own = "(game 02-white-box: the training procedure, not these weights; sigma 1.198, q 0.119, T 168)"
     assert f"Scores in “ white box ” {own}" in text and f"Trade-off of “ white box ” {own}" in text
-    assert "02-white-box says most" in text and "97 % liveness: earned (1.000 C)" in text
+    assert "02-white-box strongest evidence" in text and "97 % liveness: earned (1.000 C)" in text
     assert "Within claimed mechanism (twin) ≥ 7.7 (sees ≤ 9.9)" in text and "dpaudit audit dp-sgd --contract" in text
     assert "of 1,000 97 %" in text
     many = [run]
@@ -399,7 +399,11 @@ def test_a_refuting_game_is_the_one_that_decides(tmp_path: Path) -> None:
     run = write_run(tmp_path, "dp-sgd")
     write_audit(run, "dp-sgd", [canary_game("dp-sgd"), white_box_game(e_value=1e9, power=None)])
     text = visible(page_of(run))
-    assert load_runs([run])[0].verdict == "refuted" and "02-white-box says most" in text and "refutes level" in text
+    assert (
+        load_runs([run])[0].verdict == "refuted"
+        and "02-white-box strongest evidence" in text
+        and "refutes level" in text
+    )
 
 
 def test_an_audit_of_version_1_is_read_and_earns_no_power(tmp_path: Path) -> None:
