@@ -1,10 +1,11 @@
 """The directions of gradient canaries: unit vectors over all trained parameters, drawn with the coins.
 
-`orthogonal` directions are the columns of a random orthonormal matrix where that fits into memory. Of a larger model
-each direction has coordinates of its own: a random permutation deals all coordinates out, and each counts with a random
-sign and equal weight. Both are exactly orthonormal and independent of data and training, which is all that the channel
-needs (dpaudit.evidence.channel): noise of covariance s^2 I shows along each of them as an independent N(0, s^2). The
-second takes memory in proportion to the parameters, whatever the number of directions.
+`orthogonal` directions are the columns of a random orthonormal matrix where that is quickly made. Of a larger model each
+direction has coordinates of its own: a random permutation deals all coordinates out, and each counts with a random sign
+and equal weight. Both are orthonormal and independent of data and training, which is all that the channel needs
+(dpaudit.evidence.channel): noise of covariance s^2 I shows along each of them as an independent N(0, s^2). The second
+takes time and memory in proportion to the parameters, whatever the number of directions; the matrix takes memory
+in proportion to both, and time to the square of the directions (18 s for 1,256 of them over 50,000 parameters).
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 Kind = Literal["orthogonal", "dirac", "random"]
-DENSE = 1 << 27  # numbers of a matrix of directions (1 GiB while it is drawn); of a larger one they share no coordinate
+DENSE = 1 << 22  # numbers of a matrix of directions; where there would be more they share no coordinate
 
 
 class Directions(Protocol):
@@ -29,6 +30,10 @@ class Directions(Protocol):
 
     def row(self, index: int) -> Tensor:
         """(P,) one of them."""
+        ...
+
+    def total(self, indices: Tensor) -> Tensor:
+        """(P,) the sum of several, each named once."""
         ...
 
 
@@ -49,6 +54,10 @@ class Dense:
         """See Directions."""
         return self.vectors[index]
 
+    def total(self, indices: Tensor) -> Tensor:
+        """See Directions."""
+        return self.vectors[indices].sum(dim=0)
+
 
 @dataclass(frozen=True)
 class Disjoint:
@@ -67,8 +76,12 @@ class Disjoint:
 
     def row(self, index: int) -> Tensor:
         """See Directions."""
+        return self.total(torch.tensor([index]))
+
+    def total(self, indices: Tensor) -> Tensor:
+        """See Directions."""
         row = torch.zeros(self.size)
-        row[self.places[index]] = self.signs[index] / self.places.shape[1] ** 0.5
+        row[self.places[indices]] = self.signs[indices] / self.places.shape[1] ** 0.5
         return row
 
 

@@ -183,11 +183,8 @@ class GradientGame:
         kept = torch.from_numpy(self.places.kept)
         whole = len(kept) == len(left)
         unit = self.expected_batch_size / (self.max_grad_norm * self.noise_multiplier)
-        rows = self.inserted[taken]
-        held = torch.zeros(len(kept))
         assert self.vectors is not None
-        for row in rows:  # one at a time: no copy of all rows
-            held += self.vectors.row(row) if whole else self.vectors.row(row)[kept]
+        held = self.vectors.total(torch.from_numpy(self.inserted[taken]))[kept]
         released = _joined(noisy)
         shown, total = (left, released) if whole else (left[kept], released[kept])
         self.places.add(

@@ -124,6 +124,7 @@ def test_directions_are_unit_vectors_and_meet_as_they_say(
     flat = torch.from_numpy(np.random.default_rng(0).normal(size=4000)).float()
     assert mine.vectors is not None
     torch.testing.assert_close(mine.vectors.along(flat), vectors @ flat, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mine.vectors.total(torch.tensor([5, 1, 7])), vectors[[5, 1, 7]].sum(dim=0))
     several = torch.tensor([2, 0])
     torch.testing.assert_close(rows[several], torch.stack([rows[2], rows[0]]))
     torch.testing.assert_close(rows[2], vectors[mine.inserted[2]] * float(rows[2].norm()))
