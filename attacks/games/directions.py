@@ -1,8 +1,8 @@
 """The directions of gradient canaries: unit vectors over all trained parameters, drawn with the coins.
 
-`orthogonal` directions are the columns of a random orthonormal matrix where that is quickly made. Of a larger model each
-direction has coordinates of its own: a random permutation deals all coordinates out, and each counts with a random sign
-and equal weight. Both are orthonormal and independent of data and training, which is all that the channel needs
+`orthogonal` directions are the columns of a random orthonormal matrix where that is quickly made. Of a larger model
+each direction has coordinates of its own: a random permutation deals all coordinates out, and each counts with a random
+sign and equal weight. Both are orthonormal and independent of data and training, which is all that the channel needs
 (dpaudit.evidence.channel): noise of covariance s^2 I shows along each of them as an independent N(0, s^2). The second
 takes time and memory in proportion to the parameters, whatever the number of directions; the matrix takes memory
 in proportion to both, and time to the square of the directions (18 s for 1,256 of them over 50,000 parameters).
