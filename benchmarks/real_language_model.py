@@ -207,7 +207,7 @@ def white_box(method: str, model: Path) -> Tree:
 def measure(model: Path) -> None:
     """Every arm that is not there yet, each in a process of its own."""
     rows: Tree = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-    for arm in (*GAMES, *RUNS):
+    for arm in (*RUNS, *GAMES):
         if arm in rows:
             continue
         print(f"{arm} …", file=sys.stderr, flush=True)
