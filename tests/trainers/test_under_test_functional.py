@@ -33,7 +33,8 @@ def start(seed: int) -> State:
 
 
 def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
-    return functional_call(NET, weights, (x[None],)).square().sum() / 2
+    out: Tensor = functional_call(NET, weights, (x[None],))
+    return out.square().sum() / 2
 
 
 class Loop:
