@@ -39,6 +39,8 @@ EXTRAS = {
 LMMS_EVAL = "pip install 'dpaudit[benchmark]' && pip install --no-deps 'lmms-eval==0.7.3'"
 # Extras of one package -> what needs no more than that; anything else that finds the package missing needs `train`.
 ALONE = {"parquet": "scores", "plot": "plot"}
+# What ends by measuring accuracy: one command brings all that it needs, whichever package it misses first.
+WITH_ACCURACY = ("benchmark", "demo", "sweep")
 
 
 def missing(error: ModuleNotFoundError, what: str) -> EnvironmentFailure | None:
@@ -49,6 +51,8 @@ def missing(error: ModuleNotFoundError, what: str) -> EnvironmentFailure | None:
         return None
     if ALONE.get(extra, what) != what:
         extra = "train"
+    if what in WITH_ACCURACY and extra in ("train", "benchmark", "lmms"):
+        return EnvironmentFailure(f"{what}: needs {name}, which is not installed: {LMMS_EVAL}")
     return EnvironmentFailure(f"{what}: needs {name}, which is not installed: pip install 'dpaudit[{extra}]'")
 
 

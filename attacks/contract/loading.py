@@ -4,6 +4,7 @@ Our four packages have common names. They are imported first; only then does the
 a folder with its own `trainers/` or `reports/` neither breaks dpaudit nor is imported by mistake.
 """
 
+import ast
 import functools
 import importlib
 import inspect
@@ -64,6 +65,24 @@ def _import(module_name: str, target: str, limit: float) -> Any:
         raise
 
 
+def _named(target: str) -> tuple[Path, int] | None:
+    """File and line in which a module binds the name behind the colon."""
+    module, _, name = target.partition(":")
+    path = getattr(sys.modules.get(module), "__file__", None)
+    if path is None or not path.endswith(".py"):
+        return None
+    try:
+        body = ast.parse(Path(path).read_bytes()).body
+    except (OSError, SyntaxError):
+        return None
+    for node in reversed(body):
+        bound = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        words = {part.id for item in bound if item is not None for part in ast.walk(item) if isinstance(part, ast.Name)}
+        if name.partition(".")[0] in words:
+            return Path(path).resolve(), node.lineno
+    return Path(path).resolve(), 1
+
+
 def source(target: str, factory: Callable[..., Any] | None) -> FactorySource:
     """Where the factory is defined; before it is loaded, the module's file in the working directory."""
     value: Any = factory
@@ -79,6 +98,8 @@ def source(target: str, factory: Callable[..., Any] | None) -> FactorySource:
         line = max(1, inspect.getsourcelines(value)[1])
     except (OSError, TypeError):
         return FactorySource(name=target)
+    if file.is_relative_to(packages.ROOT / "trainers" / "adapters" / "under_test"):  # what counts is where it is named
+        file, line = _named(target) or (file, line)
     here = Path.cwd().resolve()
     return FactorySource(
         name=target, file=(file.relative_to(here) if file.is_relative_to(here) else file).as_posix(), line=line

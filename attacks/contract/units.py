@@ -118,6 +118,7 @@ def upwards(bench: Bench) -> Check:
 
 ARRIVED = 0.1  # of C: an injected gradient that moves the sum by less did not arrive
 INJECTED = "injected gradient"
+TURNED = "along it: what is released is the sum of the clipped gradients, not its negative"
 INJECTED_WHY = "A gradient handed to inject() is one more unit: clipped to C, used once, and gone in the next step."
 
 
@@ -137,7 +138,12 @@ def injected(bench: Bench) -> Check:
     }
     subject.ask("inject", huge)
     seen = probe.watch(subject, [picks.anchor])
-    moved = probe.size(seen.vector - probe.observe([picks.anchor]).vector) / probe.claim.max_grad_norm
+    change = seen.vector - probe.observe([picks.anchor]).vector
+    moved = probe.size(change) / probe.claim.max_grad_norm
+    blocks = [huge[name].double().numpy().reshape(-1) for name in sorted(seen.released) if name in huge]
+    given = np.concatenate(blocks) if blocks else np.zeros(0)
+    if moved >= ARRIVED and given.shape == change.shape and change @ given < 0:  # no clipping turns the sign
+        return judged(INJECTED, False, f"moved the sum by {moved:.5g} C against its direction", TURNED, INJECTED_WHY)
     if ARRIVED < moved < REACHED:
         why = (
             f"moved the sum by {moved:.5g} C: the trainer clips below C, or an injected gradient arrives weakly; "

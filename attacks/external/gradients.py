@@ -7,7 +7,8 @@ clipped gradients): the adversary of differential privacy knows them. Without it
 posterior is not known, and the game reads counts and the noise level alone, without a power.
 
 Before the training, pairs of trainers with equal seeds and frozen noise show that an injected gradient arrives: in a
-first step without records, in a first step with a batch, and in a later step with two canaries at once.
+first step without records, in a first step with a batch, and in a later step with two canaries at once. A trainer that
+takes no empty batch (which the contract says) is asked in steps with records alone.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from attacks.contract.guard import MethodFailure
 from attacks.external.claims import epoch_of
 from attacks.external.conduct import Blocks, batch_sizes
 from attacks.external.setting import Playing, Setting
@@ -161,10 +163,11 @@ def live(setting: Setting, game: GradientGame, rows: _Rows) -> Iterator[Liveness
     loud = [place for place, number in enumerate(inserted) if game.loud[number]][:1] or [0]
     quiet = [place for place, number in enumerate(inserted) if not game.loud[number]][:1]
     batch = list(range(min(len(setting.records), max(1, round(setting.step_claim.expected_batch_size)))))
+    empty: list[list[int]] = [[]] if _takes_an_empty_batch(setting) else []
     plays: list[tuple[str, list[list[int]], list[int]]] = [
-        ("a first step without records", [[]], loud),
+        *[("a first step without records", [none], loud) for none in empty],
         ("a first step with a batch", [batch], loud),
-        ("a later step, several canaries at once", [batch[:2], [], batch], sorted({*loud, *quiet})),
+        ("a later step, several canaries at once", [batch[:2], *empty, batch], sorted({*loud, *quiet})),
     ]
     for where, batches, taken in plays:
         shown = []
@@ -181,6 +184,15 @@ def live(setting: Setting, game: GradientGame, rows: _Rows) -> Iterator[Liveness
             return
         moved = game.project({name: shown[0][name] - shown[1][name] for name in shown[0]})
         yield Liveness.of(moved, inserted[np.array(taken)], where)
+
+
+def _takes_an_empty_batch(setting: Setting) -> bool:
+    """Some code can't (a group count of 0); where none is ever drawn, the game needs none."""
+    try:
+        setting.frozen("liveness: an empty batch").step([])
+    except MethodFailure:
+        return False
+    return True
 
 
 def train(setting: Setting, game: GradientGame, reporter: Reporter) -> float | None:

@@ -81,7 +81,8 @@ class Subject:
 
     def step(self, indices: Sequence[int]) -> None:
         """One step."""
-        self._ask("step", list(indices))
+        name = "step()" if len(indices) else "step([]), a batch without records"
+        call(name, self.trainer.step, list(indices), limit=self.limit)
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the trained parameters."""

@@ -88,6 +88,12 @@ def judge_liveness(seen: Sequence[Liveness], arrived: Arrived, sigma: float) -> 
                 "not earned",
                 "An injected gradient moves the release by more than C: clipping does not hold.",
             )
+        elif most < -DEAD:
+            outcome, text = (
+                "failed",
+                "inject: the injected gradient arrives with its sign turned: released() is the sum of the clipped "
+                "gradients, not its negative.",
+            )
         elif worst.least < DEAD:
             outcome, text = (
                 "failed",
@@ -111,6 +117,9 @@ def judge_liveness(seen: Sequence[Liveness], arrived: Arrived, sigma: float) -> 
                 "Canaries do not arrive as the claimed mechanism lets them, or too few did to tell.",
             )
         measured = f"{low:.3f} to {high:.3f} C in {arrived.count} arrivals"
+        if low <= 1 <= high and high - low > 2 * WIDEST:
+            enough = math.ceil(arrived.count * ((high - low) / (2 * WIDEST)) ** 2)
+            measured += f"; about {enough:,} would tell: more canaries (a wider model) or steps"
         found.append(control("amplitude", outcome, measured, f"1 C, known to {WIDEST:g}", text))
     if not found:
         text = "No canary was taken by any step: nothing shows that one would have been seen."

@@ -13,6 +13,7 @@ import optax
 from sklearn.datasets import load_digits
 
 SIZE, BATCH, STEPS, CLIP, SIGMA = 300, 30, 50, 1.0, 0.8
+PAD = 32  # batches are padded to a multiple of it: jax compiles anew for every shape, and Poisson batches have many
 BUG = os.environ.get("BUG", "none")  # none, half-noise, batch-clip
 OPTIMIZER = optax.sgd(0.5, momentum=0.5)
 
@@ -28,12 +29,13 @@ def start(seed):
     return {"params": params, "optimizer": OPTIMIZER.init(params), "key": key}
 
 
-def loss(params, picture, digit):
+def loss(params, picture, digit, real):
+    """real: 0 for a row of padding, whose gradient is then zero."""
     logits = jnp.tanh(picture @ params["w1"]) @ params["w2"]
-    return optax.softmax_cross_entropy_with_integer_labels(logits, digit)
+    return real * optax.softmax_cross_entropy_with_integer_labels(logits, digit)
 
 
-per_record = jax.jit(jax.vmap(jax.grad(loss), in_axes=(None, 0, 0)))
+per_record = jax.jit(jax.vmap(jax.grad(loss), in_axes=(None, 0, 0, 0)))
 
 
 @jax.jit
@@ -52,10 +54,13 @@ def noisy_mean(gradients, key):
 
 
 def step(state, batch):
-    pictures = np.array([picture for picture, _ in batch], np.float32).reshape(-1, 64)
-    digits = np.array([digit for _, digit in batch], np.int32)
+    rows = PAD * max(1, -(-len(batch) // PAD))
+    pictures, digits = np.zeros((rows, 64), np.float32), np.zeros(rows, np.int32)
+    for row, (picture, digit) in enumerate(batch):
+        pictures[row], digits[row] = picture, digit
+    real = np.float32(np.arange(rows) < len(batch))
     key, now = jax.random.split(state["key"])
-    mean = noisy_mean(per_record(state["params"], pictures, digits), now)
+    mean = noisy_mean(per_record(state["params"], pictures, digits, real), now)
     updates, optimizer = OPTIMIZER.update(mean, state["optimizer"], state["params"])
     return {"params": optax.apply_updates(state["params"], updates), "optimizer": optimizer, "key": key}
 

@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-SIZE, BATCH, STEPS, CLIP, SIGMA = 40, 4, 30, 0.2, 0.7
+SIZE, BATCH, STEPS, CLIP, SIGMA = 30, 3, 30, 0.2, 0.7
 BUG = os.environ.get("BUG", "none")  # none, half-noise, batch-clip
 LETTERS = " abcdefghijklmnopqrstuvwxyz?"
 WORDS = ["red", "green", "blue", "round", "flat", "warm", "cold", "near", "far", "old"]
@@ -75,7 +75,7 @@ def make_trainer(rows):
         bos_token_id=None,
         eos_token_id=None,
     )
-    lora = LoraConfig(r=8, target_modules=["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"], lora_dropout=0.1)
+    lora = LoraConfig(r=16, target_modules=["q_proj", "v_proj", "o_proj"], lora_dropout=0.1)
     arguments = TrainingArguments(
         output_dir=tempfile.gettempdir(),
         max_steps=STEPS,

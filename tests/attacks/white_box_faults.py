@@ -127,6 +127,15 @@ class Turned(Toy):
         super().inject({name: -value for name, value in gradient.items()})
 
 
+class NoEmpty(Toy):
+    """Can't take a batch without records, which its sampler hardly ever draws; no fault of privacy."""
+
+    def step(self, indices: Sequence[int]) -> None:
+        if not len(indices):
+            raise RuntimeError("expected groups to be greater than 0, but got groups=0")
+        super().step(indices)
+
+
 class Remembering(Toy):
     """Noise of every step from the steps before it; each step alone has the claimed law."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dpaudit.extras import EXTRAS, missing
+from dpaudit.extras import EXTRAS, LMMS_EVAL, missing
 
 # A meta path finder that knows none of the packages of the extras, as in an environment without them.
 HIDE = """
@@ -54,7 +54,6 @@ def test_works(tmp_path: Path, words: tuple[str, ...]) -> None:
         ("audit-model", "x", "--base", "y", "--records", "r.jsonl", "--coins", "c.csv", "--epsilon", "1"),
         ("audit", "--model", "x", "--base", "y", "--records", "r.jsonl", "--coins", "c.csv", "--epsilon", "1"),
         ("bugs",),
-        ("sweep", "--preset", "frontier"),
         ("report", "scores.json", "-o", "r.html"),
     ],
 )
@@ -66,6 +65,14 @@ def test_names_the_extra(tmp_path: Path, words: tuple[str, ...]) -> None:
     done = without_extras(tmp_path, *words)
     assert done.returncode == 4 and "pip install 'dpaudit[train]'" in done.stderr, done.stdout + done.stderr
     assert "Traceback" not in done.stderr and done.stderr.splitlines()[-1].startswith("dpaudit: ")
+
+
+@pytest.mark.parametrize("words", [("sweep", "--preset", "frontier"), ("benchmark", "x")])
+def test_what_measures_accuracy_names_one_command(tmp_path: Path, words: tuple[str, ...]) -> None:
+    """Whatever it misses first: after `train` alone it would name another extra, and then lmms-eval."""
+    (tmp_path / "x").mkdir()
+    done = without_extras(tmp_path, *words)
+    assert done.returncode == 4 and done.stderr.splitlines()[-1].endswith(LMMS_EVAL), done.stdout + done.stderr
 
 
 def test_a_demo_without_lmms_eval_trains_nothing(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import ast
 import importlib
 import importlib.util
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -64,6 +65,27 @@ def test_lines_of_glue(example: str, most: int) -> None:
     loops = [path for path in (EXAMPLES / example).glob("*.py") if path.name != "audited.py"]
     assert loops and all("import dpaudit" not in path.read_text() for path in loops)
     assert all("from dpaudit" not in path.read_text() for path in loops)
+
+
+@pytest.mark.parametrize(
+    ("heading", "example"),
+    [
+        ("Opacus", "opacus_digits"),
+        ("Hugging Face", "sft_lora"),
+        ("By hand", "by_hand"),
+        ("jax, numpy, torch.func", "jax_digits"),
+    ],
+)
+def test_the_page_has_the_glue_of_the_example(loop: Any, heading: str, example: str) -> None:
+    """The block of docs/under-test.md beside the example's loop makes the same claim as the example's own glue."""
+    if example == "jax_digits" and importlib.util.find_spec("jax") is None:
+        pytest.skip("jax is not installed")
+    page = (EXAMPLES.parent / "docs" / "under-test.md").read_text(encoding="utf-8")
+    (block,) = re.findall(rf"^## {re.escape(heading)}\n\n```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    own = loop(example)(seed=0).claim
+    typed: dict[str, Any] = {}
+    exec(block, typed)
+    assert typed["factory"](seed=0).claim == own
 
 
 def spread(factory: Any, seeds: int) -> float:

@@ -10,7 +10,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from attacks.bugs.benchmark import BugsDocument
-from attacks.contract.loading import load_factory
+from attacks.contract.loading import load_factory, source
 from dpaudit.cli import app
 from dpaudit.cli.check import exit_code
 from dpaudit.documents import Check, CheckDocument
@@ -36,6 +36,29 @@ class Hangs(Compact):
         while True:
             pass
 """
+
+
+GLUED = """
+import numpy as np
+
+from dpaudit.claims import StepClaim
+from dpaudit.under_test import step_function
+
+claim = StepClaim("gaussian", 1.0, 1.0, "poisson", 0.5, 2.0, "add-remove", "row")
+factory = step_function(
+    init=lambda seed: {"params": np.zeros(2)}, step=lambda state, batch: state, records=[0, 1], claim=claim,
+    released=lambda state: state["params"],
+)
+"""
+
+
+def test_a_loop_under_test_lies_where_its_owner_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The factory is a function of ours, but SARIF must point at the owner's line."""
+    (tmp_path / "glued_by_me.py").write_text(GLUED)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = source("glued_by_me:factory", load_factory("glued_by_me:factory"))
+    assert (found.file, found.line) == ("glued_by_me.py", 8)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from torch import Tensor
 from attacks.contract import MethodFailure, assert_contract, check, check_names
 from attacks.contract.influence import Bench
 from attacks.contract.probe import Probe
+from attacks.contract.units import injected
 from dpaudit.documents import Check, CheckDocument
 from dpaudit.errors import UsageError
 from trainers.adapters import compact, foreign, zeroth_order
@@ -98,6 +99,20 @@ def test_too_little_noise_is_found_without_frozen_noise() -> None:
 def test_one_coordinate_that_never_changes_sign_is_no_affine_rule() -> None:
     """A false alarm that the controls found: Adam's first move looked constant in a block of one coordinate."""
     assert by_name(check(compact.adam, seed=17))["update follows the released gradient"].status == "pass"
+
+
+class Turned(Compact):
+    """An injected gradient is taken away from the sum, by exactly its clipped size."""
+
+    def inject(self, gradient: Mapping[str, Tensor]) -> None:
+        super().inject({name: -value for name, value in gradient.items()})
+
+
+@pytest.mark.parametrize(("factory", "status"), [(Compact, "pass"), (Turned, "fail")])
+def test_an_injected_gradient_moves_the_sum_its_own_way(factory: Any, status: str) -> None:
+    found = injected(Bench(Probe(factory)))
+    assert found.status == status and "moved the sum by 1 C" in found.measured
+    assert ("against its direction" in found.measured) == (status == "fail")
 
 
 class Clipped(Compact):

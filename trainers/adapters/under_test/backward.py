@@ -19,6 +19,11 @@ _NORMAL = (torch.normal, torch.randn, torch.randn_like, Tensor.normal_)
 _BACKWARD = (Tensor.backward, torch.autograd.grad, torch.autograd.backward)
 
 
+def _transformed() -> bool:
+    """Whether torch.func transforms what runs now: its passes reach no live parameter, and their values are hidden."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 class Passes(TorchFunctionMode):
     """A mode that is active around the foreign code; it looks during `watching()` only.
 
@@ -78,7 +83,7 @@ class Passes(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         self.drawn = self.drawn or func in _NORMAL
-        if self._watches and func in _BACKWARD and args:
+        if self._watches and func in _BACKWARD and args and not _transformed():
             roots = [args[0]] if isinstance(args[0], Tensor) else list(args[0])
             self._root = sum(float(root.detach().sum()) for root in roots if isinstance(root, Tensor))
         return func(*args, **(kwargs or {}))
