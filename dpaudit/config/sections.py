@@ -31,6 +31,7 @@ CanaryKind = Literal[
 
 # What a training may have at most: beyond, numbers overflow and no accountant is asked.
 MOST_UNITS, MOST_STEPS = 10**12, 10**8
+MOST_CANARIES = 10**6  # each is a unit of its own, held in memory
 
 
 def _finite(value: float) -> float:
@@ -297,7 +298,7 @@ class TrainingConfig(Section):
 class CanaryConfig(Section):
     """Canaries: `count` candidates, each inserted when its fair coin says so."""
 
-    count: int = Field(default=0, ge=0)
+    count: int = Field(default=0, ge=0, le=MOST_CANARIES)
     kinds: tuple[CanaryKind, ...] = ("mislabelled", "noise", "new-token")
 
 

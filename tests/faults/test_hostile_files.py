@@ -20,6 +20,7 @@ import pytest
 from tests.faults import harness
 from tests.faults import hostile_files as hands
 from tests.faults.hostile_files import Damage, audit_words, content, cut, gone, settings
+from tests.faults.hostile_pictures import PARTS
 
 SECONDS, MEMORY = 45, 2 << 30
 CONFIG, TOKENIZER, WEIGHTS = "base/config.json", "base/tokenizer.json", "base/model.safetensors"
@@ -215,6 +216,9 @@ DATA_CASES: dict[str, tuple[Damage, str]] = {
     "ten thousand columns": (content("coins.csv", b"," * 20_000), "--coins"),
     "too many rows": (content("coins.csv", b"id,member\n" + b"a,1\n" * (1 << 25)), "larger than 64 MB"),
 }
+
+
+DATA_CASES |= {name: (hands.pictured(make), message) for name, (make, message) in PARTS.items()}
 
 
 @pytest.mark.parametrize("name", DATA_CASES)
