@@ -116,8 +116,13 @@ def test_preprocessing_that_fails_or_is_absurd_is_refused(place: Path, name: str
     refused(audit_words(place, base="tiles", model="tiles"), place, message)
 
 
-@pytest.mark.parametrize("name", ["long rotary factors of another length", "epsilon that is no number",
-                                  "layers of another kind", "names of 300,000 classes", "a prompt that repeats"])  # fmt: skip
+TRAINED = (
+    "long rotary factors of another length", "epsilon that is no number", "layers of another kind",
+    "names of 300,000 classes", "a prompt that repeats",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRAINED)
 def test_nothing_is_trained_on_it_and_no_run_of_it_is_audited(place: Path, name: str) -> None:
     damage, message = FORWARD[name]
     damage(place)
@@ -132,7 +137,7 @@ def test_nothing_is_trained_on_it_and_no_run_of_it_is_audited(place: Path, name:
 
 TEXT: dict[str, tuple[dict[str, object], str]] = {
     "long rotary factors": ({"rope_parameters": {**LONG, "long_factor": [1.0] * 3}}, UNLOADED),
-    "rotary factors that are no numbers": ({"rope_parameters": {**LONG, "long_factor": [math.nan] * 4}}, "no finite"),
+    "activation": ({"hidden_act": "evil"}, UNLOADED),
     "epsilon": ({"rms_norm_eps": math.nan}, "no finite numbers"),
     "heads": ({"num_key_value_heads": 3}, "another shape than its"),
     "padding": ({"pad_token_id": 99999}, UNLOADED),
