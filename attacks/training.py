@@ -120,6 +120,8 @@ def open_run(
     of the configuration. Raises UsageError when `out` holds a run already.
     """
     folders.require_outside_runs("--out", out)
+    if config.model.path is not None:
+        folders.require_outside("--out", out, config.model.path)
     run = RunFolder.create(out)
     with run.lock():
         if run.ledger.exists() or run.finished:

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.faults import harness
@@ -74,6 +75,19 @@ def test_what_is_sound_is_audited(place: Path) -> None:
         expected = "answers every record exactly as --base does" if changed else "verdict "
         assert expected in said, ended.err
         assert ended.memory < MEMORY
+
+
+METHODS = (
+    "XLORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "VERA", "PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING",
+    "ADAPTION_PROMPT", "POLY", "LN_TUNING", "MULTITASK_PROMPT_TUNING", "HRA", "BONE", "TRAINABLE_TOKENS", "lora", "Lora ",
+    "LORA\u200b", None, 5, ["LORA"], {"LORA": 1}, True, "../LORA", "somebody/LORA",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_no_adapter_but_plain_lora_is_loaded(place: Path, method: object) -> None:
+    settings(ADAPTER, peft_type=method, adapters={"0": "somebody/else"}, base_model_name_or_path="somebody/else")(place)
+    refused(audit_words(place), place, "peft_type: got")
 
 
 MODEL_CASES: dict[str, tuple[Damage, str]] = {
@@ -179,6 +193,31 @@ def test_a_pickle_is_never_opened(place: Path, tmp_path: Path) -> None:
     (place / "adapter/adapter_config.json").unlink()
     refused(audit_words(place), place, "adapter_model.bin is a pickle, which dpaudit never opens")
     assert not marker.exists()
+
+
+PICKLE = b"cposix\nmkdir\n(V%s\ntR."
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["base/model.safetensors", "base/pytorch_model.bin", "base/tokenizer.json", "adapter/adapter_model.safetensors",
+     "adapter/adapter_model.bin", "records.parquet", "coins.csv", "base/optimizer.pt", "adapter/training_args.bin"],
+)  # fmt: skip
+def test_a_pickle_is_never_opened_whatever_its_name(place: Path, tmp_path: Path, name: str) -> None:
+    """In place of a file, or beside those that are there: an answer either way, and nothing was run."""
+    content(name, PICKLE % str(tmp_path / "marker").encode())(place)
+    ended = run(audit_words(place), place)
+    assert ended.code in (0, 2) and "Traceback" not in ended.err, ended.err
+    assert not (tmp_path / "marker").exists()
+
+
+def test_a_pickle_among_scores_is_never_opened(place: Path, tmp_path: Path) -> None:
+    for name in ("scores.npz", "scores.npy", "scores.csv", "scores.parquet", "scores.pkl"):
+        content(name, PICKLE % str(tmp_path / "marker").encode())(place)
+        refused(["scores", name, "--delta", "1e-5"], place, name)
+    np.savez(place / "objects.npz", scores=np.array([{"a": 1}], dtype=object), member=np.ones(1, dtype=bool))
+    refused(["scores", "objects.npz", "--delta", "1e-5"], place, "objects.npz")
+    assert not (tmp_path / "marker").exists()
 
 
 @pytest.mark.parametrize(
