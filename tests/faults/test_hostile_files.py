@@ -79,8 +79,8 @@ def test_what_is_sound_is_audited(place: Path) -> None:
 
 METHODS = (
     "XLORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "VERA", "PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING",
-    "ADAPTION_PROMPT", "POLY", "LN_TUNING", "MULTITASK_PROMPT_TUNING", "HRA", "BONE", "TRAINABLE_TOKENS", "lora", "Lora ",
-    "LORA\u200b", None, 5, ["LORA"], {"LORA": 1}, True, "../LORA", "somebody/LORA",
+    "ADAPTION_PROMPT", "POLY", "LN_TUNING", "MULTITASK_PROMPT_TUNING", "HRA", "BONE", "TRAINABLE_TOKENS", "lora",
+    "Lora ", "LORA\u200b", None, 5, ["LORA"], {"LORA": 1}, True, "../LORA", "somebody/LORA",
 )  # fmt: skip
 
 
