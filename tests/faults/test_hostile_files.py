@@ -112,7 +112,7 @@ MODEL_CASES: dict[str, tuple[Damage, str]] = {
     "number beyond all": (settings(CONFIG, text_config__max_position_embeddings=10**18), "max_position_embeddings"),
     "text for a number": (settings(CONFIG, text_config__hidden_size="many"), "can't be loaded"),
     "no heads": (settings(CONFIG, text_config__num_attention_heads=0), "can't be loaded"),
-    "negative layers": (settings(CONFIG, text_config__num_hidden_layers=-3), "does not fit its base"),
+    "negative layers": (settings(CONFIG, text_config__num_hidden_layers=-3), "fails on a picture of noise"),
     "unknown family": (settings(CONFIG, model_type="evil"), "accepted: a checkpoint of model type"),
     "other text model": (settings(CONFIG, text_config__model_type="nothing"), "can't be loaded"),
     "doubling": (hands.replaces(*[({"String": "a"}, "a" * 10)] * 12), "takes more than"),
