@@ -88,9 +88,8 @@ def test_nothing_is_as_large_as_the_number_in_an_id(place: Path, name: str) -> N
 
 
 ENVIRONMENTS = (
-    {"TMPDIR": "/nonexistent"}, {"TMPDIR": "/dev/null"}, {"COLUMNS": "abc"}, {"COLUMNS": "1000000000"},
-    {"COLUMNS": "-1"}, {"LC_ALL": "xx_XX.bogus"}, {"PYTHONIOENCODING": "ascii"}, {"HOME": "/dev/null"},
-    {"HF_HOME": "/dev/null"}, {"OMP_NUM_THREADS": "x"}, {"TERM": "bogus"}, {"DPAUDIT_ARGUMENTS": "{bad"},
+    {"TMPDIR": "/nonexistent"}, {"COLUMNS": "1000000000"}, {"COLUMNS": "abc"}, {"LC_ALL": "xx_XX.bogus"},
+    {"PYTHONIOENCODING": "ascii"}, {"HOME": "/dev/null", "HF_HOME": "/dev/null", "TMPDIR": "/dev/null"},
 )  # fmt: skip
 
 
