@@ -83,7 +83,11 @@ class Plan:
         tree: Any = json.loads(text)
         guesses = {str(name): (int(top), int(bottom)) for name, (top, bottom) in tree["guesses"].items()}
         chosen = {str(kind): tuple(int(place) for place in places) for kind, places in tree.get("chosen", {}).items()}
-        return cls(guesses, int(tree["tie_seed"]), float(tree["sigma_reduction"]), chosen)
+        plan = cls(guesses, int(tree["tie_seed"]), float(tree["sigma_reduction"]), chosen)
+        counts = [plan.tie_seed, *(count for pair in (*guesses.values(), *chosen.values()) for count in pair)]
+        if min(counts) < 0 or not 0.0 < plan.sigma_reduction < 1.0:
+            raise ValueError("a plan with negative counts, or an alternative that is none")
+        return plan
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 from attacks.canaries import Coins, Game, check_coins, draw_game
 from dpaudit import folders
 from dpaudit.config import RunConfig, resolve
-from dpaudit.errors import UsageError, rejected
+from dpaudit.errors import InvalidGame, UsageError, rejected
 from dpaudit.ledger import Ledger
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
@@ -41,6 +41,8 @@ def redraw_game(
     count = config.canaries.count
     if count == 0:
         return None
+    if coins is not None and len(coins.frame) != count:  # before so many candidates are drawn
+        raise InvalidGame(f"coins: {len(coins.frame)} of them, where the configuration has {count} canaries")
     from attacks.fusion.masks import selection_of
     from attacks.kinds_sampled import sampler_of
     from attacks.membership.gradients import base_gradients
@@ -118,6 +120,8 @@ def open_run(
     of the configuration. Raises UsageError when `out` holds a run already.
     """
     folders.require_outside_runs("--out", out)
+    if config.model.path is not None:
+        folders.require_outside("--out", out, config.model.path)
     run = RunFolder.create(out)
     with run.lock():
         if run.ledger.exists() or run.finished:

@@ -65,6 +65,8 @@ def require_ordinary(path: Path) -> None:
     A link is judged by what it leads to, and by where it lies: /dev/stdout is one that may well lead to an ordinary
     file, and `os.replace` would take it away for everybody.
     """
+    if not path.name:
+        raise UsageError(f"{path}: is no name of a file; accepted: the name of a new one")
     try:
         mode, place = path.stat().st_mode, path.parent.resolve()
     except (OSError, RuntimeError):

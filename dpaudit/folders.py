@@ -1,5 +1,6 @@
 """Folders that somebody else may have prepared: ordinary files and folders, or refused."""
 
+import contextlib
 import stat
 from pathlib import Path
 
@@ -85,6 +86,19 @@ def require_outside_runs(flag: str, path: Path) -> None:
         of_run = part.name in ("release", "private") and kind(part.parent / "release" / "config.yaml") == "file"
         if of_run or (part.name == "private" and kind(part / "noise.key") == "file"):
             raise UsageError(f"{flag} {path}: lies inside {part}, a part of a run; choose a place outside of it")
+
+
+def require_outside(flag: str, path: Path, *handed: str) -> None:
+    """UsageError for a place of results inside a folder that is read. Links are followed.
+
+    handed: paths of folders, or ids of a hub, which are nowhere.
+    """
+    place = path.resolve()
+    for name in handed:
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # no such place: told where it is opened
+            folder = Path(name).expanduser()
+            if folder.is_dir() and place.is_relative_to(folder.resolve()):
+                raise UsageError(f"{flag} {path}: lies inside {folder}, which is read; choose a place outside of it")
 
 
 def require_own(place: Path) -> None:

@@ -101,6 +101,8 @@ class PrivateKey:
 
 def generate(path: Path) -> PrivateKey:
     """Write a new key to `path` (mode 0600) and its public part to `path`.pub; nothing that exists is replaced."""
+    if not path.name:
+        raise UsageError(f"{path}: is no name of a file; accepted: the name of a new one")
     public = path.with_name(f"{path.name}.pub")
     for file in (path, public):
         if os.path.lexists(file):

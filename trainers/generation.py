@@ -79,7 +79,7 @@ def greedy(
     """
     from transformers import DynamicCache
 
-    family, ends = model.family, _end_ids(model)
+    family, ends = model.family, end_ids(model)
     embeds, visible, positions, image = _prompts(model, pictures, ids)
     cache = DynamicCache(config=model.core.config.get_text_config())
     mask = family.prompt_mask(visible, image)
@@ -124,7 +124,7 @@ def _prompts(
     return embeds, visible, positions, image
 
 
-def _end_ids(model: "VisionLanguageModel") -> Tensor:
+def end_ids(model: "VisionLanguageModel") -> Tensor:
     """Every token that ends an answer: the prompt's own and those of the checkpoint's generation settings."""
     known = getattr(model.core.generation_config, "eos_token_id", None)
     more = [known] if isinstance(known, int) else list(known or [])

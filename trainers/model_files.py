@@ -6,6 +6,7 @@ safetensors files say how many tensors there are, and a configuration that asks 
 than the files hold, is refused before anything of that size is made.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,11 +21,15 @@ CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_FILES = 10_000
 MOST_TOKENIZER = 1 << 26  # bytes: 250,000 tokens with their merges take 35 million
+MOST_VALUES = 50_000  # in a file of settings: the names of 20,000 classes, forwards and backwards
+MOST_ADDED = 200_000  # in one that lists special tokens: seven values a token, some vocabularies have ten thousand
 WANTED = ("*.json", "*.jinja", "*.safetensors", "*.txt", "*.model")  # of a repository on the hub; nothing else is read
 OTHERS = (*WANTED, "*.bin", "*.pt", "*.pth", "*.gguf")  # named in errors, never opened
 MOST_EDGE, MOST_PIXELS = 1 << 13, 1 << 24  # that a picture is brought to
 IN_PIXELS = ("qwen2", "qwen3")
 PIXELS = ("shortest_edge", "longest_edge", "min_pixels", "max_pixels")
+EDGES = ("shortest_edge", "longest_edge", "height", "width")
+BOXES = ("size", "max_image_size", "crop_size", "pad_size")  # what a picture and its tiles are brought to
 MOST_TILES = 32  # along an edge
 PROBE = (
     "What digit is this? Is it even or odd?", "yes", "a" * 200, " " * 200, "\n" * 50, "0123456789" * 5,
@@ -89,27 +94,29 @@ def model_type(folder: Path, flag: str) -> str:
     """What `config.json` calls the architecture; UsageError where it is damaged or missing."""
     if not (folder / CONFIG).exists():
         raise UsageError(f"{flag} {folder}: {CONFIG} is missing; {unfinished.instead(_names(folder, flag, OTHERS))}")
-    return str(_object(folder, CONFIG, flag).get("model_type"))
+    return str(_settings(folder, CONFIG, flag).get("model_type"))
 
 
 def check(folder: Path, flag: str) -> ModelFiles:
     """Raise UsageError, one line that begins with `flag`, unless every file is one that may be read."""
     names = _names(folder, flag)
-    config = _object(folder, CONFIG, flag)
+    config = _settings(folder, CONFIG, flag)
     weights = [name for name in names if name.endswith(".safetensors")]
     _check_whole(folder, flag, names, weights)
     for name in names:
         if name in ("preprocessor_config.json", "processor_config.json"):
-            _check_pictures(_object(folder, name, flag), f"{flag} {folder / name}", str(config.get("model_type")))
+            _check_pictures(_settings(folder, name, flag), f"{flag} {folder / name}", str(config.get("model_type")))
         elif name != CONFIG and name.endswith(".json"):
-            large = name in (TOKENIZER, "vocab.json")
-            _object(folder, name, flag, MOST_TOKENIZER if large else untrusted.MOST_SETTINGS)
+            if name in (TOKENIZER, "vocab.json"):
+                _object(folder, name, flag, MOST_TOKENIZER)
+            else:
+                _settings(folder, name, flag, MOST_ADDED)
         elif not name.endswith(".safetensors"):
             _ordinary(folder, name, flag)
     from trainers.adapter_files import shapes
 
     found = [shape for name in weights for shape in shapes(folder / name, flag).values()]
-    numbers = sum(_product(shape) for shape in found)
+    numbers = sum(math.prod(shape) for shape in found)
     _check_config(config, f"{flag} {folder / CONFIG}", len(found))
     return ModelFiles(folder, config, len(found), numbers)
 
@@ -128,13 +135,6 @@ def _check_whole(folder: Path, flag: str, names: Sequence[str], weights: Sequenc
         _check_index(folder, flag, set(weights))
     elif WHOLE not in weights:
         raise unfinished.no_index(folder / INDEX, flag)
-
-
-def _product(shape: Sequence[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 def _names(folder: Path, flag: str, patterns: Sequence[str] = WANTED) -> list[str]:
@@ -169,6 +169,21 @@ def _object(folder: Path, name: str, flag: str, most: int = untrusted.MOST_SETTI
     return tree
 
 
+def _settings(folder: Path, name: str, flag: str, most: int = MOST_VALUES) -> dict[str, Any]:
+    """A JSON object of at most `most` values: transformers takes seconds for some tens of thousands."""
+    tree = _object(folder, name, flag)
+    waiting: list[Any] = [tree]
+    count = 0
+    while waiting:
+        one = waiting.pop()
+        inside = list(one.values()) if isinstance(one, dict) else one
+        count += len(inside)
+        if count > most:
+            raise UsageError(f"{flag} {folder / name}: more than {most} values, which no such file has")
+        waiting += [item for item in inside if isinstance(item, dict | list)]
+    return tree
+
+
 def _check_index(folder: Path, flag: str, weights: set[str]) -> None:
     """Shards lie in the folder, under plain names."""
     placed = _object(folder, INDEX, flag).get("weight_map")
@@ -199,6 +214,7 @@ def _check_config(config: Mapping[str, Any], where: str, tensors: int) -> None:
                 raise UsageError(f"{where}: model_type: got {value!r:.80}; accepted: models of transformers itself")
             if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 1 << 40:
                 raise UsageError(f"{where}: {key:.80}: got {value!r:.40}; accepted: numbers that a model can have")
+        _check_tilings(part, where)
         layers = sum(_count(value) for key, value in part.items() if _LAYERS.fullmatch(key))
         experts = max((_count(value) for key, value in part.items() if _EXPERTS.fullmatch(key)), default=1)
         # Every layer has a tensor of its own; the sum allows for pairs of keys (encoder and decoder) and hints.
@@ -208,17 +224,31 @@ def _check_config(config: Mapping[str, Any], where: str, tensors: int) -> None:
 
 def _check_pictures(tree: Mapping[str, Any], where: str, model_type: str) -> None:
     """Sizes that a picture is brought to. Edges of Qwen2-VL and its successors are numbers of pixels."""
-    edges: list[int] = []
+    edges: list[float] = []
+    in_pixels = model_type.startswith(IN_PIXELS)
     for part in _parts(tree):
         for key, value in part.items():
-            if isinstance(value, int) and not isinstance(value, bool):
-                pixels = model_type.startswith(IN_PIXELS) and key in PIXELS
-                if not 0 <= value <= (MOST_PIXELS if pixels else MOST_EDGE):
-                    raise UsageError(f"{where}: {key:.80}: got {value!r:.40}; accepted: at most {MOST_EDGE}")
-                if key == "longest_edge":
-                    edges.append(value)
-    if edges and not model_type.startswith(IN_PIXELS) and max(edges) > MOST_TILES * min(edges):
+            if _is_number(value) and (isinstance(value, int) or key in EDGES):
+                most = MOST_PIXELS if in_pixels and key in PIXELS else MOST_EDGE
+                if not 0 <= value <= most:
+                    raise UsageError(f"{where}: {key:.80}: got {value!r:.40}; accepted: at most {most}")
+            if key in BOXES:
+                edges += [side for side in (value.values() if isinstance(value, dict) else [value]) if _is_number(side)]
+        _check_tilings(part, where)
+    if edges and not in_pixels and max(edges) > MOST_TILES * min(edges):
         raise UsageError(f"{where}: cuts pictures of {max(edges)} pixels into tiles of {min(edges)}")
+
+
+def _check_tilings(part: Mapping[str, Any], where: str) -> None:
+    """The sizes among which a picture's own is chosen."""
+    for pair in listed if isinstance(listed := part.get("image_grid_pinpoints"), list) else ():
+        sides = pair if isinstance(pair, list) else [pair]
+        if not all(_is_number(side) and 0 < side <= MOST_EDGE for side in sides) or math.prod(sides) > MOST_PIXELS:
+            raise UsageError(f"{where}: image_grid_pinpoints: got {pair!r:.40}; accepted: at most {MOST_PIXELS} pixels")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _count(value: Any) -> int:
@@ -263,9 +293,17 @@ def read_weights(architecture: Any, folder: Path, source: str, flag: str, **want
     architecture: a class of transformers. wanted: what else its `from_pretrained` is given.
     """
     given: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True, **wanted}
-    hf, found = architecture.from_pretrained(str(folder), **given)
-    if found["missing_keys"] or found["mismatched_keys"]:  # would be drawn at random
-        lost = sorted({*found["missing_keys"], *found["mismatched_keys"]}, key=str)
+    hf, found = architecture.from_pretrained(str(folder), ignore_mismatched_sizes=True, **given)  # named below
+    if found["mismatched_keys"]:  # would be drawn at random, like the others
+        name, *shapes = min(found["mismatched_keys"], key=str)
+        there, asked = (tuple(shape) for shape in shapes)
+        count = len(found["mismatched_keys"])
+        raise UsageError(
+            f"{flag}: got {source!r}, {count} of whose weights have another shape than its configuration asks for, the "
+            f"first is {name!s:.120}: {there}, not {asked}"
+        )
+    if found["missing_keys"]:
+        lost = sorted(found["missing_keys"], key=str)
         raise UsageError(f"{flag}: got {source!r}, whose files lack {len(lost)} weights, the first is {lost[0]!s:.120}")
     return hf.eval()
 
@@ -344,40 +382,6 @@ def _linear(part: Any) -> bool:
     if kind not in _LINEAR:
         return False
     return kind == "TemplateProcessing" or all(_linear(item) for item in inside if "type" in item)
-
-
-# -- chat templates --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """What a chat template makes of a conversation: its text, or why there is none."""
-
-    text: str
-    error: str | None = None
-
-
-_TEMPLATES: dict[tuple[str, str], list[Rendered]] = {}
-
-
-def rendered_templates(
-    template: str, special: Mapping[str, Any], conversations: Sequence[list[dict[str, Any]]]
-) -> list[Rendered]:
-    """A chat template on conversations, rendered in a child, thinking off. Raises UsageError where it does not end."""
-    import json
-
-    named = {name: str(value) for name, value in special.items() if isinstance(value, str)}
-    key = (template, json.dumps([named, list(conversations)], sort_keys=True))
-    if key not in _TEMPLATES:
-        given = {"conversations": list(conversations), "special": named}
-        try:
-            found = limited.ask(
-                "template", given, template.encode("utf-8", "replace"), seconds=limited.TEMPLATE_SECONDS
-            )
-        except limited.Refused as error:
-            raise UsageError(f"model: its chat template {error}") from None
-        _TEMPLATES[key] = [Rendered(str(text or ""), None if error is None else str(error)) for text, error in found]
-    return _TEMPLATES[key]
 
 
 def may_fetch(asked: bool | None) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dpaudit.errors import UsageError
-from trainers.model_files import Rendered, rendered_templates
+from trainers.chat_templates import Rendered, rendered_templates
 from trainers.records import Picture, Question
 
 IMAGE = "<image>"
@@ -27,6 +27,7 @@ History = tuple[tuple[str, str], ...]  # earlier turns: (question, answer)
 OWN = "put the checkpoint's own chat_template.jinja into the folder"
 TURNS_AT_ONCE = 16  # that a chat template is rendered for together
 TEXT, PADDING = -1, -2  # slots that hold no visual token
+MOST_TEMPLATE = 1 << 13  # characters around a question: the longest system messages have two thousand
 
 
 @dataclass(frozen=True)
@@ -134,8 +135,10 @@ class Template:
 
     def __init__(self, text: str, image: str = IMAGE, *, gap: str = " ", end: str = "") -> None:
         """A fixed text for one picture and one question; earlier turns repeat it without the picture."""
-        if image not in text or "{question}" not in text or text.index(image) > text.index("{question}"):
-            raise UsageError(f"model template: got {text!r}; accepted: text with {image} before {{question}}")
+        if image not in text or text.count("{question}") != 1 or text.index(image) > text.index("{question}"):
+            raise UsageError(f"model template: got {text!r:.80}; accepted: text with {image} before one {{question}}")
+        if len(text) > MOST_TEMPLATE:
+            raise UsageError(f"model template: {len(text)} characters; accepted: at most {MOST_TEMPLATE}")
         self.text, self.image, self._gap, self._end = text, image, gap, end
 
     @property
@@ -226,6 +229,8 @@ class ChatTemplate(Template):
             return UsageError(
                 f"model: its chat template does not show a picture as one {self.image} and then the question; {OWN}"
             )
+        if len(found.text) > MOST_TEMPLATE * (1 + found.text.count("{asked")):
+            return UsageError(f"model: its chat template writes {len(found.text)} characters around a question; {OWN}")
         return found.text
 
 

@@ -5,6 +5,7 @@ what follows a token does not change what is said of it. Conversations are writt
 template; what counts there are the assistant's words and the token that ends them, as in training on answers.
 """
 
+import inspect
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from dpaudit import online, untrusted
 from dpaudit.errors import UsageError
 from trainers import adapter_files, model_files
+from trainers.chat_templates import rendered_templates
 from trainers.families import FAMILIES
 from trainers.opened import told_as
 from trainers.vlm import pick_device
@@ -133,9 +135,21 @@ class CausalLanguageModel:
         drawn = np.random.default_rng(0).integers(0, most, (2, 2 * PROBE))
         drawn[1, :PROBE] = drawn[0, :PROBE]
         seen = self._logits([drawn[0], drawn[1], drawn[0, :PROBE]])[:, :PROBE]
+        if not bool(torch.isfinite(seen).all() and torch.isfinite(self._at_the_end(drawn[0])).all()):
+            raise UsageError(f"{flag}: {self.source} gives no finite numbers for public tokens")
         allowed = 1e-3 * float(seen.std()) + 1e-5
         if float((seen - seen[:1]).abs().max()) > allowed:
             raise UsageError(f"{flag}: {self.source} is not causal: later tokens change what it says of earlier ones")
+
+    @torch.no_grad()
+    def _at_the_end(self, ids: npt.NDArray[np.int64]) -> Tensor:
+        """Logits of tokens at the last places of the context, where some rotary embeddings have other factors."""
+        if "position_ids" not in inspect.signature(self.hf.forward).parameters or self.longest is None:
+            return torch.zeros(0)
+        places = torch.arange(len(ids), device=self.device) + max(0, self.longest - len(ids))
+        given = torch.from_numpy(ids).to(self.device)[None]
+        logits: Tensor = self.hf(input_ids=given, position_ids=places[None], use_cache=False).logits
+        return logits
 
     # -- texts -----------------------------------------------------------------------------------------------------
 
@@ -220,9 +234,7 @@ class Writer:
         asked = [
             [{"role": role, "content": f"{{said{place}}}"} for place, role in enumerate(roles)] for roles in shapes
         ]
-        for roles, found in zip(
-            shapes, model_files.rendered_templates(self.template, self.special, asked), strict=True
-        ):
+        for roles, found in zip(shapes, rendered_templates(self.template, self.special, asked), strict=True):
             shown = ", ".join(roles[:4]) + (", …" if len(roles) > 4 else "")
             if found.error is not None:
                 raise UsageError(f"model: its chat template fails on messages of {shown} ({found.error})")

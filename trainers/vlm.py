@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from dpaudit import online
 from dpaudit.config import LoraConfig, ReducerConfig
-from dpaudit.errors import EnvironmentFailure, UsageError
-from trainers import lora, model_files
+from dpaudit.errors import EnvironmentFailure
+from trainers import lora, model_files, probe
 from trainers import precision as precisions
-from trainers.families import Family, Grid, Scattered, scattered
+from trainers.families import Family, Grid
 from trainers.families.attention import widened
 from trainers.families.base import Prepared
 from trainers.generation import Encoded as Encoded
@@ -117,10 +117,8 @@ class VisionLanguageModel:
                 guard=made.guard,
             )
             model.warnings, model.precision = made.warnings, precision
-            if isinstance(model.family, Scattered):
-                scattered.check(model)
-            elif made.processor is not None:
-                _probe(model, path, flag)
+            if path is not None:
+                probe.check(model, flag)
             return model
 
     def set_reducer(self, config: ReducerConfig) -> None:
@@ -390,19 +388,6 @@ class VisionLanguageModel:
 
 
 short_name = lora.short_name
-
-
-def _probe(model: VisionLanguageModel, path: str | None, flag: str) -> None:
-    """A public picture of noise through processor and tower; UsageError where they do not fit each other."""
-    noise = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
-    try:
-        model.encoded([noise])
-    except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        why = " ".join(str(error).split())[:120]
-        raise UsageError(
-            f"{flag}: {path}: its picture processor does not fit its tower ({type(error).__name__}: {why}); take "
-            "preprocessor_config.json from the same checkpoint as the weights"
-        ) from error
 
 
 def _deduplicate(pixels: Sequence[Pixels]) -> tuple[npt.NDArray[np.int64], list[Pixels]]:

@@ -6,10 +6,8 @@ equal parameters one batch has one clipped sum, whatever came before.
 """
 
 import math
-import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +18,7 @@ from attacks.contract.probe import Observation, Records, Vector
 from attacks.contract.result import frozen, judged, skipped
 from attacks.contract.subject import Subject
 from attacks.contract.training import STAGES
+from dpaudit import temporary
 from dpaudit.documents import Check
 
 DRAWS = 20
@@ -147,8 +146,8 @@ def _after(
     if not effective:
         if not {"save", "load"} <= probe.offered:
             return None
-        with tempfile.TemporaryDirectory(prefix="dpaudit-check-") as folder:
-            file = Path(folder) / "checkpoint"
+        with temporary.folder("check") as folder:
+            file = folder / "checkpoint"
             subjects[0].ask("save", file)
             for subject in subjects:
                 subject.ask("load", file)

@@ -1,6 +1,5 @@
 """What a checkpoint forgets: parameters, budget, and which noise was used already."""
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from attacks.contract.guard import MethodFailure
 from attacks.contract.probe import Vector
 from attacks.contract.result import joined, judged, skipped
 from attacks.contract.subject import Subject
+from dpaudit import temporary
 from dpaudit.documents import Check
 
 SEEDS, FEW_SEEDS = 8, 4  # few where the factory is slow
@@ -65,9 +65,9 @@ def checks(bench: Bench) -> Iterator[Check]:
     eps: list[Spent] = []
     lost: list[str] = []
     moved = False
-    with tempfile.TemporaryDirectory(prefix="dpaudit-check-") as folder:
+    with temporary.folder("check") as folder:
         for noise in range(FEW_SEEDS if probe.slow else SEEDS):
-            path = Path(folder) / f"checkpoint-{noise}"
+            path = folder / f"checkpoint-{noise}"
             subject = probe.build(bench.training.records, noise)
             for batch in batches:
                 subject.ask("step", list(batch))
@@ -95,10 +95,10 @@ def _forks(bench: Bench) -> Vector | str:
     """(3 x FORKED, d) noise without a seed: of a trainer before its checkpoint and of two that go on from it; of
     FORKS such trainings, side by side. Or what failed."""
     probe, forks = bench.probe, []
-    with tempfile.TemporaryDirectory(prefix="dpaudit-check-") as folder:
+    with temporary.folder("check") as folder:
         try:
             for number in range(FEW_FORKS if probe.slow else FORKS):
-                path = Path(folder) / f"checkpoint-{number}"
+                path = folder / f"checkpoint-{number}"
                 subject = probe.build(bench.training.records, None)
                 rows = [_kept(bench, probe.watch(subject, []).released) for _ in range(FORKED)]
                 subject.ask("save", path)

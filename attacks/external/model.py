@@ -26,7 +26,7 @@ from attacks.games import reading
 from attacks.games.played import Games, Played, sound
 from attacks.games.white_box import wrong_claim
 from attacks.scores import STATISTIC, calibrate
-from dpaudit import atomic, verdict
+from dpaudit import atomic, folders, verdict
 from dpaudit.analysis.scores import COIN_LEVEL, heads_p_value
 from dpaudit.bounds.pld import check_dp_sgd
 from dpaudit.documents import AuditDocument, Check, Claim, RunInfo
@@ -48,6 +48,8 @@ def audit_model(
 
     Raises UsageError (one line that names the option and what is wrong) before anything is computed.
     """
+    if out is not None:
+        folders.require_outside("--out", out, str(options.model), options.base)
     check_model_folder(options.model)
     kind = kind_of(options)
     claim = claim_of(options, kind.unit)

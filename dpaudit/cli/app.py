@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from dpaudit import __version__, extras, printable
+from dpaudit import __version__, extras, printable, temporary
 from dpaudit.cli import console, supervised
 from dpaudit.errors import DpauditError
 
@@ -97,6 +97,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     # Other packages' notices to their own developers would bury the lines that our users should read.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    temporary.remove_abandoned()
     try:
         result = _group().main(args=arguments, prog_name="dpaudit", standalone_mode=False)
         code = result if isinstance(result, int) else console.DONE

@@ -31,6 +31,7 @@ CanaryKind = Literal[
 
 # What a training may have at most: beyond, numbers overflow and no accountant is asked.
 MOST_UNITS, MOST_STEPS = 10**12, 10**8
+MOST_CANARIES = 10**6  # each is a unit of its own, held in memory
 
 
 def _finite(value: float) -> float:
@@ -316,7 +317,7 @@ class TrainingConfig(Section):
 class CanaryConfig(Section):
     """Canaries: `count` candidates, each inserted when its fair coin says so."""
 
-    count: int = Field(default=0, ge=0)
+    count: int = Field(default=0, ge=0, le=MOST_CANARIES)
     kinds: tuple[CanaryKind, ...] = Field(
         default=("mislabelled", "noise", "new-token"),
         description="default without data.reserve (own data): noise, new-token; mislabelled needs records held back",

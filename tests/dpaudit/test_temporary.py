@@ -35,24 +35,38 @@ def holder() -> tuple["subprocess.Popen[str]", Path]:
     return process, Path(process.stdout.readline().strip())
 
 
-def test_a_killed_process_is_tidied_up_after(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_process_is_tidied_up_after(here: Path) -> None:
     process, left = holder()
-    monkeypatch.setattr(temporary, "SETTLED", 0.0)
     assert temporary.remove_abandoned() == 0 and left.exists(), "its process still lives"
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert process.stdout is not None
     process.stdout.close()
-    monkeypatch.setattr(temporary, "SETTLED", 3600.0)
-    assert temporary.remove_abandoned() == 0 and left.exists(), "it may be that of a process that just starts"
-    monkeypatch.setattr(temporary, "SETTLED", 0.0)
     with temporary.folder("ray") as mine:
         assert mine.exists() and not left.exists()
     assert list(here.iterdir()) == []
 
 
-def test_what_is_not_ours_stays(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(temporary, "SETTLED", 0.0)
+def test_one_that_is_just_being_made_is_taken_for_abandoned_at_most_once(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody sweeps between the making of a folder and its lock, three times."""
+    make, swept = tempfile.mkdtemp, []
+
+    def made(prefix: str) -> str:
+        path = make(prefix=prefix)
+        if len(swept) < 3:
+            swept.append(temporary.remove_abandoned())
+        return path
+
+    monkeypatch.setattr(tempfile, "mkdtemp", made)
+    with temporary.folder("hub") as mine:
+        assert swept == [1, 1, 1] and mine.exists() and list(here.iterdir()) == [mine]
+        assert temporary.remove_abandoned() == 0 and mine.exists()
+    assert list(here.iterdir()) == []
+
+
+def test_what_is_not_ours_stays(here: Path) -> None:
     (here / "outside").mkdir(mode=0o700)
     (here / "outside" / "thesis.tex").write_text("x")
     (here / "dpaudit-jobs-link").symlink_to(here / "outside")

@@ -15,11 +15,13 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.faults import harness
 from tests.faults import hostile_files as hands
 from tests.faults.hostile_files import Damage, audit_words, content, cut, gone, settings
+from tests.faults.hostile_pictures import PARTS
 
 SECONDS, MEMORY = 45, 2 << 30
 CONFIG, TOKENIZER, WEIGHTS = "base/config.json", "base/tokenizer.json", "base/model.safetensors"
@@ -75,6 +77,19 @@ def test_what_is_sound_is_audited(place: Path) -> None:
         assert ended.memory < MEMORY
 
 
+METHODS = (
+    "XLORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "VERA", "PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING",
+    "ADAPTION_PROMPT", "POLY", "LN_TUNING", "MULTITASK_PROMPT_TUNING", "HRA", "BONE", "TRAINABLE_TOKENS", "lora",
+    "Lora ", "LORA\u200b", None, 5, ["LORA"], {"LORA": 1}, True, "../LORA", "somebody/LORA",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_no_adapter_but_plain_lora_is_loaded(place: Path, method: object) -> None:
+    settings(ADAPTER, peft_type=method, adapters={"0": "somebody/else"}, base_model_name_or_path="somebody/else")(place)
+    refused(audit_words(place), place, "peft_type: got")
+
+
 MODEL_CASES: dict[str, tuple[Damage, str]] = {
     "xlora": (settings(ADAPTER, peft_type="XLORA", adapters={"0": "somebody/else"}), "peft_type: got 'XLORA'"),
     "other method": (settings(ADAPTER, peft_type="IA3"), "peft_type: got 'IA3'; accepted: LORA"),
@@ -97,7 +112,7 @@ MODEL_CASES: dict[str, tuple[Damage, str]] = {
     "number beyond all": (settings(CONFIG, text_config__max_position_embeddings=10**18), "max_position_embeddings"),
     "text for a number": (settings(CONFIG, text_config__hidden_size="many"), "can't be loaded"),
     "no heads": (settings(CONFIG, text_config__num_attention_heads=0), "can't be loaded"),
-    "negative layers": (settings(CONFIG, text_config__num_hidden_layers=-3), "does not fit its base"),
+    "negative layers": (settings(CONFIG, text_config__num_hidden_layers=-3), "fails on a picture of noise"),
     "unknown family": (settings(CONFIG, model_type="evil"), "accepted: a checkpoint of model type"),
     "other text model": (settings(CONFIG, text_config__model_type="nothing"), "can't be loaded"),
     "doubling": (hands.replaces(*[({"String": "a"}, "a" * 10)] * 12), "takes more than"),
@@ -180,6 +195,31 @@ def test_a_pickle_is_never_opened(place: Path, tmp_path: Path) -> None:
     assert not marker.exists()
 
 
+PICKLE = b"cposix\nmkdir\n(V%s\ntR."
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["base/model.safetensors", "base/pytorch_model.bin", "base/tokenizer.json", "adapter/adapter_model.safetensors",
+     "adapter/adapter_model.bin", "records.parquet", "coins.csv", "base/optimizer.pt", "adapter/training_args.bin"],
+)  # fmt: skip
+def test_a_pickle_is_never_opened_whatever_its_name(place: Path, tmp_path: Path, name: str) -> None:
+    """In place of a file, or beside those that are there: an answer either way, and nothing was run."""
+    content(name, PICKLE % str(tmp_path / "marker").encode())(place)
+    ended = run(audit_words(place), place)
+    assert ended.code in (0, 2) and "Traceback" not in ended.err, ended.err
+    assert not (tmp_path / "marker").exists()
+
+
+def test_a_pickle_among_scores_is_never_opened(place: Path, tmp_path: Path) -> None:
+    for name in ("scores.npz", "scores.npy", "scores.csv", "scores.parquet", "scores.pkl"):
+        content(name, PICKLE % str(tmp_path / "marker").encode())(place)
+        refused(["scores", name, "--delta", "1e-5"], place, name)
+    np.savez(place / "objects.npz", scores=np.array([{"a": 1}], dtype=object), member=np.ones(1, dtype=bool))
+    refused(["scores", "objects.npz", "--delta", "1e-5"], place, "objects.npz")
+    assert not (tmp_path / "marker").exists()
+
+
 @pytest.mark.parametrize(
     "template",
     [
@@ -215,6 +255,9 @@ DATA_CASES: dict[str, tuple[Damage, str]] = {
     "ten thousand columns": (content("coins.csv", b"," * 20_000), "--coins"),
     "too many rows": (content("coins.csv", b"id,member\n" + b"a,1\n" * (1 << 25)), "larger than 64 MB"),
 }
+
+
+DATA_CASES |= {name: (hands.pictured(make), message) for name, (make, message) in PARTS.items()}
 
 
 @pytest.mark.parametrize("name", DATA_CASES)

@@ -322,7 +322,10 @@ def test_names_of_pictures_are_never_quoted(case: Case) -> None:
     data = case.place / "data"
     shutil.copytree(case.world.data, data)
     row = json.loads((data / "train.jsonl").read_text().splitlines()[0])
-    for image in ("Jane-Roe/" + "Jane-Roe" * 40 + ".png", "train.jsonl/Jane-Roe.png", "Jane-Roe.png", "Jane-Roe\0.png"):
+    for image in (
+        "Jane-Roe/" + "Jane-Roe" * 40 + ".png", "train.jsonl/Jane-Roe.png", "Jane-Roe.png", "Jane-Roe\0.png",
+        "../Jane-Roe.png", "/Jane-Roe.png", "Jane-Roe/" * 600 + "x.png",
+    ):  # fmt: skip
         (data / "train.jsonl").write_text(json.dumps({**row, "image": {"bytes": None, "path": image}}) + "\n")
         out = case.place / "new"
         command = [item.replace(str(case.world.data), str(data)) for item in case.world.train(out)]

@@ -130,6 +130,66 @@ def test_a_forged_twin_earns_nothing(case: Case) -> None:
     assert (case.run / "twin-white-box-2").is_dir()
 
 
+def perfect(twin: Path) -> None:
+    """Scores that tell every coin."""
+    import pandas as pd
+
+    path = twin / "private/scores.parquet"
+    frame = pd.read_parquet(path)
+    frame.assign(score=frame["member"].astype(float)).to_parquet(path)
+
+
+def listed_again(twin: Path) -> None:
+    listed = twin / "release" / checksums.SUMS
+    sums = {key: checksums.digest((twin / "release" / key).read_bytes()) for key in checksums.read(listed)}
+    listed.write_text(checksums.write(sums))
+
+
+def lowered(twin: Path) -> None:
+    tree = json.loads((twin / "release/claim.json").read_text())
+    tree["claim"].update(epsilon=2.0, curve=[])
+    (twin / "release/claim.json").write_text(json.dumps(tree))
+
+
+def renamed(twin: Path) -> None:
+    """Its configuration says that it is a twin of this very run, as another seed."""
+    path = twin / "release/config.yaml"
+    path.write_text(path.read_text().replace("seed: 1", "seed: 2"))
+
+
+FORGERIES: dict[str, Callable[[Path], object]] = {
+    "as it is": lambda twin: None,
+    "perfect scores": perfect,
+    "weights that are no model": lambda twin: (twin / "release/model/adapter_model.safetensors").write_bytes(b"x" * 99),
+    "no weights": lambda twin: shutil.rmtree(twin / "release/model"),
+    "a smaller claim": lowered,
+    "another configuration": renamed,
+    "no coins": lambda twin: (twin / "private/coins.parquet").unlink(),
+    "no key": lambda twin: (twin / "private/noise.key").unlink(),
+}
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_no_supplied_twin_earns_anything(case: Case, name: str) -> None:
+    shutil.rmtree(case.run)
+    shutil.copytree(case.world.root / "finished" / "plain", case.run)
+    twin = case.run / "twin-canaries"
+    shutil.copytree(case.world.root / "finished" / "run", twin)
+    FORGERIES[name](twin)
+    if name not in ("no weights",):
+        listed_again(twin)
+    ended = case.type("audit", str(case.run), "--canaries", "--json")
+    assert ended.code in (0, 1, 2, 3), ended.err
+    if ended.code == 2:
+        assert len([line for line in ended.err.splitlines() if line.startswith("dpaudit: ")]) == 1, ended.err
+        return
+    document = json.loads(ended.out)
+    assert document["verdict"] != "not refuted" and all(test["power"] is None for test in document["tests"]), document
+    played = [game["supplied"] for game in document["games"]]
+    own = (case.run / "twin-canaries-2").is_dir()
+    assert played == [not own], "supplied, or trained by this audit beside it"
+
+
 def test_strings_of_all_documents_paint_nothing(case: Case) -> None:
     """Every string that a document of a release may hold, as far as the document stays one, is a hostile text."""
     from dpaudit.documents import AuditDocument, BenchmarkDocument, ClaimDocument, EnvironmentDocument, LedgerDocument

@@ -6,6 +6,7 @@ whatever the command does, no two sets of weights may come from one key and two 
 """
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -298,3 +299,26 @@ def test_a_resume_takes_no_other_settings(bench: Bench, more: list[str]) -> None
     shutil.copytree(bench.root / "killed", run)
     ended = bench.run(["train", "--resume", str(run), *more])
     assert ended.code == 2 and f"drop {more[0]}" in ended.line and steps(run) == 3 and not weights(run), ended.err
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o755, 0o750, 0o711, 0o720, 0o701])
+@pytest.mark.parametrize("how", ["start", "resume"])
+def test_a_folder_that_others_may_enter_is_not_taken(bench: Bench, mode: int, how: str) -> None:
+    run = bench.root / "case"
+    shutil.copytree(bench.root / "killed", run)
+    known = key(run)
+    if how == "start":
+        remove(LEDGER, *TRACES)(run)
+    (run / "private").chmod(mode)
+    ended = bench.run(bench.train(run) if how == "start" else ["train", "--resume", str(run)])
+    assert ended.code == 2 and key(run) == known and not weights(run), ended.err
+    assert steps(run) == 3 if how == "resume" else not (run / LEDGER).exists()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may give files away")
+def test_a_folder_of_somebody_else_is_not_taken(bench: Bench) -> None:
+    run = bench.root / "case"
+    shutil.copytree(bench.root / "killed", run)
+    os.chown(run / "private", 12345, 12345)
+    ended = bench.run(["train", "--resume", str(run)])
+    assert ended.code == 2 and steps(run) == 3 and not weights(run), ended.err

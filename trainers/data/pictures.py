@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from trainers.data import parts
 from trainers.records import Pixels
 
 # A picture larger than this is a mistake or a decompression bomb: it would take 50 MB once decoded.
@@ -30,7 +31,6 @@ MAX_FRAMES = 16
 # A progressive JPEG is decoded once for each of its scans, and a scan of 33 bytes may touch every pixel. Encoders make
 # up to a dozen of them; a file of a megabyte could hold thirty thousand.
 MAX_SCANS, USUAL_SCANS = 64, 12
-MAX_PAGES = 1000  # of a TIFF; Pillow takes a time that grows with their square to count them
 # Decoders for other formats (EPS runs a program, for one) are never started on untrusted bytes.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 # Turning these into RGB would cut them off at 255 (a 12-bit scan becomes white) and NaN into black, without a word.
@@ -119,6 +119,9 @@ def decode(data: bytes, look: Look = PLAINLY, count: Count | None = None) -> Dec
 
     count: told of the bytes before and after decoding, before a frame is decoded; its answer is why not, or None.
     """
+    many = parts.too_many(data)
+    if many is not None:
+        raise Refused(many)
     try:
         with _whole_alone(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -149,8 +152,7 @@ def _decode(picture: Image.Image, data: bytes, look: Look, count: Count | None) 
         raise Refused(f"{width}x{height} pixels; at least 1x1 is needed")
     if width * height > MAX_PIXELS:
         raise Refused(f"{width}x{height} pixels; at most {MAX_PIXELS} are accepted")
-    if picture.format == "TIFF":
-        _check_pages(data)
+    _check_decoder(picture, data)
     _counted(count, len(data), picture, passes(data) if picture.format in ("JPEG", "MPO") else 1)
     _check_depth(picture, data)
     _scale_key(picture, data)
@@ -160,19 +162,28 @@ def _decode(picture: Image.Image, data: bytes, look: Look, count: Count | None) 
     if several and look.frames == "refuse":
         accepted = "one picture, or data.frames=first (the first alone) or data.frames=all (all, in order)"
         raise Refused(f"{getattr(picture, 'n_frames', 2)} {kind}; accepted: {accepted}")
-    parts = [_upright(part) for part in _parts(picture, look, several, kind, count)]
-    shown = [_composite(part, look.background) for part in parts]
+    upright = [_upright(part) for part in _parts(picture, look, several, kind, count)]
+    shown = [_composite(part, look.background) for part in upright]
     partial = several and look.frames == "first"
     composited = any(has_alpha for _, has_alpha in shown)
     pixels = tuple(item for item, _ in shown)
     if partial or picture.format == "MPO":
         content = f"file:{hashlib.sha256(data).hexdigest()}"
-    elif len(parts) > 1:
-        content = "frames:" + hashlib.sha256("|".join(map(_identity, parts)).encode()).hexdigest()
+    elif len(upright) > 1:
+        content = "frames:" + hashlib.sha256("|".join(map(_identity, upright)).encode()).hexdigest()
     else:
-        content = _identity(parts[0])
+        content = _identity(upright[0])
     blank = composited and all(bool((item == item[0, 0]).all()) for item in pixels)
     return Decoded(pixels, content, composited, blank, partial)
+
+
+def _check_decoder(picture: Image.Image, data: bytes) -> None:
+    """Refuse large pictures that Pillow decodes in Python: text, packed BMPs, unusual scales of grey."""
+    slow = any(tile[0] in Image.DECODERS for tile in getattr(picture, "tile", []))
+    pixels = picture.size[0] * picture.size[1]
+    if slow and (len(data) > parts.MOST_SLOW_BYTES or pixels > parts.MOST_SLOW_PIXELS):
+        what = f"{picture.format} in a form that is slow to decode"
+        raise Refused(f"{what}: above {parts.MOST_SLOW_PIXELS} pixels save it as PNG")
 
 
 def _counted(count: Count | None, packed: int, picture: Image.Image, times: int = 1) -> None:
@@ -197,31 +208,6 @@ def passes(data: bytes) -> int:
         if kind not in _ALONE:
             at += int.from_bytes(data[at : at + 2], "big")
     return max(1, -(-scans // USUAL_SCANS))
-
-
-def _check_pages(data: bytes) -> None:
-    """Refuse a TIFF whose directories are more than MAX_PAGES, or name one another in a circle.
-
-    A file that says it is a BigTIFF is followed as either kind: which it is depends on who reads it.
-    """
-    if _many_pages(data, "H", 12, "L", 4) or (43 in data[2:4] and _many_pages(data, "Q", 20, "Q", 8)):
-        raise Refused(f"more than {MAX_PAGES} pages")
-
-
-def _many_pages(data: bytes, number: str, entry: int, pointer: str, first: int) -> bool:
-    """number, pointer: types of a directory's number of entries and of a place in the file. first: place of the first
-    pointer. entry: bytes of an entry."""
-    order = "<" if data[:2] == b"II" else ">"
-    size, reach = struct.calcsize(order + number), struct.calcsize(order + pointer)
-    place: int = struct.unpack_from(order + pointer, data, first)[0]
-    for _ in range(MAX_PAGES):
-        if not 0 < place <= len(data) - size:
-            return False  # the last, or damaged: Pillow's to say
-        place += size + entry * int(struct.unpack_from(order + number, data, place)[0])
-        if place > len(data) - reach:
-            return False
-        place = struct.unpack_from(order + pointer, data, place)[0]
-    return place > 0
 
 
 def _parts(picture: Image.Image, look: Look, several: bool, kind: str, count: Count | None) -> Iterator[Image.Image]:
