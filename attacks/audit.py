@@ -181,7 +181,7 @@ def _with_canaries(session: _Session) -> tuple[RunFolder, About, bool]:
     if place is not None and not again and RunFolder(place).config.is_file():
         twin = RunFolder.open(place)
         if not twin.finished:
-            session.log(f"going on with {place}")
+            session.log(f"continuing {place}")
             if twin.ledger.exists():
                 twin = resume_run(place, reporter=session.reporter)
             else:  # it was stopped before its first step

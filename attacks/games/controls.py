@@ -114,7 +114,7 @@ def judge_liveness(seen: Sequence[Liveness], arrived: Arrived, sigma: float) -> 
         elif not low <= 1 <= high or high - low > 2 * WIDEST:
             outcome, text = (
                 "not earned",
-                "Canaries do not arrive as the claimed mechanism lets them, or too few did to tell.",
+                "Canaries do not arrive as the claimed mechanism allows, or too few arrived to tell.",
             )
         measured = f"{low:.3f} to {high:.3f} C in {arrived.count} arrivals"
         if low <= 1 <= high and high - low > 2 * WIDEST:

@@ -317,7 +317,7 @@ def _games(document: "AuditDocument") -> list[str]:
         evidence = f"log evidence {float(entry.log_evidence):.1f}, of all so far {float(entry.log_product):.1f}"
         lines.append(f"game      {entry.name}: {ABOUT[entry.about]}; {evidence}; {power}")
         if entry.alternative is not None:
-            lines.append(f"          looked for: {field(entry.alternative, 400)}")
+            lines.append(f"          alternative: {field(entry.alternative, 400)}")
     return lines
 
 
