@@ -1,9 +1,10 @@
-"""Fused-region canaries: a secret that only the fused tokens can carry, and its twin that the kept ones carry.
+"""Fused-region canaries: a secret that only the fused tokens can carry, and its counterpart that the kept ones carry.
 
 All candidates show the same public picture with a colour code painted on a few patches, and ask for the word that
 belongs to the code. In one half of them the code lies on patches of low attention, which the reducer merges (or drops);
-in the other half, the twins, on dominant patches, which it keeps. Nothing else differs, so the exposure of the twins
-minus that of the others measures what the path from low-attention patches loses, and what remains is what it carries.
+in the other half, the counterparts, on dominant patches, which it keeps. Nothing else differs, so the
+exposure of the counterparts minus that of the others measures what the path from low-attention patches loses, and what
+remains is what it carries.
 
 The encoder mixes patches before the reducer looks at them, so a little of the code also reaches the kept tokens: a run
 with `cls-topk`, which drops the merged patches, shows how much (docs/fusion-path.md).
@@ -46,12 +47,12 @@ def painted(base: Pixels, patches: Sequence[int], side: int, strength: float, rn
 
 
 class FusedRegion:
-    """A code on merged patches, with a twin on kept ones; see the module's text."""
+    """A code on merged patches, with a counterpart on kept ones; see the module's text."""
 
     name = "fused-region"
     description = (
         "One public picture with a colour code on patches of low attention (which only fused tokens carry) or, as "
-        "twin, on dominant patches; the answer is the code's word."
+        "counterpart, on dominant patches; the answer is the code's word."
     )
     synthetic = True
     question = "which word belongs to the coloured fields?"

@@ -1,12 +1,12 @@
-"""What does the path from low-attention patches carry into the model? Fused-region canaries and their twins.
+"""What does the path from low-attention patches carry into the model? Fused-region canaries and their counterparts.
 
     python benchmarks/fused_region.py            # measures what is missing in benchmarks/results/fused_region.json
     python benchmarks/fused_region.py --table    # prints the Markdown table of docs/fusion-path.md
 
 Every candidate shows one public picture with a colour code and asks for the code's word. The code lies on patches of
-low attention (reaches the language model through fused tokens) or, in the twins, on dominant patches. Fair coins decide
-which are trained on. Exposure is the rank of the true word among 64, in bits (6 = learned by heart); the gain is that
-of inserted canaries minus that of those left out. Arms, each on 100 units of the embedded digits with 200 candidates:
+low attention (reaches the language model through fused tokens) or, in the counterparts, on dominant patches. Fair
+coins decide which are trained on. Exposure is the rank of the true word among 64, in bits (6 = memorised); the gain is
+that of inserted canaries minus that of those left out. Arms, each on 100 units of the embedded digits with 200 candidates:
 
 visionzip        low-attention patches are merged into 8 fused tokens, as published; non-private
 cls-topk         they are dropped: what is left is what the encoder mixes into the kept tokens; non-private

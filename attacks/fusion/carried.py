@@ -1,10 +1,10 @@
-"""What the path from low-attention patches carries: exposure of fused-region canaries against their twins.
+"""What the path from low-attention patches carries: exposure of fused-region canaries against their counterparts.
 
 Exposure (Carlini et al. 2019) of a canary is log2 |R| - log2 rank, rank the place of its true word among |R| reference
 words by how much lower the fine-tuned model's loss is than the base model's. A canary that was left out has the
 exposure that chance gives; a canary that was learned approaches log2 |R|. The gain is the mean over inserted canaries
-minus the mean over those left out, for codes in low-attention patches and for their twins in dominant ones. Coins are
-fair and independent, so the two groups differ by nothing but training; intervals are Welch's.
+minus the mean over those left out, for codes in low-attention patches and for their counterparts in dominant ones.
+Coins are fair and independent, so the two groups differ by nothing but training; intervals are Welch's.
 """
 
 import math

@@ -107,7 +107,7 @@ class Region(Part):
 
 
 class Carried(Part):
-    """What the path from low-attention patches carries, by fused-region canaries and their twins in dominant ones."""
+    """What the path from low-attention patches carries: fused-region canaries against counterparts in dominant ones."""
 
     references: int
     regions: tuple[Region, ...]
