@@ -6,7 +6,7 @@
 Every candidate shows one public picture with a colour code and asks for the code's word. The code lies on patches of
 low attention (reaches the language model through fused tokens) or, in the counterparts, on dominant patches. Fair
 coins decide which are trained on. Exposure is the rank of the true word among 64, in bits (6 = memorised); the gain is
-that of inserted canaries minus that of those left out. Arms, each on 100 units of the embedded digits with 200 candidates:
+that of inserted canaries minus that of those left out. Arms, each on 100 units of the digits with 200 candidates:
 
 visionzip        low-attention patches are merged into 8 fused tokens, as published; non-private
 cls-topk         they are dropped: what is left is what the encoder mixes into the kept tokens; non-private
