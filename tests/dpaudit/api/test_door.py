@@ -111,7 +111,7 @@ def test_audit_of_a_factory_and_of_its_name_agree(tmp_path: Path, monkeypatch: p
         (lambda: dpaudit.audit("nowhere"), "nowhere"),
         (lambda: dpaudit.audit(Path("nowhere")), "nowhere"),
         (lambda: dpaudit.audit("nowhere", epsilon=3), "epsilon: belongs to training code"),
-        (lambda: dpaudit.audit(Toy, again=True), "again: belongs to a run folder"),
+        (lambda: dpaudit.audit(Toy, again=True), "again: applies to a run folder"),
         (lambda: dpaudit.audit(Toy, mia=True), "mia"),
         (lambda: dpaudit.audit(Toy, count=0, white_box=True), "count"),
         (lambda: dpaudit.audit(Toy, alpha=2), "alpha"),
