@@ -53,7 +53,7 @@ def estimate(config: RunConfig, dataset: Dataset, plan: Plan, opened: Opened) ->
         return Cost(seconds, memory, f"measured on {units} units")
     device = pick_device(config.model.device)
     speed = _speed(device, getattr(torch, config.model.precision), size)
-    pictures = sum(len(picture.shown) for unit in dataset.train for picture in unit.pictures)
+    pictures = sum(len(picture.images) for unit in dataset.train for picture in unit.pictures)
     work = size.tower_work * pictures + size.unit_work(config) * plan.expected_batch_size * plan.steps
     about = (
         f"counted: {size.tokens} tokens a unit, {opened.files.numbers / 1e6:,.0f} M weights, {speed / 1e9:.0f} GFLOP/s"
@@ -142,7 +142,7 @@ def _visual(family: Family, picture: Picture) -> tuple[int, str]:
     """Visual tokens of a picture of that size, and what is to be said of the number."""
     if family.patches is not None:
         return family.patches, ""
-    noise = np.random.default_rng(0).integers(0, 256, picture.pixels.shape, dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, picture.images[0].shape, dtype=np.uint8)
     try:
         with torch.no_grad():
             return int(family.encode(family.prepare([noise]), family.layers(ReducerConfig())).tokens.shape[1]), ""
@@ -157,7 +157,7 @@ def _text(opened: Opened, unit: Unit) -> tuple[int, int, int]:
     if opened.guard is not None:
         opened.guard.vouch([*asked, *said])
     counts = [sum(len(opened.tokenizer(text)["input_ids"]) for text in texts) for texts in (asked, said)]
-    return sum(len(picture.shown) for picture in unit.pictures), counts[0] + TEMPLATE * len(asked), counts[1]
+    return sum(len(picture.images) for picture in unit.pictures), counts[0] + TEMPLATE * len(asked), counts[1]
 
 
 def _speed(device: torch.device, dtype: torch.dtype, size: _Size) -> float:
@@ -194,7 +194,7 @@ def _measured(config: RunConfig, dataset: Dataset, plan: Plan, opened: Opened) -
 
 def _noise_units(like: Picture, count: int) -> Sequence[Unit]:
     rng: Any = np.random.default_rng(0)
-    shape = like.pixels.shape
+    shape = like.images[0].shape
     return [
         Unit(str(index), (replace(like, id=str(index), pixels=rng.integers(0, 256, shape, np.uint8)),))
         for index in range(count)

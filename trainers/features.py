@@ -28,7 +28,7 @@ from dpaudit.runs import RunFolder
 from trainers import feature_folder
 from trainers.generation import Encoded
 from trainers.prompts import HeadRow
-from trainers.records import Pixels
+from trainers.records import Image, pixels_sha256
 
 if TYPE_CHECKING:
     from trainers.vlm import VisionLanguageModel
@@ -38,11 +38,6 @@ FORMAT = "dpaudit-features-1"
 # thread: 0.05 against 1.6 ms a picture for the reference tower with 0.2 M parameters, 7 against 230 ms for CLIP-B/32).
 # Below this size all of it is a second or two of a run of minutes: files made of private pictures aren't worth that.
 LARGE_TOWER = 10_000_000
-
-
-def picture_sha256(pixels: Pixels) -> str:
-    """Hex SHA-256 of a picture's size and pixels."""
-    return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
 
 
 def tower_parameters(model: "VisionLanguageModel") -> int:
@@ -98,13 +93,13 @@ class Features:
         self._known: dict[str, Encoded] = {}
         self.encoded_now = 0  # pictures that were not found
 
-    def encoded(self, model: "VisionLanguageModel", pixels: Sequence[Pixels]) -> list[Encoded]:
-        """Pictures in their order, encoded now where no file has them."""
+    def encoded(self, model: "VisionLanguageModel", pixels: Sequence[Image]) -> list[Encoded]:
+        """Pictures in their order, encoded now where no file has them; no other is decoded."""
         if self._settings is None:
             self._settings = settings_sha256(model)
             for path in sorted(self.place.glob("*.safetensors")) if self.place.is_dir() else ():
                 self._known |= self._open(path)
-        keys = [picture_sha256(item) for item in pixels]
+        keys = [pixels_sha256(item) for item in pixels]
         missing = [index for index, key in enumerate(keys) if key not in self._known]
         if missing:
             found = model.encoded([pixels[index] for index in missing])
