@@ -15,7 +15,7 @@ The sum over pairs is taken in float64. Where gradients of tokens cancel, its re
 times (sum |a||b| / ||G||)^2: in float32 a record made for it could seem to have no gradient at all and escape clipping.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -199,15 +199,9 @@ def _tokens(value: Tensor) -> Tensor:
 
 @contextmanager
 def taps(model: VisionLanguageModel, parameters: Mapping[str, nn.Parameter], rows: int) -> Iterator[_Taps]:
-    """Taps on every layer that owns one of `parameters`. DpauditError for one that is not a linear layer's weight."""
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    owners: dict[str, nn.Module] = {}
-    for module in model.hf.modules():
-        for kind, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in names and isinstance(module, nn.Linear) and kind == "weight":
-                owners[names[id(parameter)]] = module
-    _all_of(parameters, owners)
+    """Taps on every layer that owns one of `parameters`. DpauditError for one that is not the weight of one."""
     made = _Taps(rows, model.device)
+    owners = _owners(model, parameters)
     handles = [module.register_forward_hook(made.hook(name)) for name, module in owners.items()]
     try:
         yield made
@@ -216,9 +210,16 @@ def taps(model: VisionLanguageModel, parameters: Mapping[str, nn.Parameter], row
             handle.remove()
 
 
-def _all_of(parameters: Mapping[str, nn.Parameter], owners: Mapping[str, nn.Module]) -> None:
-    missing: Sequence[str] = [name for name in parameters if name not in owners]
-    if missing:
-        raise DpauditError(
-            f"gradient of {missing[0]}: it is no linear layer's weight; set training.gradient-path=micro-batch"
-        )
+def _owners(model: VisionLanguageModel, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Module]:
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    found: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in parameters}
+    for module in model.hf.modules():
+        for kind, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in names:
+                found[names[id(parameter)]].append((module, kind))
+    for name, uses in found.items():
+        if len(uses) != 1 or not isinstance(uses[0][0], nn.Linear) or uses[0][1] != "weight":
+            raise DpauditError(
+                f"gradient of {name}: it is not the weight of one linear layer; set training.gradient-path=micro-batch"
+            )
+    return {name: uses[0][0] for name, uses in found.items()}
