@@ -122,8 +122,7 @@ class _Size:
         each = 2 if config.model.precision == "bfloat16" else 4
         kept = 2 if config.training.gradient_checkpointing != "none" else KEPT
         row = self.tokens * self.width * self.layers * kept * each + 3 * self.head // self.width * self.targets * 4
-        if config.method != "non-private" and config.training.gradient_path != "micro-batch":
-            row += 4 * self.trained
+        row += self._gradients(config, row)
         rows = 1
         if config.training.gradient_path != "micro-batch":
             most = config.training.rows_at_once
@@ -132,6 +131,14 @@ class _Size:
             rows = max(1, min(most, round(plan.expected_batch_size), units))
         tokens = units * self.visual * self.tower_width * each
         return self.numbers * each + 4 * COPIES * self.trained + tokens + rows * row
+
+    def _gradients(self, config: RunConfig, activations: int) -> int:
+        """Bytes of one row's gradients by `trainers.step.chosen_path`: Opacus' hooks alone keep any."""
+        chosen, each = config.training, 4 * self.trained
+        if config.method in ("non-private", "dp-zo") or chosen.gradient_path not in ("auto", "hooks"):
+            return 0
+        free = chosen.gradient_path == chosen.rows_at_once == "auto" and chosen.gradient_checkpointing != "reentrant"
+        return 0 if free and RowMemory(activations, each).ghost_pays(chosen.memory) else each
 
 
 def _linear(module: nn.Module) -> list[tuple[str, nn.Linear]]:

@@ -69,19 +69,20 @@ def settings_sha256(model: "VisionLanguageModel") -> str:
 
 
 def cache_of(
-    run: RunFolder, wanted: str, model: "VisionLanguageModel", warn: Callable[[str], None]
+    run: RunFolder | None, wanted: str, model: "VisionLanguageModel", warn: Callable[[str], None]
 ) -> "Features | None":
     """The feature cache of a run, or None where the configuration (auto: the size of the tower) wants none.
 
-    The project's folder where there is one, otherwise the run's own. A twin that an audit trains never reads what its
-    run has encoded: the owner could have changed it. UsageError for a project's folder that others can open.
+    The project's folder where there is one, otherwise the run's own. run: None for a rank that may not touch it. A twin
+    that an audit trains never reads what its run has encoded: the owner could have changed it. UsageError for a
+    project's folder that others can open.
     """
     if wanted == "never" or (wanted == "auto" and tower_parameters(model) < LARGE_TOWER):
         return None
     project = feature_folder.named()
     if project is not None:
         return Features(project / settings_sha256(model)[:32], warn)
-    return Features(run.private / "features", warn)
+    return None if run is None else Features(run.private / "features", warn)
 
 
 class Features:
