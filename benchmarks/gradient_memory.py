@@ -2,11 +2,11 @@
 
     python benchmarks/gradient_memory.py --out benchmarks/results/gradient_memory.json      # about ten minutes
 
-Shape: four decoder layers of width 2,048 (feed-forward 5,504), adapters of rank 128 on all seven matrices, 20 million
-trained numbers, 64 visual tokens, float32, gradient checkpointing; a fortieth of LLaVA-1.5-7B. Each cell is a process
-of its own on one thread: peak of the resident set over one clipped sum of so many units in one physical batch, and CPU
-time of the next. What a row adds is the difference between the two numbers of rows. Norms: CPU time of one layer's
-squared norms of 8 units by pairs of tokens (float64) and directly (float32), and which of them the rule takes.
+Shape: two decoder layers of width 2,048 (feed-forward 5,504), adapters of rank 128 on all seven matrices, 10 million
+trained numbers, 64 visual tokens, float32, gradient checkpointing. Each cell is a process of its own on one thread:
+peak of the resident set over one clipped sum of so many units in one physical batch, and CPU time of the next. What a
+row adds is the difference between the two numbers of rows. Norms: CPU time of one layer's squared norms of 8 units by
+pairs of tokens (float64) and directly (float32), and which of them the rule takes.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from training_cost import Arm, Memory, Shape, build_model, machine, make_trainer
 from dpaudit import atomic
 from trainers import ghost
 
-SHAPE = Shape(tower=(64, 2, 4), language=(2048, 5504, 4, 16), rank=128, units=2, device="cpu")
-PATHS, ROWS = ("hooks", "micro-batch", "ghost"), (2, 10)
+SHAPE = Shape(tower=(64, 2, 4), language=(2048, 5504, 2, 16), rank=128, units=2, device="cpu")
+PATHS, ROWS = ("hooks", "micro-batch", "ghost"), (2, 8)
 LAYERS = {"A of an attention matrix": (4096, 128), "B of a feed-forward matrix": (128, 11008)}
 TOKENS = (20, 60, 120, 600)
 
