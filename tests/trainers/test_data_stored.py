@@ -1,11 +1,13 @@
 """trainers.data.stored: pictures that are left where they lie are the pictures that were read, and take no memory."""
 
 import base64
+import copy
 import gc
 import hashlib
 import io
 import json
 import os
+import pickle
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -176,6 +178,21 @@ def test_frames_of_one_file(tmp_path: Path) -> None:
     picture = load(config).train[0].pictures[0]
     assert [np.array_equal(item, noise(seed)) for seed, item in enumerate(picture.shown)] == [True] * 3
     assert len(picture.images) == 3 and len(picture.beside) == 2
+
+
+def test_copies_are_the_picture_itself_and_another_process_gets_pixels(tmp_path: Path) -> None:
+    picture = write(tmp_path / "set", "parquet", 2).train[0].pictures[0]
+    assert copy.deepcopy(picture).images[0] is picture.images[0] is copy.copy(picture).images[0]
+    sent = pickle.loads(pickle.dumps(picture))
+    assert isinstance(sent.images[0], np.ndarray) and np.array_equal(sent.pixels, noise(0))
+
+
+def test_a_signature_that_was_not_kept_is_that_of_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(near, "MOST", 0)
+    write(tmp_path / "none", "files", 3)
+    source = rows.Source(tmp_path / "x", "x", tmp_path)
+    kept, other = (stored.store(source, 1, png(3), pictures.PLAINLY, Shelf(), mark=mark) for mark in (True, False))
+    assert other.seen is None and np.array_equal(kept.mark.fine, other.mark.fine)
 
 
 def test_the_derived_picture_stays_where_it_lies_and_a_replaced_one_is_right(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from dpaudit.config import DataConfig
 from dpaudit.documents import LedgerRow
 from dpaudit.errors import UsageError, rejected
-from trainers.data import files, formats, pictures, rows, said
+from trainers.data import files, formats, near, pictures, rows, said
 from trainers.data.files import Table
 from trainers.data.formats import Format, Sample, many
 from trainers.data.pictures import Look
@@ -169,7 +169,8 @@ class _Reader:
         data, file = rows.found(source, number, reference, "image", self.table.folder)
         digest = hashlib.sha256(data).digest()
         if digest not in self.cache:
-            self.cache[digest] = store(source, number, data, self.look, file or self.shelf)
+            few = len(self.cache) < near.MOST  # beyond that near-duplicates are not looked for
+            self.cache[digest] = store(source, number, data, self.look, file or self.shelf, mark=few)
         return self.cache[digest], _name_of(reference) or f"bytes {digest.hex()[:8]}"
 
     def _owner(
@@ -224,7 +225,7 @@ def _library(
         if key in found:
             raise source.fault(number, name, "occurs a second time in this file")
         data, file = rows.found(source, number, row.get("image"), "image", table.folder)
-        found[key] = store(source, number, data, look, file or shelf)
+        found[key] = store(source, number, data, look, file or shelf, mark=len(found) < near.MOST)
         if unit and unit in row:
             owners[key] = rows.key(source, number, row, unit)
         if group and group in row:

@@ -16,8 +16,11 @@ import tempfile
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from dpaudit import untrusted
 from dpaudit.errors import EnvironmentFailure, UsageError
@@ -150,7 +153,8 @@ class Where:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Frame:
-    """One frame of a stored picture, as `trainers.records.Elsewhere`."""
+    """One frame of a stored picture, as `trainers.records.Elsewhere`. Copies are the frame itself; another process gets
+    its pixels."""
 
     where: Where
     index: int
@@ -161,23 +165,38 @@ class Frame:
         """Its pixels."""
         return self.where.frames()[self.index]
 
+    def __copy__(self) -> "Frame":
+        return self
+
+    def __deepcopy__(self, memo: object) -> "Frame":
+        return self  # a copied shelf would read from a file that is closed with the first one
+
+    def __reduce__(self) -> tuple[Callable[[Pixels], Pixels], tuple[Pixels]]:
+        return np.asarray, (self.pixels(),)
+
 
 @dataclass(frozen=True)
 class Stored:
-    """A picture of a set, as `trainers.data.pictures.Decoded` without its pixels. mark: how it looks, made small."""
+    """A picture of a set, as `trainers.data.pictures.Decoded` without its pixels."""
 
     frames: tuple[Frame, ...]
     content: str
     composited: bool
     blank: bool
     partial: bool
-    mark: Signature
+    seen: Signature | None
+
+    @property
+    def mark(self) -> Signature:
+        """How it looks, made small; where that was not kept it is decoded."""
+        return signature(self.frames[0].pixels()) if self.seen is None else self.seen
 
 
-def store(source: Source, number: int, data: bytes, look: Look, home: Path | Shelf) -> Stored:
+def store(source: Source, number: int, data: bytes, look: Look, home: Path | Shelf, *, mark: bool = True) -> Stored:
     """Look at an encoded picture of a row, and leave it in its file, or on a shelf where it has none.
 
-    Raises UsageError that names file, row and field for a picture that is refused.
+    mark: keep a signature, to look for near-duplicates. Raises UsageError that names file, row and field for a picture
+    that is refused.
     """
     seen: Decoded = look_at(source, number, data, look)
     digest = hashlib.sha256(data).digest()
@@ -187,5 +206,5 @@ def store(source: Source, number: int, data: bytes, look: Look, home: Path | She
         Frame(where, index, tuple(map(int, pixels.shape)), pixels_sha256(pixels))
         for index, pixels in enumerate(seen.frames)
     )
-    mark = signature(seen.frames[0])
-    return Stored(frames, seen.content, seen.composited, seen.blank, seen.partial, mark)
+    small = signature(seen.frames[0]) if mark else None
+    return Stored(frames, seen.content, seen.composited, seen.blank, seen.partial, small)
