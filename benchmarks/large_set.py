@@ -152,9 +152,9 @@ def main() -> None:
                     if label == "now" or size <= SMALL:
                         row = run(tree, root, table, f"{label}-{table}")
                         found["rows"].append({"sources": label, "table": table.rpartition(".")[2]} | row)
+                        if options.out is not None:  # after every row: what was measured stays where a later one stops
+                            options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))
-    if options.out is not None:
-        options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
