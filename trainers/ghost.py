@@ -17,6 +17,7 @@ times (sum |a||b| / ||G||)^2: in float32 a record made for it could seem to have
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ def by_rows(rows: Rows) -> Iterator[tuple[Tensor, Tensor]]:
     """Units with equally many rows, (k,), and their rows, (k, m)."""
     counts = torch.bincount(rows.owner, minlength=rows.units)
     starts = counts.cumsum(0) - counts
-    for size in counts.unique().tolist():
+    for size in sorted(set(counts.tolist())):
         units = (counts == size).nonzero()[:, 0]
         yield units, starts[units][:, None] + torch.arange(size, device=units.device)
 
@@ -101,7 +102,7 @@ def squared_norms(given: Tensor, gradient: Tensor, dtype: torch.dtype = torch.fl
     pairs = dtype == torch.float64 and pairs_pay(tokens, inputs, outputs)
     size = 8 * tokens * (2 * tokens + inputs + outputs) if pairs else given.element_size() * inputs * outputs
     pieces = []
-    for a, b in zip(*(value.split(max(1, AT_ONCE // size)) for value in (given, gradient)), strict=True):
+    for a, b in zip(*(torch.split(value, max(1, AT_ONCE // size)) for value in (given, gradient)), strict=True):
         if pairs:
             a, b = a.double(), b.double()
             pieces.append(((a @ a.mT) * (b @ b.mT)).sum(dim=(1, 2)))
@@ -159,7 +160,8 @@ class _Taps:
         def tap(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if self._forward:
                 self.seen[name] = self.seen.get(name, 0) + 1
-            found: Tensor = _Tap.apply(output, given[0], self.anchor, lambda a, b: self._show(name, a, b))
+            show = partial(self._show, name)
+            found: Tensor = _Tap.apply(output, given[0], self.anchor, show)  # type: ignore[no-untyped-call]
             return found
 
         return tap
