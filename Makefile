@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+RUNTIME := $(VENV)/.runtime
 STAMP := $(VENV)/.installed
 LMMS_EVAL := lmms-eval==0.7.3
 export OMP_NUM_THREADS ?= 1
@@ -11,17 +12,24 @@ export HF_HUB_OFFLINE ?= 1
 
 install: $(STAMP)
 
-# torch first and alone: from the constraints it takes the CPU build where one is offered. lmms-eval goes in last and
-# without its dependencies (a full install breaks torch, transformers and peft on CPU machines); its real needs are
-# the `benchmark` extra.
-$(STAMP): pyproject.toml constraints.txt Makefile
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# What the demo needs. torch first and alone: from the constraints it takes the CPU build where one is offered. lmms-eval
+# goes in last and without its dependencies (a full install breaks torch, transformers and peft on CPU machines); its real
+# needs are the `benchmark` extra.
+$(RUNTIME): pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[benchmark,dev]"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(LMMS_EVAL)
+	$(PIP) -c constraints.txt torch
+	$(PIP) -c constraints.txt -e ".[benchmark]"
+	$(PIP) --no-deps $(LMMS_EVAL)
+	touch $(RUNTIME)
+
+# And what the tests need.
+$(STAMP): $(RUNTIME)
+	$(PIP) -c constraints.txt -e ".[benchmark,dev]"
 	touch $(STAMP)
 
-demo: install
+demo: $(RUNTIME)
 	@start=$$(date +%s); $(BIN)/dpaudit demo --out demo; code=$$?; \
 	echo "make demo took $$(( $$(date +%s) - start )) s"; exit $$code
 

@@ -14,7 +14,8 @@ from typing import Any, cast
 from attacks.fusion.verdicts import run_ledger
 from attacks.games import twins
 from attacks.games.canaries import play_canaries
-from attacks.games.gradients import DEFAULT_COUNT, Directions
+from attacks.games.directions import Kind
+from attacks.games.gradients import DEFAULT_COUNT
 from attacks.games.members import Settings, play_membership
 from attacks.games.played import Games
 from attacks.membership.members import member_twin
@@ -237,7 +238,7 @@ def _white_box(session: _Session) -> None:
         count=count,
         confidence=session.confidence,
         alpha=options.alpha,
-        directions=cast(Directions, options.directions),
+        directions=cast(Kind, options.directions),
         final=options.final_only,
         reporter=session.reporter,
     )

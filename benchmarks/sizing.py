@@ -114,7 +114,8 @@ def main() -> None:
         ("per-unit gradients, Opacus hooks, each unit of a physical batch", 4 * adapters),
         ("per-unit gradients, micro-batch loop, in all", 4 * adapters),
         ("per-unit gradients, ghost norms: one layer's norms at a time", ghost.AT_ONCE),
-        (f"{given.canaries} dense canary directions (orthogonal or random)", 4 * adapters * given.canaries),
+        ("orthogonal canary directions, any number (9 bytes a weight, 8 while a step is projected)", 17 * adapters),
+        (f"{given.canaries} random canary directions", 4 * adapters * given.canaries),
         (f"{given.canaries} Dirac canaries", 8 * given.canaries),
     ):
         print(f"| {label} | {value / gib:.2g} |")

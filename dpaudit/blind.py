@@ -76,12 +76,12 @@ class Blind:
         """The entry of the audit's validity: a test that could not have failed is not applicable."""
         able = self.least is not None
         if self.beats_chance:
-            why = "Who sees the records but never the model tells members from the rest: not a fair coin alone decided."
+            why = "A classifier that never saw the model tells members from others: fair coins alone did not decide."
         elif able:
-            why = "Who sees the records but never the model does no better than chance, as it must with fair coins."
+            why = "A classifier that never saw the model is no better than chance, as it must be with fair coins."
         else:
             why = (
-                "So few records against so many columns show no shift of one column reliably, so passing says nothing."
+                "There are too few records for so many columns to find a shift of one column, so passing means nothing."
             )
         return Check(
             name="blind baseline",

@@ -10,6 +10,7 @@ from dpaudit.errors import EnvironmentFailure
 EXTRAS = {
     "PLD_accounting": "allocation",
     "accelerate": "train",
+    "bitsandbytes": "nf4",
     "cryptography": "train",
     "datasets": "benchmark",
     "evaluate": "benchmark",

@@ -93,7 +93,7 @@ def _reducer(config: RunConfig | None) -> str:
         return "not stated"
     reducer = config.reducer
     if reducer.name == "none":
-        return "none: all tokens go on"
+        return "none: all tokens are kept"
     kept, merged = ("K" if reducer.keep is None else reducer.keep, "k" if reducer.fuse is None else reducer.fuse)
     fused = f", {merged} fused" if reducer.name == "visionzip" else ""
     noise = {"none": "", "sum": ", noise σC", "mean": ", noise σC/B"}.get(str(reducer.noise))

@@ -134,7 +134,7 @@ def next_step(run: RunReport) -> tuple[str, str] | None:
     if run.audit is None:
         return f"dpaudit audit {name}", "plays all games that this run allows"
     if run.verdict in ("invalid", "unsupported"):
-        return "", f"mend or explain: {_first_fault(run)}"
+        return "", f"fix or explain: {_first_fault(run)}"
     if run.claim is None:
         return "dpaudit train method=dp-sgd --dry-run", "states eps, noise and cost of a private training beforehand"
     return _of_claimed(run, name)
@@ -156,7 +156,7 @@ def _of_claimed(run: RunReport, name: str) -> tuple[str, str]:
         )
         return contract, why
     if run.verdict == "refuted":
-        return "", f"mend the training and train again: {_first_fault(run)}"
+        return "", f"fix the training and train again: {_first_fault(run)}"
     return f"dpaudit audit {name} --again", "plays again with fresh coins; evidence of all audits multiplies"
 
 

@@ -56,7 +56,7 @@ def _glance(run: RunReport, rows: Sequence[Row], top: float, measured: utility.U
         guess=guess_bar(share) if share is not None else Markup(""),
         drawing=axis(rows, top, key=f"axis-{run.key.lower()}"),
         tested=tested(run),
-        by=f"{_played_by(run)}; {clean(run.vouched.said, 160)}.",
+        by=_played_by(run),
         accuracy=_accuracy(measured),
         conclude=_conclude(run),
         todo=games.next_step(run),
@@ -158,21 +158,25 @@ def tested(run: RunReport) -> tuple[str, ...]:
 def _sentence(about: str, game: str, rows: Sequence[games.GameRow], run: RunReport) -> str:
     times = "" if len(rows) == 1 else f", {len(rows)} times"
     best = max(rows, key=lambda row: row.entry.power or 0.0)
-    where = games.ON[about] + (" (supplied, not trained by this audit)" if best.entry.supplied else "")
+    whose = {"weights": " (this model)", "procedure": " (the same training, run again by this audit)"}
+    where = games.ON[about] + (" (supplied, not trained by this audit)" if best.entry.supplied else whose[about])
     first = f"{where[0].upper()}{where[1:]}, {game} game{times}"
     if run.claim is None:
         return f"{first}."
     if best.entry.power is None:
-        return f"{first}: could not have shown a wrong claim (no power earned)."
+        return f"{first}: could not have shown a wrong claim (no control earned it any power)."
     wrong = clean((best.entry.alternative or "the stated wrong claim").partition(" (")[0], 120)
     sure = percent(best.entry.power, 0) if best.entry.power < 0.995 else "over 99 %"
     return f"{first}: {sure} sure to refute if {wrong} (control: {', '.join(best.earned_by) or 'not stated'})."
 
 
 def _played_by(run: RunReport) -> str:
+    """Which program tested, and who says so."""
     if run.audit is None:
-        return "nobody"
-    return "dpaudit, on scores from elsewhere" if run.source == "scores" else "dpaudit"
+        return "nobody."
+    how = "dpaudit, on scores from elsewhere" if run.source == "scores" else "dpaudit"
+    said = clean(run.vouched.said, 160)
+    return f"{how}. {said[:1].upper()}{said[1:]}."
 
 
 def _accuracy(measured: utility.Utility | None) -> tuple[str, ...]:
@@ -197,7 +201,7 @@ def _conclude(run: RunReport) -> tuple[str, ...]:
     claim = run.claim
     if run.verdict == "not refuted":
         powered = {entry.about for entry in run.audit.games if entry.power is not None} if run.audit else set()
-        items = ["As far as this test sees, training adds the noise that is claimed."]
+        items = ["As far as this test can tell, training adds the noise that is claimed."]
         if powered == {"procedure"}:
             items.append("Not shown: that the released weights leak no more than eps.")
         return tuple(items)
@@ -208,13 +212,16 @@ def _conclude(run: RunReport) -> tuple[str, ...]:
             f"in at most {number(alpha * 1000)} of 1,000 audits.",
         )
     if run.verdict == "unsupported":
-        return ("Do not rely on the claim until what is named below is mended or explained.",)
+        return ("Do not rely on the claim until what is named below is fixed or explained.",)
     if run.verdict == "invalid":
         return ("Nothing, for or against the claim, until the test is repaired.",)
     if run.verdict == "no claim":
         best = run.headline
         if best is not None and (best.epsilon_lower or 0.0) > 0:
-            return (f"This training leaks: any true eps is at least {number(best.epsilon_lower)}.",)
+            end = ""
+            if best.ceiling is not None and best.epsilon_lower is not None and best.epsilon_lower > 0.98 * best.ceiling:
+                end = ", the most that this test could show; it may be far larger"
+            return (f"This training leaks: any true eps is at least {number(best.epsilon_lower)}{end}.",)
         return ("Nothing is promised. That an attack found nothing is no protection.",)
     return ("Nothing for or against the claim: it rests on the owner's word.",)
 

@@ -258,7 +258,7 @@ def limits(runs: Sequence[RunReport]) -> list[str]:
         if twins:
             games = ", ".join(dict.fromkeys(twins))
             items.append(
-                f"Run {run.key}: {games}: played on a retrained twin, so it says nothing of these very weights."
+                f"Run {run.key}: {games}: played on a retrained twin, so it says nothing about the released weights."
             )
     unmeasured = [run.key for run in runs if run.benchmark is None and run.source == "run"]
     if unmeasured:

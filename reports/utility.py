@@ -124,7 +124,7 @@ def label(headline: str, name: str) -> str:
 def meaning(table: TaskTable) -> str:
     """What a task's headline counts, in words."""
     if table.own:
-        said = {"yes": "", None: "; whether the pictures were in train was not looked at"}
+        said = {"yes": "", None: "; whether the pictures were in train was not checked"}
         beside = said.get(table.held_out, f"; held out: {table.held_out}")
         return f"Exact match (text equal after lower-casing and joining white space{beside}{_missing(table)})"
     if base(table.task) in LOCAL_SETS:

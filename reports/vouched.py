@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 SIGNATURE = "signature.json"
 MOST_NAMED = 5
-UNSIGNED = "unsigned; stated by the owner"
+STATED = "stated by the owner"
+UNSIGNED = f"nobody has signed this result, it is {STATED}"
 # What a name below release/ may be, so that a list of them reads as nothing else.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 
@@ -69,10 +70,10 @@ def check(folder: Path, run: "RunReport") -> Vouched:
     key = PublicKey.parse(document.public_key.encode(), f"{path}: public_key")
     statement = _statement(document, key)
     if isinstance(statement, str):
-        return Vouched("invalid", f"signature invalid; {UNSIGNED.partition('; ')[2]}", (statement,), key=key)
+        return Vouched("invalid", f"signature invalid; {STATED}", (statement,), key=key)
     reasons = tuple(_changes(statement, run))
     if reasons:
-        said = f"signature invalid (files, claim or verdict changed); {UNSIGNED.partition('; ')[2]}"
+        said = f"signature invalid (files, claim or verdict changed); {STATED}"
         return Vouched("invalid", said, reasons, statement, key)
     name = f"the signer states the name {clean(statement.signer, 80)}" if statement.signer else "no name is stated"
     said = f"signed on {clean(statement.signed_on, 10)} with the key of SHA-256 {key.sha256}; {name}"

@@ -45,7 +45,7 @@ def work(spec: dict[str, Any]) -> None:
         outcome = {
             "tasks": measured,
             "prompt": model.prompter.template,
-            "precision": str(next(model.core.parameters()).dtype).removeprefix("torch."),
+            "precision": model.precision,
             "device": str(model.device),
             "lmms_eval_version": version("lmms-eval"),  # its own result file says "unknown@unknown"
             "seconds": time.perf_counter() - began,

@@ -66,7 +66,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
 
 
 def save_tiny_llava(
-    folder: Path, *, seed: int = 0, strategy: str = "full", reserved: int = 0, tower: str = "clip"
+    folder: Path, *, seed: int = 0, strategy: str = "full", reserved: int = 0, tower: str = "clip", width: int = 32
 ) -> Path:
     """Write a LLaVA with a CLIP or SigLIP tower and its tokenizer into `folder`; returns it."""
     fast = tiny_tokenizer(reserved=reserved)
@@ -82,7 +82,7 @@ def save_tiny_llava(
             patch_size=8,
         ),
         text_config=LlamaConfig(
-            hidden_size=32,
+            hidden_size=width,
             intermediate_size=64,
             num_hidden_layers=2,
             num_attention_heads=4,

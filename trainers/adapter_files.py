@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dpaudit import untrusted
+from dpaudit import online, untrusted
 from dpaudit.errors import UsageError
 from trainers import limited
 
@@ -140,8 +140,9 @@ def load(hf: Any, folder: Path, flag: str) -> Any:
 
     Raises UsageError when a tensor has no place, or another shape than its place.
     """
-    from peft import LoraConfig as PeftLora
-    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    with online.cut_off():  # it imports bitsandbytes where that is installed (trainers.precision)
+        from peft import LoraConfig as PeftLora
+        from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     shaped = check(folder, flag)
     places = _places(hf, shaped)

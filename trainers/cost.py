@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from dpaudit.config import ReducerConfig, RunConfig
+from dpaudit.config import ALL_LINEAR, ReducerConfig, RunConfig
 from dpaudit.randomness import Key
 from trainers.families import Family
 from trainers.memory import RowMemory
 from trainers.opened import Opened
 from trainers.plan import Plan
+from trainers.precision import computed_in
 from trainers.records import Dataset, Picture, Unit
 from trainers.step import Trainer
 from trainers.vlm import VisionLanguageModel, pick_device
@@ -52,7 +53,7 @@ def estimate(config: RunConfig, dataset: Dataset, plan: Plan, opened: Opened) ->
         seconds, units = _measured(config, dataset, plan, opened)
         return Cost(seconds, memory, f"measured on {units} units")
     device = pick_device(config.model.device)
-    speed = _speed(device, getattr(torch, config.model.precision), size)
+    speed = _speed(device, computed_in(config.model.precision), size)
     pictures = sum(len(picture.images) for unit in dataset.train for picture in unit.pictures)
     work = size.tower_work * pictures + size.unit_work(config) * plan.expected_batch_size * plan.steps
     about = (
@@ -85,7 +86,7 @@ class _Size:
         text = opened.config.get_text_config()
         linear = _linear(family.language_model)
         wanted = set(config.model.lora.targets)
-        adapted = [module for name, module in linear if name.rpartition(".")[2] in wanted]
+        adapted = [module for name, module in linear if {name.rpartition(".")[2], ALL_LINEAR} & wanted]
         unit = dataset.train[0]
         visual, note = _visual(family, unit.pictures[0])
         shown, asked, said = _text(opened, unit)
@@ -119,7 +120,7 @@ class _Size:
 
     def memory(self, config: RunConfig, plan: Plan, units: int) -> int:
         """Bytes: weights, copies of the adapters, tokens of all pictures, one physical batch with its gradients."""
-        each = 2 if config.model.precision == "bfloat16" else 4
+        each = computed_in(config.model.precision).itemsize
         kept = 2 if config.training.gradient_checkpointing != "none" else KEPT
         row = self.tokens * self.width * self.layers * kept * each + 3 * self.head // self.width * self.targets * 4
         row += self._gradients(config, row)
@@ -130,7 +131,10 @@ class _Size:
                 most = RowMemory(row, 0).rows(config.training.memory)
             rows = max(1, min(most, round(plan.expected_batch_size), units))
         tokens = units * self.visual * self.tower_width * each
-        return self.numbers * each + 4 * COPIES * self.trained + tokens + rows * row
+        weights = self.numbers * each
+        if config.model.precision == "nf4":  # half a byte, and a scale of four bytes for 64 of them
+            weights -= round(self.decoder * (each - 0.5625))
+        return weights + 4 * COPIES * self.trained + tokens + rows * row
 
     def _gradients(self, config: RunConfig, activations: int) -> int:
         """Bytes of one row's gradients by `trainers.step.chosen_path`: Opacus' hooks alone keep any."""

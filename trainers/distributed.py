@@ -251,7 +251,7 @@ class Ranks:
         why = " ".join(str(error).split()).rpartition("] ")[2][:120]
         return EnvironmentFailure(
             f"rank {self.rank} of {self.size}: lost another rank ({why}); what was spent is in the ledger, and "
-            "dpaudit train --resume goes on"
+            "dpaudit train --resume continues"
         )
 
 

@@ -6,6 +6,7 @@ beyond that is refused with the reason, instead of being trained with clipping t
 
 import re
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from dpaudit.config import LoraConfig
+from dpaudit import online
+from dpaudit.config import ALL_LINEAR, LoraConfig
 from dpaudit.errors import UsageError, rejected
 from trainers import adapter_files
 from trainers.families import Family
@@ -33,18 +35,21 @@ def attach(hf: Any, family: Family, config: LoraConfig, generator: np.random.Gen
 
     Only the language model (and the projector if asked) is adapted: plain target names would also hit the vision tower.
     """
-    from peft import LoraConfig as PeftLora
-    from peft import get_peft_model
+    with online.cut_off():  # it imports bitsandbytes where that is installed (trainers.precision)
+        from peft import LoraConfig as PeftLora
+        from peft import get_peft_model
 
-    names = "|".join(re.escape(name) for name in config.targets)
+    known = targets(hf, family)
+    wanted = sorted(known) if config.targets == (ALL_LINEAR,) else config.targets
+    names = "|".join(re.escape(name) for name in wanted)
     pattern = rf"{family.language}\.({names})"
     if config.projector:
         pattern = rf"({pattern}|{family.projector})"
-    known = targets(hf, family)
-    missing = [name for name in config.targets if name not in known]
-    if missing:
-        raise rejected("model.lora.targets", missing[0], f"{sorted(known)} (linear layers inside the language model)")
-    wide = max(max(m.in_features, m.out_features) for n, m in hf.named_modules() if _adapted(n, m, config, family))
+    missing = [name for name in wanted if name not in known]
+    if missing or not wanted:
+        accepted = f"{ALL_LINEAR}, or some of {sorted(known)} (linear layers inside the language model)"
+        raise rejected("model.lora.targets", (missing or [ALL_LINEAR])[0], accepted)
+    wide = max(max(m.in_features, m.out_features) for n, m in hf.named_modules() if _adapted(n, m, wanted, family))
     if config.rank > wide:
         raise rejected("model.lora.rank", config.rank, f"at most {wide}, the width of the widest of these layers")
     if config.projector and not any(re.fullmatch(family.projector, name) for name, _ in hf.named_modules()):
@@ -67,10 +72,10 @@ def attach(hf: Any, family: Family, config: LoraConfig, generator: np.random.Gen
     return wrapped
 
 
-def _adapted(name: str, module: nn.Module, config: LoraConfig, family: Family) -> bool:
+def _adapted(name: str, module: nn.Module, wanted: Collection[str], family: Family) -> bool:
     return (
         isinstance(module, nn.Linear)
-        and name.rpartition(".")[2] in config.targets
+        and name.rpartition(".")[2] in wanted
         and re.fullmatch(rf"{family.language}\.\w+", name) is not None
     )
 

@@ -189,7 +189,11 @@ def _check_config(config: Mapping[str, Any], where: str, tensors: int) -> None:
         for key, value in part.items():
             if key in FORBIDDEN and value not in FORBIDDEN[key]:
                 shown = " or ".join(str(item) for item in FORBIDDEN[key] if isinstance(item, str) and item)
-                more = "; take the checkpoint that is not quantised" if "quant" in key else ""
+                more = (
+                    "; take the checkpoint that is not quantised (model.precision=nf4 does it here)"
+                    if "quant" in key
+                    else ""
+                )
                 raise UsageError(f"{where}: {key}: got {value!r:.80}; accepted: {shown or 'nothing'}{more}")
             if key == "model_type" and str(value).startswith("timm"):
                 raise UsageError(f"{where}: model_type: got {value!r:.80}; accepted: models of transformers itself")

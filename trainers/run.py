@@ -36,7 +36,7 @@ from trainers.plan import Inserted, Plan, ledger_rows, make_plan
 from trainers.progress import Reporter, Silent, StepReport
 from trainers.records import Dataset
 from trainers.sharding import local
-from trainers.step import Trainer
+from trainers.step import InjectedRows, Trainer
 from trainers.vlm import VisionLanguageModel
 
 # (step, released noisy gradient before pruning, clipped sum of the units that everybody knows to be there)
@@ -46,8 +46,8 @@ AfterStep = Callable[[int, Gradient, Gradient], None]
 class Injection(Protocol):
     """Canaries that are gradients instead of records: units whose gradient the auditor dictates."""
 
-    def rows(self, parameters: int) -> torch.Tensor:
-        """(k, parameters) float32, the gradient of each inserted canary over all trained parameters in name order."""
+    def rows(self, parameters: int) -> InjectedRows:
+        """(k, parameters), the gradient of each inserted canary over all trained parameters in name order."""
         ...
 
     def observe(

@@ -6,6 +6,7 @@ Batch, noise and random masks of step t are functions of (key, t, name), so a st
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +44,18 @@ from trainers.sharding import shard
 from trainers.vlm import VisionLanguageModel
 from trainers.zeroth_order import ZerothOrder, laplace
 
+AT_ONCE = 1 << 24  # numbers of injected gradients that are added together
+
+
+class InjectedRows(Protocol):
+    """(k, parameters) gradients over all trained parameters in name order; a tensor is one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, places: torch.Tensor) -> torch.Tensor:
+        """(n, parameters) float32 of n of them."""
+        ...
+
 
 @dataclass
 class Trainer:
@@ -59,7 +72,7 @@ class Trainer:
     pruning: updates.Pruning
     average: updates.Average
     rows_at_once: int
-    injected: torch.Tensor | None = None  # (k, parameters): gradient canaries, units after the real ones
+    injected: InjectedRows | None = None  # gradient canaries, units after the real ones
     zeroth: ZerothOrder | None = None  # method dp-zo: numbers instead of gradients
     group: Group = ALONE  # with several ranks `inputs` holds this rank's own units only
 
@@ -177,13 +190,15 @@ class Trainer:
             return known
         names = sorted(self.parameters)
         sizes = [self.parameters[name].numel() for name in names]
-        parts = torch.split(self.injected[torch.from_numpy(canaries)], sizes, 1)
-        rows = {name: part for name, part in zip(names, parts, strict=True) if name in known.gradient}
-        factors = clip_factors(torch.cat(tuple(rows.values()), 1).norm(dim=1), self.plan.max_grad_norm)
-        total = {
-            name: value + (factors @ rows[name]).view_as(value).to(value.device)
-            for name, value in known.gradient.items()
-        }
+        total = dict(known.gradient)
+        most = max(1, AT_ONCE // sum(sizes))
+        for at in range(0, len(canaries), most):
+            parts = torch.split(self.injected[torch.from_numpy(canaries[at : at + most])], sizes, 1)
+            rows = {name: part for name, part in zip(names, parts, strict=True) if name in total}
+            norms = torch.stack([part.norm(dim=1) for part in rows.values()]).norm(dim=0)
+            factors = clip_factors(norms, self.plan.max_grad_norm)
+            for name, value in total.items():
+                total[name] = value + (factors @ rows[name]).view_as(value).to(value.device)
         return UnitSum(total, known.norms, known.losses)
 
     def noisy_mean(self, step: int, total: UnitSum) -> Gradient:

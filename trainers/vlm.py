@@ -20,6 +20,7 @@ from dpaudit import online
 from dpaudit.config import LoraConfig, ReducerConfig
 from dpaudit.errors import EnvironmentFailure, UsageError
 from trainers import lora, model_files
+from trainers import precision as precisions
 from trainers.families import Family, Grid, Scattered, scattered
 from trainers.families.attention import widened
 from trainers.families.base import Prepared
@@ -27,12 +28,12 @@ from trainers.generation import Encoded as Encoded
 from trainers.generation import greedy, join
 from trainers.opened import REFERENCE as REFERENCE
 from trainers.opened import Opened, family_class, open_checkpoint, told_as
+from trainers.precision import Precision
 from trainers.prompts import IGNORE, TEXT, Head, HeadRow, Packed, stack_heads
 from trainers.records import Image, Pixels, Question, in_batches, pixels_sha256
 from trainers.reducers import Reduced, Reducer, VisualTokens, make_reducer, sized
 
 SPARE = "<|spare_{}|>"
-Precision = Literal["float32", "bfloat16"]
 Checkpointing = Literal["none", "reentrant", "non-reentrant"]
 
 
@@ -74,6 +75,7 @@ class VisionLanguageModel:
         self.drop_cls = self.family.drop_cls
         self.prompter = self.family.prompter(tokenizer)
         self.checkpointing: Checkpointing = "none"
+        self.precision: Precision = "float32" if hf.dtype == torch.float32 else "bfloat16"
         self.trained = "both"
         self.too_long: list[int] = []
         self.warnings: tuple[str, ...] = ()
@@ -95,24 +97,25 @@ class VisionLanguageModel:
     ) -> "VisionLanguageModel":
         """The reference model (path None), a folder, or a hub id. Never runs code that a checkpoint brings along.
 
-        precision: of the frozen weights and of what is computed with them; adapters are float32 in both. fetch: whether
-        a hub id may be asked for over the network (None: where the user said so, dpaudit.online); without it the local
-        cache must hold it. flag: how an error names the model.
+        precision: of the frozen weights and of what is computed with them (trainers.precision). fetch: whether a hub id
+        may be asked for over the network (None: where the user said so, dpaudit.online); without it the local cache
+        must hold it. flag: how an error names the model.
         """
         made = opened or open_checkpoint(path, fetch=fetch, flag=flag)
         path, flag = made.source, made.flag
         with online.cut_off(), told_as(f"{flag}: got {path!r}, which can't be loaded"):
-            wanted = {"dtype": getattr(torch, precision), "config": made.config}
+            where = pick_device(device)
+            wanted = precisions.settings(made, precision, where)
             hf = model_files.read_weights(made.architecture, made.folder, str(path), flag, **wanted)
             model = cls(
-                hf,
+                precisions.unpacked(hf),
                 made.tokenizer,
-                device=pick_device(device),
+                device=where,
                 source=path or "reference",
                 processor=made.processor,
                 guard=made.guard,
             )
-            model.warnings = made.warnings
+            model.warnings, model.precision = made.warnings, precision
             if isinstance(model.family, Scattered):
                 scattered.check(model)
             elif made.processor is not None:
@@ -143,7 +146,7 @@ class VisionLanguageModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the frozen weights are computed in."""
+        """What the frozen weights are computed in, and kept in unless they are quantised."""
         dtype: torch.dtype = self.family.hf.dtype
         return dtype
 

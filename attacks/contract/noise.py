@@ -66,7 +66,7 @@ def level(draws: Draws) -> Check:
     fine, measured = level_of(sums, laplace=probe.mechanism == "laplace")
     measured += f"; {draws.seeds} noise seeds on a batch, steps 1 to {steps} on empty ones, {len(draws.blocks)} blocks)"
     if fine and not draws.empty:
-        why = f"{measured}, but later steps were not looked at: they need an empty batch ({draws.bench.empty_problem})"
+        why = f"{measured}, but later steps were not tested: they need an empty batch ({draws.bench.empty_problem})"
         return skipped(LEVEL, why, LEVEL_WHY)
     return judged(LEVEL, fine, measured, "an interval that holds 1 in every block and step", LEVEL_WHY)
 

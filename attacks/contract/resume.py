@@ -26,7 +26,7 @@ LOST = 2.0**-8  # of a parameter's size: what a checkpoint in bfloat16 may lose
 RESUME_PARAMETERS = "parameters after a resume"
 RESUME_PARAMETERS_WHY = (
     "A checkpoint holds the parameters that were trained. If it holds the starting weights, whatever was trained is "
-    "lost in silence (a wrapped module saved in place of the trained one)."
+    "silently lost (a wrapped module saved in place of the trained one)."
 )
 RESUME_EPSILON = "eps after a resume"
 RESUME_EPSILON_WHY = (

@@ -91,7 +91,7 @@ def _distinct(candidates: Sequence[Any], known: Sequence[Any]) -> Check:
         return Check(
             name="candidates differ",
             status="not applicable",
-            measured="the records hold objects that dpaudit can't look into",
+            measured="the records contain objects that dpaudit can't compare",
             allowed=allowed,
             explanation="Records of tensors, arrays, pictures, numbers and text can be compared.",
         )
@@ -103,7 +103,7 @@ def _distinct(candidates: Sequence[Any], known: Sequence[Any]) -> Check:
         status="fail" if repeated or shared else "pass",
         measured=f"{repeated} of {len(prints)} candidates repeat another, {shared} are in the training set already",
         allowed=allowed,
-        explanation="A record that takes part several times is a group, and the claim speaks of one unit."
+        explanation="A record that takes part several times is a group, and the claim is about one unit."
         if repeated or shared
         else "Every candidate takes part once or not at all, as its coin says.",
     )

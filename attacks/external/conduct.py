@@ -78,7 +78,7 @@ class Blocks:
         if self.absent:
             worst, count = self.absent.most_common(1)[0]
             measured = f"{worst}: None in {count} of {self.steps} steps ({len(self.absent)} such blocks)"
-            text = "Blocks that were not released can't be looked at."
+            text = "Blocks that were not released can't be tested."
             return control("released blocks", "not earned", measured, allowed, text)
         return control("released blocks", "earned", f"all of {len(self.start)}", allowed, "Nothing was left out.")
 

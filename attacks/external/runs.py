@@ -68,7 +68,7 @@ class ManyRuns:
         """Train what is not trained yet."""
         setting, heads = at.setting, at.heads(KIND)
         steps, path = setting.steps, at.folder.path
-        at.log(f"{len(heads)} trainings of {steps} steps; interrupt at any time, --out {path} goes on")
+        at.log(f"{len(heads)} trainings of {steps} steps; can be interrupted; --out {path} continues them")
         many = _on(at.executor, setting, at.folder, heads) if at.executor is not None else None
         scores, stated = train(setting, heads, at.folder.runs_log, at.reporter("runs"), many)
         frame, claim = at.scored(KIND, scores), setting.claim(stated)

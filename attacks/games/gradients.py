@@ -17,7 +17,6 @@ Sources: Nasr et al. 2023 (arXiv 2302.07956), Steinke et al. 2023 (arXiv 2305.08
 import hashlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +25,7 @@ import torch
 
 from attacks.canaries import ALL, Plan, coin_frame
 from attacks.games import controls
+from attacks.games.directions import Directions, Kind, Rows, draw
 from dpaudit.documents import Control
 from dpaudit.errors import rejected
 from dpaudit.evidence.channel import Channel
@@ -35,7 +35,6 @@ from dpaudit.randomness import Key
 from trainers.gradients import Gradient
 
 KIND = "gradient"
-Directions = Literal["orthogonal", "dirac", "random"]
 FINAL = "-final"  # at the end of the coin file's kind: the final update only
 DEFAULT_COUNT = 1000
 PARAMETERS_PER_CANARY = 10  # fewer, and orthogonal directions would crowd out the model's own gradient
@@ -62,7 +61,7 @@ class GradientGame:
     noise_multiplier: float
     sample_rate: float
     expected_batch_size: float
-    directions: Directions = "orthogonal"
+    directions: Kind = "orthogonal"
     final: bool = False
     known: bool = True
     epoch: int | None = None
@@ -73,12 +72,12 @@ class GradientGame:
     places: PlacedNoise | None = field(init=False, default=None)
     _seen: list[npt.NDArray[np.float32]] = field(init=False, default_factory=list)
     _empty: list[npt.NDArray[np.float32]] = field(init=False, default_factory=list)
+    vectors: Directions | None = field(init=False, default=None)
     _last: Floats = field(init=False)
 
     def __post_init__(self) -> None:
         self.members = self.key.uniform(self.count, step=0, name="gradient canaries", purpose="coins") < 0.5
         self.arrived = controls.Arrived()
-        self._vectors = torch.empty(0)
         self._last = np.zeros(self.count)
 
     @property
@@ -114,45 +113,38 @@ class GradientGame:
         tossed = zip((f"gradient-{index:05d}" for index in range(self.count)), self.members.tolist(), strict=True)
         return coin_frame((name, self.kind, head, hashlib.sha256(name.encode()).hexdigest()) for name, head in tossed)
 
-    def rows(self, parameters: int) -> torch.Tensor:
+    def rows(self, parameters: int) -> Rows:
         """(k, parameters) gradients of the inserted canaries. Raises UsageError when there is not room for them."""
         room = parameters // PARAMETERS_PER_CANARY
         if self.count > room:
             why = f"{parameters} trained parameters, {PARAMETERS_PER_CANARY} for each gradient canary"
             raise rejected("--count", self.count, f"at most {room} ({why})")
-        self._vectors = self._drawn(parameters, self.count + min(SPARE, parameters - self.count))
-        scale = torch.tensor([SCALES[index % len(SCALES)] for index in range(self.count)])
-        chosen = torch.from_numpy(self.members)
-        return self._vectors[: self.count][chosen] * (scale[chosen] * self.max_grad_norm).unsqueeze(1)
-
-    def _drawn(self, parameters: int, count: int) -> torch.Tensor:
-        """(count, parameters) unit vectors: the canaries', then the spare ones."""
+        drawn = self.count + min(SPARE, parameters - self.count)
         rng = self.key.generator(purpose="gradient directions")
-        if self.directions == "dirac":
-            basis = torch.zeros(count, parameters)
-            basis[torch.arange(count), torch.from_numpy(rng.permutation(parameters)[:count])] = 1.0
-            return basis
-        drawn = rng.normal(size=(parameters, count)).astype(np.float32)
-        if self.directions == "random":
-            return torch.from_numpy(np.ascontiguousarray((drawn / np.linalg.norm(drawn, axis=0)).T))
-        return torch.from_numpy(np.ascontiguousarray(np.linalg.qr(drawn)[0].T))
+        self.vectors = draw(self.directions, drawn, parameters, rng)
+        norms = [SCALES[index % len(SCALES)] * self.max_grad_norm for index in self.inserted]
+        return Rows(self.vectors, torch.from_numpy(self.inserted), torch.tensor(norms))
 
     @property
     def spare(self) -> int:
         """Directions without canaries; none where directions meet or the steps are not seen."""
-        return 0 if self.final or self.directions == "random" else max(0, len(self._vectors) - self.count)
+        return 0 if self.final or self.directions == "random" else max(0, len(self.vectors or ()) - self.count)
 
     def see_final(self, start: Mapping[str, torch.Tensor], end: Mapping[str, torch.Tensor]) -> None:
         """Scores from the first and the last weights alone: an update goes against the gradient."""
         moved = torch.cat([(start[name] - end[name].detach()).flatten().float().cpu() for name in sorted(start)])
-        self._last = (self._vectors[: self.count] @ moved).double().numpy()
+        self._last = self._products(moved)[: self.count]
 
     def project(self, difference: Gradient) -> Floats:
         """(m + K,) what a difference of releases shows along the directions, in units of C of the sum."""
         return self._along(_joined(difference))
 
     def _along(self, flat: torch.Tensor) -> Floats:
-        return (self._vectors @ flat).double().numpy() * self.expected_batch_size / self.max_grad_norm
+        return self._products(flat) * self.expected_batch_size / self.max_grad_norm
+
+    def _products(self, flat: torch.Tensor) -> Floats:
+        assert self.vectors is not None, "rows() draws them"
+        return self.vectors.along(flat).double().numpy()
 
     def observe(
         self,
@@ -191,10 +183,8 @@ class GradientGame:
         kept = torch.from_numpy(self.places.kept)
         whole = len(kept) == len(left)
         unit = self.expected_batch_size / (self.max_grad_norm * self.noise_multiplier)
-        rows = self.inserted[taken]
-        held = torch.zeros(len(kept))
-        for row in rows:  # one at a time: no copy of all rows
-            held += self._vectors[row] if whole else self._vectors[row][kept]
+        assert self.vectors is not None
+        held = self.vectors.total(torch.from_numpy(self.inserted[taken]))[kept]
         released = _joined(noisy)
         shown, total = (left, released) if whole else (left[kept], released[kept])
         self.places.add(

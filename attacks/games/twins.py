@@ -9,7 +9,8 @@ import os
 from pathlib import Path
 
 from attacks.canaries import save_coins
-from attacks.games.gradients import WORDS, Directions, GradientGame
+from attacks.games.directions import Kind
+from attacks.games.gradients import WORDS, GradientGame
 from attacks.games.played import Played
 from attacks.games.white_box import read_game
 from attacks.membership.stacked import initial_adapter
@@ -75,7 +76,7 @@ def play_white_box(
     count: int,
     confidence: float,
     alpha: float,
-    directions: Directions = "orthogonal",
+    directions: Kind = "orthogonal",
     final: bool = False,
     reporter: Reporter | None = None,
 ) -> tuple[Played, Claim]:

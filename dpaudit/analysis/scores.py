@@ -142,7 +142,7 @@ def validity_checks(
                 "not stated",
                 "--independent-runs",
                 "Rows of one training are not independent runs; if every row is a training of its own, "
-                "--independent-runs opens Clopper-Pearson.",
+                "--independent-runs enables Clopper-Pearson.",
             )
         )
     return checks

@@ -216,13 +216,13 @@ def audit(
     }
     if not _is_run(subject):
         if again:
-            raise UsageError("again: belongs to a run folder; a trainer is audited anew in another folder")
+            raise UsageError("again: applies to a run folder; to audit a trainer again, choose another folder")
         given = {name: value for name, value in of_trainer.items() if value is not None}
         place = None if out is None else Path(out)
         return _audit_trainer(subject, place, progress, audits=audits, time_limit=time_limit, **given, **levels)
     for name, value in {**of_trainer, "out": out}.items():
         if value is not None:
-            raise UsageError(f"{name}: belongs to training code; a run folder says what it claims")
+            raise UsageError(f"{name}: belongs to training code; a run folder states its own claim")
     with _training("audit"):
         from attacks.audit import audit as audit_run
         from attacks.options import Options

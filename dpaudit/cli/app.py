@@ -26,13 +26,13 @@ ABOUT = "Privacy audits for DP fine-tuning of vision-language models."
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("dpaudit.cli.demo", "Train, audit, benchmark and report on the embedded data, in minutes."),
     "train": ("dpaudit.cli.train", "Fine-tune a vision-language model, with or without differential privacy."),
-    "audit": ("dpaudit.cli.audit", "Test the eps that a training run claims."),
+    "audit": ("dpaudit.cli.audit", "Test the eps that a run, a trainer or a model claims."),
     "audit-trainer": ("dpaudit.cli.audit_trainer", "Audit training code that dpaudit did not write."),
     "audit-model": ("dpaudit.cli.audit_model", "Audit a model that is already trained, using its owner's coins."),
     "check": ("dpaudit.cli.check", "Test single DP-SGD steps of training code (about a minute)."),
-    "bugs": ("dpaudit.cli.bugs", "Benchmark of the audits: which planted bugs each one finds."),
+    "bugs": ("dpaudit.cli.bugs", "Benchmark the audits: which planted bugs does each of them find?"),
     "benchmark": ("dpaudit.cli.benchmark", "Measure VQA accuracy of a run with lmms-eval."),
-    "sweep": ("dpaudit.cli.sweep", "Train, benchmark and compare a grid of configurations; resumable."),
+    "sweep": ("dpaudit.cli.sweep", "Train, benchmark and compare a grid of configurations (resumable)."),
     "report": ("dpaudit.cli.report", "Write a report on runs, sweeps or documents (HTML and other formats)."),
     "keygen": ("dpaudit.cli.keygen", "Make a key pair for signing releases."),
     "sign": ("dpaudit.cli.sign", "Sign the release of a run."),
@@ -41,7 +41,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "scores": ("dpaudit.cli.scores", "Audit membership scores from any source."),
     "bound": ("dpaudit.cli.bound", "Calculate a lower bound on eps from counts."),
     "plan": ("dpaudit.cli.plan", "Plan an audit: canaries and guesses needed to refute a wrong claim."),
-    "doctor": ("dpaudit.cli.doctor", "Check the installation; print a command that fixes each problem."),
+    "doctor": ("dpaudit.cli.doctor", "Check the installation and print a command that fixes each problem."),
 }
 
 

@@ -28,17 +28,19 @@ def command(
     ] = False,
     contract: Annotated[bool, typer.Option("--contract", help="Step contract on this run's trainer.")] = False,
     white_box: Annotated[bool, typer.Option("--white-box", help="White-box game with injected gradients.")] = False,
-    count: Annotated[int | None, typer.Option(help="Canary candidates of a twin or a game (default 300).")] = None,
+    count: Annotated[
+        int | None, typer.Option(help="Number of canary candidates of a twin or a game (default: 300).")
+    ] = None,
     directions: Annotated[
-        str, typer.Option(help="--white-box: gradient canaries along orthogonal, dirac or random directions.")
+        str, typer.Option(help="--white-box: directions of the gradient canaries: orthogonal, dirac or random.")
     ] = "orthogonal",
     final_only: Annotated[
-        bool, typer.Option("--final-only", help="--white-box: the auditor sees the final update only.")
+        bool, typer.Option("--final-only", help="--white-box: the auditor sees only the final update.")
     ] = False,
     again: Annotated[
         bool, typer.Option("--again", help="Repeat games that were already played, with fresh coins.")
     ] = False,
-    references: Annotated[int, typer.Option(metavar="K", help="--mia: reference models to train.")] = 0,
+    references: Annotated[int, typer.Option(metavar="K", help="--mia: number of reference models to train.")] = 0,
     trainer: Annotated[
         str | None, typer.Option(metavar="MODULE:FACTORY", help="Audit a trainer that dpaudit did not write.")
     ] = None,
@@ -49,39 +51,51 @@ def command(
         int | None,
         typer.Option(help="--trainer: number of trainings, each with one canary either included or left out."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="--trainer: steps of a training (default: its claim's).")] = None,
-    processes: Annotated[int | None, typer.Option(help="Trainings of --runs or --references at a time.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="--trainer: steps of each training (default: as in its claim).")
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(help="Number of trainings of --runs or --references that run at a time.")
+    ] = None,
     executor: ExecutorName = "local",
     address: Address = None,
     gpus_per_trial: GpusPerTrial = None,
-    time_limit: Annotated[float, typer.Option(help="--trainer: seconds that one call of it may take.")] = 30.0,
-    seed: Annotated[int | None, typer.Option(min=0, help="--trainer: repeatable coins and noise.")] = None,
+    time_limit: Annotated[
+        float, typer.Option(help="--trainer: time limit of one call of the trainer, in seconds.")
+    ] = 30.0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="--trainer: seed that makes coins and noise repeatable.")
+    ] = None,
     model: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Audit a checkpoint or PEFT adapter trained elsewhere.")
     ] = None,
-    base: Annotated[str | None, typer.Option(metavar="PATH", help="--model: what it was fine-tuned from.")] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="PATH", help="--model: the base model that it was fine-tuned from.")
+    ] = None,
     records: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="--model: id and image, question, answer, or text.")
+        Path | None,
+        typer.Option(metavar="FILE", help="--model: table with id and image, question, answer, or with id and text."),
     ] = None,
     images: Annotated[
         Path | None, typer.Option(metavar="FILE", help="--model: images by image_id, if stored separately.")
     ] = None,
     coins: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="--model: id, member: the fair coins of the records.")
+        Path | None,
+        typer.Option(metavar="FILE", help="--model: table with id and member, the fair coins of the records."),
     ] = None,
     claim_sigma: Annotated[float | None, typer.Option(help="--model: claimed noise multiplier.")] = None,
     claim_rate: Annotated[float | None, typer.Option(help="--model: claimed Poisson sample rate.")] = None,
     claim_steps: Annotated[int | None, typer.Option(help="--model: claimed number of steps.")] = None,
     epsilon: Annotated[
-        float | None, typer.Option(help="--trainer, --model: the claimed eps (default: as the trainer says).")
+        float | None, typer.Option(help="--trainer, --model: the claimed eps (default: as the trainer states).")
     ] = None,
-    delta: Annotated[float | None, typer.Option(help="--trainer, --model: its delta (default 1e-5).")] = None,
-    out: Annotated[Path | None, typer.Option(help="--trainer, --model: folder of the audit.")] = None,
+    delta: Annotated[float | None, typer.Option(help="--trainer, --model: the claimed delta (default: 1e-5).")] = None,
+    out: Annotated[Path | None, typer.Option(help="--trainer, --model: folder for the audit.")] = None,
     fail_above: Annotated[
         float | None, typer.Option(metavar="EPS", help="Exit 1 when the best lower bound on eps exceeds EPS.")
     ] = None,
     confidence: Annotated[float, typer.Option(help="Joint confidence of all bounds.")] = 0.95,
-    alpha: Annotated[float, typer.Option(help="Level of the test of the claim itself.")] = 0.001,
+    alpha: Annotated[float, typer.Option(help="Level of the claim test.")] = 0.001,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     online: Annotated[bool, console.ONLINE_OPTION] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 3 when the verdict is inconclusive.")] = False,
@@ -89,12 +103,12 @@ def command(
 ) -> None:
     """Test the eps that a run, a trainer or a model claims.
 
-    RUN, none named: the canary game (if the run was trained with canaries) and the isolation test. --contract takes
-    about a minute more; --white-box, and --canaries on a run trained without them, train a twin of the run first.
+    For a RUN, the default is the canary game (if the run was trained with canaries) and the isolation test.
+    --contract takes about a minute more. --white-box, and --canaries on a run without canaries, train a twin first.
 
     --trainer MODULE:FACTORY is `dpaudit audit-trainer MODULE:FACTORY`: training code that dpaudit did not write.
     --model PATH --base PATH --records FILE --coins FILE --epsilon E is `dpaudit audit-model PATH ...`: a model that is
-    already trained, with its owner's coins. Their --help has their options alone.
+    already trained, with its owner's coins. The --help of these two commands lists only the options that apply.
     """
     from attacks.external.options import ModelOptions, TrainerOptions
     from attacks.options import Options, prepare

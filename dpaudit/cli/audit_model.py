@@ -10,36 +10,43 @@ from dpaudit.cli import console
 
 def command(
     model: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint or PEFT adapter trained elsewhere.")],
-    base: Annotated[str, typer.Option(metavar="PATH", help="What it was fine-tuned from.")],
+    base: Annotated[str, typer.Option(metavar="PATH", help="The base model that it was fine-tuned from.")],
     records: Annotated[
-        Path, typer.Option(metavar="FILE", help="id with image, question, answer; or with text or messages.")
+        Path,
+        typer.Option(
+            metavar="FILE", help="Table with id and image, question, answer, or with id and text or messages."
+        ),
     ],
-    coins: Annotated[Path, typer.Option(metavar="FILE", help="id, member: the fair coins of the records.")],
+    coins: Annotated[
+        Path, typer.Option(metavar="FILE", help="Table with id and member, the fair coins of the records.")
+    ],
     epsilon: Annotated[float, typer.Option(help="The claimed eps.")],
-    delta: Annotated[float, typer.Option(help="Its delta.")] = 1e-5,
+    delta: Annotated[float, typer.Option(help="The claimed delta.")] = 1e-5,
     images: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Images by image_id, if stored separately.")
     ] = None,
-    claim_sigma: Annotated[float | None, typer.Option(help="Claimed noise multiplier: sharpens the test.")] = None,
+    claim_sigma: Annotated[
+        float | None, typer.Option(help="Claimed noise multiplier; makes the test stronger.")
+    ] = None,
     claim_rate: Annotated[float | None, typer.Option(help="Claimed Poisson sample rate.")] = None,
     claim_steps: Annotated[int | None, typer.Option(help="Claimed number of steps.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the audit (default: none is written).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the audit (default: nothing is written).")] = None,
     fail_above: Annotated[
         float | None, typer.Option(metavar="EPS", help="Exit 1 when the best lower bound on eps exceeds EPS.")
     ] = None,
     confidence: Annotated[float, typer.Option(help="Joint confidence of all bounds.")] = 0.95,
-    alpha: Annotated[float, typer.Option(help="Level of the test of the claim itself.")] = 0.001,
+    alpha: Annotated[float, typer.Option(help="Level of the claim test.")] = 0.001,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     online: Annotated[bool, console.ONLINE_OPTION] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 3 when the verdict is inconclusive.")] = False,
     as_json: Annotated[bool, console.JSON_OPTION] = False,
 ) -> None:
-    """Audit a model that is already trained: records of its owner, whose fair coins decided which were trained on.
+    """Audit a model that is already trained, on records whose membership its owner decided by fair coins.
 
     Vision-language models and causal language models, as PEFT adapters or whole checkpoints. Records are Parquet or
     JSON Lines: id, image, question, answer; for text models (CSV too) id and text, messages, or prompt and completion.
-    The coins must have been drawn before training. Each record is scored by how much lower its loss is than the base
-    model leads to expect.
+    The coins must have been drawn before training. The score of a record is how far its loss lies below the loss that
+    the base model predicts.
     """
     from attacks.external.options import ModelOptions
     from dpaudit.bounds import validate

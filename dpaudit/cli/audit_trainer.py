@@ -15,37 +15,39 @@ def command(
     factory: Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help="The trainer under test.")],
     white_box: Annotated[bool, typer.Option("--white-box", help="White-box game with injected gradients.")] = False,
     canaries: Annotated[bool, typer.Option("--canaries", help="Canary game with whole records.")] = False,
-    contract: Annotated[bool, typer.Option("--contract", help="The step contract.")] = False,
+    contract: Annotated[bool, typer.Option("--contract", help="Step contract on the trainer.")] = False,
     runs: Annotated[
         int | None, typer.Option(help="Number of trainings, each with one canary either included or left out.")
     ] = None,
-    count: Annotated[int | None, typer.Option(help="Canaries of a game (default 300).")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of a training (default: its claim's).")] = None,
+    count: Annotated[int | None, typer.Option(help="Number of canaries of a game (default: 300).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of each training (default: as in its claim).")] = None,
     setting: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="An argument of the factory.")
     ] = None,
-    epsilon: Annotated[float | None, typer.Option(help="The claimed eps (default: as the trainer says).")] = None,
-    delta: Annotated[float | None, typer.Option(help="Its delta (default: the claim's, else 1e-5).")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Repeatable coins and noise.")] = None,
-    time_limit: Annotated[float, typer.Option(help="Seconds that one call of the trainer may take.")] = 30.0,
-    processes: Annotated[int | None, typer.Option(help="Trainings of --runs at a time.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="The claimed eps (default: as the trainer states).")] = None,
+    delta: Annotated[
+        float | None, typer.Option(help="The claimed delta (default: as the trainer states, else 1e-5).")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed that makes coins and noise repeatable.")] = None,
+    time_limit: Annotated[float, typer.Option(help="Time limit of one call of the trainer, in seconds.")] = 30.0,
+    processes: Annotated[int | None, typer.Option(help="Number of trainings of --runs that run at a time.")] = None,
     executor: ExecutorName = "local",
     address: Address = None,
     gpus_per_trial: GpusPerTrial = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the audit (default: under audits/).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the audit (default: a new one under audits/).")] = None,
     fail_above: Annotated[
         float | None, typer.Option(metavar="EPS", help="Exit 1 when the best lower bound on eps exceeds EPS.")
     ] = None,
     confidence: Annotated[float, typer.Option(help="Joint confidence of all bounds.")] = 0.95,
-    alpha: Annotated[float, typer.Option(help="Level of the test of the claim itself.")] = 0.001,
+    alpha: Annotated[float, typer.Option(help="Level of the claim test.")] = 0.001,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 3 when the verdict is inconclusive.")] = False,
     as_json: Annotated[bool, console.JSON_OPTION] = False,
 ) -> None:
-    """Audit training code that dpaudit did not write: what its claim of eps is worth, by games on whole trainings.
+    """Audit training code that dpaudit did not write: test its claimed eps with games on whole trainings.
 
     MODULE:FACTORY names a factory of dpaudit.under_test (docs/under-test.md) or of the protocol
-    (docs/step-contract.md). No game named: all that the trainer allows, but not the many trainings of --runs. An
-    interrupted audit goes on in its folder.
+    (docs/step-contract.md). The default is every game that the trainer allows, except --runs, which needs many
+    trainings. An interrupted audit continues in its folder.
     """
     from attacks.external.options import TrainerOptions
     from dpaudit.bounds import validate

@@ -16,26 +16,26 @@ SHOWN = 24  # rows of a task on a terminal; the document holds all
 def command(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN...", help="Finished run folders; runs on the same data share one start."),
+        typer.Argument(metavar="RUN...", help="Finished run folders. Runs on the same data are measured together."),
     ],
     tasks: Annotated[
         str | None,
-        typer.Option(metavar="NAME[,NAME...]", help="What to measure on; default: the run's own test questions."),
+        typer.Option(metavar="NAME[,NAME...]", help="Tasks to measure (default: the run's own test questions)."),
     ] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=PATH", help="A local copy of a task's data (Parquet file or folder); repeatable."),
+        typer.Option(metavar="NAME=PATH", help="A local copy of a task's data (Parquet file or folder). Repeatable."),
     ] = None,
     online: Annotated[
-        bool, typer.Option("--online", help="Data without a local copy, and models, may come from the hub.")
+        bool, typer.Option("--online", help="Allow downloads from the hub of models and of data without a local copy.")
     ] = False,
     group: Annotated[
         str | None,
-        typer.Option(metavar="COLUMN", help="Also by group of units: a column of the run's local test file."),
+        typer.Option(metavar="COLUMN", help="Also report by group of units: a column of the run's local test file."),
     ] = None,
     base: Annotated[bool, typer.Option(help="Also measure the base model.")] = True,
     limit: Annotated[
-        int | None, typer.Option(help="Only the first N test units, or questions of another task (quick look).")
+        int | None, typer.Option(help="Use only the first N test units, or questions of another task.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Questions answered at a time; does not change the answers.")] = 128,
     device: Annotated[str, typer.Option(help="auto, cpu, mps, cuda or cuda:N.")] = "auto",
@@ -43,11 +43,12 @@ def command(
 ) -> None:
     """Measure how well runs answer questions about held-out images.
 
-    Default: the test questions of the run's own data, by exact match. --tasks: textvqa_val, vqav2_val, gqa, pope,
-    slake, scienceqa_img, ok_vqa_val2014, vizwiz_vqa_val or another task of lmms-eval, scored by its own code; or a
-    local set by the rules of dpaudit_open_closed, dpaudit_pathvqa, dpaudit_vqa_rad or dpaudit_yes_no. Overall and by
-    subgroup, with 95 % intervals by bootstrap over privacy units or pictures. lmms-eval runs in a process of its own,
-    offline unless --online. Writes release/benchmark.json into each run; tasks measured before stay in it.
+    The default is the test questions of the run's own data, by exact match. --tasks takes textvqa_val, vqav2_val, gqa,
+    pope, slake, scienceqa_img, ok_vqa_val2014, vizwiz_vqa_val or another task of lmms-eval, scored by its own code; or
+    a local set by the rules of dpaudit_open_closed, dpaudit_pathvqa, dpaudit_vqa_rad or dpaudit_yes_no. Results are
+    given overall and by subgroup, with 95 % intervals by bootstrap over privacy units or pictures. lmms-eval runs in a
+    process of its own, offline unless --online. The command writes release/benchmark.json into each run and keeps the
+    tasks that were measured before.
     """
     from dpaudit.errors import rejected
     from dpaudit.online import allow

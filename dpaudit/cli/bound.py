@@ -16,19 +16,19 @@ def command(
     fn: Annotated[int | None, typer.Option(help="Runs with the record, missed (false negatives).")] = None,
     fp: Annotated[int | None, typer.Option(help="Runs without the record, flagged (false positives).")] = None,
     tn: Annotated[int | None, typer.Option(help="Runs without the record, not flagged (true negatives).")] = None,
-    canaries: Annotated[int | None, typer.Option(help="Records with a coin (m).")] = None,
-    guesses: Annotated[int | None, typer.Option(help="Guesses, fixed beforehand (r).")] = None,
-    correct: Annotated[int | None, typer.Option(help="Correct guesses.")] = None,
-    errors: Annotated[int | None, typer.Option(help="Wrong guesses.")] = None,
+    canaries: Annotated[int | None, typer.Option(help="Number of records with a coin (m).")] = None,
+    guesses: Annotated[int | None, typer.Option(help="Number of guesses, fixed beforehand (r).")] = None,
+    correct: Annotated[int | None, typer.Option(help="Number of correct guesses.")] = None,
+    errors: Annotated[int | None, typer.Option(help="Number of wrong guesses.")] = None,
     sample_rate: Annotated[
-        float | None, typer.Option(help="q: assume DP-SGD with this rate instead of one Gaussian.")
+        float | None, typer.Option(help="q: assume DP-SGD with this sample rate instead of one Gaussian release.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="T: with this many steps.")] = None,
+    steps: Annotated[int | None, typer.Option(help="T: number of steps of that DP-SGD.")] = None,
     delta: Annotated[float, typer.Option(help="delta of the (eps, delta) that is bounded.")] = 1e-5,
     confidence: Annotated[float, typer.Option(help="Confidence of the bound.")] = 0.95,
     as_json: Annotated[bool, console.JSON_OPTION] = False,
 ) -> None:
-    """A lower bound on eps from counts, with its ceiling and what it assumes.
+    """Calculate a lower bound on eps from counts, with its ceiling and what it assumes.
 
     clopper-pearson, gdp and bayes take --tp --fn --fp --tn of independent runs; steinke and mahloujifar take --canaries
     --guesses --correct of one run; order-statistic takes --canaries --guesses --errors [--sample-rate --steps].

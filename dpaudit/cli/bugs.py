@@ -13,20 +13,24 @@ if TYPE_CHECKING:
 
 
 def command(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[BUG]...", help="Only these; default: all.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[BUG]...", help="Names of bugs to run (default: all).")
+    ] = None,
     game: Annotated[bool, typer.Option("--game", help="Also play the white-box game (slower).")] = False,
     canaries: Annotated[
-        bool, typer.Option("--canaries", help="Also black-box canaries: 200 whole trainings a bug (slower).")
+        bool, typer.Option("--canaries", help="Also play the canary game: 200 whole trainings per bug (slower).")
     ] = False,
-    slow: Annotated[bool, typer.Option("--slow", help="Also the bugs of the vision-language trainer.")] = False,
-    fusion: Annotated[bool, typer.Option("--fusion", help="Also the fusion audit on planted token paths.")] = False,
+    slow: Annotated[
+        bool, typer.Option("--slow", help="Also run the bugs of the vision-language trainer (slower).")
+    ] = False,
+    fusion: Annotated[bool, typer.Option("--fusion", help="Also run the fusion audit on planted token paths.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of every audit.")] = 0,
     as_json: Annotated[bool, console.JSON_OPTION] = False,
 ) -> None:
     """Run the audits on trainers that each contain one deliberate, documented bug.
 
-    Exit code 1 when a bug that is not declared out of reach is missed, or when a token path is put into the wrong
-    row of the truth table. docs/planted-bugs.md has the tables, with the correct trainers beside them.
+    The exit code is 1 when a bug is missed that is not declared out of reach, or when a token path is put into the
+    wrong row of the truth table. docs/planted-bugs.md has the tables, including those of correct trainers.
     """
     from attacks.bugs.benchmark import document, run_bugs
     from attacks.bugs.paths import PATHS, run_path

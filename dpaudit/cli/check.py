@@ -26,20 +26,22 @@ def command(
     factory: Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help="The trainer under test.")],
     seed: Annotated[int, typer.Option(min=0, help="Seed of initial parameters, sampling and noise.")] = 0,
     epsilon: Annotated[
-        float | None, typer.Option(help="The eps claimed for the whole training, which its claim must cover.")
+        float | None,
+        typer.Option(help="The eps claimed for the whole training; the mechanism of the trainer must cover it."),
     ] = None,
     delta: Annotated[float | None, typer.Option(help="The delta that belongs to --epsilon (default: 1e-5).")] = None,
     allow: Annotated[
         list[str] | None,
-        typer.Option(metavar="CHECK=REASON", help="Waive a failed check by name; shown as waived. May be repeated."),
+        typer.Option(metavar="CHECK=REASON", help="Waive a failed check by name; it is shown as waived. Repeatable."),
     ] = None,
-    time_limit: Annotated[float, typer.Option(help="Seconds that one call of the trainer may take.")] = 30.0,
+    time_limit: Annotated[float, typer.Option(help="Time limit of one call of the trainer, in seconds.")] = 30.0,
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit 3 when a core check could not be made (inconclusive).")
     ] = False,
     junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write JUnit XML.")] = None,
     sarif: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write SARIF 2.1.0, at the factory's source line.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write SARIF 2.1.0, which points to the factory's source line."),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Also write the JSON.")] = None,
     as_json: Annotated[bool, console.JSON_OPTION] = False,
@@ -47,8 +49,8 @@ def command(
     """Test DP-SGD steps of training code: clipping, noise, sampling and accounting, early and late in training.
 
     MODULE:FACTORY names a callable factory(records=None, *, seed, noise_seed=None) in the working directory or on the
-    Python path; docs/step-contract.md says what its trainer must offer. Exit code 0 pass, 1 fail, 2 the trainer can't
-    be asked. All files are complete at every exit code.
+    Python path; docs/step-contract.md says what its trainer must offer. Exit codes: 0 pass; 1 fail; 2 the trainer could
+    not be loaded, or one of its methods failed. All files are written completely at every exit code.
     """
     began = time.monotonic()
     out = sys.stdout

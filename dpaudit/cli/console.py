@@ -66,7 +66,7 @@ def exit_code(document: "AuditDocument | ScoresDocument", *, strict: bool, fail_
         return code
     best = verdict.headline(document)
     if best is None:
-        log("dpaudit: --fail-above: no bound was computed, so the gate says nothing (--strict: exit code 3)")
+        log("dpaudit: --fail-above: no bound was computed, so the gate tests nothing (--strict: exit code 3)")
         return INCONCLUSIVE if strict and code == DONE else code
     elif verdict.exceeds(document, fail_above):
         log(f"dpaudit: --fail-above: eps >= {float(best.epsilon_lower or 0):.3g}, the gate allows {fail_above:g}")

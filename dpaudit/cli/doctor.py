@@ -14,7 +14,7 @@ def command(
     ] = Path("."),
     as_json: Annotated[bool, console.JSON_OPTION] = False,
 ) -> None:
-    """Check the installation; print a command that fixes each problem.
+    """Check the installation and print a command that fixes each problem.
 
     Exit code 0: everything works; 4: something is broken.
     """

@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 
 LANES = 8  # shares into which many small jobs are dealt on a cluster; each share starts its libraries once
 
-EXECUTOR_OPTION = typer.Option(help="local: processes here; ray: a Ray cluster, see --address.")
-ADDRESS_OPTION = typer.Option(help="Of a running Ray cluster: auto or HOST:PORT; default: Ray on this machine alone.")
-GPUS_OPTION = typer.Option(help="Ray: GPUs that a training takes, e.g. 0.25 for four on one.")
+EXECUTOR_OPTION = typer.Option(help="local: processes on this machine; ray: a Ray cluster, see --address.")
+ADDRESS_OPTION = typer.Option(
+    help="Address of a running Ray cluster: auto or HOST:PORT (default: start Ray on this machine)."
+)
+GPUS_OPTION = typer.Option(help="Ray: GPUs per training, e.g. 0.25 for four trainings on one GPU.")
 ExecutorName = Annotated[str, EXECUTOR_OPTION]
 Address = Annotated[str | None, ADDRESS_OPTION]
 GpusPerTrial = Annotated[float | None, GPUS_OPTION]

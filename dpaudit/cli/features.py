@@ -9,13 +9,17 @@ from dpaudit.cli import console
 
 
 def command(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What DPAUDIT_FEATURES names, or SWEEP/features.")],
-    delete: Annotated[bool, typer.Option("--delete", help="Remove it; runs encode their pictures anew.")] = False,
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="The folder that DPAUDIT_FEATURES names, or SWEEP/features.")
+    ],
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Delete the encoded pictures; later runs encode them again.")
+    ] = False,
     as_json: Annotated[bool, console.JSON_OPTION] = False,
 ) -> None:
-    """Encoded pictures that runs share: how many, how large, and removed with --delete.
+    """Show how many encoded pictures runs share and how large they are, or delete them with --delete.
 
-    They are functions of private pictures without any noise: keep them as you keep the pictures.
+    They are computed from private pictures without any noise: protect them as you protect the pictures.
     """
     from dpaudit.documents import FeaturesDocument
     from dpaudit.errors import UsageError

@@ -24,7 +24,7 @@ def command(
     ] = None,
     claim_steps: Annotated[int | None, typer.Option(help="Claimed number of steps; required.")] = None,
     claim_epoch: Annotated[
-        int | None, typer.Option(help="Steps of an epoch of random allocation; none: Poisson batches.")
+        int | None, typer.Option(help="Steps per epoch of random allocation (default: Poisson sampling).")
     ] = None,
     alternative: Annotated[
         str, typer.Option(help="Alternative to detect: 30% (sigma smaller by that much), noise-missing, no-dp.")
@@ -38,10 +38,10 @@ def command(
     figure: Annotated[Path | None, typer.Option(help="Also draw power over canaries: .png, .svg or .pdf.")] = None,
     as_json: Annotated[bool, console.JSON_OPTION] = False,
 ) -> None:
-    """Plan an audit: for a claim and an alternative, the guesses to fix, the power and the expected p-value.
+    """Plan an audit: number of guesses, power and expected p-value for a claim and an alternative.
 
-    The power is that of an ideal attack: an upper limit for a real one. Fix the guesses of the row that you use before
-    training; they then need no correction.
+    The power is that of an ideal attack, an upper limit for a real one. Fix the number of guesses of the row that you
+    use before training; it then needs no correction.
     """
     from dpaudit.analysis import plan
     from dpaudit.analysis.stating import stated_claim

@@ -21,20 +21,20 @@ def command(
     ],
     output: Annotated[
         list[Path] | None,
-        typer.Option("--output", "-o", readable=False, help="The file to write; one for each --format, in order."),
+        typer.Option("--output", "-o", readable=False, help="The file to write; one per --format, in the same order."),
     ] = None,
     forms: Annotated[
         list[str] | None,
         typer.Option(
             "--format",
             metavar="FORMAT",
-            help="What to write, repeatable: html (default), card (model card of one run), md (summary for pull "
-            "requests), junit, sarif, json (the claims as a record for registries).",
+            help="What to write: html (default), card (model card of one run), md (summary for pull "
+            "requests), junit, sarif, json (the claims as a record for registries). Repeatable.",
         ),
     ] = None,
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "Privacy audit report",
     against: Annotated[
-        Path | None, typer.Option(metavar="OLD", help="An earlier report: also say what got better or worse.")
+        Path | None, typer.Option(metavar="OLD", help="An earlier report; the new one says what got better or worse.")
     ] = None,
     include_private: Annotated[
         bool, typer.Option("--include-private", help="Show exact training curves; adds an UNACCOUNTED ledger row.")
@@ -44,15 +44,18 @@ def command(
         typer.Option("--show-examples", help="Show canaries made from real pictures; adds an UNACCOUNTED ledger row."),
     ] = False,
     watching: Annotated[
-        bool, typer.Option("--watch", help="Write again whenever a document changes; Ctrl-C ends it (exit code 0).")
+        bool,
+        typer.Option(
+            "--watch", help="Write the report again whenever a document changes; stop with Ctrl-C (exit code 0)."
+        ),
     ] = False,
     as_json: Annotated[bool, console.JSON_OPTION] = False,
 ) -> None:
     """Write a report: claim, evidence, limits and how to reproduce them, by default as one self-contained HTML file.
 
-    Reads the release/ part of each run and nothing else, unless asked. The page makes no request, works without
-    JavaScript and is under 500 kB; the same files give the same bytes. --format card -o RUN/release/model/README.md
-    renews the model card of a run; what its owner wrote in it stays.
+    Only the release/ part of each run is read, unless --include-private or --show-examples is given. The page makes no
+    request, works without JavaScript and is under 500 kB; the same files give the same bytes. --format card
+    -o RUN/release/model/README.md renews the model card of a run and keeps what its owner wrote in it.
     """
     from dpaudit.errors import UsageError
     from reports.changes import read_earlier

@@ -23,7 +23,7 @@ def command(
     claim_rate: Annotated[float | None, typer.Option(help="Claimed Poisson sample rate.")] = None,
     claim_steps: Annotated[int | None, typer.Option(help="Claimed number of steps.")] = None,
     claim_epoch: Annotated[
-        int | None, typer.Option(help="Steps of an epoch of random allocation; none: Poisson batches.")
+        int | None, typer.Option(help="Steps per epoch of random allocation (default: Poisson sampling).")
     ] = None,
     epsilon: Annotated[float | None, typer.Option(help="Claimed eps at --delta, where no mechanism is stated.")] = None,
     control: Annotated[
@@ -36,10 +36,10 @@ def command(
         float | None, typer.Option(metavar="EPS", help="Exit 1 when the best lower bound on eps exceeds EPS.")
     ] = None,
     independent_runs: Annotated[
-        bool, typer.Option("--independent-runs", help="Every row is a training of its own.")
+        bool, typer.Option("--independent-runs", help="Every row comes from a separate training.")
     ] = False,
     separate: Annotated[
-        bool, typer.Option("--separate", help="Canaries act on separate (orthogonal) directions of the noise.")
+        bool, typer.Option("--separate", help="Canaries act along separate (orthogonal) directions of the noise.")
     ] = False,
     features: Annotated[
         Path | None, typer.Option(help="CSV or Parquet with id and numeric features, for the blind baseline.")
@@ -52,7 +52,7 @@ def command(
     ] = "member",
     score_column: Annotated[str, typer.Option(metavar="NAME", help="Column of scores.")] = "score",
     seed: Annotated[int, typer.Option(min=0, help="Seed for breaking ties.")] = 0,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 when inconclusive.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 3 when the verdict is inconclusive.")] = False,
     as_json: Annotated[bool, console.JSON_OPTION] = False,
 ) -> None:
     """Audit scores (higher = "was in training") of any system: validity, AUC, TPR at small FPR, bounds, verdict.

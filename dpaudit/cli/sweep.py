@@ -21,30 +21,32 @@ if TYPE_CHECKING:
 def command(
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[GRID.yaml] [KEY.SUB=VALUE]...", help="The grid, and settings of every cell."),
+        typer.Argument(metavar="[GRID.yaml] [KEY.SUB=VALUE]...", help="The grid, and settings for every cell."),
     ] = None,
     preset: Annotated[
         str | None, typer.Option(help="frontier, dual-priv-ablation, dual-priv-noiseless or iso-parameter.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the sweep; default sweeps/NAME.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the sweep (default: sweeps/NAME).")] = None,
     processes: Annotated[
         int | None,
-        typer.Option(help="Trainings at the same time; default 2, on Ray as many as the cluster has room for."),
+        typer.Option(help="Number of trainings that run at a time (default: 2; on Ray, as many as fit)."),
     ] = None,
     threads: Annotated[int, typer.Option(help="Threads of each training.")] = 1,
-    seeds: Annotated[str | None, typer.Option(help="Repeats, e.g. 0,1,2 or 0-4; default: the grid's.")] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Seeds of the repeats, e.g. 0,1,2 or 0-4 (default: as in the grid).")
+    ] = None,
     audit: Annotated[
-        list[str] | None, typer.Option(help="Also audit every cell: canaries, fusion ... May be repeated.")
+        list[str] | None, typer.Option(help="Also run this audit on every cell: canaries, fusion, ... Repeatable.")
     ] = None,
     executor: ExecutorName = "local",
     address: Address = None,
     gpus_per_trial: GpusPerTrial = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the sweep in --out.")] = False,
     online: Annotated[bool, console.ONLINE_OPTION] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells; train nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells without training.")] = False,
     as_json: Annotated[bool, console.JSON_OPTION] = False,
 ) -> None:
-    """Train and benchmark many configurations, several seeds each, and put them into one table with intervals.
+    """Train and benchmark a grid of configurations with several seeds each; write one table with intervals.
 
     Every cell is a run folder under OUT/runs. --resume continues a sweep that was stopped: finished cells are
     skipped, an interrupted training continues. A cell that fails is reported and the others continue (exit code 4).

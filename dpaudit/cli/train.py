@@ -19,16 +19,16 @@ def command(
     config: Annotated[Path | None, typer.Option("--config", "-c", help="A YAML file of settings.")] = None,
     method: Annotated[str | None, typer.Option(help="non-private, dp-sgd, dual-priv or dp-zo.")] = None,
     epsilon: Annotated[
-        float | None, typer.Option(help="Target eps; sigma is chosen such that eps is not exceeded.")
+        float | None, typer.Option(help="Target eps; sigma is chosen so that it is not exceeded.")
     ] = None,
     delta: Annotated[float | None, typer.Option(help="delta of the claim.")] = None,
-    model: Annotated[str | None, typer.Option(help="Folder or hub id; default: the compact reference model.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or hub id (default: the compact reference model).")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
     canaries: Annotated[int | None, typer.Option(help="Number of canary candidates.")] = None,
     seed: Annotated[
         int | None, typer.Option(help="Replace the secret noise key: the run must then not be released.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/METHOD.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder (default: runs/METHOD).")] = None,
     resume: Annotated[Path | None, typer.Option(help="Resume an interrupted run.")] = None,
     online: Annotated[bool, console.ONLINE_OPTION] = False,
     dry_run: Annotated[

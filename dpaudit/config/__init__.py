@@ -7,6 +7,7 @@ from dpaudit.config.defaults import METHOD_DEFAULTS
 from dpaudit.config.reading import parse_override, read_yaml
 from dpaudit.config.resolving import resolve
 from dpaudit.config.sections import (
+    ALL_LINEAR,
     CanaryConfig,
     CanaryKind,
     DataConfig,
@@ -27,6 +28,7 @@ from dpaudit.config.sections import (
 )
 
 __all__ = [
+    "ALL_LINEAR",
     "METHOD_DEFAULTS",
     "CanaryConfig",
     "CanaryKind",

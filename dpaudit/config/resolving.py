@@ -12,6 +12,8 @@ from dpaudit.config.sections import RunConfig, dashed
 from dpaudit.config.together import check_together
 from dpaudit.errors import UsageError
 
+WITHOUT_RESERVE = ["noise", "new-token"]  # canaries.kinds where no record is held back that could be mislabelled
+
 
 def resolve(tree: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     """Method defaults, then the file, then the overrides; validated. Raises UsageError with one line."""
@@ -23,6 +25,8 @@ def resolve(tree: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     model = given.get("model")
     if isinstance(method, str) and not (isinstance(model, dict) and model.get("path") is not None):
         defaults = _merge(REFERENCE_DEFAULTS.get(method, {}), defaults)
+    if _holds_nothing_back(given.get("data")):
+        defaults = _merge(defaults, {"canaries": {"kinds": WITHOUT_RESERVE}})
     privacy = given.get("privacy")
     if isinstance(privacy, dict) and privacy.get("noise-multiplier") is not None and "epsilon" not in privacy:
         given = _merge(given, {"privacy": {"epsilon": None}})
@@ -32,6 +36,14 @@ def resolve(tree: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
         raise UsageError(_message(error)) from error
     check_together(config)
     return config
+
+
+def _holds_nothing_back(data: Any) -> bool:
+    """Whether these are settings of a data set of the user's own from which no records are kept for canaries."""
+    if not isinstance(data, dict):
+        return False
+    own = data.get("path") is not None or data.get("name") not in (None, "digits")
+    return own and not data.get("reserve")
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

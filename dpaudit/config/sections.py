@@ -129,6 +129,9 @@ _SAME_SETTING = {
 _OUR_NAME = {"r": "rank", "lora-alpha": "alpha", "target-modules": "targets"}
 
 
+ALL_LINEAR = "all-linear"
+
+
 class LoraConfig(Section):
     """Low-rank adapters on the language model, through peft."""
 
@@ -143,10 +146,24 @@ class LoraConfig(Section):
                 raise ValueError(f"{name} is not supported: {why}")
         return given
 
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _all_linear(cls, given: object) -> object:
+        """PEFT's word for all of them stands alone."""
+        if isinstance(given, str):
+            given = [given]
+            if given != [ALL_LINEAR]:
+                raise ValueError(f"accepted: {ALL_LINEAR}, or a list of names")
+        if isinstance(given, list | tuple) and ALL_LINEAR in given and len(given) > 1:
+            raise ValueError(f"{ALL_LINEAR} means every linear layer; name it alone")
+        return given
+
     rank: int = Field(default=8, ge=1)
     alpha: Finite = Field(default=16.0, gt=0)
     targets: tuple[str, ...] = Field(
-        default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), min_length=1
+        default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        min_length=1,
+        description="names of linear layers of the language model, or all-linear",
     )
     projector: bool = Field(default=False, description="also adapt the multimodal projector")
     train: Literal["both", "b", "alternating"] = Field(
@@ -159,8 +176,10 @@ class ModelConfig(Section):
 
     path: str | None = Field(default=None, description="folder or hub id; default: the reference model of the package")
     device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
-    precision: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="of the frozen model; adapters, clipping and noise are float32 in any case"
+    precision: Literal["float32", "bfloat16", "nf4"] = Field(
+        default="float32",
+        description="of the frozen model; adapters, clipping and noise are float32 in any case. nf4: linear layers of "
+        "the language model in 4 bits (bitsandbytes), the rest in bfloat16",
     )
     lora: LoraConfig = LoraConfig()
 
@@ -286,7 +305,7 @@ class TrainingConfig(Section):
         default="none", description="recompute the decoder's layers in the backward pass; auto: the kind that fits"
     )
     feature_cache: Literal["auto", "always", "never"] = Field(
-        default="auto", description="keep what the tower said on disk, in the run's private part; auto: a large tower"
+        default="auto", description="keep the tower's outputs on disk, in the run's private part; auto: a large tower"
     )
     parallel: Literal["data", "fsdp"] = Field(
         default="data", description="with several ranks: every rank holds the whole base model, or a share (fsdp)"
@@ -298,7 +317,10 @@ class CanaryConfig(Section):
     """Canaries: `count` candidates, each inserted when its fair coin says so."""
 
     count: int = Field(default=0, ge=0)
-    kinds: tuple[CanaryKind, ...] = ("mislabelled", "noise", "new-token")
+    kinds: tuple[CanaryKind, ...] = Field(
+        default=("mislabelled", "noise", "new-token"),
+        description="default without data.reserve (own data): noise, new-token; mislabelled needs records held back",
+    )
 
 
 class PlantedConfig(Section):

@@ -28,7 +28,7 @@ class RunInfo(Part):
     name: str
     method: str
     config_sha256: str
-    about: About = Field(default="weights", description="What the evidence speaks of, where all games agree.")
+    about: About = Field(default="weights", description="What the evidence is about, where all games agree.")
     coins_sha256: str | None = None
     command: str | None = None
 

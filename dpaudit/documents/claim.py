@@ -110,7 +110,7 @@ class LedgerRow(Part):
     status: LedgerStatus
     explanation: str = Field(description="One or two sentences for a reader who is no expert.")
     evidence: str = Field(description="The test, formula or setting that decides the status, with its figures.")
-    stage: Stage | None = Field(default=None, description="Which part of the training it speaks of.")
+    stage: Stage | None = Field(default=None, description="Which part of the training it is about.")
 
 
 def with_stages(tree: Any, field: str) -> Any:

@@ -156,7 +156,7 @@ def of_contract(document: CheckDocument, name: str, place: str = "") -> tuple[Fi
         for check in document.checks
     ]
     if document.problem is not None:
-        what, problem = "the trainer can be asked", clean(document.problem, 400)
+        what, problem = "the trainer can be tested", clean(document.problem, 400)
         found.append(Finding(name, place, "step-contract", what, "fail", problem, "", line=line))
     return tuple(found)
 

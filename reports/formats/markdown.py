@@ -22,7 +22,7 @@ def markdown(page: Page, found: Sequence[Finding], *, title: str, changes: Seque
     number_of = counts(found)
     lines = [f"## {escape(title)}", ""]
     lines += [
-        f"{number_of['fail']} failed, {number_of['warn']} to look at, {number_of['pass']} passed, "
+        f"{number_of['fail']} failed, {number_of['warn']} warnings, {number_of['pass']} passed, "
         f"{number_of['skip']} not decided."
     ]
     lines += ["", *_runs(page.runs)] if page.runs else []
@@ -30,7 +30,7 @@ def markdown(page: Page, found: Sequence[Finding], *, title: str, changes: Seque
         lines += ["", f"### Sweep {escape(sweep.name)}", "", *_sweep(sweep)]
     bad = [finding for finding in found if finding.outcome in ("fail", "warn") and finding.rule != "change"]
     if bad:
-        lines += ["", "### What to look at", ""]
+        lines += ["", "### Findings", ""]
         lines += [
             f"- **{'fails' if finding.outcome == 'fail' else 'warning'}** {escape(finding.subject)}: "
             f"{escape(finding.name)}. {escape(clean(finding.message, 300))}"
@@ -75,7 +75,7 @@ def _signer(run: RunReport) -> str:
     if found.status == "invalid":
         return f"nobody: the signature by key {key} is **invalid**"
     name = found.statement.signer if found.statement is not None else ""
-    return f"key {key}" + (f", by its own account {escape(name, 80)}" if name else "")
+    return f"key {key}" + (f"; the signer states the name {escape(name, 80)}" if name else "")
 
 
 def _sweep(sweep: SweepReport) -> list[str]:

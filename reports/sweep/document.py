@@ -76,6 +76,6 @@ class SweepDocument(Document):
     seeds: tuple[int, ...]
     rows: tuple[SweepRow, ...] = Field(max_length=MOST_ROWS)
     cells: tuple[SweepCell, ...] = Field(max_length=MOST_CELLS)
-    majority: Metric | None = Field(default=None, description="Always giving the commonest answer.")
+    majority: Metric | None = Field(default=None, description="Always giving the most common answer.")
     sample_sha256: str | None = Field(description="The test questions; null: not measured, or cells differ.")
     ledger: tuple[LedgerRow, ...] = Field(description="What choosing between the cells costs.")

@@ -175,6 +175,21 @@ def test_overrides_that_are_none(text: str) -> None:
         parse_override(text)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "kinds"),
+    [
+        ([], "mislabelled noise new-token"),
+        (["data.name=digits"], "mislabelled noise new-token"),
+        (["data.path=x", "data.train=a", "data.test=b"], "noise new-token"),
+        (["data.name=owner/set"], "noise new-token"),
+        (["data.path=x", "data.train=a", "data.test=b", "data.reserve=50"], "mislabelled noise new-token"),
+        (["data.name=owner/set", "canaries.kinds=[mislabelled]"], "mislabelled"),
+    ],
+)
+def test_only_records_held_back_are_mislabelled(overrides: list[str], kinds: str) -> None:
+    assert resolve({}, overrides).canaries.kinds == tuple(kinds.split())
+
+
 def test_overrides_are_yaml() -> None:
     assert parse_override("training.learning_rate=1e-5") == {"training": {"learning-rate": 1e-5}}
     assert parse_override("a.b=[x, 2]") == {"a": {"b": ["x", 2]}}

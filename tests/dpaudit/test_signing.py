@@ -121,7 +121,7 @@ def test_the_page_says_who_vouches_and_that_nobody_does(place: Path) -> None:
     assert f'"signature":"signed","key_sha256":"{fingerprint}"' in page.replace(": ", ":").replace(", ", ",")
     (place / "run/release/signature.json").unlink()
     code, page = report(place)
-    assert code == 0 and "unsigned; stated by the owner" in page and fingerprint not in page
+    assert code == 0 and "obody has signed this result, it is stated by the owner" in page and fingerprint not in page
     assert verify(place) == 1
 
 
@@ -132,7 +132,10 @@ def test_the_markdown_summary_says_who_vouches_and_that_nobody_does(place: Path)
 
     signature = place / "run/release/signature.json"
     key = json.loads(json.loads(signature.read_text())["statement"])["key_sha256"]
-    assert "who vouches" in summary() and f"key `{key[:16]}…`, by its own account Jane Roe, Audit Ltd |" in summary()
+    assert (
+        "who vouches" in summary()
+        and f"key `{key[:16]}…`; the signer states the name Jane Roe, Audit Ltd |" in summary()
+    )
     with (place / "run/release/claim.json").open("a") as file:
         file.write("\n")
     list_again(place / "run/release")

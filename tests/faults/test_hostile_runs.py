@@ -217,7 +217,7 @@ def test_a_claim_of_another_configuration_is_unsupported(case: Case) -> None:
 
 def test_the_page_says_that_nobody_vouches(case: Case) -> None:
     assert case.report().code == 0
-    assert "unsigned; stated by the owner" in case.page and 'class="notice"' not in case.page
+    assert "obody has signed this result, it is stated by the owner" in case.page and 'class="notice"' not in case.page
 
 
 @pytest.mark.parametrize(

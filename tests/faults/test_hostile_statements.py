@@ -100,7 +100,10 @@ def test_a_planted_game_does_not_count(case: Case) -> None:
     sums = checksums.read(listed) | {f"games/{name.name}": checksums.digest(name.read_bytes())}
     listed.write_text(checksums.write(sums))
     assert case.report().code == 0
-    assert "audit.json counts 1 of 2 recorded games" in case.page and "unsigned; stated by the owner" in case.page
+    assert (
+        "audit.json counts 1 of 2 recorded games" in case.page
+        and "obody has signed this result, it is stated by the owner" in case.page
+    )
 
 
 def test_a_forged_twin_earns_nothing(case: Case) -> None:

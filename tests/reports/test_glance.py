@@ -83,7 +83,7 @@ def test_every_verdict_has_a_conclusion_and_one_thing_to_do(tmp_path: Path, verd
         "unsupported": "Do not rely on the claim",
         "invalid": "Nothing, for or against",
         "inconclusive": "Treat the claim as untested.",
-        "not refuted": "Not a proof. As far as this test sees",
+        "not refuted": "Not a proof. As far as this test can tell",
         None: "Not audited",
     }[verdict] in said
     assert ("released weights leak no more than eps" in said) == (verdict == "not refuted")
@@ -95,8 +95,10 @@ def test_power_is_named_with_what_earned_it_and_repeats_are_counted(tmp_path: Pa
     write_audit(run, "dp-sgd", [canary_game("dp-sgd"), white_box_game(), again])
     tested = glance_of(run).tested
     assert tested == (
-        "The released weights, canaries game: could not have shown a wrong claim (no power earned).",
-        "A retrained twin, white-box game, 2 times: 97 % sure to refute if the true sigma is 10 % smaller than claimed "
+        "The released weights (this model), canaries game: could not have shown a wrong claim "
+        "(no control earned it any power).",
+        "A retrained twin (the same training, run again by this audit), white-box game, "
+        "2 times: 97 % sure to refute if the true sigma is 10 % smaller than claimed "
         "(control: liveness).",
     )
     supplied = white_box_game().model_copy(update={"supplied": True})

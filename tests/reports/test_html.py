@@ -131,7 +131,7 @@ def test_says_what_an_auditor_needs(three: tuple[list[Path], str]) -> None:
         "--strict turns an inconclusive audit into exit code 3",
         "Each image, not each person (or patient). Two images of one person: eps up to 19.",
         "is right at most 78 times in 100; a coin: 50.",
-        "could not have shown a wrong claim (no power earned)",
+        "could not have shown a wrong claim (no control earned it any power)",
         "Nothing for or against the claim: it rests on the owner's word.",
     ):
         assert words in text, words
@@ -374,11 +374,14 @@ def test_every_figure_says_what_it_speaks_of_and_the_deciding_one_stays(tmp_path
     assert document.verdict == "not refuted"
     page = page_of(run)
     text = visible(page)
-    assert "The released weights, canaries game: could not have shown" in text
-    assert "A retrained twin, white-box game: 97 % sure to refute if the true sigma is 10 % smaller" in text
+    assert "The released weights (this model), canaries game: could not have shown" in text
+    assert (
+        "A retrained twin (the same training, run again by this audit), white-box game: 97 % sure to refute if the "
+        "true sigma is 10 % smaller" in text
+    )
     own = "(game 02-white-box: the training procedure, not these weights; sigma 1.198, q 0.119, T 168)"
     assert f"Scores in “ white box ” {own}" in text and f"Trade-off of “ white box ” {own}" in text
-    assert "02-white-box says most" in text and "97 % liveness: earned (1.000 C)" in text
+    assert "02-white-box strongest evidence" in text and "97 % liveness: earned (1.000 C)" in text
     assert "Within claimed mechanism (twin) ≥ 7.7 (sees ≤ 9.9)" in text and "dpaudit audit dp-sgd --contract" in text
     assert "of 1,000 97 %" in text
     many = [run]
@@ -396,7 +399,11 @@ def test_a_refuting_game_is_the_one_that_decides(tmp_path: Path) -> None:
     run = write_run(tmp_path, "dp-sgd")
     write_audit(run, "dp-sgd", [canary_game("dp-sgd"), white_box_game(e_value=1e9, power=None)])
     text = visible(page_of(run))
-    assert load_runs([run])[0].verdict == "refuted" and "02-white-box says most" in text and "refutes level" in text
+    assert (
+        load_runs([run])[0].verdict == "refuted"
+        and "02-white-box strongest evidence" in text
+        and "refutes level" in text
+    )
 
 
 def test_an_audit_of_version_1_is_read_and_earns_no_power(tmp_path: Path) -> None:

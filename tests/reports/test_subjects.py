@@ -256,7 +256,7 @@ def test_nothing_changes_between_equal_pages(tmp_path: Path) -> None:
     old = page_file(tmp_path / "old.html", *runs, tmp_path / "sweep", *documents)
     page = load_page([*runs, tmp_path / "sweep", *documents])
     assert compare(page, read_earlier(old)) == ()
-    assert "Nothing that both pages state is different." in visible(render(page, title="T", changes=(), against="o")[0])
+    assert "No value that both pages state has changed." in visible(render(page, title="T", changes=(), against="o")[0])
 
 
 def test_better_and_worse_are_told_apart(tmp_path: Path) -> None:

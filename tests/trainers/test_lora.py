@@ -46,7 +46,8 @@ def test_tied_weights_and_the_tower_are_no_targets(tiny: Path, name: str) -> Non
     model = VisionLanguageModel.load(str(tiny), device="cpu")
     assert model.core.get_input_embeddings().weight is model.core.lm_head.weight, "tied"
     with pytest.raises(
-        UsageError, match=rf"^model\.lora\.targets: got '{name}'; accepted: \['down_proj', .*'v_proj'\]"
+        UsageError,
+        match=rf"^model\.lora\.targets: got '{name}'; accepted: all-linear, or some of \['down_proj', .*'v_proj'\]",
     ):
         model.attach_lora(LoraConfig(targets=("q_proj", name)), generator=np.random.default_rng(0))
 

@@ -89,7 +89,7 @@ def _together_row(dataset: Dataset) -> tuple[LedgerRow, ...]:
             "less than the claim says"
         )
     if facts is not None and facts.near_train is None:
-        said.append("Whether pictures of different units look alike was not looked at")
+        said.append("Whether pictures of different units look alike was not checked")
     if not said:
         return ()
     return (

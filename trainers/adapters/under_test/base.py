@@ -226,7 +226,7 @@ def _same(one: Sequence[Any], two: Sequence[Any]) -> bool:
 def unit_from(claim: StepClaim | None, changes: Mapping[str, Any]) -> StepClaim | None:
     """A stated claim; both at once make no sense."""
     if claim is not None and changes:
-        raise UsageError(f"claim: stated, so {next(iter(changes))}= says nothing; accepted: one of the two")
+        raise UsageError(f"claim: stated, so {next(iter(changes))}= has no effect; accepted: one of the two")
     return claim
 
 

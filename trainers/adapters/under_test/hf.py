@@ -35,7 +35,7 @@ LEAST_STEPS = 600  # of one train(): audits make that many whatever the argument
 
 NOT_ONE_BY_ONE = (
     "{passes} backward passes for {records} records: their gradients are not computed one by one, and the optimizer is "
-    "not Opacus', so a canary gradient has nowhere to go; this closes the white-box game"
+    "not Opacus', so a canary gradient can't be injected; this closes the white-box game"
 )
 
 

@@ -71,7 +71,7 @@ class Loop:
         self.start()
         if self._state != "waiting":
             raise UsageError(
-                f"{self.name}: the loop is over; accepted: a loop that goes on while the loader has batches"
+                f"{self.name}: the loop is over; accepted: a loop that continues while the loader has batches"
             )
         self._state = "running"
         self.feed.batches.put(batches)

@@ -10,8 +10,8 @@ from torch import Tensor
 from trainers.adapters.under_test.backward import Gradient
 
 GHOST_INJECT = (
-    "ghost clipping keeps no gradient of a single record (no grad_sample), so a canary gradient has nowhere to go; "
-    "this closes the white-box game. grad_sample_mode='hooks' or 'functorch' opens it"
+    "ghost clipping keeps no gradient of a single record (no grad_sample), so a canary gradient can't be injected; "
+    "this closes the white-box game. grad_sample_mode='hooks' or 'functorch' enables it"
 )
 
 
