@@ -205,9 +205,16 @@ def taps(model: VisionLanguageModel, parameters: Mapping[str, nn.Parameter], row
     made = _Taps(rows, model.device)
     owners = _owners(model, parameters)
     handles = [module.register_forward_hook(made.hook(name)) for name, module in owners.items()]
+    trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
     try:
+        for (
+            parameter
+        ) in trained:  # else a layer would keep its input a second time, for a gradient that nobody asks for
+            parameter.requires_grad_(False)
         yield made
     finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
         for handle in handles:
             handle.remove()
 
