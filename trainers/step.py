@@ -268,7 +268,7 @@ def chosen_path(
     """The path of a training: as configured; `auto` is Opacus' hooks, or ghost norms where these need far less memory.
 
     longest, answers: tokens of the longest row, and those it learns. A function of configuration, model and data alone,
-    so that a resumed run goes on with the same path. Raises UsageError for ghost norms of a sharded base model.
+    so that a resumed run takes the same path. Raises UsageError for ghost norms of a sharded base model.
     """
     chosen = config.training
     path = gradient_path(config, model, parameters)
