@@ -26,7 +26,7 @@ from dpaudit import atomic, untrusted, untrusted_tables
 from dpaudit.config import CanaryKind
 from dpaudit.errors import InvalidGame, rejected
 from dpaudit.randomness import Key
-from trainers.records import Dataset, Unit
+from trainers.records import Dataset, Unit, looked_at
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (*FIRST, *DRAWN, FusedRegion(), Optimised(), Sampled())}
 ALL = "all"
@@ -162,10 +162,11 @@ def content_sha256(unit: Unit) -> str:
     """Hash of everything in a unit: pixels, questions, answers, and how they belong together."""
     digest = hashlib.sha256()
     for picture in unit.pictures:
-        digest.update(repr((picture.pixels.shape, [(q.text, q.answer, q.kind) for q in picture.questions])).encode())
-        digest.update(picture.pixels.tobytes())
+        pixels = picture.pixels
+        digest.update(repr((pixels.shape, [(q.text, q.answer, q.kind) for q in picture.questions])).encode())
+        digest.update(pixels.tobytes())
         for other in picture.beside:
-            digest.update(repr(other.shape).encode() + other.tobytes())
+            digest.update(repr(other.shape).encode() + looked_at(other).tobytes())
         if any(question.history for question in picture.questions):
             digest.update(repr([question.history for question in picture.questions]).encode())
     return digest.hexdigest()
@@ -178,7 +179,7 @@ def share_out(count: int, kinds: Sequence[str]) -> dict[str, int]:
 
 def _named(draft: Draft, name: str) -> Unit:
     """The unit under the canary's name, so that its ids tell nothing and clash with none."""
-    pictures = tuple(replace(picture, id=f"{name}-{place}") for place, picture in enumerate(draft.unit.pictures))
+    pictures = tuple(picture.derived(id=f"{name}-{place}") for place, picture in enumerate(draft.unit.pictures))
     return Unit(id=name, pictures=pictures)
 
 

@@ -136,8 +136,7 @@ class Mislabelled:
 
     def _relabel(self, unit: Unit, materials: Materials, rng: np.random.Generator) -> Draft:
         pictures = tuple(
-            replace(
-                picture,
+            picture.derived(
                 questions=tuple(
                     replace(question, answer=wrong_answer(question, materials.public_answers, rng))
                     for question in picture.questions

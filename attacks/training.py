@@ -261,7 +261,7 @@ def base_accuracy(model: VisionLanguageModel, dataset: Dataset) -> tuple[str, ..
     """
     if dataset.source == "embedded":
         return ()
-    asked = [(p.shown, q) for unit in dataset.test for p in unit.pictures for q in p.questions]
+    asked = [(p.images, q) for unit in dataset.test for p in unit.pictures for q in p.questions]
     names = [f"{p.id}, question {n}" for u in dataset.test for p in u.pictures for n in range(1, len(p.questions) + 1)]
     places = np.linspace(0, len(asked) - 1, min(len(asked), BASE_QUESTIONS)).astype(int)
     chosen = [asked[index] for index in places]

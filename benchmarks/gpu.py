@@ -35,14 +35,16 @@ MINUTES = 8.0
 TESTS = "tests/gpu"
 CLAIMED = {"Dual-Priv": -0.1434, "Dual-Priv against DP-ZO": 0.0174}  # memory, as the paper states it
 PIECES: dict[str, Any] = {"method": "dual-priv", "reducer": "visionzip", "fusion_noise": "mean", "blocks": 0.8}
-# (arm, units of a physical batch): hooks keep a gradient of the whole adapter for each unit of it.
+# (arm, units of a physical batch): hooks keep a gradient of the whole adapter for each unit of it, ghost norms none.
 ARMS: tuple[tuple[Arm, int], ...] = (
     (Arm("non-private", method="non-private", path="auto"), 4),
     (Arm("DP-SGD, hooks"), 4),
     (Arm("DP-SGD, micro-batch", path="micro-batch"), 1),
+    (Arm("DP-SGD, ghost", path="ghost"), 8),
     (Arm("DP-ZO", method="dp-zo", path="auto"), 4),
     (Arm("Dual-Priv, hooks", **PIECES), 4),
     (Arm("Dual-Priv, micro-batch", path="micro-batch", **PIECES), 1),
+    (Arm("Dual-Priv, ghost", path="ghost", **PIECES), 32),
 )
 TINY = Shape(
     tower=(32, 3, 4), language=(32, 64, 2, 4), rank=4, units=4, device="cpu", image=56, patch=14, keep=4, fuse=2

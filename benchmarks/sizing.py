@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpaudit import accounting
+from trainers import ghost
 
-MEASURED = Path(__file__).parent / "results" / "training_cost_compact-576.json"
+RESULTS = Path(__file__).parent / "results"
+MEASURED, STEP = RESULTS / "training_cost_compact-576.json", RESULTS / "step_cost.json"
 TEXT_TOKENS = 60  # of a picture's questions, answers and template
 
 
@@ -100,6 +102,9 @@ def main() -> None:
             cells.append(f"{hours:.2g} h, {hours * given.price:.2g}")
         print(f"| {label} | {' | '.join(cells)} |")
     adapters = LLAVA_7B.adapters
+    print("\nnoise on CPU threads, drawn while the accelerator works:")
+    for how, rate in json.loads(STEP.read_text())["million numbers a second"].items():
+        print(f"{how}: {adapters / 1e6 / rate:.0f} s a step, {adapters / 1e6 / rate * steps / 3600:.1f} h in all")
     print(f"\ntrained weights: {adapters / 1e6:.0f} M (rank {LLAVA_7B.rank})")
     gib = 2**30
     print("| memory | GiB |\n|---|---|")
@@ -108,6 +113,7 @@ def main() -> None:
         ("adapters, AdamW state and gradient sum, float32", 4 * 4 * adapters),
         ("per-unit gradients, Opacus hooks, each unit of a physical batch", 4 * adapters),
         ("per-unit gradients, micro-batch loop, in all", 4 * adapters),
+        ("per-unit gradients, ghost norms: one layer's norms at a time", ghost.AT_ONCE),
         ("orthogonal canary directions, any number (9 bytes a weight, 8 while a step is projected)", 17 * adapters),
         (f"{given.canaries} random canary directions", 4 * adapters * given.canaries),
         (f"{given.canaries} Dirac canaries", 8 * given.canaries),

@@ -34,6 +34,7 @@ MOST_CSV = 1 << 26  # bytes of a table as text: two million rows; Parquet takes 
 MOST_LINE = 1 << 16  # bytes of a line of it
 MOST_NAMES = 1000  # columns of it
 MOST_COLUMNS = 10_000
+READ_AT_ONCE = 1 << 20  # bytes; by default Arrow reads a file's whole columns before it hands out the first row
 
 
 @contextlib.contextmanager
@@ -45,7 +46,7 @@ def parquet_file(path: Path, *, links: bool = True) -> "Iterator[pyarrow.parquet
     with open_regular(path, links=links) as raw:
         try:
             with bounded_memory():
-                file = pyarrow.parquet.ParquetFile(raw)
+                file = pyarrow.parquet.ParquetFile(raw, pre_buffer=False, buffer_size=READ_AT_ONCE)
         except (pyarrow.ArrowException, OSError, MemoryError) as error:
             raise ValueError("not a readable Parquet file") from error
         with file:

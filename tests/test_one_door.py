@@ -62,6 +62,7 @@ OUTSIDE = {
     ("dpaudit/cli/supervised.py", "ctypes.CDLL"): "the C library of this process, for one system call",
     ("dpaudit/config/reading.py", "yaml.load"): "text of the door, with a loader that knows no tags",
     ("dpaudit/runs.py", "os.pread"): "the lock of this run, opened as an ordinary file there",
+    ("trainers/data/stored.py", "os.pread"): "a nameless file that this process wrote",
     ("dpaudit/worker.py", "os.read"): "standard input: its end is that of the parent",
     ("dpaudit/atomic.py", "os.open"): "what is being written, or its folder",
     ("dpaudit/atomic.py", "temporary.open"): "what is being written",

@@ -18,7 +18,7 @@ import torch
 
 from dpaudit.errors import UsageError
 from dpaudit.randomness import Key, bound_of
-from trainers.records import Unit
+from trainers.records import Picture, Unit, pixels_sha256
 from trainers.vlm import VisionLanguageModel
 
 PARTS = {
@@ -69,6 +69,9 @@ def _feed(digest: "hashlib.blake2b", value: object) -> None:
         _add(digest, b"a", np.ascontiguousarray(value).data.cast("B") if value.size else b"")
     elif isinstance(value, str):
         _add(digest, b"s", value.encode("utf-8", "surrogatepass"))
+    elif isinstance(value, Picture):
+        hashes = tuple(map(pixels_sha256, value.images))  # the same wherever the picture lies, and known where that is
+        _feed(digest, ("picture", value.id, hashes, value.questions))
     elif is_dataclass(value):
         parts = [(field.name, getattr(value, field.name)) for field in fields(value)]
         _feed(digest, tuple(part for pair in parts for part in pair))

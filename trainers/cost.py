@@ -54,7 +54,7 @@ def estimate(config: RunConfig, dataset: Dataset, plan: Plan, opened: Opened) ->
         return Cost(seconds, memory, f"measured on {units} units")
     device = pick_device(config.model.device)
     speed = _speed(device, computed_in(config.model.precision), size)
-    pictures = sum(len(picture.shown) for unit in dataset.train for picture in unit.pictures)
+    pictures = sum(len(picture.images) for unit in dataset.train for picture in unit.pictures)
     work = size.tower_work * pictures + size.unit_work(config) * plan.expected_batch_size * plan.steps
     about = (
         f"counted: {size.tokens} tokens a unit, {opened.files.numbers / 1e6:,.0f} M weights, {speed / 1e9:.0f} GFLOP/s"
@@ -123,8 +123,7 @@ class _Size:
         each = computed_in(config.model.precision).itemsize
         kept = 2 if config.training.gradient_checkpointing != "none" else KEPT
         row = self.tokens * self.width * self.layers * kept * each + 3 * self.head // self.width * self.targets * 4
-        if config.method != "non-private" and config.training.gradient_path != "micro-batch":
-            row += 4 * self.trained
+        row += self._gradients(config, row)
         rows = 1
         if config.training.gradient_path != "micro-batch":
             most = config.training.rows_at_once
@@ -137,6 +136,14 @@ class _Size:
             weights -= round(self.decoder * (each - 0.5625))
         return weights + 4 * COPIES * self.trained + tokens + rows * row
 
+    def _gradients(self, config: RunConfig, activations: int) -> int:
+        """Bytes of one row's gradients by `trainers.step.chosen_path`: Opacus' hooks alone keep any."""
+        chosen, each = config.training, 4 * self.trained
+        if config.method in ("non-private", "dp-zo") or chosen.gradient_path not in ("auto", "hooks"):
+            return 0
+        free = chosen.gradient_path == chosen.rows_at_once == "auto" and chosen.gradient_checkpointing != "reentrant"
+        return 0 if free and RowMemory(activations, each).ghost_pays(chosen.memory) else each
+
 
 def _linear(module: nn.Module) -> list[tuple[str, nn.Linear]]:
     return [(name, part) for name, part in module.named_modules() if isinstance(part, nn.Linear)]
@@ -146,7 +153,7 @@ def _visual(family: Family, picture: Picture) -> tuple[int, str]:
     """Visual tokens of a picture of that size, and what is to be said of the number."""
     if family.patches is not None:
         return family.patches, ""
-    noise = np.random.default_rng(0).integers(0, 256, picture.pixels.shape, dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, picture.images[0].shape, dtype=np.uint8)
     try:
         with torch.no_grad():
             return int(family.encode(family.prepare([noise]), family.layers(ReducerConfig())).tokens.shape[1]), ""
@@ -161,7 +168,7 @@ def _text(opened: Opened, unit: Unit) -> tuple[int, int, int]:
     if opened.guard is not None:
         opened.guard.vouch([*asked, *said])
     counts = [sum(len(opened.tokenizer(text)["input_ids"]) for text in texts) for texts in (asked, said)]
-    return sum(len(picture.shown) for picture in unit.pictures), counts[0] + TEMPLATE * len(asked), counts[1]
+    return sum(len(picture.images) for picture in unit.pictures), counts[0] + TEMPLATE * len(asked), counts[1]
 
 
 def _speed(device: torch.device, dtype: torch.dtype, size: _Size) -> float:
@@ -198,7 +205,7 @@ def _measured(config: RunConfig, dataset: Dataset, plan: Plan, opened: Opened) -
 
 def _noise_units(like: Picture, count: int) -> Sequence[Unit]:
     rng: Any = np.random.default_rng(0)
-    shape = like.pixels.shape
+    shape = like.images[0].shape
     return [
         Unit(str(index), (replace(like, id=str(index), pixels=rng.integers(0, 256, shape, np.uint8)),))
         for index in range(count)

@@ -28,7 +28,7 @@ from dpaudit.runs import RunFolder
 from trainers import feature_folder
 from trainers.generation import Encoded
 from trainers.prompts import HeadRow
-from trainers.records import Pixels
+from trainers.records import Image, pixels_sha256
 
 if TYPE_CHECKING:
     from trainers.vlm import VisionLanguageModel
@@ -38,11 +38,6 @@ FORMAT = "dpaudit-features-1"
 # thread: 0.05 against 1.6 ms a picture for the reference tower with 0.2 M parameters, 7 against 230 ms for CLIP-B/32).
 # Below this size all of it is a second or two of a run of minutes: files made of private pictures aren't worth that.
 LARGE_TOWER = 10_000_000
-
-
-def picture_sha256(pixels: Pixels) -> str:
-    """Hex SHA-256 of a picture's size and pixels."""
-    return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
 
 
 def tower_parameters(model: "VisionLanguageModel") -> int:
@@ -74,19 +69,20 @@ def settings_sha256(model: "VisionLanguageModel") -> str:
 
 
 def cache_of(
-    run: RunFolder, wanted: str, model: "VisionLanguageModel", warn: Callable[[str], None]
+    run: RunFolder | None, wanted: str, model: "VisionLanguageModel", warn: Callable[[str], None]
 ) -> "Features | None":
     """The feature cache of a run, or None where the configuration (auto: the size of the tower) wants none.
 
-    The project's folder where there is one, otherwise the run's own. A twin that an audit trains never reads what its
-    run has encoded: the owner could have changed it. UsageError for a project's folder that others can open.
+    The project's folder where there is one, otherwise the run's own. run: None for a rank that may not touch it. A twin
+    that an audit trains never reads what its run has encoded: the owner could have changed it. UsageError for a
+    project's folder that others can open.
     """
     if wanted == "never" or (wanted == "auto" and tower_parameters(model) < LARGE_TOWER):
         return None
     project = feature_folder.named()
     if project is not None:
         return Features(project / settings_sha256(model)[:32], warn)
-    return Features(run.private / "features", warn)
+    return None if run is None else Features(run.private / "features", warn)
 
 
 class Features:
@@ -98,13 +94,13 @@ class Features:
         self._known: dict[str, Encoded] = {}
         self.encoded_now = 0  # pictures that were not found
 
-    def encoded(self, model: "VisionLanguageModel", pixels: Sequence[Pixels]) -> list[Encoded]:
-        """Pictures in their order, encoded now where no file has them."""
+    def encoded(self, model: "VisionLanguageModel", pixels: Sequence[Image]) -> list[Encoded]:
+        """Pictures in their order, encoded now where no file has them; no other is decoded."""
         if self._settings is None:
             self._settings = settings_sha256(model)
             for path in sorted(self.place.glob("*.safetensors")) if self.place.is_dir() else ():
                 self._known |= self._open(path)
-        keys = [picture_sha256(item) for item in pixels]
+        keys = [pixels_sha256(item) for item in pixels]
         missing = [index for index, key in enumerate(keys) if key not in self._known]
         if missing:
             found = model.encoded([pixels[index] for index in missing])

@@ -25,7 +25,7 @@ from torch import Tensor
 from dpaudit.config import RunConfig
 from dpaudit.errors import DpauditError, UsageError
 from dpaudit.randomness import Key
-from trainers.records import Picture, Unit
+from trainers.records import Picture, Unit, pixels_sha256
 from trainers.reducers import Reduced, Reducer, VisualTokens
 from trainers.vlm import Encoded, VisionLanguageModel
 
@@ -83,7 +83,7 @@ class TokenRelease:
         seen: dict[str, Picture] = {}
         for picture in (picture for unit in units for picture in unit.pictures):
             other = seen.setdefault(picture.id, picture)
-            if other is not picture and not np.array_equal(other.pixels, picture.pixels):
+            if other is not picture and pixels_sha256(other.images[0]) != pixels_sha256(picture.images[0]):
                 raise DpauditError(
                     f"fusion.release: two pictures have the id {picture.id!r}; each needs noise of its own"
                 )

@@ -99,7 +99,7 @@ class UnitInputs:
         release: Callable[[Sequence[Unit], Sequence[Encoded]], list[Encoded]] | None = None,
     ) -> None:
         pictures = [picture for unit in units for picture in unit.pictures]
-        asked = [(question, len(picture.shown)) for picture in pictures for question in picture.questions]
+        asked = [(question, len(picture.images)) for picture in pictures for question in picture.questions]
         model.vouch(asked, answers=True)
         rows = [_questions(unit, model.family.packs) for unit in units]
         self.units = len(units)
@@ -113,8 +113,8 @@ class UnitInputs:
         self.ids = [pictures[index].id for index in self._picture]
         self._encoded: list[Encoded] = []
         for at in range(0, len(pictures), batch_size):
-            shown = [picture.shown for picture in pictures[at : at + batch_size]]
-            chunk = [pixels for pictures_of_row in shown for pixels in pictures_of_row]
+            shown = [picture.images for picture in pictures[at : at + batch_size]]
+            chunk = [image for pictures_of_row in shown for image in pictures_of_row]
             found = iter(model.encoded(chunk) if features is None else features.encoded(model, chunk))
             joined = [model.shown([next(found) for _ in pictures_of_row]) for pictures_of_row in shown]
             self._encoded += [replace(item, tokens=item.tokens.cpu()) for item in joined]  # few are in use at once
@@ -178,7 +178,7 @@ def _questions(unit: Unit, packs: bool) -> list[Picture]:
     """The rows of a unit: its pictures, or one copy of a picture for each question where a family can't pack them."""
     if packs:
         return list(unit.pictures)
-    return [replace(picture, questions=(question,)) for picture in unit.pictures for question in picture.questions]
+    return [picture.derived(questions=(question,)) for picture in unit.pictures for question in picture.questions]
 
 
 def _shares(rows: Sequence[Picture]) -> Tensor:

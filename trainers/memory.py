@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from trainers.vlm import VisionLanguageModel
 
 MOST_ROWS = 64  # more is not faster on anything that was measured
+FEW_ROWS = 8  # of Opacus' hooks: below, a second backward pass over many rows is preferred to many small batches
 GIB = 1 << 30
 HIDDEN, INNER = 13, 5  # tensors of the model's width and of the feed-forward width that a decoder layer saves
 
@@ -36,6 +37,10 @@ class RowMemory:
     def total(self) -> int:
         """All of it."""
         return self.activations + self.gradients
+
+    def ghost_pays(self, gib: float) -> bool:
+        """Whether few rows fit into `gib`, and more than twice as many would without a gradient for each."""
+        return self.rows(gib) < FEW_ROWS and self.gradients > self.activations
 
     def rows(self, gib: float) -> int:
         """Rows that fit into `gib`, at least one, at most 64."""

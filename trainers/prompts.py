@@ -380,7 +380,7 @@ class Prompter:
     def _row(self, picture: Picture) -> dict[str, list[Any]]:
         row: dict[str, list[Any]] = {name: [] for name in ("input_ids", "segment", "offset", "targets", "weights")}
         for segment, item in enumerate(picture.questions):
-            question, answer = self.encode(item.text, item.answer, item.history, len(picture.shown))
+            question, answer = self.encode(item.text, item.answer, item.history, len(picture.images))
             ids = question + answer[:-1]
             targets = [IGNORE] * (len(question) - 1) + answer
             weight = 1.0 / (len(picture.questions) * len(answer))

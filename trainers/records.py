@@ -1,7 +1,13 @@
-"""What a trainer eats: questions about pictures, grouped into the units that privacy protects."""
+"""What a trainer eats: questions about pictures, grouped into the units that privacy protects.
 
+A picture is an array, or lies where it was found (`Elsewhere`) and is decoded whenever it is looked at: a set of any
+size takes no more memory than what is in use at once.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -9,6 +15,63 @@ import numpy.typing as npt
 from dpaudit.documents import LedgerRow
 
 Pixels = npt.NDArray[np.uint8]
+AT_ONCE = 64 << 20  # bytes of decoded pictures that a batch of them holds
+
+
+class Elsewhere(Protocol):
+    """A picture that is not held in memory. shape: (height, width, 3). sha256: `pixels_sha256` of its pixels."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def sha256(self) -> str: ...
+
+    def pixels(self) -> Pixels:
+        """Decode it, always to the same pixels; UsageError where what holds it has changed since it was found."""
+        ...
+
+
+Image = Pixels | Elsewhere
+
+
+def looked_at(image: Image) -> Pixels:
+    """The pixels of a picture, decoded now if it lies elsewhere."""
+    return image if isinstance(image, np.ndarray) else image.pixels()
+
+
+def pixels_sha256(image: Image) -> str:
+    """Hex SHA-256 of a picture's size and pixels; of one that lies elsewhere it is known."""
+    if not isinstance(image, np.ndarray):
+        return image.sha256
+    return hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
+
+
+def in_batches(images: Iterable[Image]) -> Iterator[list[Pixels]]:
+    """The pixels of pictures in order, in lists that hold `AT_ONCE` bytes or one picture."""
+    batch: list[Pixels] = []
+    size = 0
+    for image in images:
+        needed = int(np.prod(image.shape))
+        if batch and size + needed > AT_ONCE:
+            yield batch
+            batch, size = [], 0
+        batch.append(looked_at(image))
+        size += needed
+    if batch:
+        yield batch
+
+
+class _Looked:
+    """The field `pixels` of a picture: takes any `Image`, gives its pixels."""
+
+    def __get__(self, picture: Any, owner: Any = None) -> Pixels:
+        if picture is None:  # dataclasses asks the class for a default value: there is none
+            raise AttributeError("pixels")
+        return looked_at(picture.__dict__["image"])
+
+    def __set__(self, picture: Any, value: Image) -> None:
+        picture.__dict__["image"] = value
 
 
 @dataclass(frozen=True)
@@ -30,18 +93,33 @@ class Question:
 class Picture:
     """One picture with all its questions. `pixels`: uint8, shape (height, width, 3), RGB.
 
-    beside: further pictures that all of these questions show, behind the first.
+    Made with an array or with a picture that lies elsewhere, which `pixels` decodes each time. beside: further pictures
+    that all of these questions show, behind the first.
     """
 
     id: str
-    pixels: Pixels
-    questions: tuple[Question, ...]
-    beside: tuple[Pixels, ...] = ()
+    pixels: _Looked = _Looked()  # a descriptor, not a default: it must be given
+    questions: tuple[Question, ...] = ()
+    beside: tuple[Image, ...] = ()
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """All pictures that the questions show, in order, where they lie."""
+        first: Image = self.__dict__["image"]
+        return (first, *self.beside)
 
     @property
     def shown(self) -> tuple[Pixels, ...]:
-        """All pictures that the questions show, in order."""
-        return (self.pixels, *self.beside)
+        """The pixels of all of them."""
+        return tuple(map(looked_at, self.images))
+
+    def derived(self, *, id: str | None = None, questions: Sequence[Question] | None = None) -> "Picture":
+        """The same picture, left where it lies, under another id or with other questions.
+
+        `dataclasses.replace` would decode it and keep the pixels.
+        """
+        mine = self.questions if questions is None else tuple(questions)
+        return Picture(self.id if id is None else id, self.images[0], mine, self.beside)
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,9 @@ def train(
     if resume:
         group.from_first(lambda: binding.check(run.noise_key, bound))
     reporter.phase(f"encoding {sum(len(unit.pictures) for unit in units)} pictures")
-    features = cache_of(run, config.training.feature_cache, model, warn=reporter.phase) if group.first else None
+    model.set_reducer(config.reducer)  # which features depend on; ranks and resumed runs have it from here
+    own = run if group.first else None  # other ranks share the project's folder, if there is one
+    features = cache_of(own, config.training.feature_cache, model, warn=reporter.phase)
     trainer = Trainer.build(config, plan, key, model, group.own(units), features, group)
     group.agree("initial weights", fingerprint(trainer.parameters))
     if injection is not None and trainer.zeroth is not None:

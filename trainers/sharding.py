@@ -5,8 +5,8 @@ again. Only frozen weights are sharded. The adapter is small, lies whole on ever
 (`ignored_params`), so per-unit gradients, clipping, noise and checkpoints are those of plain data parallel training, to
 the bit; the checkpoint of an adapter is not worth sharding, and a run may continue with another number of ranks.
 
-Opacus has its own FSDP mode (1.6, `ghost_fsdp`). It is not used: it knows ghost clipping alone, the costliest path
-for low-rank adapters (trainers.gradients says why), draws its noise from torch's generator on every rank and shards the
+Opacus has its own FSDP mode (1.6, `ghost_fsdp`). It is not used: it knows ghost clipping alone, which
+makes a second backward pass (trainers.ghost), draws its noise from torch's generator on every rank and shards the
 trained weights, so that noise, ledger and resume would be other than those of a single process.
 
 Gathering is a joint act of all ranks: every rank must make as many passes as the one with the most, and makes empty

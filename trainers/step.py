@@ -14,14 +14,16 @@ import torch
 from torch import nn
 
 from dpaudit.config import RunConfig
-from dpaudit.errors import UsageError
+from dpaudit.errors import UsageError, rejected
 from dpaudit.randomness import Key
 from trainers import updates
 from trainers.distributed import ALONE, Group
 from trainers.features import Features
 from trainers.fusion import release_of
+from trainers.ghost import Ghost
 from trainers.gradients import (
     CLIPPING,
+    ClipRule,
     Gradient,
     GradientPath,
     Hooks,
@@ -34,7 +36,7 @@ from trainers.gradients import (
     whole_units,
 )
 from trainers.inputs import Rows, UnitInputs
-from trainers.memory import rows_at_once
+from trainers.memory import row_memory, rows_at_once
 from trainers.noise import Noise, worth_drawing_ahead
 from trainers.plan import Plan, fusion_std
 from trainers.records import Unit
@@ -97,7 +99,7 @@ class Trainer:
                 f"data.train: the longest question with its answer needs {longest} positions with the picture; "
                 f"accepted: at most {model.max_positions}, the model's context"
             )
-        path = gradient_path(config, model, parameters)
+        path = chosen_path(config, model, parameters, longest=longest, answers=inputs.answers, sharded=group.sharded)
         clip = CLIPPING[config.privacy.clipping]
         zeroth = ZerothOrder(model, parameters, config.zeroth_order, clip) if config.method == "dp-zo" else None
         optimizer = updates.make_optimizer(parameters, config.training, noise=plan.noise_std)
@@ -137,7 +139,7 @@ class Trainer:
         """Sum of the clipped gradients of some units at the present parameters, with the fusion noise of `step`."""
         if self.partial:
             with updates.trainable_only(self.parameters, self.chosen(step)) as chosen:
-                return self._sum(step, units, gradient_path(self.config, self.model, chosen), chosen)
+                return self._sum(step, units, self.path.over(chosen), chosen)
         path: Callable[[Rows, float], UnitSum] = self.path
         if self.zeroth is not None:
             path = partial(self.zeroth.clipped_sum, lines=self.zeroth.lines(self.key, step))
@@ -234,15 +236,47 @@ class Trainer:
         return kept
 
 
+PATHS: dict[str, Callable[[VisionLanguageModel, Mapping[str, nn.Parameter], ClipRule], GradientPath]] = {
+    "auto": Hooks,
+    "hooks": Hooks,
+    "micro-batch": MicroBatch,
+    "ghost": Ghost,
+}
+
+
 def gradient_path(
-    config: RunConfig, model: VisionLanguageModel, parameters: Mapping[str, nn.Parameter]
+    config: RunConfig, model: VisionLanguageModel, parameters: Mapping[str, nn.Parameter], kind: str | None = None
 ) -> GradientPath:
-    """Plain sums without privacy, Opacus hooks by default, the micro-batch loop when asked for."""
-    clip = CLIPPING[config.privacy.clipping]
-    path: GradientPath = Hooks(model, parameters, clip)
+    """Plain sums without privacy, otherwise the path of that kind; None: as configured, `auto` is Opacus' hooks."""
+    made = PATHS[kind or config.training.gradient_path]
+    path: GradientPath = made(model, parameters, CLIPPING[config.privacy.clipping])
     if config.method == "non-private":
         path = Plain(model, parameters)
-    elif config.training.gradient_path == "micro-batch":
-        path = MicroBatch(model, parameters, clip)
     model.set_checkpointing(choose_checkpointing(config.training.gradient_checkpointing, path))
+    return path
+
+
+def chosen_path(
+    config: RunConfig,
+    model: VisionLanguageModel,
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    longest: int,
+    answers: int,
+    sharded: bool,
+) -> GradientPath:
+    """The path of a training: as configured; `auto` is Opacus' hooks, or ghost norms where these need far less memory.
+
+    longest, answers: tokens of the longest row, and those it learns. A function of configuration, model and data alone,
+    so that a resumed run takes the same path. Raises UsageError for ghost norms of a sharded base model.
+    """
+    chosen = config.training
+    path = gradient_path(config, model, parameters)
+    if sharded and isinstance(path, Ghost):  # FSDP drops a layer's weights after the first backward pass
+        raise rejected("training.gradient-path", "ghost", "auto, hooks or micro-batch with training.parallel=fsdp")
+    free = chosen.gradient_path == "auto" and chosen.rows_at_once == "auto" and not sharded
+    if not free or not isinstance(path, Hooks) or chosen.gradient_checkpointing == "reentrant":
+        return path
+    if row_memory(model, parameters, path, longest=longest, answers=answers).ghost_pays(chosen.memory):
+        return gradient_path(config, model, parameters, "ghost")
     return path

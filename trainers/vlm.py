@@ -5,7 +5,6 @@ and language model over packed questions, one number a row) and `answer` (greedy
 its tokens can be computed once. What differs between architectures is in `trainers.families`.
 """
 
-import hashlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ from trainers.opened import REFERENCE as REFERENCE
 from trainers.opened import Opened, family_class, open_checkpoint, told_as
 from trainers.precision import Precision
 from trainers.prompts import IGNORE, TEXT, Head, HeadRow, Packed, stack_heads
-from trainers.records import Pixels, Question
+from trainers.records import Image, Pixels, Question, in_batches, pixels_sha256
 from trainers.reducers import Reduced, Reducer, VisualTokens, make_reducer, sized
 
 SPARE = "<|spare_{}|>"
@@ -205,9 +204,10 @@ class VisionLanguageModel:
             raise ValueError("pictures with different numbers of visual tokens; encode them with `encoded`")
         return self._visual(next(iter(groups.values()))[1], batch_size)
 
-    def _by_grid(self, pixels: Sequence[Pixels]) -> dict[Grid, tuple[list[int], list[Prepared]]]:
+    def _by_grid(self, pixels: Sequence[Image]) -> dict[Grid, tuple[list[int], list[Prepared]]]:
         groups: dict[Grid, tuple[list[int], list[Prepared]]] = {}
-        for index, picture in enumerate(self.family.prepare(pixels)):
+        prepared = (picture for batch in in_batches(pixels) for picture in self.family.prepare(batch))
+        for index, picture in enumerate(prepared):
             places, pictures = groups.setdefault(picture.grid, ([], []))
             places.append(index)
             pictures.append(picture)
@@ -218,7 +218,7 @@ class VisionLanguageModel:
         return VisualTokens.join([self.family.encode(pictures[at : at + batch_size], self.layers) for at in starts])
 
     @torch.no_grad()
-    def encoded(self, pixels: Sequence[Pixels], *, batch_size: int = 64) -> list[Encoded]:
+    def encoded(self, pixels: Sequence[Image], *, batch_size: int = 64) -> list[Encoded]:
         """Pictures of any size through tower and reducer, in their order.
 
         Pictures of one grid share a batch. Raises UsageError when a picture has too few tokens for the reducer.
@@ -300,7 +300,7 @@ class VisionLanguageModel:
     @torch.no_grad()
     def answer(
         self,
-        pixels: Sequence[Pixels | tuple[Pixels, ...]],
+        pixels: Sequence[Image | tuple[Image, ...]],
         questions: Sequence[str | Question],
         *,
         batch_size: int = 128,
@@ -390,12 +390,12 @@ class VisionLanguageModel:
 short_name = lora.short_name
 
 
-def _deduplicate(pixels: Sequence[Pixels]) -> tuple[npt.NDArray[np.int64], list[Pixels]]:
-    seen: dict[bytes, int] = {}
-    unique: list[Pixels] = []
+def _deduplicate(pixels: Sequence[Image]) -> tuple[npt.NDArray[np.int64], list[Image]]:
+    seen: dict[str, int] = {}
+    unique: list[Image] = []
     index = np.empty(len(pixels), dtype=np.int64)
     for row, item in enumerate(pixels):
-        digest = hashlib.sha256(repr(item.shape).encode() + item.tobytes()).digest()
+        digest = pixels_sha256(item)
         if digest not in seen:
             seen[digest] = len(unique)
             unique.append(item)

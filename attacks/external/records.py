@@ -13,9 +13,10 @@ import pandas as pd
 from dpaudit.analysis import tables
 from dpaudit.errors import UsageError, rejected
 from trainers.data import rows
-from trainers.data.pictures import Decoded
-from trainers.data.rows import Source
-from trainers.records import Picture, Pixels, Question, Unit
+from trainers.data.pictures import PLAINLY
+from trainers.data.rows import Row, Source
+from trainers.data.stored import Shelf, Stored, store
+from trainers.records import Image, Picture, Question, Unit
 
 
 def open_file(path: Path, flag: str) -> Source:
@@ -32,11 +33,12 @@ def read_units(records: Path, images: Path | None = None) -> dict[str, Unit]:
     source = open_file(records, "--records")
     pictures = {} if images is None else _pictures(open_file(images, "--images"))
     where = "image" if images is None else "image_id"
-    found: dict[str, dict[str, tuple[Pixels, list[Question]]]] = {}  # by unit and content
+    shelf = Shelf()
+    found: dict[str, dict[str, tuple[Image, list[Question]]]] = {}  # by unit and content
     for number, row in rows.read_rows(source, ["id", where, "question", "answer"], ["kind"]):
         unit = str(rows.key(source, number, row, "id"))
         if images is None:
-            picture = rows.look_at(source, number, rows.picture_bytes(source, number, row))
+            picture = _stored(source, number, row, shelf)
         else:
             name = str(rows.key(source, number, row, "image_id"))
             if name not in pictures:
@@ -52,21 +54,27 @@ def read_units(records: Path, images: Path | None = None) -> dict[str, Unit]:
         unit: Unit(
             id=unit,
             pictures=tuple(
-                Picture(f"{unit}-{place}", pixels, tuple(questions))
-                for place, (pixels, questions) in enumerate(shown.values())
+                Picture(f"{unit}-{place}", image, tuple(questions))
+                for place, (image, questions) in enumerate(shown.values())
             ),
         )
         for unit, shown in found.items()
     }
 
 
-def _pictures(source: Source) -> dict[str, Decoded]:
-    found: dict[str, Decoded] = {}
+def _stored(source: Source, number: int, row: Row, shelf: Shelf) -> Stored:
+    data, file = rows.found(source, number, row.get("image"), "image", source.path.parent)
+    return store(source, number, data, PLAINLY, file or shelf)
+
+
+def _pictures(source: Source) -> dict[str, Stored]:
+    found: dict[str, Stored] = {}
+    shelf = Shelf()
     for number, row in rows.read_rows(source, ["image_id", "image"]):
         name = str(rows.key(source, number, row, "image_id"))
         if name in found:
             raise source.fault(number, "image_id", "occurs a second time in this file")
-        found[name] = rows.look_at(source, number, rows.picture_bytes(source, number, row))
+        found[name] = _stored(source, number, row, shelf)
     return found
 
 

@@ -29,7 +29,7 @@ Floats = npt.NDArray[np.float64]
 def asking(unit: Unit, word: str) -> Unit:
     """The unit with another answer to its only question."""
     picture = unit.pictures[0]
-    return replace(unit, pictures=(replace(picture, questions=(replace(picture.questions[0], answer=word),)),))
+    return replace(unit, pictures=(picture.derived(questions=(replace(picture.questions[0], answer=word),)),))
 
 
 def exposures(

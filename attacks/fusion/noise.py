@@ -143,7 +143,7 @@ def renamed(units: Sequence[Unit]) -> list[Unit]:
         replace(
             unit,
             id=f"{unit.id}/double",
-            pictures=tuple(replace(item, id=f"{item.id}/double") for item in unit.pictures),
+            pictures=tuple(item.derived(id=f"{item.id}/double") for item in unit.pictures),
         )
         for unit in units
     ]

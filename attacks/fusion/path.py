@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dpaudit.randomness import Key
-from trainers.gradients import Gradient, GradientPath, Hooks, MicroBatch, UnitSum
+from trainers.ghost import Ghost
+from trainers.gradients import ClipRule, Gradient, GradientPath, Hooks, MicroBatch, UnitSum
 from trainers.inputs import Rows, UnitInputs
 from trainers.prompts import IGNORE
 from trainers.records import Picture, Unit
@@ -168,11 +169,24 @@ def _look(path: TokenPath, pictures: Sequence[Picture]) -> list[dict[str, Tensor
 
 def per_unit(path: TokenPath, rows: Rows) -> tuple[Gradient, Tensor]:
     """(U, ...) gradients before clipping and (U,) losses, one unit at a time where the run's own path does so."""
-    if not isinstance(path.gradient, MicroBatch):
+    if isinstance(path.gradient, MicroBatch):
+        parts = [path.gradient(rows.unit(unit), UNCLIPPED) for unit in range(rows.units)]
+        losses = torch.cat([part.losses for part in parts])
+    elif isinstance(path.gradient, Ghost):  # sums of the whole batch in which one unit alone counts
+        parts = [Ghost(path.model, path.parameters, _one(unit))(rows, 1.0) for unit in range(rows.units)]
+        losses = parts[0].losses
+    else:
         return Hooks(path.model, path.parameters).per_unit(rows)
-    parts = [path.gradient(rows.unit(unit), UNCLIPPED) for unit in range(rows.units)]
-    stacked = {name: torch.stack([part.gradient[name] for part in parts]) for name in path.parameters}
-    return stacked, torch.cat([part.losses for part in parts])
+    return {name: torch.stack([part.gradient[name] for part in parts]) for name in path.parameters}, losses
+
+
+def _one(unit: int) -> ClipRule:
+    """Clipping factors of 1 for one unit and of 0 for the others."""
+
+    def factors(norms: Tensor, _: float) -> Tensor:
+        return nn.functional.one_hot(torch.tensor(unit, device=norms.device), len(norms)).to(norms.dtype)
+
+    return factors
 
 
 def _clusters(reduced: Reduced, visual: VisualTokens) -> Tensor:

@@ -124,5 +124,5 @@ def longer(unit: Unit) -> Iterator[tuple[str, Unit]]:
 
 
 def _asking(unit: Unit, questions: Sequence[Question]) -> Unit:
-    picture: Picture = replace(unit.pictures[0], questions=tuple(questions))
+    picture: Picture = unit.pictures[0].derived(questions=questions)
     return replace(unit, pictures=(picture, *unit.pictures[1:]))

@@ -14,7 +14,7 @@ from attacks.membership.signals import mean_by_record
 from attacks.membership.units import Asked
 from attacks.membership.view import View
 from trainers.generation import greedy
-from trainers.records import Pixels, Question
+from trainers.records import Image, Question
 from trainers.vlm import VisionLanguageModel
 
 Floats = npt.NDArray[np.float64]
@@ -97,7 +97,7 @@ class _Heated:
 
 def sampled_answers(
     model: VisionLanguageModel,
-    shown: Sequence[tuple[Pixels, ...]],
+    shown: Sequence[tuple[Image, ...]],
     questions: Sequence[Question],
     *,
     temperature: float,

@@ -16,7 +16,7 @@ from PIL import Image
 from attacks.canaries import content_sha256
 from dpaudit.documents import Check
 from dpaudit.errors import InvalidGame
-from trainers.records import Pixels, Unit
+from trainers.records import Picture, Pixels, Unit, pixels_sha256
 
 MOST_BITS = 3  # of the 64 of a hash that may differ
 CLEARLY = 3  # grey levels
@@ -51,15 +51,20 @@ def thumbnail(pixels: Pixels) -> npt.NDArray[np.float32]:
     return np.asarray(small, dtype=np.float32).ravel()
 
 
+def _marks(picture: Picture) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float32], str]:
+    pixels = picture.pixels
+    return difference_hash(pixels), thumbnail(pixels), pixels_sha256(pixels)
+
+
 def look_alikes(units: Sequence[Unit], members: npt.NDArray[np.bool_]) -> list[Pair]:
     """Pairs of a member and a non-member with a picture that is equal or looks alike, members in order."""
-    pictures = [(index, picture.pixels) for index, unit in enumerate(units) for picture in unit.pictures]
+    pictures = [(index, picture) for index, unit in enumerate(units) for picture in unit.pictures]
     if not pictures:
         return []
     owner = np.array([index for index, _ in pictures])
-    bits = np.stack([difference_hash(pixels) for _, pixels in pictures]).astype(np.float32)
-    small = np.stack([thumbnail(pixels) for _, pixels in pictures])
-    raw = [(pixels.shape, pixels.tobytes()) for _, pixels in pictures]
+    marks = [_marks(picture) for _, picture in pictures]  # one picture in memory at a time
+    bits, small = np.stack([mark[0] for mark in marks]).astype(np.float32), np.stack([mark[1] for mark in marks])
+    raw = [mark[2] for mark in marks]
     inside, outside = np.flatnonzero(members[owner]), np.flatnonzero(~members[owner])
     found: dict[tuple[int, int], bool] = {}
     for at in range(0, len(inside), BLOCK):

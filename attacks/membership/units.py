@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from trainers.records import Pixels, Question, Unit
+from trainers.records import Image, Picture, Pixels, Question, Unit
 from trainers.vlm import VisionLanguageModel
 
 
@@ -24,14 +24,14 @@ def questions_of(units: Sequence[Unit]) -> list[Question]:
 class Asked:
     """Every question of some units with the pictures that it shows, the right answer (Q,), and its unit (Q,)."""
 
-    shown: list[tuple[Pixels, ...]]
+    shown: list[tuple[Image, ...]]
     questions: list[Question]
     answers: list[str]
     owner: npt.NDArray[np.int64]
 
     @classmethod
     def of(cls, units: Sequence[Unit]) -> "Asked":
-        rows = [(i, p.shown, q) for i, unit in enumerate(units) for p in unit.pictures for q in p.questions]
+        rows = [(i, p.images, q) for i, unit in enumerate(units) for p in unit.pictures for q in p.questions]
         return cls(
             [shown for _, shown, _ in rows],
             [question for *_, question in rows],
@@ -54,10 +54,11 @@ def changed(
         replace(
             unit,
             pictures=tuple(
-                replace(
-                    picture,
-                    pixels=picture.pixels if pictures is None else next(pixels),
-                    questions=picture.questions if questions is None else tuple(next(asked) for _ in picture.questions),
+                Picture(
+                    picture.id,
+                    picture.images[0] if pictures is None else next(pixels),
+                    picture.questions if questions is None else tuple(next(asked) for _ in picture.questions),
+                    picture.beside,
                 )
                 for picture in unit.pictures
             ),

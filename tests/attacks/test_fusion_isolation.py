@@ -20,6 +20,7 @@ from dpaudit.config import ReducerConfig
 from dpaudit.errors import UsageError
 from tests.attacks.fusion_paths import VISIONZIP, token_path
 from tests.tiny import random_units, save_tiny_llava
+from trainers.ghost import Ghost
 from trainers.gradients import MicroBatch
 from trainers.records import Unit
 
@@ -57,8 +58,9 @@ def test_our_reducers_are_isolated(tiny: Path, reducer: ReducerConfig) -> None:
     assert found.leak is None and set(statuses(found).values()) == {"pass"}
 
 
-def test_one_unit_at_a_time_is_isolated(tiny: Path, units: Sequence[Unit]) -> None:
-    assert audit_isolation(token_path(tiny, gradient=MicroBatch), units).passed
+@pytest.mark.parametrize("kind", [MicroBatch, Ghost])
+def test_other_gradient_paths_are_isolated(tiny: Path, units: Sequence[Unit], kind: type) -> None:
+    assert audit_isolation(token_path(tiny, gradient=kind), units).passed
 
 
 @pytest.mark.parametrize("plant", STAGED, ids=lambda plant: plant.name)

@@ -12,6 +12,7 @@ from attacks.fusion.sensitivity import audit_sensitivity, difference, zeroed
 from dpaudit.documents import Sensitivity
 from tests.attacks.fusion_paths import token_path
 from tests.tiny import random_units, save_tiny_llava
+from trainers.ghost import Ghost
 from trainers.gradients import MicroBatch
 from trainers.records import Unit
 
@@ -40,7 +41,8 @@ def test_the_bound_holds_and_is_reached_where_everything_is_clipped(tiny: Path, 
     # Gradients of this model are far above C = 1, so an added unit moves the sum by C exactly.
     assert rows[0].max_grad_norm == 1.0 and rows[0].largest == pytest.approx(1.0, abs=1e-4)
     assert len({row.max_grad_norm for row in rows}) == 2
-    assert audit_sensitivity(token_path(tiny, gradient=MicroBatch), units[:2])[0].holds
+    for kind in (MicroBatch, Ghost):
+        assert audit_sensitivity(token_path(tiny, gradient=kind), units[:2])[0].holds
 
 
 @pytest.mark.parametrize("name", ["token-mean", "batch-merged"])

@@ -98,7 +98,7 @@ BAD: dict[str, list[str]] = {
     "training.learning-rate": ["0", "-1", ".inf", "fast"],
     "training.weight-decay": ["-0.1", ".nan"],
     "training.warmup": ["-0.1", "1", "2"],
-    "training.gradient-path": ["ghost", "null"],
+    "training.gradient-path": ["shadow", "null"],
     "training.rows-at-once": ["0", "-1", "many"],
     "training.draws": ["0", "-1", "many"],
     "training.memory": ["0", "-1", ".inf", "null"],

@@ -20,6 +20,7 @@ from dpaudit.errors import DpauditError
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
 from tests.tiny import random_units
+from trainers import feature_folder
 from trainers.distributed import current, joined
 from trainers.gradients import Gradient
 from trainers.plan import make_plan
@@ -62,6 +63,12 @@ def start(tiny: Path, out: Path, *extra: str) -> None:
         save_file(recorder.seen, out / "seen.safetensors")
     else:
         assert not recorder.seen, "the hook must see rank 0 only"
+
+
+def start_sharing(tiny: Path, out: Path, *extra: str) -> None:
+    """The same with a folder of encoded pictures for the project."""
+    os.environ[feature_folder.VARIABLE] = str(out.parent / "features")
+    start(tiny, out, *extra)
 
 
 def twin(tiny: Path, out: Path, *extra: str) -> None:

@@ -19,8 +19,10 @@ from dpaudit.errors import EnvironmentFailure, UsageError
 from dpaudit.runs import RunFolder
 from tests.trainers import ranks
 from tests.trainers.ranks import together
+from trainers import feature_folder
 from trainers.distributed import Alone, Ranks, joined
 from trainers.gradients import Gradient, UnitSum
+from trainers.vlm import VisionLanguageModel
 
 DPAUDIT = Path(sys.executable).parent / "dpaudit"
 METHODS = {
@@ -61,6 +63,20 @@ def test_two_ranks_equal_one(tiny: Path, tmp_path: Path, method: str) -> None:
     lines = [json.loads(line) for line in (tmp_path / "two/private/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert (tmp_path / "two/release/environment.json").read_text().count("cpu on 2 ranks") == 1
+
+
+def test_ghost_norms_and_features_of_two_ranks_are_those_of_one(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extra = ("training.gradient-path=ghost", "training.feature-cache=always")
+    codes, errors = together(ranks.start_sharing, tiny, tmp_path / "two", *extra, notes=tmp_path)
+    assert codes == [0, 0], errors
+    (part,) = feature_folder.parts(tmp_path / "features")
+    assert (part.pictures, len(part.files)) == (21, 2), "each rank keeps its own pictures there"
+    monkeypatch.setenv(feature_folder.VARIABLE, str(tmp_path / "features"))
+    monkeypatch.setattr(VisionLanguageModel, "encoded", lambda *_: pytest.fail("encoded again"))
+    ranks.start(tiny, tmp_path / "one", *extra)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
 def test_gradient_canaries_score_the_same_on_two_ranks(tiny: Path, tmp_path: Path) -> None:

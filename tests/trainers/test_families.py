@@ -15,6 +15,7 @@ from tests.tiny import random_units, save_tiny_llava
 from tests.tiny_families import TINY, save_tiny_qwen2_vl
 from tests.trainers.oracle import CHAT, Plain
 from trainers.families.base import arrange
+from trainers.ghost import Ghost
 from trainers.gradients import Hooks, MicroBatch
 from trainers.inputs import UnitInputs
 from trainers.records import Picture, Unit
@@ -86,15 +87,24 @@ def test_per_unit_gradients_equal_transformers_one_question_at_a_time(
     rows = UnitInputs(model, chosen).select(range(len(chosen)))
     fast, losses = Hooks(model, parameters).per_unit(rows)
     slow, oracle = MicroBatch(model, parameters), Plain(model, reducer)
+    truth = []
     for index, unit in enumerate(chosen):
         expected, loss = oracle.gradient(unit, parameters)
         alone, _ = slow.gradient(rows.unit(index))
         size = torch.sqrt(sum(value.square().sum() for value in expected.values()))
+        truth.append((size, expected))
         assert float(size) > 0
         for mine in ({key: value[index] for key, value in fast.items()}, alone):
             gap = torch.sqrt(sum((mine[key] - expected[key]).square().sum() for key in expected))
             assert float(gap / size) < 1e-6
         assert loss == pytest.approx(float(losses[index]), rel=1e-6)
+    clip = float(torch.stack([size for size, _ in truth]).median())
+    ghost = Ghost(model, parameters)(rows, clip)
+    for index, (size, _) in enumerate(truth):
+        assert float(ghost.norms[index]) == pytest.approx(float(size), rel=1e-6)
+    summed = {key: sum(min(1.0, clip / float(size)) * one[key] for size, one in truth) for key in parameters}
+    gap = torch.sqrt(sum((ghost.gradient[key] - summed[key]).square().sum() for key in summed))
+    assert float(gap) < 1e-6 * clip * len(truth)
 
 
 @pytest.mark.parametrize("name", [name for name in TINY if name != "llava-siglip"])

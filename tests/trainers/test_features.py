@@ -213,6 +213,7 @@ def test_auto_keeps_nothing_for_a_small_tower(tiny: Path, tmp_path: Path) -> Non
     assert cache_of(run, "always", model, print) is not None
     large = replace_tower(model)
     assert cache_of(run, "auto", large, print) is not None
+    assert cache_of(None, "auto", large, print) is None, "a rank that may not touch the run"
 
 
 def replace_tower(model: VisionLanguageModel) -> VisionLanguageModel:

@@ -11,6 +11,7 @@ from dpaudit.config import LoraConfig, ReducerConfig
 from dpaudit.errors import DpauditError
 from dpaudit.randomness import Key
 from tests.tiny import random_units
+from trainers.ghost import Ghost
 from trainers.gradients import Hooks, MicroBatch, Plain, add_sums, clip_factors, unit_losses
 from trainers.inputs import Rows, UnitInputs
 from trainers.vlm import VisionLanguageModel
@@ -49,7 +50,8 @@ def test_paths_agree_and_equal_single_unit_backward(
     model, parameters, inputs = prepare(tiny, reducer, pictures=pictures, projector=projector)
     rows = all_rows(inputs)
     clip = float(MicroBatch(model, parameters)(rows, 1.0).norms.median())  # some units are clipped, some are not
-    slow, fast = MicroBatch(model, parameters)(rows, clip), Hooks(model, parameters)(rows, clip)
+    slow = MicroBatch(model, parameters)(rows, clip)
+    fast, ghost = Hooks(model, parameters)(rows, clip), Ghost(model, parameters)(rows, clip)
     assert 0 < int((slow.norms > clip).sum()) < inputs.units
     expected = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     for unit in range(inputs.units):
@@ -67,11 +69,13 @@ def test_paths_agree_and_equal_single_unit_backward(
     for name in parameters:
         assert float((slow.gradient[name] - expected[name]).abs().max()) <= 1e-5 * scale
         assert float((fast.gradient[name] - expected[name]).abs().max()) <= 1e-5 * scale
-    torch.testing.assert_close(fast.norms, slow.norms, rtol=1e-5, atol=0)
-    torch.testing.assert_close(fast.losses, slow.losses, rtol=1e-5, atol=1e-6)
+        assert float((ghost.gradient[name] - expected[name]).abs().max()) <= 1e-5 * scale
+    for found in (fast, ghost):
+        torch.testing.assert_close(found.norms, slow.norms, rtol=1e-5, atol=0)
+        torch.testing.assert_close(found.losses, slow.losses, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [MicroBatch, Hooks])
+@pytest.mark.parametrize("kind", [MicroBatch, Hooks, Ghost])
 def test_one_unit_never_contributes_more_than_c(tiny: Path, kind: type) -> None:
     model, parameters, inputs = prepare(tiny, REDUCERS[3], pictures=2)
     for clip in (1e-3, 1.0, 1e6):
@@ -82,7 +86,7 @@ def test_one_unit_never_contributes_more_than_c(tiny: Path, kind: type) -> None:
             assert float(norm) <= float(total.norms[0]) * (1 + 1e-5), "clipping never scales up"
 
 
-@pytest.mark.parametrize("kind", [MicroBatch, Hooks])
+@pytest.mark.parametrize("kind", [MicroBatch, Hooks, Ghost])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_unit_that_is_not_finite_contributes_nothing(tiny: Path, kind: type, bad: float) -> None:
     model, parameters, inputs = prepare(tiny, REDUCERS[0])

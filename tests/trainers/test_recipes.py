@@ -1,4 +1,4 @@
-"""Recipes: each setting against its formula, micro-batch against hooks, resume, ledger, and runs at eps = infinity."""
+"""Recipes: each setting against its formula, gradient paths against each other, resume, ledger, eps = infinity."""
 
 import json
 import math
@@ -19,12 +19,13 @@ from dpaudit.errors import UsageError
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
 from tests.tiny import random_units
+from trainers.ghost import Ghost
 from trainers.gradients import STABILITY, Hooks, MicroBatch, automatic_factors
 from trainers.plan import make_plan
 from trainers.progress import Silent, StepReport
 from trainers.records import Dataset
 from trainers.run import load_model
-from trainers.step import Trainer
+from trainers.step import PATHS, Trainer
 from trainers.updates import AdamBc, Average, learning_rate, make_optimizer
 from trainers.vlm import VisionLanguageModel
 
@@ -61,15 +62,16 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_hooks_and_micro_batch_agree_step_by_step(tiny: Path, name: str) -> None:
-    fast, slow = (build(tiny, *RECIPES[name], f"training.gradient-path={path}") for path in ("hooks", "micro-batch"))
+def test_gradient_paths_agree_step_by_step(tiny: Path, name: str) -> None:
+    trainers = [build(tiny, *RECIPES[name], f"training.gradient-path={path}") for path in PATHS if path != "auto"]
     for step in range(1, 4):
-        one, two = (trainer.clipped_sum(step, range(8)) for trainer in (fast, slow))
-        assert one.gradient.keys() == two.gradient.keys()
-        for key, value in one.gradient.items():
-            torch.testing.assert_close(value, two.gradient[key], rtol=1e-5, atol=1e-5)
-        for trainer, total in ((fast, one), (slow, one)):
-            trainer.update(step, trainer.noisy_mean(step, total))
+        one, *others = (trainer.clipped_sum(step, range(8)) for trainer in trainers)
+        for other in others:
+            assert one.gradient.keys() == other.gradient.keys()
+            for key, value in one.gradient.items():
+                torch.testing.assert_close(value, other.gradient[key], rtol=1e-5, atol=1e-5)
+        for trainer in trainers:
+            trainer.update(step, trainer.noisy_mean(step, one))
 
 
 class Stopped(Exception):
@@ -172,7 +174,7 @@ def test_automatic_clipping_is_its_formula_and_never_reaches_c(tiny: Path) -> No
     expected = {
         name: sum(0.5 / (norms[unit] + 0.01) * value[unit] for unit in range(6)) for name, value in gradients.items()
     }
-    for path in (Hooks, MicroBatch):
+    for path in (Hooks, MicroBatch, Ghost):
         found = path(trainer.model, trainer.parameters, automatic_factors)(rows, 0.5).gradient
         for name, value in found.items():
             torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)

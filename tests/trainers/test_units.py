@@ -15,6 +15,7 @@ from dpaudit.randomness import Key
 from tests.tiny import random_units
 from tests.tiny_families import save_tiny_idefics3
 from trainers.families.base import Layers
+from trainers.ghost import Ghost
 from trainers.gradients import Hooks, MicroBatch, UnitSum, unit_losses, whole_units
 from trainers.inputs import Rows, UnitInputs
 from trainers.plan import make_plan
@@ -111,13 +112,14 @@ def test_an_adapter_inside_the_tower_is_refused_where_its_rows_are_tiles(tiled: 
         return VisionLanguageModel.losses(model, visual.tokens, packed)
 
     model.losses = through_the_tower  # type: ignore[method-assign]
-    with pytest.raises(DpauditError, match=r"15 rows for 3 pictures; clipping would not be per unit"):
-        Hooks(model, parameters)(rows, 1.0)
+    for path in (Hooks(model, parameters), Ghost(model, parameters)):
+        with pytest.raises(DpauditError, match=r"15 rows for 3 pictures; clipping would not be per unit"):
+            path(rows, 1.0)
 
 
 def test_a_result_for_whole_units_passes(tiled: Path) -> None:
     model, parameters, rows = prepare(tiled, projector=True)
-    for path in (Hooks(model, parameters), MicroBatch(model, parameters)):
+    for path in (Hooks(model, parameters), MicroBatch(model, parameters), Ghost(model, parameters)):
         assert whole_units(path(rows, 1.0), rows).norms.shape == (3,)
     short = UnitSum({}, torch.zeros(3), torch.zeros(6))
     with pytest.raises(DpauditError, match="losses for 3 units"):

@@ -180,7 +180,7 @@ def build(tiny: Path, *extra: str) -> Trainer:
     return Trainer.build(config, make_plan(config, DATA, 0), Key.from_seed(1), model, DATA.train)
 
 
-@pytest.mark.parametrize("path", ["hooks", "micro-batch"])
+@pytest.mark.parametrize("path", ["hooks", "micro-batch", "ghost"])
 @pytest.mark.parametrize("granularity", ["matrix", "layer"])
 def test_previous_computes_clips_and_noises_the_chosen_blocks_only(tiny: Path, path: str, granularity: str) -> None:
     extra = [f"pruning={{keep: 0.5, by: previous, granularity: {granularity}}}", f"training.gradient-path={path}"]

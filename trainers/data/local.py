@@ -18,11 +18,12 @@ from typing import Any
 from dpaudit.config import DataConfig
 from dpaudit.documents import LedgerRow
 from dpaudit.errors import UsageError, rejected
-from trainers.data import files, formats, pictures, rows, said
+from trainers.data import files, formats, near, pictures, rows, said
 from trainers.data.files import Table
 from trainers.data.formats import Format, Sample, many
-from trainers.data.pictures import Decoded, Look
+from trainers.data.pictures import Look
 from trainers.data.rows import Source
+from trainers.data.stored import Shelf, Stored, store
 from trainers.records import Dataset, Picture, Question, Unit
 
 PICTURE_UNIT = "image (with all its questions)"
@@ -33,7 +34,7 @@ _Key = tuple[str, str | int]  # ("picture", content hash) or ("unit", value of t
 class _Rows:
     """What one split shows together: pictures in order, with their questions while these are being collected."""
 
-    shown: tuple[Decoded, ...]
+    shown: tuple[Stored, ...]
     questions: list[Question] = field(default_factory=list)
     group: str | None = None
 
@@ -44,7 +45,7 @@ class Split:
 
     label: str
     rows: dict[tuple[_Key, tuple[str, ...]], _Rows] = field(default_factory=dict)
-    decoded: dict[str, Decoded] = field(default_factory=dict)  # by content
+    pictures: dict[str, Stored] = field(default_factory=dict)  # by content
     names: dict[str, list[str]] = field(default_factory=dict)  # content -> what the files call it
     links: dict[_Key, _Key] = field(default_factory=dict)  # units that a row with several pictures joins
     notes: list[str] = field(default_factory=list)
@@ -66,9 +67,9 @@ class Split:
                 self.links[other] = first
         return first
 
-    def see(self, content: str, shown: Decoded, name: str) -> None:
+    def see(self, content: str, shown: Stored, name: str) -> None:
         """Note a picture under the name that its file has."""
-        self.decoded.setdefault(content, shown)
+        self.pictures.setdefault(content, shown)
         known = self.names.setdefault(content, [])
         if name not in known:
             known.append(name)
@@ -120,12 +121,13 @@ class _Reader:
     look: Look
     unit: str | None
     group: str | None
-    library: dict[str | int, Decoded] | None = None
+    library: dict[str | int, Stored] | None = None
     library_label: str = ""
     owners: dict[str | int, str | int] = field(default_factory=dict)  # unit of a picture, from its own table
     group_of: dict[Any, Any] = field(default_factory=dict)  # group of a picture, from its own table
     used: dict[str | int, str | int | None] = field(default_factory=dict)
-    cache: dict[bytes, Decoded] = field(default_factory=dict)  # the same bytes are decoded once
+    cache: dict[bytes, Stored] = field(default_factory=dict)  # the same bytes are decoded once
+    shelf: Shelf = field(default_factory=Shelf)
 
     def read(self, how: Format) -> Split:
         """All rows of the split."""
@@ -140,7 +142,7 @@ class _Reader:
                 contents.append(shown.content)
             owner = self._owner(split, source, number, row, sample, contents)
             for turn_owner, seen, question in _questions(owner, sample, contents):
-                part = split.rows.setdefault((turn_owner, seen), _Rows(tuple(split.decoded[item] for item in seen)))
+                part = split.rows.setdefault((turn_owner, seen), _Rows(tuple(split.pictures[item] for item in seen)))
                 part.questions.append(question)
                 self._group(source, number, row, sample.pictures[0], part)
         split.notes += list(how.counts.notes(self.table.label))
@@ -158,16 +160,17 @@ class _Reader:
             raise source.fault(number, self.group, "differs from an earlier row of the same unit")
         part.group = value
 
-    def _picture(self, source: Source, number: int, reference: Any) -> tuple[Decoded, str]:
+    def _picture(self, source: Source, number: int, reference: Any) -> tuple[Stored, str]:
         if self.library is not None:
             name = rows.key(source, number, {"image_id": reference}, "image_id")
             if name not in self.library:
                 raise source.fault(number, "image_id", f"no such picture in {self.library_label}")
             return self.library[name], str(name)
-        data = rows.encoded(source, number, reference, "image", self.table.folder)
+        data, file = rows.found(source, number, reference, "image", self.table.folder)
         digest = hashlib.sha256(data).digest()
         if digest not in self.cache:
-            self.cache[digest] = rows.look_at(source, number, data, self.look)
+            few = len(self.cache) < near.MOST  # beyond that near-duplicates are not looked for
+            self.cache[digest] = store(source, number, data, self.look, file or self.shelf, mark=few)
         return self.cache[digest], _name_of(reference) or f"bytes {digest.hex()[:8]}"
 
     def _owner(
@@ -206,22 +209,23 @@ def _questions(
 
 def _library(
     table: Table, look: Look, unit: str | None, group: str | None
-) -> tuple[dict[str | int, Decoded], dict[str | int, str | int], dict[Any, Any]]:
+) -> tuple[dict[str | int, Stored], dict[str | int, str | int], dict[Any, Any]]:
     """(pictures, units, groups) by image_id of a table of pictures."""
     columns = table.columns()
     name = next((name for name in ("image_id", "imageId", "id") if name in columns), None)
     if name is None or "image" not in columns:
         gone = "image_id" if name is None else "image"
         raise UsageError(f"{table.label}: no column {gone!r}; columns: {', '.join(columns[:20])}")
-    found: dict[str | int, Decoded] = {}
+    found: dict[str | int, Stored] = {}
     owners: dict[str | int, str | int] = {}
     groups: dict[Any, Any] = {}
+    shelf = Shelf()
     for source, number, row in table.rows([name, "image", *(item for item in (unit, group) if item)]):
         key = rows.key(source, number, row, name)
         if key in found:
             raise source.fault(number, name, "occurs a second time in this file")
-        data = rows.encoded(source, number, row.get("image"), "image", table.folder)
-        found[key] = rows.look_at(source, number, data, look)
+        data, file = rows.found(source, number, row.get("image"), "image", table.folder)
+        found[key] = store(source, number, data, look, file or shelf, mark=len(found) < near.MOST)
         if unit and unit in row:
             owners[key] = rows.key(source, number, row, unit)
         if group and group in row:

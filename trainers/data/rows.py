@@ -222,13 +222,13 @@ def key(source: Source, number: int, row: Row, field: str) -> str | int:
     return value
 
 
-def picture_bytes(source: Source, number: int, row: Row, field: str = "image") -> bytes:
-    """The encoded picture in a column of a row."""
-    return encoded(source, number, row.get(field), field, source.path.parent)
-
-
 def encoded(source: Source, number: int, value: Any, field: str, folder: Path) -> bytes:
     """The encoded picture that a value stands for: bytes, base64 in a JSON struct, or a file below `folder`."""
+    return found(source, number, value, field, folder)[0]
+
+
+def found(source: Source, number: int, value: Any, field: str, folder: Path) -> tuple[bytes, Path | None]:
+    """The same with the file that holds nothing else, where there is one."""
     if isinstance(value, dict) and "bytes" not in value and "path" not in value and "url" in value:
         value = value["url"]
     if isinstance(value, dict):
@@ -239,11 +239,12 @@ def encoded(source: Source, number: int, value: Any, field: str, folder: Path) -
     if isinstance(value, str) and value.startswith("data:image/") and ";base64," in value[:64]:
         value = _base64(source, number, field, value.partition(";base64,")[2])
     file = value if isinstance(value, str) else None
+    path = None
     if file is not None:
-        value = _file_bytes(source, number, field, file, folder)
+        value, path = _file_bytes(source, number, field, file, folder)
     if not isinstance(value, bytes):
-        found = "nothing" if value is None else type(value).__name__
-        raise source.fault(number, field, f"must be bytes, a path or a struct of both, got {found}")
+        kind = "nothing" if value is None else type(value).__name__
+        raise source.fault(number, field, f"must be bytes, a path or a struct of both, got {kind}")
     if not value:
         raise source.fault(number, field, "empty")
     if len(value) > MAX_PICTURE_BYTES:
@@ -251,7 +252,7 @@ def encoded(source: Source, number: int, value: Any, field: str, folder: Path) -
     too_much = source.volume.name(len(value), file)
     if too_much is not None:
         raise source.fault(number, field, too_much)
-    return value
+    return value, path
 
 
 def _base64(source: Source, number: int, field: str, data: str) -> bytes:
@@ -261,7 +262,7 @@ def _base64(source: Source, number: int, field: str, data: str) -> bytes:
         raise source.fault(number, field, "bytes are not base64") from None
 
 
-def _file_bytes(source: Source, number: int, field: str, name: str, folder: Path) -> bytes:
+def _file_bytes(source: Source, number: int, field: str, name: str, folder: Path) -> tuple[bytes, Path]:
     if name.startswith(("http://", "https://")):
         raise source.fault(number, field, "is a link to the web; download the pictures and name the files")
     path = inside(folder, name.removeprefix("file://"))
@@ -275,7 +276,7 @@ def _file_bytes(source: Source, number: int, field: str, name: str, folder: Path
         where = "beside the data file" if folder == source.path.parent else "in the folder of pictures"
         raise source.fault(number, field, f"its path names no file {where}")
     try:
-        return untrusted.read_bytes(path, MAX_PICTURE_BYTES)
+        return untrusted.read_bytes(path, MAX_PICTURE_BYTES), path
     except UsageError:
         raise source.fault(number, field, f"the file is larger than {MAX_PICTURE_BYTES} bytes") from None
     except OSError as error:

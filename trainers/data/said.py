@@ -28,7 +28,7 @@ def merged(split: "Split") -> Iterator[str]:
 
 
 def on_pixels(split: "Split", config: DataConfig) -> Iterator[str]:
-    seen = list(split.decoded.values())
+    seen = list(split.pictures.values())
     laid = sum(item.composited for item in seen)
     if laid:
         yield f"{split.label}: {many(laid, 'picture')} with transparency on {config.background} (data.background)"
@@ -42,17 +42,17 @@ def on_pixels(split: "Split", config: DataConfig) -> Iterator[str]:
 
 def facts_of(train: "Split", test: "Split") -> Facts:
     """Pictures in both splits, and those that only look alike: counted, so that figures are read with care."""
-    shared = set(train.decoded) & set(test.decoded)
+    shared = set(train.pictures) & set(test.pictures)
     merged_in_train = sum(len(names) > 1 for names in train.names.values())
-    one, two = list(train.decoded.items()), list(test.decoded.items())
+    one, two = list(train.pictures.items()), list(test.pictures.items())
     if len(one) + len(two) > near.MOST:
-        return Facts(len(test.decoded), len(shared), None, None, train.format, test.format, merged_in_train)
-    marks = [[near.signature(item.frames[0]) for _, item in part] for part in (one, two)]
+        return Facts(len(test.pictures), len(shared), None, None, train.format, test.format, merged_in_train)
+    marks = [[item.mark for _, item in part] for part in (one, two)]
     owner = {item: train.root(owner) for owner, contents in train.rows if contents for item in contents}
     alike = near.pairs(marks[0])
     within = {index for pair in alike if owner[one[pair[0]][0]] != owner[one[pair[1]][0]] for index in pair}
     across = {j for i, j in near.pairs(*marks) if one[i][0] != two[j][0] and two[j][0] not in shared}
-    return Facts(len(test.decoded), len(shared), len(within), len(across), train.format, test.format, merged_in_train)
+    return Facts(len(test.pictures), len(shared), len(within), len(across), train.format, test.format, merged_in_train)
 
 
 def warnings(facts: Facts, train: "Split", test: "Split", unit: str | None) -> Iterator[str]:
