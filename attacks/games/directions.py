@@ -72,7 +72,8 @@ class Disjoint:
 
     def along(self, flat: Tensor) -> Tensor:
         """See Directions."""
-        return (flat[self.places] * self.signs).sum(dim=1) / self.places.shape[1] ** 0.5
+        found: Tensor = (flat[self.places] * self.signs).sum(dim=1) / self.places.shape[1] ** 0.5
+        return found
 
     def row(self, index: int) -> Tensor:
         """See Directions."""
