@@ -160,7 +160,6 @@ FULL = ["method=dp-sgd", "privacy.epsilon=8", "canaries.count=200", KINDS, "trai
 GAMES: dict[str, tuple[int, list[str]]] = {  # guesses at each end, settings
     "eps = 8, one full batch": (45, [*FULL, "training.steps=1", "training.learning-rate=1"]),
     "non-private, five kinds": (45, [*MEMORISE, "canaries.count=200", KINDS]),
-    "eps = 8, four full batches": (45, [*FULL, "training.steps=4", "training.learning-rate=0.03"]),
 }
 # About half of steps x batch are canaries that arrive: enough to show that they do so with norm C.
 STEPS = ["--epsilon", "8", "training.batch-size=24", "training.steps=20", "model.device=cpu", "data.limit=64",
