@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from attacks.contract.guard import TIME_LIMIT, MethodFailure, call
-from dpaudit import packages
+from dpaudit import packages, untrusted
 from dpaudit.documents import FactorySource
 from dpaudit.errors import UsageError, rejected
+
+MOST_SOURCE = 1 << 22  # bytes of a module
 
 
 def load_factory(target: str, *, limit: float = TIME_LIMIT) -> Callable[..., Any]:
@@ -72,8 +74,8 @@ def _named(target: str) -> tuple[Path, int] | None:
     if path is None or not path.endswith(".py"):
         return None
     try:
-        body = ast.parse(Path(path).read_bytes()).body
-    except (OSError, SyntaxError):
+        body = ast.parse(untrusted.read_bytes(Path(path), MOST_SOURCE)).body
+    except (OSError, SyntaxError, ValueError, UsageError):
         return None
     for node in reversed(body):
         bound = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]

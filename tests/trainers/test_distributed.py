@@ -19,7 +19,7 @@ from dpaudit.errors import EnvironmentFailure, UsageError
 from dpaudit.runs import RunFolder
 from tests.trainers import ranks
 from tests.trainers.ranks import together
-from trainers import feature_folder
+from trainers import feature_folder, probe
 from trainers.distributed import Alone, Ranks, joined
 from trainers.gradients import Gradient, UnitSum
 from trainers.vlm import VisionLanguageModel
@@ -74,6 +74,7 @@ def test_ghost_norms_and_features_of_two_ranks_are_those_of_one(
     (part,) = feature_folder.parts(tmp_path / "features")
     assert (part.pictures, len(part.files)) == (21, 2), "each rank keeps its own pictures there"
     monkeypatch.setenv(feature_folder.VARIABLE, str(tmp_path / "features"))
+    monkeypatch.setattr(probe, "check", lambda *_: None)  # it encodes a picture of noise
     monkeypatch.setattr(VisionLanguageModel, "encoded", lambda *_: pytest.fail("encoded again"))
     ranks.start(tiny, tmp_path / "one", *extra)
     assert_same_run(tmp_path / "one", tmp_path / "two")

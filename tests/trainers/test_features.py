@@ -22,7 +22,7 @@ from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
 from tests.tiny import random_units, save_tiny_llava
 from tests.tiny_families import save_tiny_idefics3
-from trainers import feature_folder, features
+from trainers import feature_folder, features, probe
 from trainers.features import Features, cache_of
 from trainers.inputs import UnitInputs
 from trainers.records import Dataset, Picture, Unit
@@ -226,6 +226,7 @@ def test_resume_goes_through_the_cache(tiny: Path, tmp_path: Path, monkeypatch: 
     expected = weights(run)
     for path in run.model.iterdir():
         path.unlink()
+    monkeypatch.setattr(probe, "check", lambda *_: None)  # it encodes a picture of noise
     monkeypatch.setattr(VisionLanguageModel, "encoded", lambda *_: pytest.fail("encoded again"))
     assert all(
         torch.equal(expected[name], value) for name, value in weights(resume_run(run.path, dataset=DATA)).items()
@@ -248,6 +249,7 @@ def test_runs_of_a_project_share_one_folder_which_a_command_removes(
         counted.append(len(pixels))
         return encode(model, pixels, **more)
 
+    monkeypatch.setattr(probe, "check", lambda *_: None)  # it encodes a picture of noise
     monkeypatch.setattr(VisionLanguageModel, "encoded", count)
     second = start_run(config(tiny, "always"), tmp_path / "second", dataset=DATA)
     assert counted == [], "the second run computed no feature"
