@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
-from dpaudit import atomic
+from dpaudit import atomic, printable
 from dpaudit.errors import UsageError, rejected
 from dpaudit.runs import RunFolder
 from reports import card, formats, outputs
@@ -131,7 +131,7 @@ def write(request: Request) -> Written:
         elif name is Format.sarif:
             text = formats.sarif(found)
         else:
-            text = formats.disclosure(page).to_json()
+            text = printable.json_text(formats.disclosure(page).to_json())
         made.append((place, text))
     for (name, place), (_, text) in zip(request.files, made, strict=True):  # all were made: none is replaced in vain
         with _locked(request, name, place):

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -31,21 +31,13 @@ def sweep(root: Path) -> list[str]:
     return ["sweep", str(root / "grid.yaml"), *settings, *more, "--out", str(root / "sweep"), "--processes", "1"]
 
 
-def check(root: Path) -> list[str]:
-    return ["check", "trainers.adapters.compact:Adam"]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("words", "again"), [(sweep, ["bound", "--help"]), (check, ["scores", "missing.csv", "--delta", "1e-5"])]
-)
-def test_the_next_command_removes_what_a_killed_one_left(
-    tmp_path: Path, words: Callable[[Path], list[str]], again: Sequence[str]
-) -> None:
+@pytest.mark.parametrize("again", [["bound", "--help"], ["scores", "missing.csv", "--delta", "1e-5"]])
+def test_the_next_command_removes_what_a_killed_one_left(tmp_path: Path, again: Sequence[str]) -> None:
     place = tmp_path / "tmp"
     place.mkdir()
     environment = {**os.environ, "TMPDIR": str(place), "OMP_NUM_THREADS": "1"}
-    typed = words(tmp_path)
+    typed = sweep(tmp_path)
     begun = subprocess.Popen([PROGRAM, *typed], env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     end = time.monotonic() + WAITING
     while not left(place):
