@@ -56,6 +56,7 @@ def estimate(config: RunConfig, dataset: Dataset, plan: Plan, opened: Opened) ->
     speed = _speed(device, computed_in(config.model.precision), size)
     pictures = sum(len(picture.images) for unit in dataset.train for picture in unit.pictures)
     work = size.tower_work * pictures + size.unit_work(config) * plan.expected_batch_size * plan.steps
+    work *= config.training.augmentations
     about = (
         f"counted: {size.tokens} tokens a unit, {opened.files.numbers / 1e6:,.0f} M weights, {speed / 1e9:.0f} GFLOP/s"
     )
@@ -124,13 +125,13 @@ class _Size:
         kept = 2 if config.training.gradient_checkpointing != "none" else KEPT
         row = self.tokens * self.width * self.layers * kept * each + 3 * self.head // self.width * self.targets * 4
         row += self._gradients(config, row)
-        rows = 1
+        copies = rows = config.training.augmentations  # of a unit, which is never split
         if config.training.gradient_path != "micro-batch":
             most = config.training.rows_at_once
             if most == "auto":
                 most = RowMemory(row, 0).rows(config.training.memory)
-            rows = max(1, min(most, round(plan.expected_batch_size), units))
-        tokens = units * self.visual * self.tower_width * each
+            rows = max(copies, min(most, copies * round(plan.expected_batch_size), copies * units))
+        tokens = copies * units * self.visual * self.tower_width * each
         weights = self.numbers * each
         if config.model.precision == "nf4":  # half a byte, and a scale of four bytes for 64 of them
             weights -= round(self.decoder * (each - 0.5625))

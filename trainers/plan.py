@@ -182,7 +182,7 @@ def _not_releasable(config: RunConfig) -> tuple[str, ...]:
 
 def ledger_rows(config: RunConfig, dataset: Dataset, plan: Plan, inserted: Inserted) -> tuple[LedgerRow, ...]:
     """Every place where this run touches private data."""
-    rows = [_gradient_row(config, plan), *_token_rows(config, plan)]
+    rows = [_gradient_row(config, plan), *_copies_row(config), *_token_rows(config, plan)]
     if plan.claim is not None and config.pruning.keep < 1:
         rows.append(
             LedgerRow(
@@ -285,6 +285,22 @@ def _recipe_rows(config: RunConfig, plan: Plan) -> list[LedgerRow]:
     return [
         LedgerRow(path=path, stage="other", status="post-processing", explanation=why, evidence=by)
         for path, why, by in found
+    ]
+
+
+def _copies_row(config: RunConfig) -> list[LedgerRow]:
+    count = config.training.augmentations
+    if count == 1:
+        return []
+    return [
+        LedgerRow(
+            path="shifted copies",
+            stage="preprocessing",
+            status="per-example preprocessing",
+            explanation="A unit's gradient is the mean over its pictures and shifted copies of them, before it is "
+            "clipped. A copy follows from its picture, the picture's id and a public rule.",
+            evidence=f"training.augmentations = {count}",
+        )
     ]
 
 

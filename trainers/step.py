@@ -17,6 +17,7 @@ from dpaudit.config import RunConfig
 from dpaudit.errors import UsageError, rejected
 from dpaudit.randomness import Key
 from trainers import updates
+from trainers.augmentation import augmented
 from trainers.distributed import ALONE, Group
 from trainers.features import Features
 from trainers.fusion import release_of
@@ -92,7 +93,8 @@ class Trainer:
         parameters = model.attach_lora(config.model.lora, generator=key.generator(purpose="initialisation"))
         if group.sharded:
             shard(model, parameters, group, config.model.device)
-        inputs = UnitInputs(model, units, features=features, release=release_of(config, key))
+        shown = augmented(units, config.training.augmentations)
+        inputs = UnitInputs(model, shown, features=features, release=release_of(config, key))
         longest = inputs.longest
         if longest > model.max_positions:
             raise UsageError(

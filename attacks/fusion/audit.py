@@ -29,6 +29,7 @@ from dpaudit.ledger import Ledger
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
 from trainers import data
+from trainers.augmentation import augmented
 from trainers.fusion import TokenRelease, release_of
 from trainers.inputs import UnitInputs
 from trainers.plan import make_plan
@@ -60,7 +61,7 @@ def path_of(run: RunFolder, device: str = "cpu") -> TokenPath:
         fusion_std=0.0 if config.reducer.noise == "none" else ANY_STD,
         max_grad_norm=math.inf if config.method == "non-private" else config.privacy.max_grad_norm,
         gradient=gradient_path(config, model, parameters) if config.method != "non-private" else None,
-        encode=lambda units: UnitInputs(model, units, release=publish),
+        encode=lambda units: UnitInputs(model, augmented(units, config.training.augmentations), release=publish),
     )
 
 

@@ -74,6 +74,7 @@ def stackable(config: RunConfig) -> bool:
         and config.privacy.clipping == "flat"
         and config.model.lora.train == "both"
         and not config.training.average
+        and config.training.augmentations == 1
         and config.fusion.release == "none"  # released tokens carry the noise of their own training
         and not (config.pruning.by == "previous" and config.pruning.keep < 1)
     )

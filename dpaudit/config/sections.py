@@ -295,6 +295,9 @@ class TrainingConfig(Section):
     average: Finite = Field(
         default=0.0, ge=0, lt=1, description="release an exponential mean of all steps' weights with this decay; 0: no"
     )
+    augmentations: int = Field(
+        default=1, ge=1, le=64, description="copies of each picture in its unit's gradient, all but the first shifted"
+    )
     gradient_path: Literal["auto", "micro-batch", "hooks", "ghost"] = "auto"
     rows_at_once: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto", description="rows of a physical batch; auto: at most 64, as many as training.memory holds"

@@ -65,6 +65,9 @@ def _check_fusion(config: RunConfig) -> None:
         raise rejected("fusion.radius", None, hint)
     if chosen.multiplier is None:
         raise rejected("fusion.multiplier", None, "a number > 0: the noise on the tokens over fusion.radius")
+    if config.training.augmentations > 1:
+        accepted = "1 with fusion.release: what is published are the tokens of the pictures themselves"
+        raise rejected("training.augmentations", config.training.augmentations, accepted)
     if config.privacy.relation == "add-remove":
         accepted = "zero-out or replace with fusion.release=clip-noise: a published row shows presence"
         raise rejected("privacy.relation", "add-remove", accepted)

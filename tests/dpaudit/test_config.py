@@ -98,6 +98,7 @@ BAD: dict[str, list[str]] = {
     "training.learning-rate": ["0", "-1", ".inf", "fast"],
     "training.weight-decay": ["-0.1", ".nan"],
     "training.warmup": ["-0.1", "1", "2"],
+    "training.augmentations": ["0", "65", "1.5", "null"],
     "training.gradient-path": ["shadow", "null"],
     "training.rows-at-once": ["0", "-1", "many"],
     "training.draws": ["0", "-1", "many"],

@@ -35,6 +35,7 @@ RECIPES = {
     "average": ["training.average=0.7", "training.schedule=constant"],
     "B only": ["model.lora.train=b", "training.schedule=linear"],
     "alternating": ["model.lora.train=alternating", "pruning.keep=0.5"],
+    "augmented": ["training.augmentations=3", "model.lora.train=b"],
     "automatic": ["privacy.clipping=automatic", "training.optimizer=sgd", "training.momentum=0.5"],
     "all": [
         "privacy.clipping=automatic", "model.lora.train=alternating", "training.optimizer=adambc",

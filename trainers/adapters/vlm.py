@@ -23,6 +23,7 @@ from dpaudit.claims import StepClaim
 from dpaudit.config import RunConfig, resolve
 from dpaudit.randomness import Key
 from trainers import updates
+from trainers.augmentation import augmented
 from trainers.gradients import CLIPPING, MicroBatch
 from trainers.inputs import UnitInputs
 from trainers.plan import Plan, fusion_std, make_plan
@@ -72,7 +73,8 @@ class Workshop:
         if key not in self._inputs:
             if len(self._inputs) >= 16:
                 del self._inputs[next(iter(self._inputs))]
-            self._inputs[key] = (records, UnitInputs(built.model, records))
+            shown = augmented(records, self.config.training.augmentations)
+            self._inputs[key] = (records, UnitInputs(built.model, shown))
         optimizer = updates.make_optimizer(built.parameters, self.config.training, noise=self.plan.noise_std)
         pruning = updates.Pruning.of(built.parameters, self.config.pruning)
         average = updates.Average(0.0)  # what is looked at are the weights after each step
@@ -200,7 +202,7 @@ class VlmTrainer:
         Under automatic clipping what is clipped is the gradient over its norm, so that is shown.
         """
         self._install(self.weights)
-        inputs = UnitInputs(self.trainer.model, [record])
+        inputs = UnitInputs(self.trainer.model, augmented([record], self.config.training.augmentations))
         std = fusion_std(self.config, self.plan)
         rows = inputs.select([0], key=self.public, step=self.step_count + 1, fusion_std=std)
         path = MicroBatch(self.trainer.model, self.trainer.parameters, CLIPPING[self.config.privacy.clipping])
