@@ -12,7 +12,8 @@ export HF_HUB_OFFLINE ?= 1
 
 install: $(STAMP)
 
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Modules are compiled when they are first imported: most of what is installed never is.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 # What the demo needs. torch first and alone: from the constraints it takes the CPU build where one is offered. lmms-eval
 # goes in last and without its dependencies (a full install breaks torch, transformers and peft on CPU machines); its real

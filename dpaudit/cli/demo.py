@@ -21,11 +21,12 @@ ACCEPTED = {"audit": (0, 1, 3)}  # a verdict is a result, whatever it says
 AT_ONCE = 2  # trainings side by side, one thread each: small matrices gain nothing from more threads
 
 # What is trained. Everything not named here is the default of `dpaudit train`; the settings were chosen on public
-# synthetic pictures only.
+# synthetic pictures only: the learning rate for a short training by benchmarks/recipes.py.
+SHORT = ("training.epochs=10", "training.learning-rate=0.02")
 RUNS: dict[str, tuple[str, ...]] = {
     "non-private": ("method=non-private",),
-    "dp-sgd": ("method=dp-sgd",),
-    "dual-priv": ("method=dual-priv",),
+    "dp-sgd": ("method=dp-sgd", *SHORT),
+    "dual-priv": ("method=dual-priv", *SHORT),
 }
 
 
@@ -75,6 +76,11 @@ def _audit(name: str, path: Path) -> list[str]:
     return ["audit", str(path), *extra]
 
 
+def _rank(chain: Sequence[list[str]]) -> int:
+    """What goes first: trainings, since audits follow them; then the longest audit, so that it isn't the last alone."""
+    return 0 if chain[0][0] == "train" else 1 if "--white-box" in chain[0] else 2
+
+
 def _together(chains: Sequence[Sequence[list[str]]]) -> None:
     """Run chains of dpaudit commands, at most AT_ONCE side by side; stops all when one fails or on Ctrl-C."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -97,8 +103,9 @@ def _together(chains: Sequence[Sequence[list[str]]]) -> None:
                 running.remove(entry)
                 if code not in ACCEPTED.get(chain[0][0], (0,)):
                     raise DpauditError(f"demo: {shlex.join(['dpaudit', *chain[0]])} ended with exit code {code}")
-                if chain[1:]:  # the white-box audit is the longest job left: first in the queue, the others last
-                    waiting.insert(0 if "--white-box" in chain[1] else len(waiting), chain[1:])
+                if chain[1:]:
+                    waiting.append(chain[1:])
+                    waiting.sort(key=_rank)
     finally:
         for _, process in running:
             process.terminate()
