@@ -346,8 +346,8 @@ def _latest(games: Sequence[GameDocument], field: str) -> tuple:  # type: ignore
 def headline(document: AuditDocument | ScoresDocument) -> Test | None:
     """The best bound that assumes nothing or only the claimed mechanism; None if there is none.
 
-    Taking the best of several bounds is valid because they hold jointly (`confidence_of`). Bounds of version 1 documents
-    may not share an error budget; the first one is returned then.
+    Taking the best of several bounds is valid because they hold jointly (`confidence_of`). In documents of version 1
+    bounds may not share an error budget; the first one is returned then.
     """
     bounds = _headlines(document)
     if not bounds:

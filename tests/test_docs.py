@@ -1,11 +1,16 @@
-"""What the documentation states and a file can decide: sharp edges against the committed planted-bug benchmark."""
+"""What the documentation states and a file can decide: sharp edges against the planted-bug benchmark, settings."""
 
+import importlib.util
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+
+from dpaudit.config import resolve
 
 ROOT = Path(__file__).parents[1]
 EDGES = (ROOT / "docs" / "sharp-edges.md").read_text(encoding="utf-8")
@@ -36,3 +41,25 @@ def test_each_is_found_by_the_check_that_it_names(number: str, text: str) -> Non
         assert not checks or set(checks) & set(bug["contract"]), f"{bug['name']}: failed {bug['contract']}"
     if "white box" in flat:
         assert any(bug["game"] for bug in named), "the white box refuted none of them"
+
+
+def test_every_setting_is_on_its_page_with_what_it_is() -> None:
+    """The page is made from the configuration: each field has a line there, and says what it is."""
+    found = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    assert found is not None and found.loader is not None
+    hooks = importlib.util.module_from_spec(found)
+    found.loader.exec_module(hooks)
+    page = hooks.on_page_markdown((ROOT / "docs" / "reference" / "settings.md").read_text(encoding="utf-8"))
+    config = yaml.safe_load(resolve({}).to_yaml())
+    listed = set(re.findall(r"^\| `([a-z0-9.-]+)` \| [^|]+ \| [^|]+ \| [^| ][^|]+ \|$", page, re.MULTILINE))
+    assert listed == set(_leaves(config))
+    assert "`reducer.name=visionzip`" in page  # what a method changes
+
+
+def _leaves(tree: dict[str, Any], name: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        path = f"{name}.{key}".lstrip(".")
+        if isinstance(value, dict):
+            yield from _leaves(value, path)
+        else:
+            yield path
