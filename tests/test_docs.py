@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from dpaudit.config import resolve
+from reports.sweep.document import SweepDocument
 
 ROOT = Path(__file__).parents[1]
 EDGES = (ROOT / "docs" / "sharp-edges.md").read_text(encoding="utf-8")
@@ -43,12 +44,32 @@ def test_each_is_found_by_the_check_that_it_names(number: str, text: str) -> Non
         assert any(bug["game"] for bug in named), "the white box refuted none of them"
 
 
+def script(name: str) -> Any:
+    """A file of the repository that belongs to no package, as a module."""
+    path = ROOT / name
+    found = importlib.util.spec_from_file_location(path.stem, path)
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def test_pages_that_a_script_writes_are_what_it_writes() -> None:
+    """From committed results: statistics by its template, the figures of the attacks, the tables of both ablations."""
+    statistics, attacks = (
+        (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("statistics.md", "attacks.md")
+    )
+    assert script("benchmarks/bounds_document.py").filled() == statistics
+    assert script("benchmarks/attack_document.py").filled(attacks) == attacks
+    ablation = (ROOT / "docs" / "ablation.md").read_text(encoding="utf-8")
+    for name in ("ablation_digits", "ablation_sign_digits"):
+        document = SweepDocument.read(ROOT / "benchmarks" / "results" / f"{name}.json")
+        assert script("benchmarks/sweep_results.py").table(document) in ablation, name
+
+
 def test_every_setting_is_on_its_page_with_what_it_is() -> None:
     """The page is made from the configuration: each field has a line there, and says what it is."""
-    found = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
-    assert found is not None and found.loader is not None
-    hooks = importlib.util.module_from_spec(found)
-    found.loader.exec_module(hooks)
+    hooks = script("docs/hooks.py")
     page = hooks.on_page_markdown((ROOT / "docs" / "reference" / "settings.md").read_text(encoding="utf-8"))
     config = yaml.safe_load(resolve({}).to_yaml())
     listed = set(re.findall(r"^\| `([a-z0-9.-]+)` \| [^|]+ \| [^|]+ \| [^| ][^|]+ \|$", page, re.MULTILINE))
