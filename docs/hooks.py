@@ -56,7 +56,7 @@ def _by_method() -> list[str]:
         for method, changed in METHOD_DEFAULTS.items()
     ]
     head = ["| method | any model | the reference model, besides |", "|---|---|---|"]
-    return ["## Defaults of the methods", "", *head, *rows, ""]
+    return ["### Defaults of the methods", "", *head, *rows, ""]
 
 
 def _flat(tree: dict[str, Any], name: str = "") -> str:
@@ -78,7 +78,7 @@ def _section(name: str, schema: dict[str, Any], parts: dict[str, Any]) -> list[s
         )
         key = f"{name}.{field}".lstrip(".")
         rows.append(f"| `{key}` | {_accepted(about)} | {shown} | {_cell(about.get('description', ''))} |")
-    head = [f"## {name}", "", schema["description"], ""] if name else []
+    head = [f"### {name}", "", schema["description"], ""] if name else []
     return [*head, "| setting | accepts | default | what it is |", "|---|---|---|---|", *rows, "", *inside]
 
 

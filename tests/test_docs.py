@@ -12,6 +12,7 @@ import yaml
 
 from dpaudit.config import resolve
 from reports.sweep.document import SweepDocument
+from reports.sweep.grid import as_grid, make_plan
 
 ROOT = Path(__file__).parents[1]
 EDGES = (ROOT / "docs" / "sharp-edges.md").read_text(encoding="utf-8")
@@ -84,3 +85,11 @@ def _leaves(tree: dict[str, Any], name: str = "") -> Iterator[str]:
             yield from _leaves(value, path)
         else:
             yield path
+
+
+def test_the_files_on_the_page_of_settings_are_accepted() -> None:
+    page = (ROOT / "docs" / "reference" / "settings.md").read_text(encoding="utf-8")
+    run, grid = (yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
+    assert resolve(run).canaries.count == 300
+    plan = make_plan(as_grid(grid, Path("grid.yaml")))
+    assert len(plan.points) == 8 and len(plan.cells) == 3 * 7  # the base model is not trained
