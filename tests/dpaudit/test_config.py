@@ -154,7 +154,7 @@ def test_a_misspelt_field_is_refused_and_mended(name: str) -> None:
         ("epochs=3", "did you mean training.epochs?"),
         ("rank=4", "did you mean model.lora.rank?"),
         ("name=x", "did you mean data.name or reducer.name?"),
-        ("trainin.epochs=1", "did you mean training?"),
+        ("trainings.epochs=1", "did you mean training?"),
         ("training.foo=1", "accepted in training: epochs, steps, batch-size,"),
         ("model.lora.foo=1", "accepted in model.lora: rank, alpha,"),
         ("foo=1", "accepted: method, seed, data, model,"),
