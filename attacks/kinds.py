@@ -63,7 +63,7 @@ class Materials:
         selection: Selection | None = None,
         sampler: Sampler | None = None,
     ) -> "Materials":
-        """Materials for a data set. The picture size is the test split's commonest: no training row is looked at."""
+        """Materials for a data set; pictures have the test split's most common size, so no training row is read."""
         sizes = Counter(picture.pixels.shape[:2] for unit in dataset.test for picture in unit.pictures)
         if not sizes:
             raise UsageError("data.test: holds no pictures; canaries take their size from it")

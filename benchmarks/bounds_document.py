@@ -133,16 +133,16 @@ def tables() -> dict[str, str]:
     }
 
 
-def main() -> None:
-    """Fill the template."""
+def filled() -> str:
+    """The template with its figures."""
     text = TEMPLATE.read_text(encoding="utf-8")
     figures = coverage() | interference() | peers() | tables()
     # Longer names first: some are the beginning of others.
     for name in sorted(figures, key=len, reverse=True):
         assert name in text, name
         text = text.replace(name, figures[name])
-    TARGET.write_text(text, encoding="utf-8")
+    return text
 
 
 if __name__ == "__main__":
-    main()
+    TARGET.write_text(filled(), encoding="utf-8")

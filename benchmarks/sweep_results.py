@@ -68,12 +68,13 @@ def table(document: SweepDocument) -> str:
             "" if row.epsilon is None else f"{float(row.epsilon):g}",
             percent(row.exact_match),
             kept(row, base, full),
-            row.against or "",
+            (row.against or "").partition(", epsilon ")[0],  # always at the eps of its row
             percent(row.difference, signed=True),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     if document.majority is not None:
-        lines.append(f"\nAlways giving the commonest answer: {100 * document.majority.value:.1f} %.")
+        constant = f"{100 * document.majority.value:.1f} %"
+        lines.append(f"\nAlways giving the most common answer to each kind of question reaches {constant}.\n")
     cells, known = len(document.cells), [cell.seconds for cell in document.cells if cell.seconds is not None]
     timed = "" if len(known) == cells else f" in {len(known)} of them"  # the others were trained elsewhere
     lines.append(f"{cells} cells, {len(document.seeds)} seeds; {sum(known):.0f} s of training jobs{timed}.")

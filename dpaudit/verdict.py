@@ -1,18 +1,22 @@
-"""The judge: games, token path, contract and ledger in, verdict and reasons out. Nothing else compares with a level.
+"""Derives the verdict of an audit, and its reasons, from the games, the contract checks and the ledger.
 
-Evidence. The tests of games that share coins have shares that were fixed with the coins, whether or not a game is
-played, so their weighted sum (with what was not staked) is an e-value of that set of coins; a game that is not played
-counts 0. Sets of coins that were tossed independently multiply: the product over sets, in the order in which they were
-begun, is at most a nonnegative supermartingale that starts at 1 (a sum only grows when a further game on old coins is
-played, and is at most the sum over all its games). By Ville's inequality it ever reaches 1 / alpha with probability at
-most alpha while the claim holds, so whoever audits again and again and stops when they like refutes a correct claim
-with probability at most alpha.
+This is the only module that compares evidence with a level.
 
-Bounds. The bounds of game number k have together the confidence 1 - (1 - confidence) / 2^k (`confidence_of`), so all
-bounds of all audits hold at once with the document's confidence, however many games are played. Bounds inform; they
-never refute by themselves, because their confidence is far below 1 - alpha.
+Evidence. Each test has a share of the error budget, fixed when the coins of its game are drawn, whether or not the game
+is played afterwards. The share-weighted sum of the e-values of all games on one set of coins, plus the share that is
+not staked, is therefore an e-value itself; a game that is not played contributes 0. Sets of coins that are drawn
+independently multiply: the product over sets, in the order in which they were begun, is bounded by a nonnegative
+supermartingale that starts at 1. (Playing a further game on old coins only increases a sum, which stays below the sum
+over all games on these coins.) By Ville's inequality the product ever reaches 1 / alpha with probability at most alpha
+while the claim holds. A correct claim is thus refuted with probability at most alpha, no matter how often it is audited
+and when the auditor stops.
 
-An audit can refute a claim; it can never prove privacy. "Not refuted" needs a test whose power was earned by a control.
+Bounds. The bounds of the k-th game hold jointly with confidence 1 - (1 - confidence) / 2^k (`confidence_of`), so the
+bounds of all games hold jointly with the confidence of the document, however many games are played. Bounds are
+informative only. They never refute a claim, because their confidence is far below 1 - alpha.
+
+An audit can refute a claim; it can never prove privacy. The verdict "not refuted" requires a test whose power was
+earned by a control.
 """
 
 import math
@@ -49,55 +53,60 @@ MISSING_CLAIM = "missing claim"  # the row of a run without the claim that its c
 
 @dataclass(frozen=True)
 class Evidence:
-    """The evidence after each game: of the game itself, and the product over sets of coins up to it (logs)."""
+    """Log evidence in the order of play.
+
+    games: the evidence of each game alone. products: the product over all sets of coins, up to and including each game.
+    """
 
     games: tuple[float, ...]
     products: tuple[float, ...]
 
     @property
     def best(self) -> float:
-        """Largest log product at any moment; 0 before the first game."""
+        """The largest log product reached so far; 0 if no game was played."""
         return max((0.0, *self.products))
 
 
 def confidence_of(number: int, confidence: float) -> float:
-    """Confidence of all bounds of game `number` (from 1) together, when `confidence` is that of all games ever
-    played."""
+    """Joint confidence of the bounds of one game, so that those of all games hold jointly with `confidence`.
+
+    number: the position of the game in the order of play, from 1.
+    """
     return 1.0 - (1.0 - confidence) / 2.0**number
 
 
 def wanted(share: float, alpha: float) -> float:
-    """The e-value with which a test of this share refutes by itself."""
+    """The e-value at which a test with this share of the error budget refutes on its own."""
     return 1.0 / (alpha * share)
 
 
 def refutes(log_evidence: float, alpha: float) -> bool:
-    """Whether evidence has reached 1 / alpha, which Ville's inequality makes a refutation at level alpha."""
+    """Whether the evidence has reached 1 / alpha, which is a refutation at level alpha by Ville's inequality."""
     return log_evidence >= -math.log(alpha)
 
 
 def level(games: Sequence[GameDocument]) -> float:
-    """The level of a verdict over games: the largest that one of them was played at."""
+    """The level of a verdict over several games: the largest level at which one of them was played."""
     return max(game.alpha for game in games)
 
 
 def reached(p_value: float, alpha: float) -> bool:
-    """Whether an anytime-valid p-value has reached the level, so that more trials could change nothing."""
+    """Whether an anytime-valid p-value has reached the level, so that further trials can't change the verdict."""
     return p_value <= alpha
 
 
 def counts(test: Test) -> bool:
-    """Whether a test has a part in the verdict."""
+    """Whether a test contributes to the verdict."""
     return test.decides and not test.estimate and test.e_value is not None
 
 
 def powerful(test: Test) -> bool:
-    """Whether a deciding test has earned the power that "not refuted" needs."""
+    """Whether a test that contributes to the verdict has earned the power that "not refuted" requires."""
     return counts(test) and test.power_low is not None and test.power_low >= POWER_NEEDED
 
 
 def marked(tests: Sequence[Test], alpha: float) -> tuple[Test, ...]:
-    """The tests with level, `refutes`, and power withdrawn where their own p-value contradicts it."""
+    """The tests with `level` and `refutes` filled in; power is withdrawn where a test's own p-value contradicts it."""
     found = []
     for test in tests:
         update: dict[str, object] = {"level": None, "refutes": None}
@@ -115,7 +124,7 @@ def marked(tests: Sequence[Test], alpha: float) -> tuple[Test, ...]:
 
 
 def evidence(games: Sequence[GameDocument]) -> Evidence:
-    """Of games in the order of play."""
+    """The evidence of games that are given in the order of play."""
     own, products, sums, staked_shares = [], [], dict[str, float](), dict[str, float]()
     for game in games:
         staked = [test for test in game.tests if counts(test)] if game.validity.sound else []
@@ -125,7 +134,7 @@ def evidence(games: Sequence[GameDocument]) -> Evidence:
             coins = f"{game.coins_sha256 or game.name}: {game.coins}"
             sums[coins] = sums.get(coins, game.kept) + total
             staked_shares[coins] = staked_shares.get(coins, game.kept) + sum(test.share for test in staked)
-        # Shares above 1 can only come from one game recorded twice: a weighted mean is still an e-value.
+        # Shares add up to more than 1 only if a game was recorded twice; a weighted mean is still an e-value.
         products.append(sum(_log(value / max(1.0, staked_shares[coins])) for coins, value in sums.items()))
     return Evidence(tuple(own), tuple(products))
 
@@ -142,11 +151,13 @@ def decide(
     ledger: Sequence[LedgerRow] = (),
     checks: Sequence[Check] = (),
 ) -> tuple[Verdict, tuple[str, ...]]:
-    """The verdict and its reasons, in plain sentences.
+    """Decides the verdict and gives the reasons as sentences.
 
-    Precedence: invalid > refuted > unsupported > inconclusive > not refuted; without a claim "no claim" (or invalid),
-    unless the ledger holds the row MISSING_CLAIM.
-    ledger: rows of the *training*; UNACCOUNTED ones make the claim unsupported. checks: of the step contract.
+    Precedence: invalid > refuted > unsupported > inconclusive > not refuted. Without a claim the verdict is "no claim"
+    (or "invalid"), unless the ledger has the row MISSING_CLAIM.
+
+    ledger: the rows of the *training*; a row that is UNACCOUNTED makes the claim unsupported. checks: the checks of the
+    step contract.
     """
     unsound = [check for game in games for check in game.validity.checks if check.status == "fail"]
     if unsound or any(not game.validity.sound for game in games):
@@ -185,13 +196,13 @@ def decide(
 
 
 def _above(test: Test, claim: Claim) -> bool:
-    """Whether a bound that may stand as a headline contradicts the claim at its own confidence."""
+    """Whether a bound that may be the headline lies above the claimed eps, at the confidence of that bound."""
     fits = test.decides and not test.estimate and test.assumes in HEADLINE and test.delta >= claim.delta * (1 - 1e-9)
     return fits and test.epsilon_lower is not None and float(test.epsilon_lower) > float(claim.epsilon)
 
 
 def _speaks_of(claim: Claim, game: GameDocument) -> bool:
-    """Whether a game was played against this claim, and not on what somebody else supplied."""
+    """Whether a game was played against this claim, on something that this audit trained or scored itself."""
     theirs = game.claim
     return (
         not game.supplied
@@ -210,7 +221,7 @@ def _refutation(found: Evidence, games: Sequence[GameDocument], alpha: float) ->
         for test in marked(game.tests, alpha):
             if test.refutes:
                 shown = "" if test.p_value is None else f", p = {test.p_value:.2g}"
-                # What a file of scores speaks of is not known; the name of the test says which file.
+                # Which model a score file comes from is not known; the name of the test names the file.
                 where = "" if game.game == "scores" else f" ({ABOUT[game.about]})"
                 reasons.append(f"{test.name}: e = {float(test.e_value or 0):.3g}{shown}{where}.")
     return tuple(dict.fromkeys(reasons))
@@ -258,8 +269,10 @@ def document(
     ledger: Sequence[LedgerRow] = (),
     checks: Sequence[Check] = (),
 ) -> AuditDocument:
-    """The audit of all games in the order of play: a pure function of its arguments. checks: further ones of
-    validity."""
+    """Assembles the audit document from all games, given in the order of play.
+
+    The result depends on nothing but the arguments. checks: validity checks besides those of the games.
+    """
     contracts = [game.contract for game in games if game.contract is not None]
     fusions = [game.fusion for game in games if game.fusion is not None]
     judged = [check for contract in contracts for check in contract.checks]
@@ -325,16 +338,16 @@ def document(
 
 
 def _latest(games: Sequence[GameDocument], field: str) -> tuple:  # type: ignore[type-arg]
-    """What the latest game of each kind shows; repeated games would show the same figures many times."""
+    """The entries of `field` from the latest game of each kind, so that repeated games don't repeat their figures."""
     last = {game.game: getattr(game, field) for game in games if getattr(game, field)}
     return tuple(item for shown in last.values() for item in shown)
 
 
 def headline(document: AuditDocument | ScoresDocument) -> Test | None:
-    """The best bound that assumes nothing, or only the claimed mechanism; None without one.
+    """The best bound that assumes nothing or only the claimed mechanism; None if there is none.
 
-    The best of several is valid because all bounds hold at once (`confidence_of`); where version 1 documents did not
-    share one error budget, the first stands instead.
+    Taking the best of several bounds is valid because they hold jointly (`confidence_of`). In documents of version 1
+    bounds may not share an error budget; the first one is returned then.
     """
     bounds = _headlines(document)
     if not bounds:
@@ -343,7 +356,7 @@ def headline(document: AuditDocument | ScoresDocument) -> Test | None:
 
 
 def headline_confidence(document: AuditDocument | ScoresDocument) -> float | None:
-    """Confidence of the headline bound: that of all bounds together, since it is the best of them."""
+    """Confidence of the headline bound: the joint confidence of all bounds, since the headline is the best of them."""
     bounds = _headlines(document)
     if not bounds:
         return None
@@ -363,24 +376,24 @@ def _fit(document: AuditDocument | ScoresDocument, bounds: Sequence[Test]) -> bo
 
 
 def within_mechanism(document: AuditDocument | ScoresDocument) -> Test | None:
-    """The best bound within DP-SGD of the claimed q and T; None without one."""
+    """The best bound that assumes DP-SGD with the claimed q and T; None if there is none."""
     return best_within(document.tests)
 
 
 def best_within(tests: Sequence[Test]) -> Test | None:
-    """The same of some tests, such as those of one game."""
+    """The same for a selection of tests, for example those of one game."""
     bounds = [test for test in tests if test.epsilon_lower is not None and test.assumes == "dp-sgd(q,T)"]
     exact = [test for test in bounds if test.bound in ("exact likelihood", "chi-square")]
     return max(exact or bounds[:1], key=lambda test: float(test.epsilon_lower or 0.0), default=None)
 
 
 def highest_ceiling(document: AuditDocument | ScoresDocument) -> float | None:
-    """The largest bound that the headline tests could have shown; None without one, or where one has no ceiling."""
+    """The largest bound that the headline tests could have shown; None if there is none, or if one has no ceiling."""
     found = [None if test.ceiling is None else float(test.ceiling) for test in _headlines(document)]
     return None if not found or None in found else max(value for value in found if value is not None)
 
 
 def exceeds(document: AuditDocument | ScoresDocument, epsilon: float) -> bool:
-    """Whether the headline bound lies above a gate's eps."""
+    """Whether the headline bound lies above `epsilon`, the threshold of a gate."""
     best = headline(document)
     return best is not None and best.epsilon_lower is not None and float(best.epsilon_lower) > epsilon

@@ -58,7 +58,7 @@ def _column(docs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str
 
 
 def target(doc: Mapping[str, Any]) -> str | None:
-    """The answer that stands for a question: `answer`, or the commonest of its annotators' `answers`."""
+    """The answer that stands for a question: `answer`, or the most common of its annotators' `answers`."""
     answers = doc.get("answers")
     if isinstance(answers, Sequence) and not isinstance(answers, str) and len(answers):
         texts = [str(item.get("answer")) if isinstance(item, Mapping) else str(item) for item in answers]

@@ -121,8 +121,8 @@ def unit_groups(config: DataConfig, dataset: Dataset, column: str) -> dict[str, 
 def majority(dataset: Dataset, questions: Questions) -> Metric:
     """What a constant answer per question kind reaches, without any picture.
 
-    Embedded data: the commonest answers of *public synthetic* pictures with the same questions. Other sets: the
-    commonest answers of the held-out questions themselves, the best constant there is; no training row is read.
+    Embedded data: the most common answers of *public synthetic* pictures with the same questions. Other sets: the
+    most common answers of the held-out questions themselves, the best constant there is; no training row is read.
     """
     if dataset.source == "embedded":
         from trainers.public.synthetic import synthetic_pictures

@@ -168,7 +168,7 @@ def by_kind(
 
 
 def commonest(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """The commonest normalised answer of each kind, from (kind, answer) pairs; ties go to the first in the alphabet."""
+    """The most common normalised answer of each kind, from (kind, answer) pairs; ties go to the first by alphabet."""
     counts: dict[str, Counter[str]] = {}
     for kind, answer in pairs:
         counts.setdefault(kind, Counter())[normalise(answer)] += 1

@@ -77,7 +77,7 @@ def _table(task: str, runs: Sequence[RunReport]) -> TaskTable:
     yardsticks = []
     main = headline(task, comparable[0] if comparable else measured[0][1])
     if majority is not None:
-        yardsticks.append(TaskColumn("", "commonest answer", {main: majority}))
+        yardsticks.append(TaskColumn("", "most common answer", {main: majority}))
     if untrained is not None:
         yardsticks.append(TaskColumn("", "base model", untrained))
     metrics = dict.fromkeys(name for column in (*same, *others) for name in column.metrics)

@@ -29,7 +29,10 @@ def command(
     contract: Annotated[bool, typer.Option("--contract", help="Step contract on this run's trainer.")] = False,
     white_box: Annotated[bool, typer.Option("--white-box", help="White-box game with injected gradients.")] = False,
     count: Annotated[
-        int | None, typer.Option(help="Number of canary candidates of a twin or a game (default: 300).")
+        int | None,
+        typer.Option(
+            help="Number of canaries of a twin or a game (default: 300 records; 1,000 gradients, if they fit)."
+        ),
     ] = None,
     directions: Annotated[
         str, typer.Option(help="--white-box: directions of the gradient canaries: orthogonal, dirac or random.")
@@ -89,7 +92,10 @@ def command(
     epsilon: Annotated[
         float | None, typer.Option(help="--trainer, --model: the claimed eps (default: as the trainer states).")
     ] = None,
-    delta: Annotated[float | None, typer.Option(help="--trainer, --model: the claimed delta (default: 1e-5).")] = None,
+    delta: Annotated[
+        float | None,
+        typer.Option(help="--trainer, --model: the claimed delta (default: as the trainer states, else 1e-5)."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="--trainer, --model: folder for the audit.")] = None,
     fail_above: Annotated[
         float | None, typer.Option(metavar="EPS", help="Exit 1 when the best lower bound on eps exceeds EPS.")

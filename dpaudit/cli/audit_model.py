@@ -10,7 +10,12 @@ from dpaudit.cli import console
 
 def command(
     model: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint or PEFT adapter trained elsewhere.")],
-    base: Annotated[str, typer.Option(metavar="PATH", help="The base model that it was fine-tuned from.")],
+    base: Annotated[
+        str,
+        typer.Option(
+            metavar="PATH", help="The base model that it was fine-tuned from: a folder, or a hub id, which is fetched."
+        ),
+    ],
     records: Annotated[
         Path,
         typer.Option(
@@ -37,7 +42,6 @@ def command(
     confidence: Annotated[float, typer.Option(help="Joint confidence of all bounds.")] = 0.95,
     alpha: Annotated[float, typer.Option(help="Level of the claim test.")] = 0.001,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    online: Annotated[bool, console.ONLINE_OPTION] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 3 when the verdict is inconclusive.")] = False,
     as_json: Annotated[bool, console.JSON_OPTION] = False,
 ) -> None:
@@ -52,10 +56,7 @@ def command(
     from dpaudit.bounds import validate
     from dpaudit.cli import external
     from dpaudit.cli.audit import finish, typed
-    from dpaudit.online import allow
 
-    if online:
-        allow()
     if fail_above is not None:
         validate.real("--fail-above", fail_above, low=0.0, high=float("inf"))
     options = ModelOptions(

@@ -19,7 +19,10 @@ def command(
     runs: Annotated[
         int | None, typer.Option(help="Number of trainings, each with one canary either included or left out.")
     ] = None,
-    count: Annotated[int | None, typer.Option(help="Number of canaries of a game (default: 300).")] = None,
+    count: Annotated[
+        int | None,
+        typer.Option(help="Number of canaries of a game (default: 300 records; 1,000 gradients, if they fit)."),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of each training (default: as in its claim).")] = None,
     setting: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="An argument of the factory.")

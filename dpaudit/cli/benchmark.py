@@ -103,7 +103,7 @@ def _show(run: Path, document: "BenchmarkDocument") -> None:
         if len(metrics) > SHOWN:
             console.say(f"  and {len(metrics) - SHOWN} more in benchmark.json")
         if task in document.majority:
-            console.say(f"  {'commonest answer':<26}{percent(document.majority[task].value):>8}")
+            console.say(f"  {'most common answer':<26}{percent(document.majority[task].value):>8}")
         for gap in document.gaps:
             if gap.task == task and gap.low is not None and gap.high is not None:
                 span = f"{percent(gap.value)} ({percent(gap.low)} to {percent(gap.high)})"

@@ -29,8 +29,8 @@ def command(
 ) -> None:
     """Run the audits on trainers that each contain one deliberate, documented bug.
 
-    The exit code is 1 when a bug is missed that is not declared out of reach, or when a token path is put into the
-    wrong row of the truth table. docs/planted-bugs.md has the tables, including those of correct trainers.
+    The exit code is 1 when the audits miss a bug that they should catch, or put a token path into the wrong row of the
+    truth table. docs/planted-bugs.md has the tables, and those of correct trainers.
     """
     from attacks.bugs.benchmark import document, run_bugs
     from attacks.bugs.paths import PATHS, run_path

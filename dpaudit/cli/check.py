@@ -67,9 +67,12 @@ def command(
 
     examination: list[Examination] = []
     failure: Exception | None = None
-    # What foreign code prints must not end up in our result; what it warns of is shown once.
+    # What foreign code prints must not end up in our result; what it warns of is shown once, apart from what libraries
+    # tell their own developers.
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("once")
+        for notice in (DeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", notice)
         from dpaudit.errors import DpauditError
 
         document: CheckDocument | None = None

@@ -15,7 +15,9 @@ if TYPE_CHECKING:  # half of the time that `dpaudit --help` takes
 DONE, REFUTED, USAGE, INCONCLUSIVE, ENVIRONMENT, DEFECT, INTERRUPTED = 0, 1, 2, 3, 4, 70, 130
 
 JSON_OPTION = typer.Option("--json", help="Print exactly one JSON document on stdout; logs go to stderr.")
-ONLINE_OPTION = typer.Option("--online", help="Allow downloads from the hub of the models and data that the run names.")
+ONLINE_OPTION = typer.Option(
+    "--online", help="Allow downloads from the hub of the models and data that a run's own files name."
+)
 LIMIT_SENTENCE = "An audit can refute a claim; it can never prove privacy."
 
 # Progress and logs; stdout belongs to results alone.

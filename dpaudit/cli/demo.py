@@ -57,7 +57,7 @@ def command(
     _together([[["report", *paths, "-o", str(report), "--title", title]]])
     _summary([Path(path) for path in paths])
     console.say("")
-    console.say(f"{console.LIMIT_SENTENCE}")
+    console.say(console.LIMIT_SENTENCE)
     console.say(f"Report: {report}   ({time.monotonic() - began:.0f} s)")
 
 

@@ -52,4 +52,5 @@ def command(
     if as_json:
         return console.emit(document)
     console.say(f"{release / SIGNATURE}: {len(loaded.files)} files, verdict {loaded.verdict or 'not audited'}")
-    console.say(f"signed with the key of SHA-256 {signer.public.sha256}; {console.LIMIT_SENTENCE}")
+    console.say(f"signed with the key of SHA-256 {signer.public.sha256}")
+    console.say(console.LIMIT_SENTENCE)

@@ -50,6 +50,7 @@ def command(
 
     Every cell is a run folder under OUT/runs. --resume continues a sweep that was stopped: finished cells are
     skipped, an interrupted training continues. A cell that fails is reported and the others continue (exit code 4).
+    docs/reference/settings.md describes GRID.yaml.
     """
     if online or arguments or preset is not None:  # else the grid is the one in --out, whoever wrote it
         allow()

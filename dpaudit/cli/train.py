@@ -14,7 +14,11 @@ from dpaudit.printable import field
 
 def command(
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings, e.g. training.epochs=20.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY.SUB=VALUE]...",
+            help="Settings, e.g. training.epochs=20; all are in docs/reference/settings.md and in a run's config.yaml.",
+        ),
     ] = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="A YAML file of settings.")] = None,
     method: Annotated[str | None, typer.Option(help="non-private, dp-sgd, dual-priv or dp-zo.")] = None,
@@ -30,7 +34,10 @@ def command(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder (default: runs/METHOD).")] = None,
     resume: Annotated[Path | None, typer.Option(help="Resume an interrupted run.")] = None,
-    online: Annotated[bool, console.ONLINE_OPTION] = False,
+    online: Annotated[
+        bool,
+        typer.Option("--online", help="--resume: allow downloads from the hub of what the run names (a new run may)."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print eps, sigma, steps and cost without training.")
     ] = False,

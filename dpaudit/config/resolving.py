@@ -87,14 +87,24 @@ def _accepted(error: Any) -> str:
 
 
 def _suggestion(where: str) -> str:
-    fields: list[str] = []
+    """Fields that were probably meant: of that name elsewhere, or spelled much like it; else all of the section."""
+    parent, _, name = where.rpartition(".")
+    sections = _sections(RunConfig)
+    here = sections.get(parent, [])
+    elsewhere = [f"{section}.{field}".lstrip(".") for section, fields in sections.items() for field in fields]
+    meant = [field for field in elsewhere if field.rpartition(".")[2] == name]
+    meant = meant or [f"{parent}.{field}".lstrip(".") for field in difflib.get_close_matches(name, here, n=1)]
+    if not here:  # the section itself is unknown
+        meant = meant or difflib.get_close_matches(where, elsewhere, n=1, cutoff=0.8)
+    if meant:
+        return f"; did you mean {' or '.join(meant)}?"
+    return f"; accepted{f' in {parent}' if parent else ''}: {', '.join(here or sections[''])}"
 
-    def collect(model: type[BaseModel], prefix: str) -> None:
-        for name, field in model.model_fields.items():
-            fields.append(prefix + dashed(name))
-            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-                collect(field.annotation, f"{prefix}{dashed(name)}.")
 
-    collect(RunConfig, "")
-    close = difflib.get_close_matches(where, fields, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+def _sections(model: type[BaseModel], name: str = "") -> dict[str, list[str]]:
+    """Section name -> its fields; the configuration itself is the section without a name."""
+    found: dict[str, list[str]] = {name: [dashed(field) for field in model.model_fields]}
+    for field, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            found |= _sections(info.annotation, f"{name}.{dashed(field)}".lstrip("."))
+    return found

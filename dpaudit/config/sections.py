@@ -73,9 +73,9 @@ class DataConfig(Section):
     path: str | None = Field(default=None, description="folder of a local data set")
     subset: str | None = Field(default=None, description="configuration name of a hub set that has several")
     train: str | None = Field(default=None, description="file or folder inside data.path, or a split of a hub set")
-    test: str | None = None
+    test: str | None = Field(default=None, description="the same for the held-out questions")
     train_images: str | None = Field(default=None, description="table of pictures by image_id, or a folder of them")
-    test_images: str | None = None
+    test_images: str | None = Field(default=None, description="the same for the held-out questions")
     post_prompt: str | None = Field(default=None, description="text behind every question; default: by the format")
     background: str = Field(default="white", description="colour behind transparency: white, black, grey, #rrggbb")
     frames: Literal["refuse", "first", "all"] = Field(
@@ -159,8 +159,8 @@ class LoraConfig(Section):
             raise ValueError(f"{ALL_LINEAR} means every linear layer; name it alone")
         return given
 
-    rank: int = Field(default=8, ge=1)
-    alpha: Finite = Field(default=16.0, gt=0)
+    rank: int = Field(default=8, ge=1, description="of the two factors A and B")
+    alpha: Finite = Field(default=16.0, gt=0, description="the product of the factors is scaled by alpha / rank")
     targets: tuple[str, ...] = Field(
         default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         min_length=1,
@@ -176,7 +176,9 @@ class ModelConfig(Section):
     """The model to fine-tune."""
 
     path: str | None = Field(default=None, description="folder or hub id; default: the reference model of the package")
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    device: str = Field(
+        default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto: a GPU where there is one"
+    )
     precision: Literal["float32", "bfloat16", "nf4"] = Field(
         default="float32",
         description="of the frozen model; adapters, clipping and noise are float32 in any case. nf4: linear layers of "
@@ -188,7 +190,7 @@ class ModelConfig(Section):
 class ReducerConfig(Section):
     """Visual token pruning and fusion. `keep` = K dominant patches, `fuse` = k fused tokens."""
 
-    name: ReducerName = "none"
+    name: ReducerName = Field(default="none", description="docs/methods.md describes each")
     keep: int | None = Field(
         default=None, ge=1, description="default: 54 of 576 patches (VisionZip), in proportion to the checkpoint's"
     )
@@ -208,9 +210,11 @@ class ReducerConfig(Section):
 
 
 class FusionConfig(Section):
-    """Visual tokens that may leave the trust boundary; see trainers.fusion and docs/fusion-path.md."""
+    """Visual tokens that may leave the trust boundary; see docs/fusion-path.md."""
 
-    release: Literal["none", "clip-noise"] = "none"
+    release: Literal["none", "clip-noise"] = Field(
+        default="none", description="clip-noise: tokens are clipped and noised once, and may then be published"
+    )
     radius: Finite | None = Field(default=None, gt=0, description="R: all tokens of a unit are clipped to this norm")
     multiplier: Finite | None = Field(default=None, gt=0, description="z: noise std of the tokens over R")
 
@@ -219,15 +223,17 @@ class PrivacyConfig(Section):
     """The claim that the run makes. Either `epsilon` or `noise-multiplier`; a non-private run uses neither."""
 
     epsilon: Annotated[Finite, Field(ge=1e-6, le=1e6)] | Literal["inf"] | None = Field(
-        default=8.0, description="inf: the method clips and adds no noise, and claims no privacy"
+        default=8.0, description="the target; inf: the method clips and adds no noise, and claims no privacy"
     )
-    delta: Finite = Field(default=1e-5, gt=0, lt=1)
-    noise_multiplier: Finite | None = Field(default=None, ge=1e-6, le=1e6)
-    max_grad_norm: Finite = Field(default=1.0, gt=0)
+    delta: Finite = Field(default=1e-5, gt=0, lt=1, description="below 1/n")
+    noise_multiplier: Finite | None = Field(default=None, ge=1e-6, le=1e6, description="sigma, instead of epsilon")
+    max_grad_norm: Finite = Field(default=1.0, gt=0, description="C, the clip norm of one unit")
     clipping: Literal["flat", "automatic"] = Field(
         default="flat", description="automatic: every unit to C norm / (norm + 0.01), small gradients too (AUTO-S)"
     )
-    relation: Literal["add-remove", "zero-out", "replace"] = "add-remove"
+    relation: Literal["add-remove", "zero-out", "replace"] = Field(
+        default="add-remove", description="in what neighbouring data sets differ; docs/accounting.md"
+    )
     noise: Literal["plain", "secure"] = Field(
         default="plain", description="secure: half the sum of four normals, against attacks on floating-point noise"
     )
@@ -242,8 +248,10 @@ class PrivacyConfig(Section):
 class PruningConfig(Section):
     """Gradient-update pruning on the noisy gradient (post-processing). `keep` = fraction of blocks updated."""
 
-    keep: Finite = Field(default=1.0, gt=0, le=1)
-    by: Literal["magnitude", "magnitude-normalised", "random", "previous"] = "magnitude"
+    keep: Finite = Field(default=1.0, gt=0, le=1, description="share of the blocks that is updated")
+    by: Literal["magnitude", "magnitude-normalised", "random", "previous"] = Field(
+        default="magnitude", description="how the blocks are chosen; docs/methods.md"
+    )
     granularity: Literal["matrix", "layer"] = Field(
         default="matrix", description="a block is one LoRA matrix, or all of a decoder layer"
     )
@@ -254,9 +262,9 @@ class PruningConfig(Section):
 
 
 class ZerothOrderConfig(Section):
-    """Method dp-zo: loss differences along public random directions; see trainers.zeroth_order."""
+    """Method dp-zo: loss differences along public random directions; see docs/methods.md."""
 
-    noise: Literal["gaussian", "laplace"] = "gaussian"
+    noise: Literal["gaussian", "laplace"] = Field(default="gaussian", description="law of the noise on the differences")
     directions: int = Field(default=1, ge=1, description="public directions a step, two forward passes each")
     perturbation: Finite = Field(default=1e-3, gt=0, description="how far along a direction the loss is taken")
 
@@ -264,9 +272,9 @@ class ZerothOrderConfig(Section):
 class TrainingConfig(Section):
     """The optimisation. `batch-size` is the expected batch; steps = epochs * candidates / batch-size."""
 
-    epochs: Finite = Field(default=30.0, gt=0, le=MOST_STEPS)
+    epochs: Finite = Field(default=30.0, gt=0, le=MOST_STEPS, description="expected passes over the units")
     steps: int | None = Field(default=None, ge=1, le=MOST_STEPS, description="overrides epochs")
-    batch_size: int = Field(default=256, ge=1, le=MOST_UNITS)
+    batch_size: int = Field(default=256, ge=1, le=MOST_UNITS, description="expected number of units in a batch")
     sampling: Literal["poisson", "fixed", "shuffle", "allocation"] = Field(
         default="poisson",
         description="fixed: a uniform subset of batch-size; shuffle: epochs; allocation: every unit draws its steps of "
@@ -281,13 +289,13 @@ class TrainingConfig(Section):
     optimizer: Literal["adamw", "adambc", "sgd"] = Field(
         default="adamw", description="adambc: AdamW whose second moment has the noise's own variance taken out"
     )
-    learning_rate: Finite = Field(default=1e-3, gt=0)
+    learning_rate: Finite = Field(default=1e-3, gt=0, description="the largest of the schedule")
     schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="after the warm-up")
     warmup: Finite = Field(default=0.05, ge=0, lt=1, description="fraction of the steps")
-    weight_decay: Finite = Field(default=0.0, ge=0)
-    beta1: Finite = Field(default=0.9, ge=0, lt=1)
-    beta2: Finite = Field(default=0.999, ge=0, lt=1)
-    adam_epsilon: Finite = Field(default=1e-8, gt=0)
+    weight_decay: Finite = Field(default=0.0, ge=0, description="as the optimiser defines it")
+    beta1: Finite = Field(default=0.9, ge=0, lt=1, description="of adamw and adambc: decay of the first moment")
+    beta2: Finite = Field(default=0.999, ge=0, lt=1, description="the same of the second moment")
+    adam_epsilon: Finite = Field(default=1e-8, gt=0, description="of adamw and adambc: added to the divisor")
     variance_floor: Finite = Field(
         default=0.1, gt=0, description="adambc: least corrected second moment, as a share of the noise's variance"
     )
@@ -298,7 +306,9 @@ class TrainingConfig(Section):
     augmentations: int = Field(
         default=1, ge=1, le=64, description="copies of each picture in its unit's gradient, all but the first shifted"
     )
-    gradient_path: Literal["auto", "micro-batch", "hooks", "ghost"] = "auto"
+    gradient_path: Literal["auto", "micro-batch", "hooks", "ghost"] = Field(
+        default="auto", description="how clipped sums are computed; all give the same sum (docs/models.md)"
+    )
     rows_at_once: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto", description="rows of a physical batch; auto: at most 64, as many as training.memory holds"
     )
@@ -314,13 +324,13 @@ class TrainingConfig(Section):
     parallel: Literal["data", "fsdp"] = Field(
         default="data", description="with several ranks: every rank holds the whole base model, or a share (fsdp)"
     )
-    checkpoint_every: int = Field(default=20, ge=1, description="steps")
+    checkpoint_every: int = Field(default=20, ge=1, description="steps between two checkpoints")
 
 
 class CanaryConfig(Section):
     """Canaries: `count` candidates, each inserted when its fair coin says so."""
 
-    count: int = Field(default=0, ge=0, le=MOST_CANARIES)
+    count: int = Field(default=0, ge=0, le=MOST_CANARIES, description="number of candidates")
     kinds: tuple[CanaryKind, ...] = Field(
         default=("mislabelled", "noise", "new-token"),
         description="default without data.reserve (own data): noise, new-token; mislabelled needs records held back",
@@ -336,7 +346,7 @@ class PlantedConfig(Section):
 class RunConfig(Section):
     """Everything that defines a run."""
 
-    method: Method = "dp-sgd"
+    method: Method = Field(default="dp-sgd", description="docs/methods.md describes each")
     seed: int | None = Field(default=None, ge=0, lt=2**63, description="replaces the secret key: not for release")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()

@@ -73,8 +73,8 @@ class BenchmarkDocument(Document):
     base: dict[str, dict[str, Metric]] | None = Field(default=None, description="The base model, same tasks.")
     majority: dict[str, Metric] = Field(
         default_factory=dict,
-        description="Per task, one constant answer for each question kind: the commonest of public synthetic pictures "
-        "for the embedded data, the commonest of the test questions themselves for any other set.",
+        description="Per task, what the most common answer to each kind of question reaches: that of public synthetic "
+        "pictures for the embedded data, of the test questions themselves for any other set.",
     )
     gaps: tuple[Gap, ...] = Field(default=(), description="Between subgroups, the widest of each grouping.")
     about: dict[str, TaskAbout] = Field(default_factory=dict, description="Per task.")

@@ -150,6 +150,24 @@ def test_a_misspelt_field_is_refused_and_mended(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("epochs=3", "did you mean training.epochs?"),
+        ("rank=4", "did you mean model.lora.rank?"),
+        ("name=x", "did you mean data.name or reducer.name?"),
+        ("trainings.epochs=1", "did you mean training?"),
+        ("training.foo=1", "accepted in training: epochs, steps, batch-size,"),
+        ("model.lora.foo=1", "accepted in model.lora: rank, alpha,"),
+        ("foo=1", "accepted: method, seed, data, model,"),
+    ],
+)
+def test_an_unknown_field_names_what_was_meant_or_what_there_is(given: str, said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        resolve({}, [given])
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     "overrides, field",
     [
         (["privacy.epsilon=8", "privacy.noise-multiplier=1"], "privacy.epsilon"),

@@ -52,6 +52,24 @@ factory = step_function(
 """
 
 
+NOTICES = """
+import warnings
+
+warnings.warn("this argument will be removed", FutureWarning)
+warnings.warn("the loss is not finite", UserWarning)
+"""
+
+
+def test_notices_of_libraries_to_developers_are_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a library tells its own developers is left out; what foreign code warns its user of is not."""
+    (tmp_path / "notices_of_mine.py").write_text(NOTICES)
+    monkeypatch.chdir(tmp_path)
+    shown: list[str] = []
+    monkeypatch.setattr("warnings.showwarning", lambda message, *_, **__: shown.append(str(message)))
+    assert app.run(["check", "notices_of_mine:factory"]) == 2  # it has none
+    assert shown == ["the loss is not finite"]
+
+
 def test_a_loop_under_test_lies_where_its_owner_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The factory is a function of ours, but SARIF must point at the owner's line."""
     (tmp_path / "glued_by_me.py").write_text(GLUED)
