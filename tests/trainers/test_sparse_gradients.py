@@ -35,7 +35,9 @@ def factory(sparse: bool) -> Any:
         optimizer.step()
 
     words = torch.tensor([[0, 1, 1], [2, 2, 2], [3, 4, 5], [8, 8, 0]])
-    return step_function(init=init, step=step, records=[*zip(words, torch.tensor([0, 1, 0, 1]))], claim=CLAIM)
+    return step_function(
+        init=init, step=step, records=[*zip(words, torch.tensor([0, 1, 0, 1]), strict=True)], claim=CLAIM
+    )
 
 
 @pytest.mark.parametrize("size", [0.01, 100.0])

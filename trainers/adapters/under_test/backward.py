@@ -25,7 +25,7 @@ def _transformed() -> bool:
 
 
 def _like(gradient: Tensor, canary: Tensor) -> Tensor:
-    """The canary as torch requires it of a hook: of the gradient's type, device and layout (embeddings may be sparse)."""
+    """The canary as torch requires it of a hook: of the type, device and layout of the gradient."""
     found = canary.to(gradient.device, gradient.dtype)
     return found.to_sparse(gradient.sparse_dim()) if gradient.layout == torch.sparse_coo else found
 
