@@ -1,4 +1,4 @@
-"""An embedding with sparse gradients in a loop of one record a pass: read, and replaced by a canary's, like any other."""
+"""An embedding with sparse gradients in a loop of one record a pass: read, and replaced by a canary's."""
 
 from typing import Any
 
