@@ -22,6 +22,8 @@ from dpaudit.documents import (
     LedgerDocument,
     LedgerRow,
     RunInfo,
+    Test,
+    Verdict,
 )
 from reports.text import clean, plural
 
@@ -89,6 +91,56 @@ def judge(
         checks=_beside(games, audit),
     )
     return Judged(found, games, (*_levels(audit, found), *_differences(audit, found, rows)))
+
+
+def alone(said: AuditDocument) -> Judged:
+    """A document that is shown without the games behind it: what its own fields say about the verdict that it states.
+
+    Its verdict stands unless its fields contradict it. Documents of version 1 hold no evidence: their tests count for
+    nothing, so what was supported by them no longer is.
+    """
+    tests = verdict.marked(said.tests, said.alpha)
+    notices = []
+    if said.schema_version > 1 and tests != said.tests:
+        notices.append("Tests of the document are marked otherwise than their own e-values and p-values say.")
+    found = _verdict_of_fields(said, tests)
+    if found == said.verdict:
+        return Judged(said, notices=tuple(notices))
+    old = " (made before controls were required, so no power counts)" if said.schema_version == 1 else ""
+    notices.append(f"The document says “{said.verdict}”; its own fields give “{found}”{old}.")
+    reason = "The verdict that the document states is contradicted by its own fields."
+    return Judged(
+        said.model_copy(update={"verdict": found, "reasons": (reason,), "tests": tests}), notices=tuple(notices)
+    )
+
+
+def _verdict_of_fields(said: AuditDocument, tests: Sequence[Test]) -> Verdict:
+    """The verdict that a document's fields leave; the stated one where they leave several."""
+    if said.schema_version == 1:
+        return "inconclusive" if said.verdict == "not refuted" else said.verdict
+    failed = any(check.status == "fail" for check in said.validity.checks)
+    if not said.validity.sound or failed:
+        return "invalid"
+    assures = said.verdict in ("not refuted", "inconclusive", "no claim", "invalid")
+    if said.claim is None:
+        return "no claim" if assures else said.verdict
+    if verdict.refutes(_log_evidence(said, tests), said.alpha):
+        return "refuted"
+    checks = said.contract.checks if said.contract is not None else ()
+    gaps = [row for row in said.ledger if row.status == "UNACCOUNTED"]
+    # The contract shown is the latest: an earlier one may have failed.
+    if gaps or any(c.status == "fail" and c.waived is None for c in checks) or said.verdict == "unsupported":
+        return "unsupported"
+    return "not refuted" if said.verdict == "not refuted" and any(map(verdict.powerful, tests)) else "inconclusive"
+
+
+def _log_evidence(said: AuditDocument, tests: Sequence[Test]) -> float:
+    """As stated; of a single game at least that of each of its tests."""
+    log = said.log_evidence or 0.0
+    if len(said.games) > 1:
+        return log
+    staked = [test.share * float(test.e_value or 0.0) for test in tests if verdict.counts(test)]
+    return max([log, *(math.log(value) for value in staked if value > 0)])
 
 
 def priced(

@@ -11,6 +11,7 @@ from dpaudit import folders, untrusted
 from dpaudit.documents import AuditDocument, CheckDocument, ScoresDocument
 from dpaudit.errors import UsageError
 from reports.inputs import ReleasedFile, RunReport, check_summary, distinct, letter, load_release, load_runs, place
+from reports.judged import alone as judged_alone
 from reports.sweep.document import SweepDocument, SweepRow
 from reports.sweep.layout import RUNS, require_plain
 from reports.text import clean
@@ -176,16 +177,18 @@ def _with_document(page: Page, path: Path, key: str, typed: str) -> Page:
     audit = AuditDocument.read(path) if kind == "audit" else _as_audit(ScoresDocument.read(path))
     for index, summary in enumerate(audit.scores):
         check_summary(path, f"scores.{index}", summary)
+    judged = judged_alone(audit)
     run = RunReport(
         key=key,
         name=name,
         config=None,
         claim_document=None,
         ledger_document=None,
-        audit=audit,
+        audit=judged.audit,
         benchmark=None,
         environment=None,
         files=(_file(path),),
+        notices=judged.notices,
         source="audit" if kind == "audit" else "scores",
         place=place(path),
         typed=typed,

@@ -103,5 +103,7 @@ def describe(error: BaseException) -> str:
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next
-    where = f" ({Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno})" if place is not None else ""
+    # An argument that their function does not take is raised here, in none of their lines.
+    theirs = place is not None and place.tb_frame.f_code.co_filename != __file__
+    where = f" ({Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno})" if place and theirs else ""
     return f"{type(error).__name__}: {text}{where}" if text else f"{type(error).__name__}{where}"

@@ -176,7 +176,8 @@ def short(value: object) -> str:
 
 
 def as_tensor(method: str, name: object, value: object) -> Tensor:
-    """A floating-point tensor as it is, or of an array of numpy, jax or what else `numpy.asarray` understands."""
+    """A floating-point tensor as it is (a sparse one filled with zeros), or of an array of numpy, jax or what else
+    `numpy.asarray` understands."""
     found = value
     if not isinstance(found, Tensor) and hasattr(found, "__array__"):
         array = np.asarray(found)
@@ -185,7 +186,7 @@ def as_tensor(method: str, name: object, value: object) -> Tensor:
     if not isinstance(found, Tensor) or not found.is_floating_point():
         what = type(value).__name__ if not hasattr(value, "dtype") else f"{type(value).__name__} of {value.dtype}"
         raise MethodFailure(method, f"{name!r} is {what}; accepted: a floating-point tensor or array")
-    return found
+    return found if found.layout == torch.strided else found.to_dense()
 
 
 def flat(method: str, name: object, value: object) -> Vector:

@@ -1,5 +1,6 @@
 """What the Python door answers with: a bound, an estimate, the test of a claim, each with its limits."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +62,7 @@ class Bound:
     @property
     def at_ceiling(self) -> bool:
         """Whether the game could have shown no more: it takes more canaries to say more."""
-        return 0 < self.ceiling <= self.value * (1 + 1e-6)
+        return math.isfinite(self.ceiling) and 0 < self.ceiling <= self.value * (1 + 1e-6)
 
     @property
     def role(self) -> str:

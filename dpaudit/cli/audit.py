@@ -374,8 +374,8 @@ def _row(test: "Test") -> tuple[str, ...]:
     if test.assumes != "none":
         notes.append(f"assumes {test.assumes}")
     lower, top = test.epsilon_lower, test.ceiling
-    if lower is not None and top is not None and lower >= top > 0:
-        notes.append("every guess was right: eps may be larger, use more canaries")
+    if full := console.at_ceiling(test):
+        notes.append(full)
     if not test.decides or test.estimate:
         notes.append("informs only")
     return (

@@ -1,5 +1,6 @@
 """What every command shares: one JSON document on stdout, everything else on stderr, exit codes, gates."""
 
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -10,7 +11,7 @@ from rich.console import Console
 from dpaudit import printable
 
 if TYPE_CHECKING:  # half of the time that `dpaudit --help` takes
-    from dpaudit.documents import AuditDocument, Document, ScoresDocument, Verdict
+    from dpaudit.documents import AuditDocument, Document, ScoresDocument, Test, Verdict
 
 DONE, REFUTED, USAGE, INCONCLUSIVE, ENVIRONMENT, DEFECT, INTERRUPTED = 0, 1, 2, 3, 4, 70, 130
 
@@ -79,7 +80,29 @@ def exit_code(document: "AuditDocument | ScoresDocument", *, strict: bool, fail_
             "(--strict: exit code 3)"
         )
         return INCONCLUSIVE if strict and code == DONE else code
+    elif not best.epsilon_lower and not any(map(verdict.powerful, document.tests)):
+        log(
+            "dpaudit: --fail-above: eps >= 0, and no control shows that a leak would have been seen: the gate tests "
+            "nothing (--strict: exit code 3)"
+        )
+        return INCONCLUSIVE if strict and code == DONE else code
     return code
+
+
+def at_ceiling(test: "Test") -> str | None:
+    """What to say of a bound that reached the largest value that its game could have shown; None below it.
+
+    An infinite bound has no ceiling to reach: it says that q and T of the claim do not fit.
+    """
+    lower, top = test.epsilon_lower, test.ceiling
+    if lower is None or top is None or math.isinf(top) or not 0 < top <= lower * (1 + 1e-6):
+        return None
+    why = (
+        "every guess was right"
+        if test.guesses is not None and test.correct == test.guesses
+        else "the ceiling is reached"
+    )
+    return f"{why}: eps may be larger, use more canaries"
 
 
 def claim_flag(field: str) -> str:

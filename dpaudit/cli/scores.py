@@ -140,11 +140,7 @@ def show_test(test: "Test") -> None:
     counted = "" if test.guesses is None else f", {test.correct} of {test.guesses} guesses right"
     console.say(f"  {test.bound} [{label}; assumes {test.assumes}] {test.selection}{counted}")
     if test.epsilon_lower is not None and test.ceiling is not None:
-        at_top = (
-            "; every guess was right: eps may be larger, use more canaries"
-            if 0 < test.ceiling <= test.epsilon_lower * (1 + 1e-6)
-            else ""
-        )
+        at_top = f"; {full}" if (full := console.at_ceiling(test)) else ""
         bound = f"eps >= {test.epsilon_lower:.4f} with confidence {test.confidence:g}"
         console.say(f"    {bound} (ceiling {test.ceiling:.4f}{at_top})")
     if test.p_value is not None:

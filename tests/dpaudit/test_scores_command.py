@@ -280,6 +280,28 @@ def test_a_gate_above_every_ceiling_says_so(tmp_path: Path) -> None:
     assert low.returncode == 1 and "can't fail" not in low.stderr
 
 
+def test_a_gate_that_dead_scores_pass_says_so(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    rows = [f"r{row},{int(rng.random() < 0.5)},{rng.normal()}" for row in range(400)]
+    path = tmp_path / "scores.csv"
+    path.write_text("\n".join(["id,member,score", *rows]))
+    for more, code in (([], 0), (["--strict"], 3)):
+        done = run(str(path), "--delta", "1e-5", "--coins", "independent", "--fail-above", "1", *more)
+        assert done.returncode == code and "the gate tests nothing" in done.stderr
+
+
+def test_a_bound_without_end_does_not_say_that_every_guess_was_right(tmp_path: Path) -> None:
+    """q = 1e-12 and T = 1 can't leak what these scores show: the counts contradict q and T, 1 guess in 3 is wrong."""
+    rng = np.random.default_rng(1)
+    members = rng.random(400) < 0.5
+    rows = [f"r{row},{int(member)},{member + rng.normal()}" for row, member in enumerate(members)]
+    path = tmp_path / "scores.csv"
+    path.write_text("\n".join(["id,member,score", *rows]))
+    claim = ["--claim-sigma", "1", "--claim-rate", "1e-12", "--claim-steps", "1", "--separate"]
+    done = run(str(path), "--delta", "1e-5", "--coins", "independent", *claim)
+    assert done.returncode == 1 and "eps >= inf" in done.stdout and "every guess" not in done.stdout
+
+
 @pytest.mark.parametrize("end", [b"\r", b"\r\n", b"\n"])
 def test_lines_may_end_as_on_any_system(tmp_path: Path, end: bytes) -> None:
     path = write(tmp_path / "s.csv", 1.0)

@@ -24,6 +24,12 @@ def _transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def _like(gradient: Tensor, canary: Tensor) -> Tensor:
+    """The canary as torch requires it of a hook: of the type, device and layout of the gradient."""
+    found = canary.to(gradient.device, gradient.dtype)
+    return found.to_sparse(gradient.sparse_dim()) if gradient.layout == torch.sparse_coo else found
+
+
 class Passes(TorchFunctionMode):
     """A mode that is active around the foreign code; it looks during `watching()` only.
 
@@ -73,9 +79,9 @@ class Passes(TorchFunctionMode):
                 return None  # a backward pass that was begun before we looked
             self.reached[-1].add(name)
             if self._keep:
-                self.kept[-1][name] = gradient.detach().clone()
+                self.kept[-1][name] = gradient.detach().to_dense().clone()
             canary = self._canaries.get(self.count - 1)
-            return None if canary is None else canary[name].to(gradient)
+            return None if canary is None else _like(gradient, canary[name])
 
         return fire
 
