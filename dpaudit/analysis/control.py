@@ -31,7 +31,7 @@ LOWER = 3  # in order of power, the resampled control whose power is the lower e
 SIGNAL_LEVEL = 0.01  # one-sided, for "members score higher than chance allows"; a guard outside the error budget
 APART = 100.0  # times the other's spread: scores of another unit or origin
 MORE_TIES = 0.05  # share of scores that repeat another, beside the control's
-LABELS = 0.5  # the same the other way round: a control of repeated values beside scores of all kinds is another score
+LABELS = 4  # different values of a control that are classes beside scores with more (without noise scores do repeat)
 
 
 def with_power(
@@ -122,11 +122,14 @@ def _unlike(table: ScoreTable, control: ScoreTable) -> str | None:
             f"these scores do not tell members from others (AUC {area:.3f}, p = {p:.2g}; at most {SIGNAL_LEVEL:g} "
             "needed), so they may be dead"
         )
-    own, theirs = (1 - np.unique(part.scores).size / part.scores.size for part in (table, control))
+    values, their_values = (np.unique(part.scores).size for part in (table, control))
+    own, theirs = 1 - values / table.scores.size, 1 - their_values / control.scores.size
     if own > theirs + MORE_TIES:
         return f"{own:.0%} of these scores repeat another, {theirs:.0%} of the control's"
-    if theirs > own + LABELS:
-        return f"{theirs:.0%} of the control's scores repeat another, {own:.0%} of these: it is scored in another way"
+    if their_values <= LABELS < values:
+        return (
+            f"the control's scores have {their_values} different values and these {values}: it is scored in another way"
+        )
     (middle, spread), (their_middle, their_spread) = (_place(part.scores) for part in (table, control))
     apart = abs(middle - their_middle) > APART * max(spread, their_spread)
     if apart or not 1 / APART <= spread / their_spread <= APART:

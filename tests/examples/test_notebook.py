@@ -29,6 +29,22 @@ def run(cells: list[str]) -> Iterator[Any]:
         yield eval(compile(ast.Expression(last.value), f"cell {number}", "eval"), space) if last else None
 
 
+def test_the_stored_outputs_are_those_of_today(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeds are fixed, so what a reader sees on the page is what the code prints."""
+    monkeypatch.chdir(NOTEBOOK.parent)
+    matplotlib.use("agg")
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    seen = 0
+    for cell, value in zip(cells, run(CELLS), strict=True):
+        for output in cell["outputs"]:
+            if output["output_type"] == "execute_result":
+                assert "".join(output["data"]["text/plain"]) == repr(value)
+                assert "".join(output["data"]["text/html"]) == value._repr_html_()
+                seen += 1
+    assert seen == 7
+    matplotlib.pyplot.close("all")
+
+
 def test_the_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(NOTEBOOK.parent)
     matplotlib.use("agg")
