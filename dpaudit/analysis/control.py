@@ -27,7 +27,7 @@ from dpaudit.evidence import calibrate
 
 RESAMPLED = 80  # controls drawn from what the control's scores leave possible
 GAMES = 25  # games drawn from each
-LOWER = 3  # in order of power, the resampled control whose power is the lower end: at most 4 % of them have less
+LOWER = 3  # resampled controls (4 % of them) that may have less power than the lower end
 SIGNAL_LEVEL = 0.01  # one-sided, for "members score higher than chance allows"; a guard outside the error budget
 APART = 100.0  # times the other's spread: scores of another unit or origin
 MORE_TIES = 0.05  # share of scores that repeat another, beside the control's
