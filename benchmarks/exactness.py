@@ -41,6 +41,7 @@ RESULTS = Path(__file__).parent / "results" / "exactness.json"
 SIZES = [(32, 32), (32, 64), (64, 32), (48, 32)]
 SEEDS, UNITS = 3, 4
 PRECISIONS = ("float64", "float32", "bfloat16")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")  # of a mixture of experts: its experts are no linear layers
 PACKAGES = ("torch", "transformers", "peft", "opacus")
 Row = dict[str, Any]
 
@@ -67,9 +68,12 @@ def prepared(
     model = VisionLanguageModel.load(folder, device="cpu", precision=chosen)
     if precision == "float64":  # not offered to users: here it tells rounding from error
         model.hf.double()
+        if "moe" in model.family.model_type:  # grouped products know no float64
+            model.hf.set_experts_implementation("eager")
     model.set_reducer(ReducerConfig(name=reducer, keep=3, fuse=2, layer=-1))  # type: ignore[arg-type]
     rng = np.random.default_rng(seed)
-    parameters = model.attach_lora(LoraConfig(rank=4, projector=True), generator=rng)
+    names = LoraConfig().targets if "moe" not in model.family.model_type else ATTENTION
+    parameters = model.attach_lora(LoraConfig(rank=4, targets=names, projector=True), generator=rng)
     with torch.no_grad():
         for name, parameter in parameters.items():
             if "lora_B" in name:

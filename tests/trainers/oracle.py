@@ -173,7 +173,7 @@ class Plain:
         if self.kind.startswith("qwen"):
             given["position_ids"] = self.rope(origin, pixels)
         if self.kind.startswith("qwen3"):
-            chosen = torch.stack([*[tokens[place] for place in kept], *fused])
+            chosen = torch.stack([*[tokens[place] for place in kept], *fused]).to(self.core.dtype)
             columns = [column for column, place in enumerate(origin) if place is not None]
             with self.deepstack(chosen, columns):
                 return self.core(inputs_embeds=embeds, **given).logits  # type: ignore[no-any-return]
