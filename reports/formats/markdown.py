@@ -8,7 +8,7 @@ from reports.embedded import Change
 from reports.figures import describe_interval
 from reports.formats.findings import Finding, counts
 from reports.inputs import RunReport
-from reports.subjects import Page, SweepReport
+from reports.subjects import CheckReport, Page, SweepReport
 from reports.sweep.document import Averaged
 from reports.text import clean, number, points
 
@@ -26,6 +26,7 @@ def markdown(page: Page, found: Sequence[Finding], *, title: str, changes: Seque
         f"{number_of['skip']} not decided."
     ]
     lines += ["", *_runs(page.runs)] if page.runs else []
+    lines += ["", *_contracts(page.checks)] if page.checks else []
     for sweep in page.sweeps:
         lines += ["", f"### Sweep {escape(sweep.name)}", "", *_sweep(sweep)]
     bad = [finding for finding in found if finding.outcome in ("fail", "warn") and finding.rule != "change"]
@@ -64,6 +65,18 @@ def _runs(runs: Sequence[RunReport]) -> list[str]:
         rows.append((escape(run.name), claim, bound, run.verdict or "not audited", accuracy, _signer(run)))
     measure = escape(tables[0].headline.replace("_", " ")) if tables else "exact match"
     return _table(("run", "claimed eps", "audited eps ≥", "verdict", measure, "who vouches"), rows)
+
+
+def _contracts(checks: Sequence[CheckReport]) -> list[str]:
+    """Step contracts by themselves: a table that is read without the page must say which passed, and on what."""
+    rows = []
+    for check in checks[:MOST_ROWS]:
+        made = check.document.checks
+        of = {kind: sum(item.status == kind for item in made) for kind in ("pass", "fail", "not applicable")}
+        whose = check.document.factory
+        name = check.name if whose is None else f"{check.name}: {whose.name}"
+        rows.append((escape(name), check.document.verdict, *(str(of[kind]) for kind in of)))
+    return _table(("step contract", "verdict", "passed", "failed", "not applicable"), rows)
 
 
 def _signer(run: RunReport) -> str:

@@ -190,6 +190,7 @@ TEXT = st.one_of(st.text(max_size=60), st.sampled_from(HOSTILE))
 @settings(max_examples=60)
 def test_any_text_makes_valid_files(rows: list[tuple[str, str, str, str]], title: str) -> None:
     from dpaudit.documents import Check, CheckDocument
+    from dpaudit.documents.games import FactorySource
     from reports.inputs import ReleasedFile
     from reports.subjects import CheckReport, Page
 
@@ -202,13 +203,40 @@ def test_any_text_makes_valid_files(rows: list[tuple[str, str, str, str]], title
         )
         for n, m, a, s in rows
     )
-    document = CheckDocument(verdict="fail", checks=checks)
+    whose = FactorySource(name=shown(title) or "a:b")
+    document = CheckDocument(verdict="fail", checks=checks, factory=whose)
     page = Page((), checks=(CheckReport("A", "check", document, ReleasedFile("c.json", "0" * 64, 1), "c.json"),))
     found = findings(page)
     check_junit(formats.junit(found), found)
     check_sarif(formats.sarif(found), found)
     text = formats.markdown(page, found, title=title)
-    assert not re.search(r"(?<!\\)[<|]", text.split("\n", 1)[1]) and "\r" not in text
+    lines = text.split("\n")[1:]
+    table = next(place for place, line in enumerate(lines) if line.startswith("| step contract |"))
+    assert [len(re.findall(r"(?<!\\)[|]", line)) for line in lines[table : table + 3]] == [6, 6, 6]
+    assert not re.search(r"(?<!\\)[<|]", "\n".join(lines[:table] + lines[table + 3 :])) and "\r" not in text
+
+
+def test_the_summary_names_a_contract_and_its_verdict() -> None:
+    from dpaudit.documents import Check, CheckDocument
+    from dpaudit.documents.games import FactorySource
+    from reports.inputs import ReleasedFile
+    from reports.subjects import CheckReport, Page
+
+    made = [
+        ("noise level", "pass"),
+        ("noise law", "pass"),
+        ("claim is public", "fail"),
+        ("repeated unit", "not applicable"),
+    ]
+    checks = tuple(
+        Check.model_validate({"name": n, "status": s, "measured": "1", "allowed": "1", "explanation": "-"})
+        for n, s in made
+    )
+    document = CheckDocument(verdict="fail", checks=checks, factory=FactorySource(name="audited:factory"))
+    page = Page((), checks=(CheckReport("A", "check", document, ReleasedFile("c.json", "0" * 64, 1), "c.json"),))
+    text = formats.markdown(page, findings(page), title="t")
+    assert "| check: audited:factory | fail | 2 | 1 | 1 |" in text.replace("\\", "").replace("\u200b", "")
+    assert "claim is public" in text
 
 
 @pytest.mark.parametrize(
