@@ -3,6 +3,7 @@
     python benchmarks/recipes.py choose --work DIR               # learning rates, on public synthetic pictures
     python benchmarks/recipes.py rank --work DIR --data FOLDER   # the ranking on sign_digits_vqa, with what was chosen
     python benchmarks/recipes.py pieces --work DIR --data FOLDER # fusion noise, assignment, and eps = infinity
+    python benchmarks/recipes.py longer --work DIR --data FOLDER # two recipes over 20 epochs, eps = 8
     python benchmarks/recipes.py keep --work DIR                 # results/recipes.json
     python benchmarks/recipes.py table                           # the tables of docs/recipes.md
 
@@ -81,6 +82,7 @@ PIECES: dict[str, tuple[tuple[str, ...], tuple[float | str, ...]]] = {
 }
 DEFAULT, MOST = "cosine, AdamW", 4  # the recipe of the defaults, and how many are ranked with it
 EPSILONS, SEEDS = (8.0, 1.0), (0, 1, 2)
+LONGER, EPOCHS = (DEFAULT, "automatic, B only, average 0.8"), 20
 Cell = dict[str, Any]
 
 
@@ -127,6 +129,16 @@ def pieces(chosen: Sequence[Cell]) -> list[Cell]:
     ]
 
 
+def longer(chosen: Sequence[Cell]) -> list[Cell]:
+    """The default and the best at eps = 8, four times as long, at the same rates."""
+    rates = best_rates(chosen)
+    return [
+        {"stage": "longer", "recipe": name, "epsilon": 8.0, "seed": seed, "rate": rates[name]}
+        for seed in SEEDS
+        for name in LONGER
+    ]
+
+
 def dataset(stage: str, folder: Path | None) -> Dataset:
     """Public synthetic pictures, or the photographs."""
     if stage == "choose":
@@ -149,6 +161,8 @@ def play(cell: Cell, chosen: Dataset) -> Cell:
     recipe = cell["recipe"]
     settings = [*COMMON, *RECIPES[recipe]] if recipe in RECIPES else [*PIECES[recipe][0]]
     settings += [f"privacy.epsilon={cell['epsilon']}", f"training.learning-rate={cell['rate']}"]
+    if cell["stage"] == "longer":
+        settings.append(f"training.epochs={EPOCHS}")
     config = resolve({}, [*settings, f"seed={cell['seed']}"])
     plan = make_plan(config, chosen, 0)
     trainer = Trainer.build(config, plan, Key.from_seed(cell["seed"]), model, chosen.train)
@@ -213,13 +227,14 @@ def bootstrap(values: npt.NDArray[np.float64], seed: int = 0) -> tuple[float, fl
 def summary(place: Path) -> dict[str, Any]:
     """What is kept: every choice, and the ranking with intervals."""
     chosen, on_photographs, parts = (finished(place, stage) for stage in ("choose", "rank", "pieces"))
+    long = finished(place, "longer")
 
-    def rights(name: str, epsilon: float | str | None) -> dict[int, list[float]]:
-        mine = [cell for cell in [*on_photographs, *parts] if cell["recipe"] == name and cell.get("epsilon") == epsilon]
+    def rights(name: str, epsilon: float | str | None, among: Sequence[Cell]) -> dict[int, list[float]]:
+        mine = [cell for cell in among if cell["recipe"] == name and cell.get("epsilon") == epsilon]
         return {int(cell["seed"]): cell["right"] for cell in sorted(mine, key=lambda cell: int(cell["seed"]))}
 
-    def row(name: str, epsilon: float | str, against: str) -> dict[str, Any] | None:
-        own, reference = rights(name, epsilon), rights(against, epsilon)
+    def row(name: str, epsilon: float | str, against: str, among: Sequence[Cell]) -> dict[str, Any] | None:
+        own, reference = rights(name, epsilon, among), rights(against, epsilon, among)
         if not own:
             return None
         both = [seed for seed in own if seed in reference]
@@ -232,10 +247,11 @@ def summary(place: Path) -> dict[str, Any]:
         found = {"recipe": name, "epsilon": epsilon, "seeds": len(own), "exact": bootstrap(values)}
         return found | {"difference": difference}
 
-    base = rights("base model", None)
-    rows = [row(name, epsilon, DEFAULT) for epsilon in EPSILONS for name in ranked(chosen)]
+    base = rights("base model", None, on_photographs)
+    rows = [row(name, epsilon, DEFAULT, on_photographs) for epsilon in EPSILONS for name in ranked(chosen)]
     first = next(iter(PIECES))
-    pieces_rows = [row(name, epsilon, first) for name, (_, epsilons) in PIECES.items() for epsilon in epsilons]
+    pieces_rows = [row(name, epsilon, first, parts) for name, (_, epsilons) in PIECES.items() for epsilon in epsilons]
+    longer_rows = [row(name, 8.0, DEFAULT, long) for name in LONGER]
     return {
         "common": list(COMMON),
         "recipes": {name: list(settings) for name, settings in RECIPES.items()},
@@ -247,7 +263,8 @@ def summary(place: Path) -> dict[str, Any]:
         "sigma": {str(cell["epsilon"]): cell["sigma"] for cell in on_photographs if "sigma" in cell},
         "rows": [found for found in rows if found is not None],
         "pieces": [found for found in pieces_rows if found is not None],
-        "cpu_seconds": round(sum(cell["seconds"] for cell in [*chosen, *on_photographs, *parts])),
+        "longer": [found for found in longer_rows if found is not None],
+        "cpu_seconds": round(sum(cell["seconds"] for cell in [*chosen, *on_photographs, *parts, *long])),
         "machine": f"{platform.machine()}, one thread a cell",
     }
 
@@ -273,7 +290,7 @@ def table(result: Mapping[str, Any]) -> str:
     lines += ["", "| recipe | eps | seeds | exact match, % | minus the first line, points |", "|---|---|---|---|---|"]
     if result["base"] is not None:
         lines.append(f"| base model | | | {_percent(result['base'])} | |")
-    for row in result["rows"] + result["pieces"]:
+    for row in result["rows"] + result["pieces"] + result["longer"]:
         difference = "" if row["difference"] is None else _percent(row["difference"], signed=True)
         epsilon = str(row["epsilon"]).removesuffix(".0")
         shown = (row["recipe"], epsilon, str(row["seeds"]), _percent(row["exact"]), difference)
@@ -284,14 +301,14 @@ def table(result: Mapping[str, Any]) -> str:
 def main() -> None:
     """See the module's first lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("choose", "rank", "pieces", "keep", "table"))
+    parser.add_argument("stage", choices=("choose", "rank", "pieces", "longer", "keep", "table"))
     parser.add_argument("--work", type=Path)
     parser.add_argument("--data", type=Path)
     options = parser.parse_args()
     if options.stage == "choose":
         work(choices(), options.work, None)
-    elif options.stage in ("rank", "pieces"):
-        cells = ranking if options.stage == "rank" else pieces
+    elif options.stage in ("rank", "pieces", "longer"):
+        cells = {"rank": ranking, "pieces": pieces, "longer": longer}[options.stage]
         work(cells(finished(options.work, "choose")), options.work, options.data)
     elif options.stage == "keep":
         atomic.write_text(RESULT, json.dumps(summary(options.work), indent=1) + "\n")

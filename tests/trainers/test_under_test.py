@@ -1,6 +1,7 @@
 """Foreign loops under test: frozen noise, injection, what is refused and why. Oracles: closed forms on tiny models."""
 
 import gc
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -42,10 +43,8 @@ def builder(mode: str = "hooks", **options: Any) -> Callable[[list[Any]], Any]:
             optimizer=optimizer,
             criterion=nn.CrossEntropyLoss(),
             data_loader=DataLoader(records, batch_size=B),
-            noise_multiplier=SIGMA,
-            max_grad_norm=C,
             grad_sample_mode=mode,
-            **options,
+            **{"noise_multiplier": SIGMA, "max_grad_norm": C, **options},
         )
 
     return build
@@ -122,6 +121,19 @@ def test_public_size_holds_for_neighbours() -> None:
     assert public(half, seed=0).claim == public(seed=0).claim
     with pytest.raises(UsageError, match="public_size: got 11"):
         opacus_loop(builder(), records=rows, train=epoch, public_size=11)(seed=0)
+
+
+def test_without_noise_eps_is_infinite() -> None:
+    trainer = opacus_loop(builder(noise_multiplier=0.0), records=rows, train=epoch)(seed=0, noise_seed=1)
+    trainer.step([0, 1])
+    assert trainer.epsilon(1e-5) == math.inf
+
+
+def test_adaptive_clipping_has_no_c_to_claim() -> None:
+    quantile = {"target_unclipped_quantile": 0.5, "clipbound_learning_rate": 0.2, "unclipped_num_std": 2.0}
+    build = builder(clipping="adaptive", max_clipbound=2.0, min_clipbound=0.1, **quantile)
+    with pytest.raises(UsageError, match="build, clipping: got 'adaptive'; accepted: flat or per_layer"):
+        opacus_loop(build, records=rows, train=epoch)(seed=0)
 
 
 def test_the_search_for_sigma_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:

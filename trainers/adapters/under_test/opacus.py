@@ -5,6 +5,7 @@ of `optimizer.step()`, so Opacus clips it like a record. Ghost clipping never ha
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,7 +47,7 @@ class Parts(SimpleNamespace):
 def parts_of(returned: Any) -> Parts:
     """Sort the tuple of `make_private` (an engine may be in it too). Raises UsageError naming what is missing."""
     from opacus import PrivacyEngine
-    from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+    from opacus.optimizers import AdaClipDPOptimizer, DPOptimizer, DPOptimizerFastGradientClipping
     from torch.utils.data import DataLoader
 
     values = tuple(returned) if isinstance(returned, tuple | list) else (returned,)
@@ -55,6 +56,12 @@ def parts_of(returned: Any) -> Parts:
     if optimizer is None or loader is None:
         accepted = "what make_private returned: (module, DPOptimizer, DataLoader), or with a criterion in ghost mode"
         raise UsageError(f"build: returned ({names(values)}); accepted: {accepted}")
+    if isinstance(optimizer, AdaClipDPOptimizer):
+        raise rejected(
+            "build, clipping",
+            "adaptive",
+            "flat or per_layer: a claim states one C, and an adaptive one follows the data",
+        )
     model = next((value for value in values if hasattr(value, "_module") or isinstance(value, nn.Module)), None)
     if model is None:
         raise UsageError(f"build: returned no model ({names(values)}); accepted: the module of make_private")
@@ -150,7 +157,9 @@ class OpacusTrainer(UnderTest):
         raise UsageError("build: the loader's batch sampler draws no batch")
 
     def epsilon(self, delta: float) -> float:
-        """By the accountant that make_private attached."""
+        """By the accountant that make_private attached; without noise it overflows instead of answering."""
+        if self._claim.noise_multiplier == 0:
+            return math.inf
         accountant = self._parts.accountant
         return float(accountant.get_epsilon(delta)) if len(accountant) else 0.0
 
