@@ -92,10 +92,12 @@ def _stopped(bench: Bench, courses: list[list[Observation]]) -> dict[str, int]:
     """Blocks that are released in the last third of a training and don't move in it, and their last step that did.
 
     Only where another block still moves (at the end of a schedule the learning rate may be 0 for all), and only blocks
-    that moved in every step before: one that is chosen now and then may as well not be chosen for a third.
+    that moved in every step before: one that is chosen now and then may as well not be chosen for a third. Of the
+    steps that the claim has: beyond them a decayed learning rate may round a block's updates to nothing.
     """
     found: dict[str, int] = {}
-    for course in courses:
+    for whole in courses:
+        course = whole[: bench.probe.claim.steps]
         tail = course[2 * len(course) // 3 :]
         moving = {name for seen in tail for name, value in seen.moved.items() if value.any()}
         if moving and len(tail) >= FEWEST:

@@ -630,3 +630,27 @@ def test_a_training_that_moves_nothing_any_more_fails(name: str) -> None:
     (bug,) = [bug for bug in dead.BUGS if bug.name == name]
     check_ = made(bug.factory, liveness)["every released block moves"]
     assert check_.status == "fail" and "no parameter moved after step" in check_.measured
+
+
+class Decays(Compact):
+    """The learning rate halves every fourth step: soon after the 50 claimed steps the updates of the largest parameter
+    round to nothing, and all others go on."""
+
+    steps = 50
+
+    def __init__(self, records: Any = None, *, seed: int, noise_seed: int | None = None) -> None:
+        super().__init__(records, seed=seed, noise_seed=noise_seed)
+        self.weights[-1] = 4.0
+
+    def update(self, noisy: Tensor, clean_sum: Tensor) -> None:
+        self.learning_rate = 0.05 * 0.5 ** (self.step_count // 4)
+        super().update(noisy, clean_sum)
+
+
+def test_a_block_that_rests_only_beyond_the_claimed_steps_is_no_failure() -> None:
+    bench = Bench(Probe(Decays))
+    check_ = liveness.moves(bench)
+    assert check_.status == "pass", check_.measured
+    tail = bench.training.noise[2 * len(bench.training.noise) // 3 :]
+    resting = [{name for name, value in seen.moved.items() if not value.any()} for seen in tail]
+    assert set.intersection(*resting) == {"b2"}  # what there was to be mistaken about
