@@ -633,17 +633,17 @@ def test_a_training_that_moves_nothing_any_more_fails(name: str) -> None:
 
 
 class Decays(Compact):
-    """The learning rate halves every fourth step: soon after the 50 claimed steps the updates of the largest parameter
-    round to nothing, and all others go on."""
+    """Beyond the 50 claimed steps the learning rate is so small that updates of the largest parameter round to nothing,
+    and all others go on."""
 
     steps = 50
 
     def __init__(self, records: Any = None, *, seed: int, noise_seed: int | None = None) -> None:
         super().__init__(records, seed=seed, noise_seed=noise_seed)
-        self.weights[-1] = 4.0
+        self.weights[-1] = 64.0
 
     def update(self, noisy: Tensor, clean_sum: Tensor) -> None:
-        self.learning_rate = 0.05 * 0.5 ** (self.step_count // 4)
+        self.learning_rate = 0.05 if self.step_count <= 55 else 1e-6
         super().update(noisy, clean_sum)
 
 
