@@ -4,8 +4,9 @@
     python benchmarks/growth.py --table                                   # the table of docs/cost.md
 
 Every cell runs in a process of its own: CPU seconds of the work (with its children), and the peak of the resident set
-above what libraries and model take. Called again, it measures again and keeps the faster time of each cell. The exponent of a series is log(t2 / t1) / log(n2 / n1) of its two largest sizes,
-where what does not depend on the size weighs least.
+above what libraries and model take. Called again, it measures again and keeps the faster time of each cell. The
+exponent of a series is log(t2 / t1) / log(n2 / n1) of its two largest sizes, where what does not depend on the size
+weighs least.
 """
 
 import argparse
