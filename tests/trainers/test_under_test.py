@@ -123,6 +123,19 @@ def test_public_size_holds_for_neighbours() -> None:
         opacus_loop(builder(), records=rows, train=epoch, public_size=11)(seed=0)
 
 
+@pytest.mark.parametrize("batch", [[], [0, 1]])
+def test_a_step_of_the_optimizer_inside_is_named(batch: list[int]) -> None:
+    def bypassed(model: nn.Module, optimizer: Any, loader: Any) -> None:
+        for x, y in loader:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.original_optimizer.step()
+
+    factory = opacus_loop(builder(), records=rows, train=bypassed)
+    with pytest.raises(UsageError, match="stepped the optimizer inside make_private's"):
+        factory(seed=0, noise_seed=1).step(batch)
+
+
 def test_without_noise_eps_is_infinite() -> None:
     trainer = opacus_loop(builder(noise_multiplier=0.0), records=rows, train=epoch)(seed=0, noise_seed=1)
     trainer.step([0, 1])

@@ -134,7 +134,7 @@ class OpacusTrainer(UnderTest):
         return self._in_thread(body)
 
     def _advance(self, chosen: list[int], injected: list[Mapping[str, Tensor]], *, keep: bool = False) -> None:
-        self._own.rows, self._own.keep, self._own.seen = injected, keep, None
+        self._own.rows, self._own.keep, self._own.seen, self._own.steps = injected, keep, None, 0
         with self._releases.watching(), self._passes.watching(self._parameters):
             self._loop.advance([chosen])
         if self._own.rows:
@@ -143,6 +143,11 @@ class OpacusTrainer(UnderTest):
         self._keep_released(
             chosen, divide=self._claim.expected_batch_size if optimizer.loss_reduction == "sum" else 1.0
         )
+        if not self._own.steps:
+            raise UsageError(
+                "train: stepped the optimizer inside make_private's, which neither clips nor adds noise; accepted: "
+                "optimizer.step() of what make_private returned"
+            )
 
     def sample(self) -> list[int]:
         """The next draw of the loader's own batch sampler."""

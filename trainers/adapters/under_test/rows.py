@@ -16,7 +16,7 @@ GHOST_INJECT = (
 
 
 class Rows:
-    """What joins the next step, and what was read off it.
+    """What joins the next step, and what was read off it. steps: of the private optimizer, so far.
 
     rows: canaries for the first physical batch of the next step. keep: remember the first record's gradient in `seen`.
     ghost: there are no rows, but a batch of one whose clipping is turned off shows its gradient in `.grad`.
@@ -27,9 +27,11 @@ class Rows:
         self.rows: list[Mapping[str, Tensor]] = []
         self.keep = False
         self.seen: Gradient | None = None
+        self.steps = 0
 
     def before_step(self) -> None:
         """Called when the gradients are there and nothing is clipped yet."""
+        self.steps += 1
         if self.keep and self.seen is None:
             self.seen = self._first()
         rows, self.rows = self.rows, []
