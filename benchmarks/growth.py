@@ -155,7 +155,7 @@ SERIES: dict[str, tuple[Callable[[int, Path], Work], tuple[int, ...], str]] = {
     "training, 10 steps": (training_units, (500, 1000, 2000, 4000), "units"),
     "training, 500 units": (training_steps, (10, 20, 40, 80), "steps"),
     "reference models": (references, (2, 4, 8, 16), "models"),
-    "report": (pages, (1, 3, 10, 30), "runs"),
+    "report": (pages, (1, 3, 6, 12), "runs"),
 }
 
 

@@ -20,12 +20,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.linalg import cholesky, solve_triangular
-from scipy.optimize import brentq
-from scipy.special import ndtri, ndtri_exp
-from scipy.stats import chi2, norm, rankdata
+from scipy.special import chdtrc, log_ndtr, ndtri, ndtri_exp
 
+from dpaudit.bounds.ranks import mid_ranks
 from dpaudit.bounds.roc import auc_interval
+from dpaudit.bounds.roots import largest_below
 from dpaudit.documents import Check
 
 LEVEL = 0.001  # a guard, one-sided, outside the error budget of the bounds
@@ -135,7 +134,7 @@ def _ranked(rows: Floats, groups: Groups) -> Singles:
     """(n, columns that vary) mid-ranks within each group over its size + 1, centred; zero outside of the groups."""
     out = np.zeros(rows.shape, dtype=np.float32)
     for mine in groups:
-        out[mine] = (rankdata(rows[mine], axis=0) - (mine.size + 1) / 2) / (mine.size + 1)
+        out[mine] = (mid_ranks(rows[mine]) - (mine.size + 1) / 2) / (mine.size + 1)
     return out[:, np.abs(out).max(axis=0, initial=0.0) > 0]
 
 
@@ -184,8 +183,8 @@ class _Statistic:
         width = unit.shape[1]
         ridge = RIDGE + width / len(columns)
         correlations = (weighted.T @ weighted).astype(np.float64)
-        factor = cholesky(correlations + ridge * np.eye(width), lower=True)
-        root = solve_triangular(factor, np.eye(width), lower=True)
+        factor = np.linalg.cholesky(correlations + ridge * np.eye(width))
+        root = np.linalg.inv(factor)
         trace, squares = float((root**2).sum()), float(((root.T @ root) ** 2).sum())
         mean, half_variance = width - ridge * trace, width - 2 * ridge * trace + ridge**2 * squares
         crossed = _unit(_crossed(unit, weighted, groups), variance)
@@ -196,7 +195,7 @@ class _Statistic:
         form = ((shifts @ self.root.T) ** 2).sum(axis=1, dtype=np.float64)
         parts = {
             "one column": _log_largest(shifts),
-            "all columns": chi2.logsf(form / self.scale, self.freedom),
+            "all columns": _log(chdtrc(self.freedom, form / self.scale)),
             "interactions": _log_largest(coins @ self.crossed),
         }
         best: Floats = np.max([np.log(SHARES[name]) - part for name, part in parts.items()], axis=0)
@@ -207,8 +206,15 @@ class _Statistic:
         mapped = self.columns @ self.root.T
         predictions = mapped @ (coins @ mapped) - (mapped**2).sum(axis=1) * coins
         heads = int(labels.sum())
-        above = rankdata(predictions)[labels].sum() - heads * (heads + 1) / 2
+        above = mid_ranks(predictions)[labels].sum() - heads * (heads + 1) / 2
         return float(above / (heads * (labels.size - heads)))
+
+
+def _log(p: Floats) -> Floats:
+    """Logarithm; -inf of a p-value that underflows."""
+    with np.errstate(divide="ignore"):
+        found: Floats = np.log(p)
+    return found
 
 
 def _unit(columns: Singles, variance: Singles) -> Singles:
@@ -223,7 +229,7 @@ def _log_largest(shifts: Singles) -> Floats:
     count = shifts.shape[1]
     if not count:
         return np.zeros(len(shifts))
-    logs: Floats = np.log(2 * count) + norm.logsf(np.abs(shifts).max(axis=1).astype(np.float64))
+    logs: Floats = np.log(2 * count) + log_ndtr(-np.abs(shifts).max(axis=1).astype(np.float64))
     return logs
 
 
@@ -307,7 +313,9 @@ def least_auc(columns: int, n_in: int, n_out: int, pairs: float | None = None) -
     def surplus(a: float) -> float:
         return a - 0.5 - critical * null - float(ndtri(POWER)) * spread(a)
 
-    return float(brentq(surplus, 0.5, 1.0)) if surplus(1.0) > 0 else None
+    if surplus(1.0) <= 0:
+        return None
+    return 0.5 + largest_below(lambda above: surplus(0.5 + above), 0.0, start=0.5, most=0.5)
 
 
 def _sensitivity(

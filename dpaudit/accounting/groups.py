@@ -19,7 +19,6 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
-from scipy.stats import binom
 
 from dpaudit.accounting.events import SMALLEST_DELTA, DpSgd, trivial
 from dpaudit.accounting.gaussian import gaussian_delta, gaussian_epsilon
@@ -58,6 +57,7 @@ def group_loss(event: DpSgd, units: int, delta: float) -> GroupLoss:
 
 def _sampled(step: DpSgd, units: int, delta: float) -> float:
     from dp_accounting.pld import privacy_loss_distribution
+    from scipy.stats import binom
 
     # Less noise leaks more, so the bound stays one; beyond this the grid of losses has no useful width.
     step = replace(step, noise_multiplier=min(step.noise_multiplier, MOST_NOISE))

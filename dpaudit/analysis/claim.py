@@ -12,12 +12,11 @@ One of them is made, chosen before looking, so the error budget is not split.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from dpaudit.accounting import DpSgd, epsilon
 from dpaudit.bounds import dp_sgd, order_statistic, pld, validate
 from dpaudit.bounds.guesses import as_members, as_scores, count_correct, rank_guesses
 from dpaudit.bounds.profile import DiscreteProfile, Profile, epsilon_delta
@@ -25,6 +24,9 @@ from dpaudit.documents import Claim, Relation, Test
 from dpaudit.errors import UsageError, rejected
 from dpaudit.evidence import calibrate
 from dpaudit.verdict import reached, wanted
+
+if TYPE_CHECKING:  # imported where a claim is there: scores without one need no accountant
+    from dpaudit.accounting import DpSgd
 
 # The wrong claim that an audit must be able to find: a true sigma of so many times the claimed one (0 = clipped, but
 # the noise is missing), or no DP at all (nothing clipped, every member trains in every epoch).
@@ -62,12 +64,14 @@ class Game:
 MOST_STEPS, SMALLEST_RATE = 10**6, 1e-12
 
 
-def claimed_event(claim: Claim) -> DpSgd | None:
+def claimed_event(claim: Claim) -> "DpSgd | None":
     """The claim as Gaussian steps, Poisson-subsampled, allocated or on everybody; None if it says too little for that.
 
     Shuffled epochs are as many full-batch steps: that is what their proof gives each unit (dpaudit.accounting.schemes).
     Subsets of fixed size are no such steps: their claim is tested as (eps, delta) alone.
     """
+    from dpaudit.accounting import DpSgd
+
     sigma, steps = claim.noise_multiplier, claim.steps
     rate = 1.0 if claim.sampling == "full" else claim.sample_rate
     # A zeroth-order step is a Gaussian step of few numbers; the alternatives below know Gaussian noise only.
@@ -88,8 +92,10 @@ def claimed_event(claim: Claim) -> DpSgd | None:
     return DpSgd(float(sigma), float(rate), steps, claim.relation)
 
 
-def _allocated(sigma: float, rate: float, steps: int, relation: Relation, epoch: int | None) -> DpSgd | None:
+def _allocated(sigma: float, rate: float, steps: int, relation: Relation, epoch: int | None) -> "DpSgd | None":
     """None where a unit is in no whole number of steps of an epoch, or under a relation without a proof."""
+    from dpaudit.accounting import DpSgd
+
     try:
         found = DpSgd(sigma, rate, steps, relation, sampling="allocation", epoch=epoch)
     except UsageError:
@@ -172,7 +178,7 @@ def ideal_power(
     return order_statistic.p_value(truth, canaries=canaries, guesses=guesses, errors=critical)
 
 
-def epsilon_lower(event: DpSgd, game: dp_sgd.Game, *, delta: float, confidence: float) -> float:
+def epsilon_lower(event: "DpSgd", game: dp_sgd.Game, *, delta: float, confidence: float) -> float:
     """Lower bound on eps at `delta` within "DP-SGD with this q and T, unknown sigma", under the claim's relation."""
     if event.relation != "replace":
         words = {"delta": delta, "confidence": confidence}
@@ -180,6 +186,8 @@ def epsilon_lower(event: DpSgd, game: dp_sgd.Game, *, delta: float, confidence: 
     sigma = dp_sgd.sigma_upper(event.sample_rate, event.steps, game, confidence=confidence)
     if sigma == 0.0 or sigma == np.inf:
         return np.inf if sigma == 0.0 else 0.0
+    from dpaudit.accounting import DpSgd, epsilon
+
     return epsilon(DpSgd(sigma, event.sample_rate, event.steps, "replace"), delta)
 
 
@@ -242,7 +250,7 @@ def claim_test(
     return [deciding] if event is None else [deciding, _family_bound(deciding, event, game, confidence)]
 
 
-def _family_bound(like: Test, event: DpSgd, game: Game, confidence: float) -> Test:
+def _family_bound(like: Test, event: "DpSgd", game: Game, confidence: float) -> Test:
     """Bound on eps within this q and T by the same theory, with the largest unrefuted sigma in words."""
     ordered = like.bound == "order-statistic"
     reading = game.read_by(separate=ordered)
@@ -262,7 +270,7 @@ def _family_bound(like: Test, event: DpSgd, game: Game, confidence: float) -> Te
     )
 
 
-def sigma_sentence(sigma: float, event: DpSgd, confidence: float) -> str:
+def sigma_sentence(sigma: float, event: "DpSgd", confidence: float) -> str:
     """What a game says about sigma, in words."""
     scheme = "" if event.epoch is None else f", allocated over epochs of {event.epoch} steps"
     family = f"DP-SGD with q = {event.sample_rate:g} and T = {event.steps}{scheme}"

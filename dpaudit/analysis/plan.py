@@ -29,9 +29,6 @@ from dpaudit.bounds.profile import GaussianProfile, Profile
 from dpaudit.documents import Claim, Document, Part
 from dpaudit.errors import rejected
 from dpaudit.evidence import calibrate
-from dpaudit.evidence.channel import Channel
-from dpaudit.evidence.game import SPARE, Rule
-from dpaudit.evidence.power import white_box_power
 from dpaudit.verdict import POWER_NEEDED, wanted
 
 SHARES = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -164,6 +161,11 @@ def white_box_rows(claim: Claim, *, alpha: float, alternative: Alternative, size
     event = claimed_event(claim)
     if event is None or alternative == "no-dp":
         return []
+    # Here, because every `dpaudit scores` imports this module and none needs scipy.stats for it.
+    from dpaudit.evidence.channel import Channel
+    from dpaudit.evidence.game import SPARE, Rule
+    from dpaudit.evidence.power import white_box_power
+
     channel = Channel(event.noise_multiplier, event.sample_rate, event.steps, event.epoch)
     rows = []
     for size in sizes:
