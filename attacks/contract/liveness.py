@@ -92,18 +92,20 @@ def _stopped(bench: Bench, courses: list[list[Observation]]) -> dict[str, int]:
     """Blocks that are released in the last third of a training and don't move in it, and their last step that did.
 
     Only where another block still moves (at the end of a schedule the learning rate may be 0 for all), and only blocks
-    that moved in every step before: one that is chosen now and then may as well not be chosen for a third. Of the
-    steps that the claim has: beyond them a decayed learning rate may round a block's updates to nothing.
+    that moved in every step before: one that is chosen now and then may as well not be chosen for a third. Beyond the
+    claimed steps a decayed learning rate may round a block's updates to nothing; only a claim of few steps is looked at
+    further, for blocks that stopped within it.
     """
     found: dict[str, int] = {}
     for whole in courses:
-        course = whole[: bench.probe.claim.steps]
+        claimed = bench.probe.claim.steps or len(whole)
+        course = whole[:claimed] if claimed >= 3 * FEWEST else whole
         tail = course[2 * len(course) // 3 :]
         moving = {name for seen in tail for name, value in seen.moved.items() if value.any()}
         if moving and len(tail) >= FEWEST:
             for name in _due(bench, tail) - moving:
                 steps = [step for step, seen in enumerate(course, 1) if name in seen.moved and seen.moved[name].any()]
-                if len(steps) >= FEWEST and len(steps) == steps[-1] - steps[0] + 1:
+                if len(steps) >= FEWEST and len(steps) == steps[-1] - steps[0] + 1 and steps[-1] < claimed:
                     found[name] = steps[-1]
     return found
 

@@ -654,3 +654,18 @@ def test_a_block_that_rests_only_beyond_the_claimed_steps_is_no_failure() -> Non
     tail = bench.training.noise[2 * len(bench.training.noise) // 3 :]
     resting = [{name for name, value in seen.moved.items() if not value.any()} for seen in tail]
     assert set.intersection(*resting) == {"b2"}  # what there was to be mistaken about
+
+
+class StopsEarly(Decays):
+    """The same after eight of ten claimed steps."""
+
+    steps = 10
+
+    def update(self, noisy: Tensor, clean_sum: Tensor) -> None:
+        self.learning_rate = 0.05 if self.step_count <= 8 else 1e-6
+        Compact.update(self, noisy, clean_sum)
+
+
+def test_a_block_that_stops_within_a_short_claim_is_a_failure() -> None:
+    check_ = liveness.moves(Bench(Probe(StopsEarly)))
+    assert check_.status == "fail" and "moved no more: b2 after step" in check_.measured
