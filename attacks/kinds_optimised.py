@@ -111,7 +111,7 @@ class Proxy:
     """The package's reference model with a fresh public adapter, differentiable from cells to losses."""
 
     def __init__(self) -> None:
-        from attacks.membership.rows import RowModel, _scale
+        from trainers.rows import RowModel, _scale
         from trainers.vlm import VisionLanguageModel
 
         self.model = VisionLanguageModel.load(None, device="cpu")

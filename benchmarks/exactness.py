@@ -61,7 +61,7 @@ def units(family: str, seed: int) -> tuple[Unit, ...]:
 
 
 def prepared(
-    folder: str | None, precision: str, reducer: str, seed: int
+    folder: str | None, precision: str, reducer: str, seed: int, *, projector: bool = True
 ) -> tuple[VisionLanguageModel, dict[str, nn.Parameter]]:
     """A model with an adapter whose B is not zero, so that every path through it matters."""
     chosen: Any = "bfloat16" if precision == "bfloat16" else "float32"
@@ -73,7 +73,7 @@ def prepared(
     model.set_reducer(ReducerConfig(name=reducer, keep=3, fuse=2, layer=-1))  # type: ignore[arg-type]
     rng = np.random.default_rng(seed)
     names = LoraConfig().targets if "moe" not in model.family.model_type else ATTENTION
-    parameters = model.attach_lora(LoraConfig(rank=4, targets=names, projector=True), generator=rng)
+    parameters = model.attach_lora(LoraConfig(rank=4, targets=names, projector=projector), generator=rng)
     with torch.no_grad():
         for name, parameter in parameters.items():
             if "lora_B" in name:
@@ -127,17 +127,19 @@ def paths() -> list[str]:
 
 
 def measure(family: str, folder: str | None, precision: str, reducer: str, wanted: list[str]) -> Iterator[Row]:
-    """One row a path and kind of checkpointing."""
+    """One row a path and kind of checkpointing. The path "rows" does not adapt the projector, so it is measured alone."""
+    projector = "rows" not in wanted
     worst: dict[tuple[str, str], list[float]] = {}
     for seed in range(SEEDS):
-        model, parameters = prepared(folder, precision, reducer, seed)
+        model, parameters = prepared(folder, precision, reducer, seed, projector=projector)
         chosen = units(family, seed)
-        rows = UnitInputs(model, chosen).select(range(UNITS))
+        inputs = UnitInputs(model, chosen)
+        rows = inputs.select(range(UNITS))
         oracle = Plain(model, ReducerConfig(name=reducer, keep=3, fuse=2, layer=-1))  # type: ignore[arg-type]
         expected = [oracle.gradient(unit, parameters)[0] for unit in chosen]
         for config, checkpointing in configurations(wanted):
             try:
-                path = gradient_path(config, model, parameters)
+                path = gradient_path(config, model, parameters, inputs)
             except UsageError as refused:
                 print(f"refused: {refused}", file=sys.stderr)
                 continue
@@ -176,9 +178,10 @@ def main() -> None:
             for precision in PRECISIONS:
                 for reducer in REDUCERS if precision != "bfloat16" else ("none", "visionzip"):
                     missing = [name for name in paths() if (family, precision, reducer, name) not in done]
+                    for wanted in ([name for name in missing if name != "rows"], ["rows"] if "rows" in missing else []):
+                        rows.extend(measure(family, folder, precision, reducer, wanted) if wanted else [])
                     if not missing:
                         continue
-                    rows.extend(measure(family, folder, precision, reducer, missing))
                     print(family, precision, reducer, rows[-1]["largest_relative_difference"], file=sys.stderr)
                     document = {"versions": versions, "seeds": SEEDS, "units_a_seed": UNITS, "rows": rows}
                     atomic.write_text(options.out, json.dumps(document, indent=1) + "\n")

@@ -2,8 +2,8 @@
 
     python benchmarks/matmul_share.py --out benchmarks/results/matmul_share.json      # two minutes on one core
 
-A unit's step (the micro-batch path: forward, backward, clipping, accumulation) on the compact LLaVA of
-training_cost.py at 576 and at 63 visual tokens, and on the reference model. Every matrix product that the step makes is
+A unit's step (forward, backward, clipping, accumulation) on the compact LLaVA of training_cost.py at 576 and at 63
+visual tokens, and on the reference model: by the micro-batch path, and by the path "rows", a batch of eight at a time. Every matrix product that the step makes is
 recorded with its shapes and layout, and then each of them is timed by itself on fresh operands. The share is the
 GFLOP/s of the step over those of plain products of the same shapes. Beside it the operators that take the most time, as
 torch.profiler sees them. CPU time of one thread, the fastest of the repeats.
@@ -84,8 +84,8 @@ def _work(signature: Signature) -> float:
     return float(batch * first[-2] * first[-1] * second[-1])
 
 
-def measure(kind: str) -> dict[str, Any]:
-    """One model."""
+def measure(kind: str, path: str) -> dict[str, Any]:
+    """One model by one gradient path."""
     shape = SHAPES["compact-576"]
     units = make_units(shape)
     if kind == "reference":
@@ -93,10 +93,10 @@ def measure(kind: str) -> dict[str, Any]:
 
         model: Any = VisionLanguageModel.load(None, device="cpu")
         units = tuple(synthetic_vqa("shifted", 8, seed=1).train[: shape.units])
-        arm = Arm(kind, path="micro-batch", reducer="visionzip")
+        arm = Arm(kind, path=path, reducer="visionzip")
     else:
         model = build_model(shape)
-        arm = Arm(kind, path="micro-batch", reducer="visionzip" if kind == "63 tokens" else "none")
+        arm = Arm(kind, path=path, reducer="visionzip" if kind == "63 tokens" else "none")
     trainer = make_trainer(arm, shape, model, units)
     everyone = list(range(len(units)))
 
@@ -117,6 +117,7 @@ def measure(kind: str) -> dict[str, Any]:
     counted = 2 * sum(count * _work(item) for item, count in products.made.items())
     return {
         "model": kind,
+        "path": path,
         "units": len(units),
         "ms_per_unit": round(1000 * seconds / len(units), 2),
         "gflop_per_unit": round(flops / 1e9 / len(units), 3),
@@ -137,8 +138,9 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     for kind in ("576 tokens", "63 tokens", "reference"):
-        rows.append(measure(kind))
-        print(json.dumps(rows[-1], indent=1), flush=True)
+        for path in ("micro-batch", "rows"):
+            rows.append(measure(kind, path))
+            print(json.dumps(rows[-1], indent=1), flush=True)
     cpu = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.machine(),

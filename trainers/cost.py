@@ -138,9 +138,9 @@ class _Size:
         return weights + 4 * COPIES * self.trained + tokens + rows * row
 
     def _gradients(self, config: RunConfig, activations: int) -> int:
-        """Bytes of one row's gradients by `trainers.step.chosen_path`: Opacus' hooks alone keep any."""
+        """Bytes of one row's gradients by `trainers.step.gradient_path`: hooks and rows keep them."""
         chosen, each = config.training, 4 * self.trained
-        if config.method in ("non-private", "dp-zo") or chosen.gradient_path not in ("auto", "hooks"):
+        if config.method in ("non-private", "dp-zo") or chosen.gradient_path not in ("auto", "hooks", "rows"):
             return 0
         free = chosen.gradient_path == chosen.rows_at_once == "auto" and chosen.gradient_checkpointing != "reentrant"
         return 0 if free and RowMemory(activations, each).ghost_pays(chosen.memory) else each

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from trainers.gradients import GradientPath, Hooks, MicroBatch
+from trainers.rows import AdapterRows
 
 if TYPE_CHECKING:
     from trainers.vlm import VisionLanguageModel
@@ -71,8 +72,13 @@ def row_memory(
         activations = one_layer + layers * longest * width * size + once
     else:
         activations = layers * one_layer + once
-    each = sum(value.numel() for value in parameters.values()) * 4 if isinstance(path, Hooks) else 0
+    each = sum(value.numel() for value in parameters.values()) * 4 if keeps_rows(path) else 0
     return RowMemory(activations, each)
+
+
+def keeps_rows(path: GradientPath) -> bool:
+    """Whether a path keeps one gradient a row until they are clipped."""
+    return isinstance(path, Hooks) or (isinstance(path, AdapterRows) and path.clip is not None)
 
 
 def _adapters(parameters: Mapping[str, Tensor], size: int) -> int:

@@ -41,6 +41,7 @@ from trainers.memory import row_memory, rows_at_once
 from trainers.noise import Noise, worth_drawing_ahead
 from trainers.plan import Plan, fusion_std
 from trainers.records import Unit
+from trainers.rows import AdapterRows
 from trainers.sharding import shard
 from trainers.vlm import VisionLanguageModel
 from trainers.zeroth_order import ZerothOrder, laplace
@@ -101,7 +102,7 @@ class Trainer:
                 f"data.train: the longest question with its answer needs {longest} positions with the picture; "
                 f"accepted: at most {model.max_positions}, the model's context"
             )
-        path = chosen_path(config, model, parameters, longest=longest, answers=inputs.answers, sharded=group.sharded)
+        path = gradient_path(config, model, parameters, inputs, sharded=group.sharded)
         clip = CLIPPING[config.privacy.clipping]
         zeroth = ZerothOrder(model, parameters, config.zeroth_order, clip) if config.method == "dp-zo" else None
         optimizer = updates.make_optimizer(parameters, config.training, noise=plan.noise_std)
@@ -239,7 +240,6 @@ class Trainer:
 
 
 PATHS: dict[str, Callable[[VisionLanguageModel, Mapping[str, nn.Parameter], ClipRule], GradientPath]] = {
-    "auto": Hooks,
     "hooks": Hooks,
     "micro-batch": MicroBatch,
     "ghost": Ghost,
@@ -247,38 +247,62 @@ PATHS: dict[str, Callable[[VisionLanguageModel, Mapping[str, nn.Parameter], Clip
 
 
 def gradient_path(
-    config: RunConfig, model: VisionLanguageModel, parameters: Mapping[str, nn.Parameter], kind: str | None = None
+    config: RunConfig,
+    model: VisionLanguageModel,
+    parameters: Mapping[str, nn.Parameter],
+    inputs: UnitInputs,
+    *,
+    sharded: bool = False,
 ) -> GradientPath:
-    """Plain sums without privacy, otherwise the path of that kind; None: as configured, `auto` is Opacus' hooks."""
-    made = PATHS[kind or config.training.gradient_path]
-    path: GradientPath = made(model, parameters, CLIPPING[config.privacy.clipping])
-    if config.method == "non-private":
+    """The path of a training: as configured; plain sums without privacy.
+
+    `auto` is one adapter a row on a CPU where `trainers.rows` computes the model, otherwise Opacus' hooks; ghost norms
+    where a gradient a row needs far too much memory. A function of configuration, model, kind of device and data alone,
+    so that a resumed run takes the same path. Raises UsageError for a path that does not compute this model.
+    """
+    kind = config.training.gradient_path
+    if sharded and kind in ("ghost", "rows"):  # FSDP drops a layer's weights after the first backward pass
+        raise rejected("training.gradient-path", kind, "auto, hooks or micro-batch with training.parallel=fsdp")
+    path = _automatic(config, model, parameters, inputs, sharded) if kind == "auto" else None
+    if path is None and kind == "rows":
+        path = _rows(config, model, parameters, inputs)
+        if path is None:
+            other = (
+                "auto, hooks, ghost or micro-batch; rows computes float32 Llama decoders with both LoRA factors trained"
+            )
+            raise rejected("training.gradient-path", "rows", other)
+    if path is None and config.method == "non-private":
         path = Plain(model, parameters)
+    if path is None:
+        path = PATHS[kind](model, parameters, CLIPPING[config.privacy.clipping])
     model.set_checkpointing(choose_checkpointing(config.training.gradient_checkpointing, path))
     return path
 
 
-def chosen_path(
+def _rows(
+    config: RunConfig, model: VisionLanguageModel, parameters: Mapping[str, nn.Parameter], inputs: UnitInputs
+) -> GradientPath | None:
+    clip = None if config.method == "non-private" else CLIPPING[config.privacy.clipping]
+    return AdapterRows.of(model, parameters, inputs, clip)
+
+
+def _automatic(
     config: RunConfig,
     model: VisionLanguageModel,
     parameters: Mapping[str, nn.Parameter],
-    *,
-    longest: int,
-    answers: int,
+    inputs: UnitInputs,
     sharded: bool,
-) -> GradientPath:
-    """The path of a training: as configured; `auto` is Opacus' hooks, or ghost norms where these need far less memory.
-
-    longest, answers: tokens of the longest row, and those it learns. A function of configuration, model and data alone,
-    so that a resumed run takes the same path. Raises UsageError for ghost norms of a sharded base model.
-    """
-    chosen = config.training
-    path = gradient_path(config, model, parameters)
-    if sharded and isinstance(path, Ghost):  # FSDP drops a layer's weights after the first backward pass
-        raise rejected("training.gradient-path", "ghost", "auto, hooks or micro-batch with training.parallel=fsdp")
-    free = chosen.gradient_path == "auto" and chosen.rows_at_once == "auto" and not sharded
-    if not free or not isinstance(path, Hooks) or chosen.gradient_checkpointing == "reentrant":
-        return path
-    if row_memory(model, parameters, path, longest=longest, answers=answers).ghost_pays(chosen.memory):
-        return gradient_path(config, model, parameters, "ghost")
-    return path
+) -> GradientPath | None:
+    """What `auto` is; None: the plain sum of a training without privacy."""
+    chosen, clip = config.training, CLIPPING[config.privacy.clipping]
+    hooks = None
+    if config.method != "non-private":
+        hooks = Hooks(model, parameters, clip)
+        model.set_checkpointing(choose_checkpointing(chosen.gradient_checkpointing, hooks))
+        memory = row_memory(model, parameters, hooks, longest=inputs.longest, answers=inputs.answers)
+        free = chosen.rows_at_once == "auto" and not sharded and chosen.gradient_checkpointing != "reentrant"
+        if free and memory.ghost_pays(chosen.memory):
+            return Ghost(model, parameters, clip)
+    whole = not sharded and chosen.gradient_checkpointing == "none" and config.method != "dp-zo"
+    rows = _rows(config, model, parameters, inputs) if whole and model.device.type == "cpu" else None
+    return rows or hooks

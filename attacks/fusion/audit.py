@@ -46,22 +46,26 @@ MOST_VALUES = 20_000_000  # of one game's draws
 EXAMPLES = (0.01, 0.1, 1.0)  # z of accounted fusion, for the reconstruction figures of a run that does not use it
 
 
-def path_of(run: RunFolder, device: str = "cpu") -> TokenPath:
-    """The token path of a finished run at its released weights."""
+def path_of(run: RunFolder, units: Sequence[Unit], device: str = "cpu") -> TokenPath:
+    """The token path of a finished run at its released weights. units: on which a fast gradient path is tried out."""
     config = read_config(run)
     model = load_model(run, device)
     model.set_reducer(config.reducer)  # without what a run with a release does to new pictures
     parameters = model.adapter_parameters()
     key = Key.load(run.noise_key)
     publish = release_of(config, key)
+
+    def encode(shown: Sequence[Unit]) -> UnitInputs:
+        return UnitInputs(model, augmented(shown, config.training.augmentations), release=publish)
+
     return TokenPath.of(
         model,
         parameters,
         key=key,
         fusion_std=0.0 if config.reducer.noise == "none" else ANY_STD,
         max_grad_norm=math.inf if config.method == "non-private" else config.privacy.max_grad_norm,
-        gradient=gradient_path(config, model, parameters) if config.method != "non-private" else None,
-        encode=lambda units: UnitInputs(model, augmented(units, config.training.augmentations), release=publish),
+        gradient=gradient_path(config, model, parameters, encode(units)) if config.method != "non-private" else None,
+        encode=encode,
     )
 
 
@@ -74,11 +78,11 @@ def audit_fusion(
     exact figures of training records must not (docs/fusion-path.md).
     """
     config = read_config(run)
-    path = path_of(run, device)
     dataset = data.load(config.data)
     # Two pictures a unit show all that can happen between pictures of a unit and of others; more only cost time.
     records = dataset.test if len(dataset.test) >= 2 else dataset.train
     units = [replace(unit, pictures=unit.pictures[:2]) for unit in records[:batch]]
+    path = path_of(run, units, device)
     log("token path: isolation")
     isolation = audit_isolation(path, units)
     log("token path: noise, sensitivity, update mask")

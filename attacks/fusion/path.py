@@ -18,6 +18,7 @@ from trainers.inputs import Rows, UnitInputs
 from trainers.prompts import IGNORE
 from trainers.records import Picture, Unit
 from trainers.reducers import Reduced, VisualTokens
+from trainers.rows import AdapterRows
 from trainers.vlm import VisionLanguageModel
 
 Stage = Literal["selection", "centres", "fusion", "normalisation", "padding", "loss"]
@@ -175,6 +176,8 @@ def per_unit(path: TokenPath, rows: Rows) -> tuple[Gradient, Tensor]:
     elif isinstance(path.gradient, Ghost):  # sums of the whole batch in which one unit alone counts
         parts = [Ghost(path.model, path.parameters, _one(unit))(rows, 1.0) for unit in range(rows.units)]
         losses = parts[0].losses
+    elif isinstance(path.gradient, AdapterRows):
+        return path.gradient.per_unit(rows)
     else:
         return Hooks(path.model, path.parameters).per_unit(rows)
     return {name: torch.stack([part.gradient[name] for part in parts]) for name in path.parameters}, losses

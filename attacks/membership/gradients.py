@@ -8,11 +8,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from attacks.membership.rows import RowModel, row_gradients
 from dpaudit.config import RunConfig
 from trainers.gradients import MicroBatch
 from trainers.inputs import UnitInputs
 from trainers.records import Unit
+from trainers.rows import RowModel, row_gradients
 from trainers.vlm import VisionLanguageModel
 
 Floats = npt.NDArray[np.float64]

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from attacks.membership.forward import embed, hidden_states
+from trainers.forward import embed, hidden_states
 from trainers.inputs import Rows, UnitInputs
 from trainers.prompts import IGNORE
 from trainers.records import Unit

@@ -18,17 +18,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from attacks.membership.rows import RowModel, row_gradients
 from dpaudit.config import RunConfig
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
 from trainers import updates
-from trainers.gradients import UnitSum, clip_factors
+from trainers.gradients import Plain, UnitSum, clip_factors
 from trainers.inputs import Rows, UnitInputs, fusion_noise
 from trainers.plan import Plan, fusion_std
 from trainers.records import Dataset, Unit
+from trainers.rows import RowModel, row_gradients
 from trainers.run import train
-from trainers.step import Trainer, gradient_path
+from trainers.step import Trainer
 from trainers.vlm import VisionLanguageModel
 
 Adapter = dict[str, Tensor]
@@ -116,7 +116,7 @@ class Stack:
             inputs=shared.inputs,
             parameters=parameters,
             optimizer=updates.make_optimizer(parameters, shared.config.training, noise=shared.plan.noise_std),
-            path=gradient_path(shared.config, shared.model, parameters),
+            path=Plain(shared.model, parameters),  # not used: the stack computes all models' sums
             pruning=updates.Pruning.of(parameters, shared.config.pruning),
             average=updates.Average(0.0),
             rows_at_once=ROWS_AT_ONCE,

@@ -306,7 +306,7 @@ class TrainingConfig(Section):
     augmentations: int = Field(
         default=1, ge=1, le=64, description="copies of each picture in its unit's gradient, all but the first shifted"
     )
-    gradient_path: Literal["auto", "micro-batch", "hooks", "ghost"] = Field(
+    gradient_path: Literal["auto", "micro-batch", "hooks", "ghost", "rows"] = Field(
         default="auto", description="how clipped sums are computed; all give the same sum (docs/models.md)"
     )
     rows_at_once: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(

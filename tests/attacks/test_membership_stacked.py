@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from attacks.membership.rows import RowModel, row_gradients
 from attacks.membership.stacked import (
     Shared,
     Trial,
@@ -28,6 +27,7 @@ from trainers.gradients import MicroBatch
 from trainers.inputs import UnitInputs
 from trainers.plan import make_plan
 from trainers.records import Dataset
+from trainers.rows import RowModel, row_gradients
 from trainers.run import load_model
 from trainers.vlm import VisionLanguageModel, short_name
 

@@ -22,6 +22,7 @@ from trainers.inputs import Rows, UnitInputs
 from trainers.memory import FEW_ROWS, GIB, MOST_ROWS, RowMemory
 from trainers.plan import make_plan
 from trainers.records import Dataset, Picture, Question, Unit
+from trainers.rows import AdapterRows
 from trainers.step import Trainer
 from trainers.vlm import VisionLanguageModel
 
@@ -177,11 +178,14 @@ def test_auto_takes_ghost_norms_where_gradients_leave_room_for_few_rows(
     for part in ("HIDDEN", "INNER"):  # a model with much larger matrices, whose activations are small beside them
         monkeypatch.setattr(memory, part, 1)
     for extra, expected, checkpointing in (
-        ((), Hooks, "none"),
+        ((), AdapterRows, "none"),
+        (("training.gradient-path=hooks",), Hooks, "none"),
+        (("training.gradient-path=rows",), AdapterRows, "none"),
+        (("training.gradient-checkpointing=auto",), Hooks, "reentrant"),
         ((*wide, "training.memory=0.001"), Ghost, "none"),
         ((*wide, "training.memory=0.001", "training.gradient-checkpointing=auto"), Ghost, "non-reentrant"),
         ((*wide, "training.memory=0.001", "training.gradient-checkpointing=reentrant"), Hooks, "reentrant"),
-        ((*wide, "training.memory=0.001", "training.rows-at-once=3"), Hooks, "none"),
+        ((*wide, "training.memory=0.001", "training.rows-at-once=3"), AdapterRows, "none"),
         ((*wide, "training.memory=0.001", "training.gradient-path=hooks"), Hooks, "none"),
         ((*wide, "training.memory=0.001", "training.gradient-path=micro-batch"), MicroBatch, "none"),
         (("training.gradient-path=ghost",), Ghost, "none"),
@@ -205,5 +209,33 @@ def test_a_sharded_base_model_has_no_ghost_norms(tiny: Path, monkeypatch: pytest
         UsageError, match=r"gradient-path: got 'ghost'; accepted: auto, hooks or micro-batch with .*fsdp"
     ):
         build(tiny, "training.gradient-path=ghost", group=group)
+    with pytest.raises(
+        UsageError, match=r"gradient-path: got 'rows'; accepted: auto, hooks or micro-batch with .*fsdp"
+    ):
+        build(tiny, "training.gradient-path=rows", group=group)
     few = ("model.lora.rank=64", "training.memory=0.001")
     assert type(build(tiny, *few, group=group).path) is Hooks
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [("model.lora.projector=true",), ("model.lora.train=b",)],
+    ids=["projector", "b alone"],
+)
+def test_rows_that_compute_another_model_are_not_chosen_and_are_refused(tiny: Path, extra: tuple[str, ...]) -> None:
+    assert type(build(tiny, *extra).path) is Hooks
+    with pytest.raises(
+        UsageError, match=r"training.gradient-path: got 'rows'; accepted: auto, hooks, ghost or micro-b"
+    ):
+        build(tiny, *extra, "training.gradient-path=rows")
+
+
+def test_rows_are_not_computed_in_half_precision(tiny: Path) -> None:
+    model = VisionLanguageModel.load(str(tiny), device="cpu", precision="bfloat16")
+    parameters = model.attach_lora(LoraConfig(rank=2), generator=np.random.default_rng(0))
+    assert AdapterRows.of(model, parameters, UnitInputs(model, UNITS)) is None
+
+
+def test_rows_are_refused_where_layers_are_to_be_recomputed(tiny: Path) -> None:
+    with pytest.raises(UsageError, match=r"training.gradient-checkpointing: got 'auto'; accepted: none with this"):
+        build(tiny, "training.gradient-path=rows", "training.gradient-checkpointing=auto")

@@ -1,5 +1,6 @@
 """The bound on a physical batch's memory against what autograd saves, and the physical batches that follow from it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +13,18 @@ from dpaudit.randomness import Key
 from tests.tiny import random_units
 from tests.tiny_families import TINY
 from trainers.gradients import GradientPath, Hooks, MicroBatch, Plain, unit_losses
-from trainers.inputs import UnitInputs
+from trainers.inputs import Rows, UnitInputs
 from trainers.memory import GIB, MOST_ROWS, RowMemory, row_memory, rows_at_once
 from trainers.plan import make_plan
 from trainers.records import Dataset
+from trainers.rows import AdapterRows
 from trainers.step import Trainer
 from trainers.vlm import VisionLanguageModel
 
 UNITS = random_units(6)
 
 
-def saved(model: VisionLanguageModel, inputs: UnitInputs) -> tuple[int, int]:
+def saved(model: VisionLanguageModel, inputs: UnitInputs, forward: Callable[[Rows], object]) -> tuple[int, int]:
     """(bytes that autograd keeps for the backward pass of all units, without the weights; rows)."""
     kept: dict[int, int] = {}
     weights = {value.untyped_storage().data_ptr() for value in model.hf.parameters()}
@@ -37,7 +39,7 @@ def saved(model: VisionLanguageModel, inputs: UnitInputs) -> tuple[int, int]:
 
     rows = inputs.select(range(inputs.units))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
-        unit_losses(model, rows)
+        forward(rows)
     return sum(kept.values()), rows.packed.rows
 
 
@@ -50,10 +52,29 @@ def test_the_bound_holds_and_is_not_far_off(name: str, precision: str, tmp_path:
     chosen = LoraConfig(rank=4, targets=attention) if "moe" in name else LoraConfig(rank=4)
     parameters = model.attach_lora(chosen, generator=np.random.default_rng(0))
     inputs = UnitInputs(model, UNITS)
-    found, rows = saved(model, inputs)
+    found, rows = saved(model, inputs, lambda rows: unit_losses(model, rows))
     bound = row_memory(model, parameters, Plain(model, parameters), longest=inputs.longest, answers=inputs.answers)
     assert found <= bound.total * rows
     assert bound.total * rows <= 1.8 * found  # rows shorter than the longest are counted as if they were as long
+
+
+@pytest.mark.parametrize("name", ["reference", *TINY])
+def test_the_bound_holds_for_one_adapter_a_row(name: str, tmp_path: Path) -> None:
+    model = VisionLanguageModel.load(None if name == "reference" else str(TINY[name](tmp_path)), device="cpu")
+    attention = ("q_proj", "k_proj", "v_proj", "o_proj")
+    chosen = LoraConfig(rank=4, targets=attention) if "moe" in name else LoraConfig(rank=4)
+    parameters = model.attach_lora(chosen, generator=np.random.default_rng(0))
+    inputs = UnitInputs(model, UNITS)
+    path = AdapterRows.of(model, parameters, inputs)
+    if path is None:
+        assert name not in ("reference", "llava", "llava-siglip", "idefics3", "smolvlm")
+        return
+    found, rows = saved(model, inputs, lambda rows: path._losses(rows, {
+        key: value.detach().expand(rows.packed.rows, *value.shape).requires_grad_() for key, value in parameters.items()
+    }))  # fmt: skip
+    bound = row_memory(model, parameters, path, longest=inputs.longest, answers=inputs.answers)
+    assert bound.gradients == 4 * sum(value.numel() for value in parameters.values())
+    assert found <= bound.total * rows
 
 
 def test_gradients_a_row_come_with_hooks_alone(tiny: Path) -> None:

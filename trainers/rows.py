@@ -1,14 +1,13 @@
-"""The language model of a checkpoint as a function of one LoRA adapter *per row*: many models in one forward pass.
+"""The language model of a checkpoint as a function of one LoRA adapter *per row*.
 
-Reference models share their frozen weights and differ in a small adapter. A batch whose rows belong to different
-models is therefore one pass through the frozen weights plus a batched low-rank product, and the gradient of the summed
-losses with respect to the per-row adapters is every row's own gradient: no hooks, no second pass. Two more savings
-that a general implementation can't make: the last layer is computed at the positions that have a target only, and
-picture tokens come projected from a cache.
+A batch is one pass through the frozen weights plus a batched low-rank product, and the gradient of the summed losses
+with respect to the per-row adapters is every row's own gradient: no hooks, no second pass. The rows may belong to
+different models that share their frozen weights, as reference models do. One more saving that a general implementation
+can't make: the last layer is computed at the positions that have a target only.
 
-Written for Llama decoders with rotary positions, which covers the reference model, LLaVA-1.5 and SmolVLM. `RowModel.of`
-compares its losses with the model's own before it is used, and returns None where they differ or the architecture is
-another one; the caller then takes the ordinary path.
+Written for Llama decoders with rotary positions, which covers the reference model, LLaVA-1.5, Idefics3 and SmolVLM.
+`RowModel.of` compares its losses with the model's own before it is used, and returns None where they differ or the
+architecture is another one; the caller then takes the ordinary path.
 """
 
 from collections.abc import Mapping
@@ -16,13 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from attacks.membership.forward import embed
+from trainers.forward import embed
+from trainers.gradients import ClipRule, Gradient, UnitSum, clip_factors, clipped_sum, sum_per_unit
 from trainers.inputs import Rows, UnitInputs
 from trainers.prompts import IGNORE
-from trainers.vlm import VisionLanguageModel
+from trainers.vlm import Checkpointing, VisionLanguageModel
 
 # Loss of a row, against the model's own: float32 rounding over some layers stays far below.
 TOLERANCE = 1e-4
@@ -76,6 +76,7 @@ class RowModel:
             model.core.lm_head.weight,
             float(config.rms_norm_eps),
         )
+        self.prefix = _prefix(model)
         self.rotary = language.rotary_emb
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
         self.width = getattr(config, "head_dim", None) or config.hidden_size // self.heads
@@ -109,8 +110,9 @@ class RowModel:
     def losses(self, rows: Rows, adapters: Adapters) -> Tensor:
         """(R,) loss of each row under its own adapter, as `VisionLanguageModel.losses` defines it.
 
-        adapters: "layers.N.MODULE.lora_A.weight" (R, r, in) and "...lora_B.weight" (R, out, r); modules without an
-        adapter stay frozen. Gradients flow to the adapters, and to `rows.tokens` where these want one.
+        adapters: "layers.N.MODULE.lora_A.weight" (R, r, in) and "...lora_B.weight" (R, out, r), by the names of the
+        model's own adapter; modules without an adapter stay frozen. Gradients flow to the adapters, and to
+        `rows.tokens` where these want one.
         """
         packed = rows.packed
         with torch.set_grad_enabled(torch.is_grad_enabled() and rows.tokens.requires_grad):
@@ -137,7 +139,7 @@ class RowModel:
 
     def _linear(self, index: int, name: str, x: Tensor, adapters: Adapters) -> Tensor:
         out = x @ self.layers[index].weights[name].T
-        path = f"layers.{index}.{_MODULES[name]}"
+        path = f"{self.prefix}layers.{index}.{_MODULES[name]}"
         a = adapters.get(f"{path}.lora_A.weight")
         if a is None:
             return out
@@ -171,6 +173,11 @@ class RowModel:
         return x + self._linear(index, "o", flat, adapters)
 
 
+def _prefix(model: VisionLanguageModel) -> str:
+    """What stands before "layers." in the names of the adapter's parameters ("text_model." in Idefics3)."""
+    return next((name.partition("layers.")[0] for name in model.adapter_parameters()), "")
+
+
 def _scale(model: VisionLanguageModel) -> float | None:
     """LoRA's alpha / r, or None where the model is not one that `RowModel` computes."""
     language = model.family.language_model
@@ -181,7 +188,8 @@ def _scale(model: VisionLanguageModel) -> float | None:
         return None
     if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
         return None
-    known = {f"layers.{index}.{path}" for index in range(len(language.layers)) for path in _MODULES.values()}
+    layers, prefix = range(len(language.layers)), _prefix(model)
+    known = {f"{prefix}layers.{index}.{path}" for index in layers for path in _MODULES.values()}
     adapted = {name.rsplit(".lora_", 1)[0] for name in model.adapter_parameters()}
     if not adapted or not adapted <= known:
         return None
@@ -197,9 +205,77 @@ def _scale(model: VisionLanguageModel) -> float | None:
 def row_gradients(rows: Rows, model: RowModel, adapters: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
     """Gradient of each row's loss with respect to its own adapter, (R, ...) a parameter, and the losses (R,).
 
-    adapters: (R, ...) a parameter, contiguous, without gradient.
+    adapters: (R, ...) a parameter, without gradient.
     """
     leaves = {name: value.detach().requires_grad_() for name, value in adapters.items()}
     losses = model.losses(rows, leaves)
     values = torch.autograd.grad(losses.sum(), list(leaves.values()))
     return dict(zip(leaves, values, strict=True)), losses.detach()
+
+
+class AdapterRows:
+    """Gradient path (trainers.gradients.GradientPath): rows under copies of the adapter, added up per unit, clipped.
+
+    clip: None is training without privacy, the plain sum.
+    """
+
+    checkpointing: Checkpointing = "none"
+
+    def __init__(
+        self,
+        rows: RowModel,
+        adapter: Mapping[str, Tensor],
+        clip: ClipRule | None = clip_factors,
+        parameters: Mapping[str, nn.Parameter] | None = None,
+    ) -> None:
+        """adapter: all of it; parameters: those that a step trains (None: all)."""
+        self.rows, self.adapter, self.clip = rows, adapter, clip
+        self.parameters = adapter if parameters is None else parameters
+
+    @classmethod
+    def of(
+        cls,
+        model: VisionLanguageModel,
+        parameters: Mapping[str, nn.Parameter],
+        inputs: UnitInputs,
+        clip: ClipRule | None = clip_factors,
+    ) -> "AdapterRows | None":
+        """The path for this model and adapter; None where `RowModel` does not compute it, or without a unit to try."""
+        rows = RowModel.of(model, inputs)
+        return None if rows is None else cls(rows, parameters, clip)
+
+    def over(self, parameters: Mapping[str, nn.Parameter]) -> "AdapterRows":
+        """The same for a part of the adapter."""
+        return AdapterRows(self.rows, self.adapter, self.clip, parameters)
+
+    def per_unit(self, rows: Rows) -> tuple[Gradient, Tensor]:
+        """Gradient of each unit before clipping, (U, ...) a parameter, and the units' losses (U,)."""
+        leaves = {name: self._spread(value, rows).requires_grad_() for name, value in self.parameters.items()}
+        losses = self._losses(rows, leaves)
+        values = torch.autograd.grad(losses.sum(), list(leaves.values()))
+        found = {name: sum_per_unit(name, value, rows) for name, value in zip(leaves, values, strict=True)}
+        return found, self._unit_losses(losses, rows)
+
+    def __call__(self, rows: Rows, max_grad_norm: float) -> UnitSum:
+        if self.clip is not None:
+            return clipped_sum(*self.per_unit(rows), self.clip, max_grad_norm)
+        shared = {name: value.expand(rows.packed.rows, *value.shape) for name, value in self.parameters.items()}
+        losses = self._losses(rows, shared)
+        values = torch.autograd.grad(losses.sum(), list(self.parameters.values()))
+        gradient = {name: value.float() for name, value in zip(self.parameters, values, strict=True)}
+        units = self._unit_losses(losses, rows)
+        return UnitSum(gradient, torch.zeros_like(units), units)
+
+    @staticmethod
+    def _spread(value: Tensor, rows: Rows) -> Tensor:
+        return value.detach().expand(rows.packed.rows, *value.shape)
+
+    def _losses(self, rows: Rows, trained: Mapping[str, Tensor]) -> Tensor:
+        """(R,) losses, each times its share of its unit."""
+        rest = {name: self._spread(value, rows) for name, value in self.adapter.items() if name not in trained}
+        return self.rows.losses(rows, {**rest, **trained}) * rows.weight
+
+    @staticmethod
+    def _unit_losses(losses: Tensor, rows: Rows) -> Tensor:
+        losses = losses.detach()
+        return torch.zeros(rows.units, dtype=losses.dtype, device=losses.device).index_add(0, rows.owner, losses)
