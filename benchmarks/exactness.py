@@ -127,7 +127,7 @@ def paths() -> list[str]:
 
 
 def measure(family: str, folder: str | None, precision: str, reducer: str, wanted: list[str]) -> Iterator[Row]:
-    """One row a path and kind of checkpointing. The path "rows" does not adapt the projector, so it is measured alone."""
+    """One row a path and kind of checkpointing. Path "rows" does not adapt the projector: it is measured alone."""
     projector = "rows" not in wanted
     worst: dict[tuple[str, str], list[float]] = {}
     for seed in range(SEEDS):

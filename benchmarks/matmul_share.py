@@ -3,10 +3,10 @@
     python benchmarks/matmul_share.py --out benchmarks/results/matmul_share.json      # two minutes on one core
 
 A unit's step (forward, backward, clipping, accumulation) on the compact LLaVA of training_cost.py at 576 and at 63
-visual tokens, and on the reference model: by the micro-batch path, and by the path "rows", a batch of eight at a time. Every matrix product that the step makes is
-recorded with its shapes and layout, and then each of them is timed by itself on fresh operands. The share is the
-GFLOP/s of the step over those of plain products of the same shapes. Beside it the operators that take the most time, as
-torch.profiler sees them. CPU time of one thread, the fastest of the repeats.
+visual tokens, and on the reference model: by the micro-batch path, and by the path "rows", all units at a time. Every
+matrix product that the step makes is recorded with its shapes and layout, and then each of them is timed by itself on
+fresh operands. The share is the GFLOP/s of the step over those of plain products of the same shapes. Beside it the
+operators that take the most time, as torch.profiler sees them. CPU time of one thread, the fastest of the repeats.
 """
 
 import argparse
