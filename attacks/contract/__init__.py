@@ -113,11 +113,15 @@ class Examination:
             self.seconds[made.name] = round(seconds, 3)
         return self.document()
 
+    def _verdict(self) -> Literal["pass", "fail", "inconclusive"]:
+        late = self.probe is not None and self.probe.unanswered is not None
+        return verdict(tuple(self.found), stated=self.stated, offered=(accounting.EPSILON,) if late else ())
+
     def document(self, problem: str | None = None) -> CheckDocument:
         """What was found so far; `problem`: why there is no more."""
         probe = self.probe
         return CheckDocument(
-            verdict=verdict(tuple(self.found), stated=self.stated) if problem is None else "inconclusive",
+            verdict=self._verdict() if problem is None else "inconclusive",
             checks=tuple(self.found),
             factory=self.source,
             problem=problem,
@@ -148,11 +152,16 @@ def check(
     return made.run(factory)
 
 
-def verdict(checks: tuple[Check, ...], *, stated: Stated = NOTHING_STATED) -> Literal["pass", "fail", "inconclusive"]:
-    """fail (and not waived) > inconclusive (a core check, or the claim stated, could not be checked) > pass."""
+def verdict(
+    checks: tuple[Check, ...], *, stated: Stated = NOTHING_STATED, offered: tuple[str, ...] = ()
+) -> Literal["pass", "fail", "inconclusive"]:
+    """fail (and not waived) > inconclusive (a core check, or the claim stated, could not be checked) > pass.
+
+    offered: further checks that are needed, because the trainer offers what they ask and did not answer.
+    """
     if any(item.status == "fail" and item.waived is None for item in checks):
         return "fail"
-    needed = CORE if stated.epsilon is None else (*CORE, accounting.CLAIMED)
+    needed = (*CORE, *offered) if stated.epsilon is None else (*CORE, *offered, accounting.CLAIMED)
     lacking = {item.name for item in checks if item.status == "not applicable"}
     # What a zeroth-order step may do with the parameters is the public line's check.
     missing = lacking.intersection(needed) or {updates.RULE, updates.LINE} <= lacking

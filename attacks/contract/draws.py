@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from attacks.contract.guard import MethodFailure
+from attacks.contract.guard import MethodFailure, TookTooLong
 from attacks.contract.probe import Probe, Records
 from attacks.contract.subject import Subject
 from dpaudit.claims import StepClaim
@@ -93,9 +93,16 @@ def window_of(claim: StepClaim) -> int:
     return claim.epoch_steps or max(1, round(1 / claim.sample_rate))
 
 
-def reported(subject: Subject, delta: float) -> float:
-    """The eps that the trainer reports, validated."""
-    value = subject.ask("epsilon", delta)
+def reported(subject: Subject, delta: float) -> float | None:
+    """The eps that the trainer reports, validated; None where it takes longer than the time limit.
+
+    An accountant may be slow where all else is fast. The probe remembers it, and what needs an eps is not judged.
+    """
+    try:
+        value = subject.ask("epsilon", delta)
+    except TookTooLong as failure:
+        subject.probe.unanswered = subject.probe.unanswered or str(failure)
+        return None
     if isinstance(value, bool) or not isinstance(value, int | float | np.floating) or math.isnan(value) or value < 0:
         raise MethodFailure(f"epsilon({delta:g})", f"returned {value!r}; accepted: a number >= 0 (inf allowed)")
     return float(value)

@@ -23,6 +23,10 @@ class MethodFailure(UsageError):
         self.method, self.problem = method, problem
 
 
+class TookTooLong(MethodFailure):
+    """It did not return within its time limit."""
+
+
 class _Expired(BaseException):
     """Not an Exception, so that the trainer's own `except Exception` can't swallow it."""
 
@@ -84,7 +88,7 @@ def call(method: str, function: Callable[..., Any], *arguments: Any, limit: floa
         with time_limit(limit), packages.theirs():
             return function(*arguments, **options)
     except _Expired:
-        raise MethodFailure(method, f"did not return within {limit:g} s (--time-limit)") from None
+        raise TookTooLong(method, f"did not return within {limit:g} s (--time-limit)") from None
     except UsageError as error:  # ours, with a line of its own (a claim that can't be true)
         field, _, problem = str(error).partition(": ")
         ours = (field, problem) if field.startswith(f"{method}.") else (method, str(error))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from attacks.contract.bench import Bench, finite
-from attacks.contract.draws import ask
+from attacks.contract.draws import ask, reported
 from attacks.contract.probe import Observation, Records, Vector
 from attacks.contract.result import frozen, judged, skipped
 from attacks.contract.subject import Subject
@@ -194,8 +194,10 @@ def _transcript(bench: Bench, records: Records) -> Transcript:
         facts["draws"] = _draws(probe.build(records), len(records.items))
     course = [probe.watch(subject, batch) for batch in batches]
     facts["claim"] = subject.claim()
-    if "epsilon" in probe.offered:
-        facts["eps"] = subject.ask("epsilon", probe.claim.delta or DEFAULT_DELTA)
+    # It may be slow, and nothing has been judged yet; once it was, it is not waited for again.
+    if "epsilon" in probe.offered and probe.unanswered is None:
+        eps = reported(subject, probe.claim.delta or DEFAULT_DELTA)
+        facts |= {} if eps is None else {"eps": eps}
     if "sample" in probe.offered and not less:
         facts["draws after the training"] = _draws(subject, len(records.items))
     return course, facts

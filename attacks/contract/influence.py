@@ -371,5 +371,7 @@ def outside(bench: Bench) -> Check:
     differing = whole_training(bench, neighbours if probe.public_size else [*neighbours, probe.dropped(picks.place)])
     if differing is not None:
         return judged(OUTSIDE, False, differing, "a training without the record goes on as before", OUTSIDE_WHY)
-    measured += f"; {STAGES['late']} steps, parameters, draws and eps the same"
+    same = "draws and eps" if probe.unanswered is None else "and draws"
+    measured += f"; {STAGES['late']} steps, parameters, {same} the same"
+    measured += f"; not compared: {probe.unanswered}" if probe.unanswered is not None else ""
     return judged(OUTSIDE, True, measured, wanted, OUTSIDE_WHY)

@@ -91,6 +91,7 @@ class Probe:
         self.factory, self.seed, self.limit, self.target = factory, seed, limit, target
         self.mechanism: str = "gaussian"
         self.appeared: set[str] = set()
+        self.unanswered: str | None = None  # what epsilon() said nothing to within its time limit
         self.unheard: str | None = None  # what parameters() showed after they were set, where that was something else
         self.builds, self.build_seconds, self.steps = 0, 0.0, 0
         self._memory: dict[tuple[object, ...], Observation] = {}

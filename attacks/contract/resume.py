@@ -74,12 +74,15 @@ def checks(bench: Bench) -> Iterator[Check]:
             subject.ask("save", path)
             resumed = probe.build(bench.training.records, noise)
             resumed.ask("load", path)
-            if "epsilon" in probe.offered and not eps:
+            if "epsilon" in probe.offered and probe.unanswered is None and not eps:
                 delta = probe.claim.delta or DEFAULT_DELTA
-                eps.append((reported(subject, delta), reported(resumed, delta), None))
+                before = reported(subject, delta)
+                after = None if before is None else reported(resumed, delta)
+                if before is not None and after is not None:
+                    eps.append((before, after, None))
             if not lost:
                 moved, lost = _lost(bench, subject, resumed)
-            if eps and eps[0][2] is None:
+            if eps and eps[0][2] is None and probe.unanswered is None:
                 eps[0] = (*eps[0][:2], _further(bench, subject, path, batches))
             if empty:
                 pure = bench.series.noises[noise].noise
@@ -87,7 +90,7 @@ def checks(bench: Bench) -> Iterator[Check]:
                 seen = probe.watch(resumed, [])
                 later.append(_kept(bench, seen.released))
     yield _parameters(moved, lost)
-    yield _eps(eps)
+    yield _eps(eps, probe.unanswered)
     yield _noise(bench, earlier, later, _forks(bench) if empty else None)
 
 
@@ -126,7 +129,9 @@ def _further(bench: Bench, subject: Subject, path: Path, batches: list[list[int]
         subject.ask("step", list(batch))
         resumed.ask("step", list(batch))
     delta = probe.claim.delta or DEFAULT_DELTA
-    return len(further), reported(subject, delta), reported(resumed, delta)
+    straight = reported(subject, delta)
+    other = None if straight is None else reported(resumed, delta)
+    return None if straight is None or other is None else (len(further), straight, other)
 
 
 def _step(noise: dict[str, "np.typing.NDArray[np.float32]"], step: int) -> Vector:
@@ -164,15 +169,17 @@ def _parameters(moved: bool, lost: list[str]) -> Check:
     return judged(RESUME_PARAMETERS, not lost, measured, "those that were saved", RESUME_PARAMETERS_WHY)
 
 
-def _eps(eps: list[Spent]) -> Check:
+def _eps(eps: list[Spent], unanswered: str | None) -> Check:
     if not eps:
-        return skipped(RESUME_EPSILON, "the trainer offers no epsilon()", RESUME_EPSILON_WHY)
+        return skipped(RESUME_EPSILON, unanswered or "the trainer offers no epsilon()", RESUME_EPSILON_WHY)
     before, after, further = eps[0]
     measured, fine = f"eps {before:.4g} before and {after:.4g} after", after >= before * (1 - 1e-6)
     if further is not None:
         steps, straight, resumed = further
         measured += f"; {steps} steps later {resumed:.4g}, without an interruption {straight:.4g}"
         fine = fine and resumed >= straight * (1 - SAME)
+    if fine and unanswered is not None:
+        return skipped(RESUME_EPSILON, f"{unanswered}; {measured}", RESUME_EPSILON_WHY)
     return judged(RESUME_EPSILON, fine, measured, "not less", RESUME_EPSILON_WHY)
 
 

@@ -52,6 +52,44 @@ factory = step_function(
 """
 
 
+CENTRED = """
+import os
+
+import torch
+from torch import nn
+
+from dpaudit.claims import StepClaim
+from dpaudit.under_test import step_function
+
+BUG, SIZE, BATCH, D = os.environ["BUG"], 24, 6, 40
+
+def rows():
+    return list(torch.randn(SIZE, D, generator=torch.Generator().manual_seed(3)))
+
+def init(seed=None):
+    if seed is not None:
+        torch.manual_seed(seed)
+    model = nn.Linear(D, 3, bias=False)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+def step(state, batch):
+    model, optimizer = state
+    public = torch.Generator().manual_seed(7)
+    centre, total = torch.randn(D, generator=public), torch.zeros(3, D)
+    for x in batch:
+        optimizer.zero_grad()
+        (model(x - centre) - 1).square().sum().backward()
+        total += model.weight.grad * min(1.0, 1.0 / max(float(model.weight.grad.norm()), 1e-12))
+    noise = torch.randn(3, D, generator=public) if BUG == "public-noise" else torch.randn_like(total)
+    model.weight.grad = (total + (0.4 if BUG == "half-noise" else 0.8) * noise) / BATCH
+    optimizer.step()
+    return state
+
+claim = StepClaim("gaussian", 1.0, 0.8, "poisson", BATCH / SIZE, float(BATCH), "add-remove", "row", 50, 1e-5)
+factory = step_function(init=init, step=step, records=rows, claim=claim)
+"""
+
+
 NOTICES = """
 import warnings
 
@@ -114,6 +152,22 @@ def test_a_wrong_trainer_fails_with_measured_allowed_and_the_usual_bug(folder: P
     assert "FAIL  noise level" in done.stdout
     assert re.search(r"measured  0\.(49|5)\d* x the claimed noise", done.stdout)
     assert "usually" in done.stdout and "mine:Bad: fail" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("bug", "failed"),
+    [("none", set()), ("half-noise", {"noise level"}), ("public-noise", {"noise level", "noise over steps"})],
+)
+def test_a_constant_that_is_drawn_in_the_step_is_no_noise_and_hides_no_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bug: str, failed: set[str]
+) -> None:
+    """A public centre from a generator that the step makes and seeds with one number; noise of it is a fault."""
+    (tmp_path / "centred.py").write_text(CENTRED)
+    monkeypatch.setenv("BUG", bug)
+    done = run(tmp_path, "check", "centred:factory", "--json")
+    assert done.returncode == (1 if failed else 0), done.stdout
+    found = {check["name"] for check in json.loads(done.stdout)["checks"] if check["status"] == "fail"}
+    assert found >= failed and bool(found) == bool(failed) and "noise independent of data" not in found
 
 
 def test_inconclusive_is_3_only_when_strict() -> None:

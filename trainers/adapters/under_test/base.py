@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dpaudit.claims import StepClaim
 from dpaudit.errors import UsageError, rejected
 from trainers.adapters.under_test.backward import Passes
-from trainers.adapters.under_test.frozen import FrozenNoise, Streams, thread_of
+from trainers.adapters.under_test.frozen import FrozenNoise, Met, Public, Streams, thread_of
 from trainers.adapters.under_test.loop import Feed, Loop
 from trainers.adapters.under_test.releases import Releases
 
@@ -76,12 +76,15 @@ class UnderTest:
 
     kind = "training"
 
-    def __init__(self, records: Records, *, seed: int, noise_seed: int | None, extras: Extras) -> None:
+    def __init__(
+        self, records: Records, *, seed: int, noise_seed: int | None, extras: Extras, public: Public | None = None
+    ) -> None:
         self.records = list(records)
         self.seed, self.noise_seed, self._extras = seed, noise_seed, extras
         self.unavailable: dict[str, str] = {}
         self._streams = Streams(seed)
-        self._frozen = None if noise_seed is None else FrozenNoise(noise_seed)
+        self._frozen = None if noise_seed is None else FrozenNoise(noise_seed, public)
+        self._end: Callable[[], object] | None = None
         self._releases, self._passes = Releases(), Passes()
         self._steps_done = 0
         self._injected: list[Mapping[str, Tensor]] = []
@@ -182,8 +185,18 @@ class UnderTest:
             return thread_of(frozen, _entered(passes, function))
 
         loop = Loop(self.kind, body, wrap)
-        weakref.finalize(self, loop.close)
+        self._end = weakref.finalize(self, loop.close)
         return loop
+
+    def note(self, met: Met) -> None:
+        """Make this trainer a rehearsal."""
+        assert self._frozen is not None
+        self._frozen.met = met
+
+    def close(self) -> None:
+        """End its loop; no step can follow."""
+        if self._end is not None:
+            self._end()
 
 
 def _entered(mode: Any, function: Callable[[], None]) -> Callable[[], None]:

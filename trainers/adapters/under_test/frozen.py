@@ -5,8 +5,10 @@ it: trainers must not disturb each other (`Streams`), and with a noise seed the 
 records (`FrozenNoise`). The second can't be had by seeding alone, because dropout or an augmentation draws from the
 same stream, as many numbers as the batch is large. Hence every draw of torch inside a step gets a seed of its own.
 
-Code that seeds its own generator anew inside a step is left alone: that is a fault (the same noise in every step), and
-it must stay visible.
+A generator that is kept from step to step is taken over when it draws for the first time. One that the step itself
+seeds with a number that does not depend on the noise seed is left alone: what it draws is public. That is a constant,
+or a fault (the same noise in every step) that must stay visible. A first step does not show which of the two it is, so
+a rehearsal finds out beforehand (`rehearsal.py`); what it has not met is left alone from the second time on.
 """
 
 import contextlib
@@ -14,7 +16,9 @@ import functools
 import hashlib
 import random
 import secrets
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -122,17 +126,90 @@ def _restore(states: tuple[Any, Any, Any]) -> None:
     random.setstate(states[2])
 
 
-class FrozenNoise(TorchFunctionMode):
-    """While active, every draw of torch is a function of (noise seed, step, function, shape, how many before it)."""
+Site = tuple[tuple[str, str, int], ...]  # file, function and line of every call from the step down to a draw
 
-    def __init__(self, noise_seed: int) -> None:
+
+class Public:
+    """The generators that steps of one factory seed with public numbers: where they draw, and the numbers.
+
+    Shared by all trainers of the factory and their copies; a rehearsal fills it.
+    """
+
+    def __init__(self) -> None:
+        self.sites: frozenset[Site] = frozenset()
+        self.numbers: frozenset[int] = frozenset()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Public":
+        return self
+
+    def covers(self, seed: int) -> bool:
+        """Whether the generator that is about to draw, and came with this seed, is one of them."""
+        return seed in self.numbers or (bool(self.sites) and site() in self.sites)
+
+
+class Met:
+    """What a rehearsal notes: which seeds generators came with, and which generators are kept from step to step."""
+
+    def __init__(self) -> None:
+        self.seeds: dict[Site, list[int]] = {}
+        self._kept: dict[int, tuple[Site, int]] = {}
+        self._first: dict[int, tuple[Site, int]] = {}
+
+    def seeded(self, generator: torch.Generator) -> None:
+        """It draws for the first time since its owner has seeded it."""
+        here, seed = site(), generator.initial_seed()
+        self.seeds.setdefault(here, []).append(seed)
+        self._first.setdefault(id(generator), (here, seed))
+
+    def kept(self, generator: torch.Generator) -> None:
+        """It draws again in a later step, and nobody has seeded it since."""
+        self._kept[id(generator)] = self._first[id(generator)]
+
+    def fresh(self) -> set[Site]:
+        """Where generators draw none of which was kept."""
+        return self.seeds.keys() - {place for place, _ in self._kept.values()}
+
+    def public(self, other: "Met") -> tuple[frozenset[Site], frozenset[int]]:
+        """(sites, numbers) at which this rehearsal and one with another noise seed met the same seeds."""
+        sites = {place for place in self.fresh() & other.fresh() if self.seeds[place] == other.seeds[place]}
+        kept = {seed for met in (self, other) for _, seed in met._kept.values()}
+        return frozenset(sites), frozenset(seed for place in sites for seed in self.seeds[place]) - kept
+
+
+_OURS = __name__.rpartition(".")[0]
+
+
+def site() -> Site:
+    """Of the draw that is being made, without the calls that lead to the step and without ours."""
+    places: list[tuple[str, str, int]] = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module == f"{_OURS}.function":  # it calls a step; a loop has a thread of its own, and there the calls end
+            break
+        if not module.startswith(f"{_OURS}."):
+            places.append((frame.f_code.co_filename, frame.f_code.co_qualname, frame.f_lineno))
+        frame = frame.f_back
+    return tuple(places)
+
+
+class FrozenNoise(TorchFunctionMode):
+    """While active, every draw of torch is a function of (noise seed, step, function, shape, how many before it).
+
+    public: what a rehearsal has found. met: where this trainer is a rehearsal, what it notes.
+    """
+
+    def __init__(self, noise_seed: int, public: Public | None = None) -> None:
         super().__init__()
         self.noise_seed, self.step = noise_seed, 0
+        self.public = public or Public()
+        self.met: Met | None = None
         self.mark = seed_of("mark", noise_seed, 0)
         self._marks = {self.mark}
         self._counts: dict[tuple[object, ...], int] = {}
         self._first_seeds: dict[int, int] = {}  # seed that a generator came with -> step in which it was met
         self._known: list[torch.Generator] = []
+        self._left: list[torch.Generator] = []  # what was left alone in this step because it is public
 
     def begin(self, step: int) -> None:
         """A new step, on the thread whose streams are active.
@@ -143,6 +220,7 @@ class FrozenNoise(TorchFunctionMode):
         self.step, self.mark = step, seed_of("mark", self.noise_seed, step)
         self._marks.add(self.mark)
         self._counts.clear()
+        self._left.clear()
         _seed_torch(self.mark)
         np.random.seed(seed_of("numpy", self.noise_seed, step) % 2**32)
         random.seed(seed_of("python", self.noise_seed, step))
@@ -174,19 +252,32 @@ class FrozenNoise(TorchFunctionMode):
             generator.set_state(before)
 
     def _ours(self, generator: torch.Generator) -> bool:
-        """Whether nobody has seeded it since we last saw it; a generator met for the first time becomes ours."""
-        if generator.initial_seed() in self._marks:
+        """Whether nobody has seeded it since we last saw it; a generator met for the first time becomes ours, unless
+        it is one that the step seeds with a public number."""
+        seed = generator.initial_seed()
+        if seed in self._marks:
+            if self.met is not None and seed != self.mark:
+                self.met.kept(generator)
             return True
-        if any(generator is known for known in self._known):
+        if generator is torch.default_generator or _among(generator, self._left):
+            return False
+        if self.met is not None:
+            self.met.seeded(generator)
+        if _among(generator, self._known):
+            return False
+        if self.public.covers(seed):
+            self._left.append(generator)
             return False
         self._known.append(generator)  # keeps it alive: its identity is what it is known by
-        if generator is torch.default_generator:
-            return False
-        first = self._first_seeds.setdefault(generator.initial_seed(), self.step)
+        first = self._first_seeds.setdefault(seed, self.step)
         if first != self.step:  # another one came with this very seed in an earlier step
             return False
         generator.manual_seed(self.mark)
         return True
+
+
+def _among(generator: torch.Generator, others: Sequence[torch.Generator]) -> bool:
+    return any(generator is other for other in others)
 
 
 def _default_generator(args: Sequence[Any], options: Mapping[str, Any]) -> torch.Generator | None:

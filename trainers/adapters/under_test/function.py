@@ -8,6 +8,7 @@ of a function that takes the gradients of all records at once; it goes through t
 import contextlib
 import inspect
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +19,7 @@ from dpaudit.claims import StepClaim
 from dpaudit.errors import UsageError, rejected
 from trainers.adapters.under_test import seams, state, trees
 from trainers.adapters.under_test.base import Extras, Gradient, Records, RecordSource, Scratch, Source, UnderTest
+from trainers.adapters.under_test.rehearsal import Rehearsal
 
 Init = Callable[[int], Any]
 Step = Callable[[Any, list[Any]], Any]
@@ -39,7 +41,7 @@ class FunctionTrainer(UnderTest):
     kind = "step"
 
     def __init__(self, plan: "FunctionPlan", records: Records, *, seed: int, noise_seed: int | None) -> None:
-        super().__init__(records, seed=seed, noise_seed=noise_seed, extras=plan.extras)
+        super().__init__(records, seed=seed, noise_seed=noise_seed, extras=plan.extras, public=plan.rehearsal.public)
         self._plan = plan
         self._claim = plan.claim
         with self._streams.active():
@@ -204,22 +206,28 @@ class FunctionPlan:
         self.released: Released = said["released"]
         self.rows: seams.Seam | None = said["per_record_gradients"]
         self.epsilon, self.sample, self.score = said["epsilon"], said["sample"], said["score"]
-        self.scratch = Scratch(lambda records: FunctionTrainer(self, records, seed=0, noise_seed=0))
+        self.scratch = Scratch(lambda records: self._new(records, 0, 0))
+        self.rehearsal = Rehearsal(lambda seed, noise: FunctionTrainer(self, source.own(), seed=seed, noise_seed=noise))
         self.seed_is_optional = _optional(init)
         self.uncompiled = False  # whether functions of the owner's are called inside compiled code of jax
         self._refusal: tuple[str | None] | None = None
 
     def trainer(self, records: Records | None, seed: int, noise_seed: int | None) -> FunctionTrainer:
         """A fresh one."""
-        trainer = FunctionTrainer(
-            self, self.source.own() if records is None else records, seed=seed, noise_seed=noise_seed
-        )
+        trainer = self._new(self.source.own() if records is None else records, seed, noise_seed)
         why = self._why_not()
         if why is not None:
             trainer._refuse("inject", why)
             trainer._refuse("gradient", why)
             if self.score is None:
                 trainer._refuse("score", why)
+        return trainer
+
+    def _new(self, records: Records, seed: int, noise_seed: int | None) -> FunctionTrainer:
+        began = time.monotonic()
+        trainer = FunctionTrainer(self, records, seed=seed, noise_seed=noise_seed)
+        if noise_seed is not None:
+            self.rehearsal.make(seed, time.monotonic() - began)
         return trainer
 
     def _why_not(self) -> str | None:

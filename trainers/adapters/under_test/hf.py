@@ -7,6 +7,7 @@ where the training step makes one backward pass a record, or is one more row of 
 """
 
 import gc
+import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from trainers.adapters.under_test.base import (
     trained,
 )
 from trainers.adapters.under_test.loop import NEVER, Feed
+from trainers.adapters.under_test.rehearsal import Rehearsal
 from trainers.adapters.under_test.rows import GHOST_INJECT, Rows, dp_optimizer, hook_step, is_ghost
 
 LEAST_STEPS = 600  # of one train(): audits make that many whatever the arguments say
@@ -47,7 +49,7 @@ class HuggingFaceTrainer(UnderTest):
     def __init__(
         self, plan: "HuggingFacePlan", records: Records, *, seed: int, noise_seed: int | None, least: int = LEAST_STEPS
     ) -> None:
-        super().__init__(records, seed=seed, noise_seed=noise_seed, extras=plan.extras)
+        super().__init__(records, seed=seed, noise_seed=noise_seed, extras=plan.extras, public=plan.rehearsal.public)
         self._plan, self._claim = plan, plan.claim
         with self._streams.active():
             self.trainer = plan.make_trainer(list(self.records))
@@ -216,17 +218,29 @@ class HuggingFacePlan:
     ):
         self.make_trainer, self.source, self.claim, self.extras = make_trainer, source, claim, extras
         self.epsilon, self.sample = said["epsilon"], said["sample"]
-        self.scratch = Scratch(lambda records: HuggingFaceTrainer(self, records, seed=0, noise_seed=0, least=NEVER))
+        self.scratch = Scratch(lambda records: self._new(records, 0, 0, least=NEVER))
+        self.rehearsal = Rehearsal(
+            lambda seed, noise: HuggingFaceTrainer(self, source.own(), seed=seed, noise_seed=noise)
+        )
         self._refusal: tuple[str | None] | None = None
 
     def trainer(self, records: Records | None, seed: int, noise_seed: int | None) -> HuggingFaceTrainer:
         """A fresh one."""
         chosen = self.source.own() if records is None else records
-        trainer = HuggingFaceTrainer(self, chosen, seed=seed, noise_seed=noise_seed)
         why = self._why_not()
+        trainer = self._new(chosen, seed, noise_seed)
         if why is not None:
             for name in ("inject", "gradient", "score"):
                 trainer._refuse(name, why)
+        return trainer
+
+    def _new(
+        self, records: Records, seed: int, noise_seed: int | None, *, least: int = LEAST_STEPS
+    ) -> HuggingFaceTrainer:
+        began = time.monotonic()
+        trainer = HuggingFaceTrainer(self, records, seed=seed, noise_seed=noise_seed, least=least)
+        if noise_seed is not None:
+            self.rehearsal.make(seed, time.monotonic() - began)
         return trainer
 
     def _why_not(self) -> str | None:

@@ -6,6 +6,7 @@ of `optimizer.step()`, so Opacus clips it like a record. Ghost clipping never ha
 
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ from trainers.adapters.under_test.base import (
     trained,
 )
 from trainers.adapters.under_test.loop import Feed
+from trainers.adapters.under_test.rehearsal import Rehearsal
 from trainers.adapters.under_test.rows import GHOST_INJECT, Rows, hook_step
 
 Build = Callable[[list[Any]], Any]
@@ -96,7 +98,7 @@ class OpacusTrainer(UnderTest):
     def __init__(
         self, plan: "OpacusPlan", records: Records, *, seed: int, noise_seed: int | None, loud: bool = False
     ) -> None:
-        super().__init__(records, seed=seed, noise_seed=noise_seed, extras=plan.extras)
+        super().__init__(records, seed=seed, noise_seed=noise_seed, extras=plan.extras, public=plan.rehearsal.public)
         self._plan = plan
         with self._streams.active():
             self._parts = plan.construct(self.records)
@@ -212,7 +214,8 @@ class OpacusPlan:
         self.public_size: int | None = said["public_size"]
         self._public: tuple[float, int, int] | None = None  # q, expected batch size and batches an epoch
         self._multipliers: dict[Any, float] = {}
-        self.scratch = Scratch(self._quiet)
+        self.scratch = Scratch(lambda records: self._new(records, 0, 0, loud=True))
+        self.rehearsal = Rehearsal(lambda seed, noise: OpacusTrainer(self, source.own(), seed=seed, noise_seed=noise))
 
     def trainer(self, records: Records | None, seed: int, noise_seed: int | None) -> OpacusTrainer:
         """A fresh one."""
@@ -222,10 +225,14 @@ class OpacusPlan:
                 raise rejected("public_size", self.public_size, f"the number of your records, {len(own)}")
             parts = self.construct(own)
             self._public = (_rate(parts), int(parts.optimizer.expected_batch_size), _steps(parts.loader))
-        return OpacusTrainer(self, own if records is None else records, seed=seed, noise_seed=noise_seed)
+        return self._new(own if records is None else records, seed, noise_seed)
 
-    def _quiet(self, records: Records) -> OpacusTrainer:
-        return OpacusTrainer(self, records, seed=0, noise_seed=0, loud=True)
+    def _new(self, records: Records, seed: int, noise_seed: int | None, *, loud: bool = False) -> OpacusTrainer:
+        began = time.monotonic()
+        trainer = OpacusTrainer(self, records, seed=seed, noise_seed=noise_seed, loud=loud)
+        if noise_seed is not None:
+            self.rehearsal.make(seed, time.monotonic() - began)
+        return trainer
 
     def construct(self, records: list[Any]) -> Parts:
         """`build(records)`; the search for a noise multiplier, seconds long, is made once for equal arguments."""
