@@ -1,11 +1,13 @@
 """Controls of the white-box game: what shows that it could have seen something.
 
 Liveness: under frozen noise an injected gradient moves the release by exactly its clipped size along its own direction,
-and nothing along the others. Arrival: over the whole game, in the steps that took a canary, what its direction shows is
-1 in units of C on average (a channel that dies later, or lets through a part, shows less). Noise level: the directions
-without canaries show the claimed noise; more means that something blurs the channel, so that the power does not hold.
-Independent steps: no two steps show the same along those directions. Law of the noise: coordinates are as a normal law
-spreads them.
+and nothing along the others. One that moves it by more, and nothing else, is a counterexample to the sensitivity C that
+the claim's proof assumes ("broken"): no chance is involved. Arrival: over the whole game, in the steps that took a
+canary, what its direction shows is 1 in units of C on average (a channel that dies later, or lets through a part, shows
+less). Noise level: the directions without canaries show the claimed noise; more means that something blurs the channel,
+so that the power does not hold.
+Independent steps: no two steps show the same along those directions. Law of the noise:
+coordinates are as a normal law spreads them.
 """
 
 import math
@@ -83,10 +85,22 @@ def judge_liveness(seen: Sequence[Liveness], arrived: Arrived, sigma: float) -> 
         outcome = "earned"
         text = "An injected gradient moves the release by exactly its clipped size."
         loud = most > 1 + TOLERANCE or elsewhere > TOLERANCE
-        if loud and math.isfinite(most):  # what arrives too loudly somewhere is no dead channel
+        # What moves elsewhere is the error of one direction: `elsewhere` is the largest of hundreds of its kind.
+        if elsewhere <= TOLERANCE and 1 + TOLERANCE + elsewhere < most < math.inf:
+            outcome = "broken"
+            text = (
+                "An injected gradient moves the release by more than C: clipping does not hold, or inject bypasses it."
+            )
+            if worst.least > most - TOLERANCE:  # those of norm C as well, which nothing has to clip
+                text = (
+                    "Every injected gradient moves the release by more than C: clipping does not hold, or released() "
+                    "is not the noisy sum over expected_batch_size."
+                )
+        elif loud and math.isfinite(most):  # what arrives too loudly somewhere is no dead channel
             outcome, text = (
                 "not earned",
-                "An injected gradient moves the release by more than C: clipping does not hold.",
+                "An injected gradient moves the release by more than C, or along other directions: clipping does not "
+                "hold, or equal steps differ by more than the gradient.",
             )
         elif most < -DEAD:
             outcome, text = (
@@ -166,8 +180,10 @@ def law_control(places: PlacedNoise) -> list[Control]:
 
 
 def as_check(control: Control) -> Check:
-    """A control as a check of the game's validity: a dead channel makes the game invalid."""
-    status = {"earned": "pass", "not earned": "not applicable", "failed": "fail"}[control.outcome]
+    """A control as a check of the game's validity: a dead channel makes the game invalid. One that is broken speaks of
+    the training (dpaudit.verdict), not of the game."""
+    found = {"earned": "pass", "not earned": "not applicable", "failed": "fail", "broken": "not applicable"}
+    status = found[control.outcome]
     return Check(
         name=control.name,
         status=status,  # type: ignore[arg-type]
