@@ -46,8 +46,9 @@ CERTAIN = 0.999  # a p-value this near to 1 contradicts a high power: the channe
 HEADLINE = ("none", "claimed-mechanism")  # what a headline bound may assume
 UNDER_TEST = "trainer under test"  # RunInfo.method of training code that dpaudit did not write
 UNSEEN = (
-    "Not looked at: the update rule, the accounting, the independence of the sampler's draws, saved states (dpaudit "
-    "check, or dpaudit audit-trainer without naming a game, looks at them)."
+    "Not looked at: the update rule, the accounting, the independence of the sampler's draws, saved states, how single "
+    "records are clipped (gradient canaries go through inject). dpaudit check, or dpaudit audit-trainer without naming "
+    "a game, looks at them."
 )
 MISSING_CLAIM = "missing claim"  # the row of a run without the claim that its configuration or its games name
 

@@ -5,8 +5,8 @@ and nothing along the others. One that moves it by more, and nothing else, is a 
 the claim's proof assumes ("broken"): no chance is involved. Arrival: over the whole game, in the steps that took a
 canary, what its direction shows is 1 in units of C on average (a channel that dies later, or lets through a part, shows
 less). Noise level: the directions without canaries show the claimed noise; more means that something blurs the channel,
-so that the power does not hold.
-Independent steps: no two steps show the same along those directions. Law of the noise:
+so that the power does not hold. Records: the known records, which do not enter by `inject`, arrive once, clipped to C
+(dpaudit.evidence.records). Independent steps: no two steps show the same along those directions. Law of the noise:
 coordinates are as a normal law spreads them.
 """
 
@@ -20,6 +20,8 @@ import numpy.typing as npt
 from dpaudit.documents import Check, Control
 from dpaudit.evidence.noise import NoiseLevel
 from dpaudit.evidence.places import ERRORS, KURTOSIS, PlacedNoise
+from dpaudit.evidence.records import ERROR, Records
+from dpaudit.evidence.records import WIDEST as RECORDS_WIDEST
 from dpaudit.evidence.steps import LEVEL, dependence
 
 Floats = npt.NDArray[np.float64]
@@ -152,6 +154,25 @@ def noise_control(noise: NoiseLevel, spare: int) -> Control:
         outcome, text = "not earned", "Directions without canaries show less noise than the claim."
     measured = f"{noise.ratio:.4f} times the claim ({low:.4f} to {high:.4f}), {spare} directions"
     return control("noise level", outcome, measured, "an interval that holds 1", text)
+
+
+def records_control(records: Records, sigma: float, noise: NoiseLevel | None) -> list[Control]:
+    """The control "records"; none where the interval holds 1 and is too wide to say anything.
+
+    noise: of the spare directions, by whose upper limit the interval is widened where it lies above the claim.
+    """
+    seen = records.arrival(sigma, 1.0 if noise is None else noise.upper(ERROR))
+    if seen is None or not (seen.deviates or seen.known):
+        return []
+    outcome, text = "earned", "Records arrive once, clipped as the claim says."
+    if seen.deviates:
+        outcome = "not earned"
+        text = (
+            f"Records arrive as {seen.estimate:.3g} times what gradient() clipped to C says: clipping or counting of "
+            "records is not as claimed, or gradient() is not what is trained."
+        )
+    measured = f"{seen.low:.3f} to {seen.high:.3f} times the predicted sum, {seen.steps} batches"
+    return [control("records", outcome, measured, f"1, known to {RECORDS_WIDEST:g}", text)]
 
 
 def steps_control(empty: Floats) -> list[Control]:

@@ -31,6 +31,7 @@ from dpaudit.errors import rejected
 from dpaudit.evidence.channel import Channel
 from dpaudit.evidence.game import SPARE
 from dpaudit.evidence.places import PlacedNoise
+from dpaudit.evidence.records import Records
 from dpaudit.randomness import Key
 from trainers.gradients import Gradient
 
@@ -70,6 +71,7 @@ class GradientGame:
     liveness: list[controls.Liveness] = field(init=False, default_factory=list)
     beside: list[Control] = field(init=False, default_factory=list)
     places: PlacedNoise | None = field(init=False, default=None)
+    records: Records = field(init=False, default_factory=Records)
     _seen: list[npt.NDArray[np.float32]] = field(init=False, default_factory=list)
     _empty: list[npt.NDArray[np.float32]] = field(init=False, default_factory=list)
     vectors: Directions | None = field(init=False, default=None)
@@ -169,26 +171,42 @@ class GradientGame:
         size = self.expected_batch_size
         left = _joined({name: noisy[name] - known[name] / size for name in noisy})
         shown = self._along(left)
-        self._place(noisy, left, taken, absent)
+        assert self.vectors is not None
+        held = self.vectors.total(torch.from_numpy(self.inserted[taken]))
+        self._place(noisy, left, held, absent)
+        if self.exact:
+            self._compare(known, left, held, absent)
         self._seen.append(shown[: self.count].astype(np.float32))
         self._empty.append((shown[self.count :] / self.noise_multiplier).astype(np.float32))
         self.arrived.add(shown[: self.count][self.inserted[taken]])
 
-    def _place(self, noisy: Gradient, left: torch.Tensor, taken: npt.NDArray[np.intp], absent: Collection[str]) -> None:
-        """The kept coordinates of one step, over sigma C. What the canaries put in is known and taken out; each is
-        clipped to C along a unit vector."""
+    def _compare(self, known: Gradient, left: torch.Tensor, held: torch.Tensor, absent: Collection[str]) -> None:
+        """What one step shows beyond records and canaries, along the sum of its records; blocks not released say
+        nothing."""
+        covariance = variance = 0.0
+        names = sorted(known)
+        sizes = [known[name].numel() for name in names]
+        for name, beyond, canaries in zip(names, torch.split(left, sizes), torch.split(held, sizes), strict=True):
+            if name not in absent:
+                mine = known[name].flatten().cpu().double() / self.max_grad_norm
+                shown = beyond.double() * (self.expected_batch_size / self.max_grad_norm) - canaries
+                covariance += float(shown @ mine)
+                variance += float(mine @ mine)
+        self.records.add(covariance, variance)
+
+    def _place(self, noisy: Gradient, left: torch.Tensor, held: torch.Tensor, absent: Collection[str]) -> None:
+        """The kept coordinates of one step, over sigma C. held: what its canaries put in, over C; each is clipped to C
+        along a unit vector."""
         if self.places is None:
             blocks = [(name, noisy[name].numel()) for name in sorted(noisy) if noisy[name].numel()]
             self.places = PlacedNoise(blocks, self.key.generator(purpose="coordinates looked at"))
         kept = torch.from_numpy(self.places.kept)
         whole = len(kept) == len(left)
         unit = self.expected_batch_size / (self.max_grad_norm * self.noise_multiplier)
-        assert self.vectors is not None
-        held = self.vectors.total(torch.from_numpy(self.inserted[taken]))[kept]
         released = _joined(noisy)
         shown, total = (left, released) if whole else (left[kept], released[kept])
         self.places.add(
-            shown.double().numpy() * unit - held.double().numpy() / self.noise_multiplier,
+            shown.double().numpy() * unit - held[kept].double().numpy() / self.noise_multiplier,
             total.double().numpy() * unit,
             absent,
         )

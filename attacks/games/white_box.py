@@ -54,6 +54,8 @@ def read_game(
     if noise is not None:
         found.append(controls.noise_control(noise, game.spare))
         found += controls.steps_control(empty)
+    if game.exact:
+        found += controls.records_control(game.records, game.noise_multiplier, noise)
     if game.places is not None and game.known:
         found += controls.law_control(game.places)
     found += game.beside

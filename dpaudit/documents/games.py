@@ -101,6 +101,7 @@ class Control(Part):
     name: Literal[
         "liveness",
         "amplitude",
+        "records",
         "noise level",
         "independent steps",
         "law of the noise",
