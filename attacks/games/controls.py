@@ -200,6 +200,17 @@ def law_control(places: PlacedNoise) -> list[Control]:
     return [control("law of the noise", outcome, seen.seen, f"within {KURTOSIS:g} or {ERRORS:g} standard errors", text)]
 
 
+def finite_check(found: str) -> Check:
+    """The failed check of a game with a release that can't be read."""
+    return Check(
+        name="finite releases",
+        status="fail",
+        measured=found,
+        allowed="finite numbers in every release",
+        explanation=f"A release can't be read: {found}. No noise, and nothing else, can be measured in it.",
+    )
+
+
 def as_check(control: Control) -> Check:
     """A control as a check of the game's validity: a dead channel makes the game invalid. One that is broken speaks of
     the training (dpaudit.verdict), not of the game."""

@@ -53,7 +53,8 @@ class GradientGame:
 
     known: whether `observe` is told what the other records contributed. final: nothing is seen of the steps;
     `see_final` scores the sum of all updates. epoch: t of random allocation; None: Poisson sampling. beside: controls
-    of whoever plays it.
+    of whoever plays it. unreadable: the first release with a number that is not finite, in words; nothing is read of it
+    and of what follows.
     """
 
     count: int
@@ -72,6 +73,7 @@ class GradientGame:
     beside: list[Control] = field(init=False, default_factory=list)
     places: PlacedNoise | None = field(init=False, default=None)
     records: Records = field(init=False, default_factory=Records)
+    unreadable: str | None = field(init=False, default=None)
     _seen: list[npt.NDArray[np.float32]] = field(init=False, default_factory=list)
     _empty: list[npt.NDArray[np.float32]] = field(init=False, default_factory=list)
     vectors: Directions | None = field(init=False, default=None)
@@ -134,6 +136,7 @@ class GradientGame:
 
     def see_final(self, start: Mapping[str, torch.Tensor], end: Mapping[str, torch.Tensor]) -> None:
         """Scores from the first and the last weights alone: an update goes against the gradient."""
+        self._finite("the final update", {name: start[name] - end[name].detach() for name in start})
         moved = torch.cat([(start[name] - end[name].detach()).flatten().float().cpu() for name in sorted(start)])
         self._last = self._products(moved)[: self.count]
 
@@ -162,6 +165,8 @@ class GradientGame:
         known: clipped sum of the records. taken: the inserted canaries in this step. without: the release of the same
         step and noise without them. absent: blocks that this step did not release, for which `noisy` holds stand-ins.
         """
+        if not self._finite(f"step {step}", noisy):
+            return
         if without is not None and len(taken) and len(self.liveness) < controls.LIVE_STEPS:
             there = without()
             moved = self.project({name: noisy[name] - there[name] for name in noisy})
@@ -179,6 +184,17 @@ class GradientGame:
         self._seen.append(shown[: self.count].astype(np.float32))
         self._empty.append((shown[self.count :] / self.noise_multiplier).astype(np.float32))
         self.arrived.add(shown[: self.count][self.inserted[taken]])
+
+    def _finite(self, where: str, release: Gradient) -> bool:
+        """Whether every release so far, and this one, holds finite numbers alone."""
+        for name in sorted(release) if self.unreadable is None else ():
+            bad = release[name].numel() - int(torch.isfinite(release[name]).sum())
+            if bad:
+                self.unreadable = (
+                    f"{where}: {bad:,} of {release[name].numel():,} numbers in block {name} are not finite"
+                )
+                break
+        return self.unreadable is None
 
     def _compare(self, known: Gradient, left: torch.Tensor, held: torch.Tensor, absent: Collection[str]) -> None:
         """What one step shows beyond records and canaries, along the sum of its records; blocks not released say
