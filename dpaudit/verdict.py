@@ -20,7 +20,7 @@ earned by a control.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dpaudit.documents import (
@@ -29,6 +29,7 @@ from dpaudit.documents import (
     AuditDocument,
     Check,
     Claim,
+    Control,
     GameDocument,
     GameEntry,
     LedgerRow,
@@ -45,8 +46,9 @@ CERTAIN = 0.999  # a p-value this near to 1 contradicts a high power: the channe
 HEADLINE = ("none", "claimed-mechanism")  # what a headline bound may assume
 UNDER_TEST = "trainer under test"  # RunInfo.method of training code that dpaudit did not write
 UNSEEN = (
-    "Not looked at: the update rule, the accounting, the independence of the sampler's draws, saved states (dpaudit "
-    "check, or dpaudit audit-trainer without naming a game, looks at them)."
+    "Not looked at: the update rule, the accounting, the independence of the sampler's draws, saved states, how single "
+    "records are clipped (gradient canaries go through inject). dpaudit check, or dpaudit audit-trainer without naming "
+    "a game, looks at them."
 )
 MISSING_CLAIM = "missing claim"  # the row of a run without the claim that its configuration or its games name
 
@@ -157,7 +159,7 @@ def decide(
     (or "invalid"), unless the ledger has the row MISSING_CLAIM.
 
     ledger: the rows of the *training*; a row that is UNACCOUNTED makes the claim unsupported. checks: the checks of the
-    step contract.
+    step contract. A control of a game that is broken makes it unsupported as well.
     """
     unsound = [check for game in games for check in game.validity.checks if check.status == "fail"]
     if unsound or any(not game.validity.sound for game in games):
@@ -166,7 +168,7 @@ def decide(
     if claim is None and all(row.path != MISSING_CLAIM for row in ledger):
         return "no claim", ("The run makes no privacy claim, so there is none to refute.",)
     found = evidence(games)
-    gaps = _gaps(ledger, checks)
+    gaps = _gaps(ledger, checks, broken(control for game in games for control in game.controls))
     if refutes(found.best, alpha):
         return "refuted", (*_refutation(found, games, alpha), *gaps)
     if gaps or claim is None:
@@ -177,8 +179,8 @@ def decide(
     if above:
         shown = "; ".join(f"{t.name}: eps >= {float(t.epsilon_lower or 0):.3g} at {t.confidence:.4g}" for t in above)
         return "inconclusive", (
-            f"A bound lies above the claimed eps, at a confidence too low to refute by itself ({shown}): audit again "
-            "with fresh coins.",
+            f"A bound lies above the claimed eps, at a confidence too low to refute by itself ({shown}): more evidence "
+            "is needed, a game with fresh coins or more records.",
         )
     if powered:
         names = "; ".join(
@@ -233,14 +235,23 @@ def _power_of_ten(log: float) -> str:
     return f"{math.exp(log):,.0f}" if log < 14 else f"10^{log / math.log(10):.0f}"
 
 
-def _gaps(ledger: Sequence[LedgerRow], checks: Sequence[Check]) -> tuple[str, ...]:
+def broken(controls: Iterable[Control]) -> tuple[Control, ...]:
+    """The controls that contradict the claim's proof: the training does not do what it assumes."""
+    return tuple(control for control in controls if control.outcome == "broken")
+
+
+def _gaps(ledger: Sequence[LedgerRow], checks: Sequence[Check], controls: Sequence[Control]) -> tuple[str, ...]:
     rows = [f"UNACCOUNTED: {row.path}: {row.explanation}" for row in ledger if row.status == "UNACCOUNTED"]
     failed = [
         f"Contract check failed: {check.name}: measured {check.measured}, allowed {check.allowed}."
         for check in checks
         if check.status == "fail" and check.waived is None
     ]
-    return tuple(dict.fromkeys((*rows, *failed)))
+    shown = [
+        f"Control broken: {control.name}: measured {control.measured}, allowed {control.allowed}: {control.explanation}"
+        for control in controls
+    ]
+    return tuple(dict.fromkeys((*rows, *shown, *failed)))
 
 
 def _why_inconclusive(games: Sequence[GameDocument], tests: Sequence[Test]) -> tuple[str, ...]:

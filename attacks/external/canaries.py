@@ -54,9 +54,11 @@ class CanaryGame:
     def play(self, at: Playing, confidence: float) -> tuple[Played, Claim]:
         """Train once with the heads and score all candidates."""
         members, plan = at.heads(self.kind), at.coins.plan
-        scores, stated = train(at.setting, self.candidates, members, at.reporter("canaries"))
+        scores, stated, lost = train(at.setting, self.candidates, members, at.reporter("canaries"))
         frame, claim = at.scored(self.kind, scores), at.setting.claim(stated)
         checks = [_distinct(self.candidates, at.setting.records), _blind(self.candidates, members, plan.tie_seed)]
+        if lost:
+            checks.append(_lost(lost, len(scores)))
         levels = {"confidence": confidence, "alpha": at.setting.options.alpha}
         tests = partial(one_kind_tests, frame, plan, claim=claim, title=TITLE, statistic=STATISTIC, **levels)
         return at.read(frame, checks, TITLE, tests), claim
@@ -64,13 +66,14 @@ class CanaryGame:
 
 def train(
     setting: Setting, candidates: Sequence[Any], members: npt.NDArray[np.bool_], reporter: Reporter
-) -> tuple[Floats, float | None]:
-    """Train once with the heads; returns the scores (m,) and the eps that the trainer then states (None: none).
+) -> tuple[Floats, float | None, int]:
+    """Train once with the heads; returns the scores (m,), the eps that the trainer then states (None: none), and how
+    many scores were not finite after training.
 
-    A score that is not finite after training becomes the lowest of all: such a model says nothing about a record.
+    Such a score becomes the lowest of all (+inf the highest): the model says nothing about that record.
     """
     reporter.phase(f"scoring {len(candidates)} candidates before training")
-    before = _scores(setting.trainer("canaries"), candidates)
+    before = finite(_scores(setting.trainer("canaries"), candidates))
     inserted = [candidate for candidate, head in zip(candidates, members, strict=True) if head]
     subject = setting.trainer("canaries", [*setting.records, *inserted])
     reporter.phase(f"training with {len(inserted)} of {len(candidates)} canaries")
@@ -78,11 +81,25 @@ def train(
         subject.step(indices)
     after = _scores(subject, candidates)
     # `calibrate` takes losses, where lower = was in training.
-    return calibrate(-before, -after, np.full(len(candidates), CanaryGame.kind)), setting.stated_epsilon(subject)
+    scores = calibrate(-before, -finite(after), np.full(len(candidates), CanaryGame.kind))
+    return scores, setting.stated_epsilon(subject), int((~np.isfinite(after)).sum())
 
 
 def _scores(subject: Subject, candidates: Sequence[Any]) -> Floats:
-    return finite(np.array([subject.score(candidate) for candidate in candidates]))
+    return np.array([subject.score(candidate) for candidate in candidates], dtype=np.float64)
+
+
+def _lost(count: int, candidates: int) -> Check:
+    """The check of scores that are not finite: some say nothing about their records, all of them nothing at all."""
+    return Check(
+        name="finite scores",
+        status="fail" if count == candidates else "not applicable",
+        measured=f"{count} of {candidates} scores after training are not finite",
+        allowed="0",
+        explanation="score() returns no finite number for any candidate: the model that was trained says nothing."
+        if count == candidates
+        else "A candidate with such a score is ranked lowest (+inf: highest): it can hide a leak, and shows none.",
+    )
 
 
 def _distinct(candidates: Sequence[Any], known: Sequence[Any]) -> Check:

@@ -78,7 +78,8 @@ class InjectionGame:
     def play(self, at: Playing, confidence: float) -> tuple[Played, Claim]:
         """Train once and read what every step showed."""
         stated = train(at.setting, self.game, at.reporter("white box"))
-        at.scored(KIND, self.game.scores())
+        if self.game.unreadable is None:
+            at.scored(KIND, self.game.scores())
         claim, count = at.setting.claim(stated), self.game.count
         if not 0 < self.game.members.sum() < count:
             return unsound("gradient coins", f"all {count} coins fell on one side; audit again"), claim
@@ -198,7 +199,7 @@ def _takes_an_empty_batch(setting: Setting) -> bool:
 def train(setting: Setting, game: GradientGame, reporter: Reporter) -> float | None:
     """Check that injected gradients arrive, then train once; `game` has seen every step afterwards.
 
-    Returns the eps that the trainer states.
+    Returns the eps that the trainer states; None where a release was not finite, which ends the training.
     """
     subject = setting.trainer("white box")
     shapes = subject.parameters()
@@ -218,6 +219,8 @@ def train(setting: Setting, game: GradientGame, reporter: Reporter) -> float | N
         blocks.add(absent)
         sizes.append(len(set(indices)))
         game.observe(step, noisy, contribution, taken, absent=absent)
+        if game.unreadable is not None:
+            return None  # the training ends before its claimed steps, so what it would state now is not its claim
     game.beside.append(blocks.control(subject.values()))
     if subject.offers("sample"):
         units = len(subject.records())

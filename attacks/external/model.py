@@ -56,11 +56,13 @@ def audit_model(
     units: dict[str, Any] = kind.read()
     coins, coins_sha256 = join(units, read_coins(options.coins)), atomic.sha256_file(options.coins)
     twice = kind.shared(units)
+    member = dict(zip(coins["id"], coins["member"], strict=True))
+    torn = sum(member[first] != member[second] for first, second in twice)
     for first, second in twice[:3]:
         log(f"warning: ids {first!r} and {second!r} hold the same {kind.thing}")
     levels = {"confidence": options.confidence, "alpha": options.alpha}
     plan = Plan(reading.planned(KIND, len(coins), claim, **levels), options.seed, reading.SIGMA_REDUCTION)
-    checks = _checks(kind, list(units.values()), coins, coins_sha256, len(twice), options.seed)
+    checks = _checks(kind, list(units.values()), coins, coins_sha256, (len(twice), torn), options.seed)
     settings = _settings(options, coins_sha256)
     folder = None if out is None else AuditFolder.take(out, "model", settings)
     if folder is not None:
@@ -139,10 +141,11 @@ def _scores(kind: Kind[Any, Any], units: list[Any], log: Callable[[str], None]) 
 
 
 def _checks(
-    kind: Kind[Any, Any], units: list[Any], coins: pd.DataFrame, coins_sha256: str, pairs: int, seed: int
+    kind: Kind[Any, Any], units: list[Any], coins: pd.DataFrame, coins_sha256: str, repeated: tuple[int, int], seed: int
 ) -> list[Check]:
     members = coins["member"].to_numpy(dtype=bool)
     inside, count = int(members.sum()), len(members)
+    pairs, torn = repeated
     p = heads_p_value(inside, count)
     return [
         Check(
@@ -156,15 +159,26 @@ def _checks(
         Check(
             name=f"{kind.thing}s differ",
             status="fail" if pairs else "pass",
-            measured=f"{pairs} {kind.thing}s under more than one id",
+            measured=f"{pairs} pair{'s' * (pairs != 1)} of ids hold{'s' * (pairs == 1)} the same {kind.thing}"
+            + (f", {torn} with different coins and {pairs - torn} with equal ones" if pairs else ""),
             allowed="0",
-            explanation=f"One {kind.thing} with two coins is in and out at the same time: rows of one person share one "
-            "id."
-            if pairs
-            else f"No {kind.thing} has two coins.",
+            explanation=_repeated(kind.thing, pairs, torn),
         ),
         blind_check(kind.features(units), members, seed=seed, what="records"),
     ]
+
+
+def _repeated(thing: str, pairs: int, torn: int) -> str:
+    """What things under two ids mean, by whether their coins agree."""
+    said = []
+    if torn:
+        said.append(f"A {thing} whose ids have different coins is in and out at the same time.")
+    if pairs > torn:
+        said.append(
+            f"A {thing} whose ids have equal coins is a group: it is trained on twice or not at all, and counts as two "
+            "tosses."
+        )
+    return " ".join([*said, "Rows of one person share one id."]) if said else f"No {thing} has two ids."
 
 
 def _settings(options: ModelOptions, coins_sha256: str) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """Controls of the white-box game: what shows that it could have seen something.
 
 Liveness: under frozen noise an injected gradient moves the release by exactly its clipped size along its own direction,
-and nothing along the others. Arrival: over the whole game, in the steps that took a canary, what its direction shows is
-1 in units of C on average (a channel that dies later, or lets through a part, shows less). Noise level: the directions
-without canaries show the claimed noise; more means that something blurs the channel, so that the power does not hold.
-Independent steps: no two steps show the same along those directions. Law of the noise: coordinates are as a normal law
-spreads them.
+and nothing along the others. One that moves it by more, and nothing else, is a counterexample to the sensitivity C that
+the claim's proof assumes ("broken"): no chance is involved. Arrival: over the whole game, in the steps that took a
+canary, what its direction shows is 1 in units of C on average (a channel that dies later, or lets through a part, shows
+less). Noise level: the directions without canaries show the claimed noise; more means that something blurs the channel,
+so that the power does not hold. Records: the known records, which do not enter by `inject`, arrive once, clipped to C
+(dpaudit.evidence.records). Independent steps: no two steps show the same along those directions. Law of the noise:
+coordinates are as a normal law spreads them.
 """
 
 import math
@@ -18,6 +20,8 @@ import numpy.typing as npt
 from dpaudit.documents import Check, Control
 from dpaudit.evidence.noise import NoiseLevel
 from dpaudit.evidence.places import ERRORS, KURTOSIS, PlacedNoise
+from dpaudit.evidence.records import ERROR, Records
+from dpaudit.evidence.records import WIDEST as RECORDS_WIDEST
 from dpaudit.evidence.steps import LEVEL, dependence
 
 Floats = npt.NDArray[np.float64]
@@ -83,10 +87,22 @@ def judge_liveness(seen: Sequence[Liveness], arrived: Arrived, sigma: float) -> 
         outcome = "earned"
         text = "An injected gradient moves the release by exactly its clipped size."
         loud = most > 1 + TOLERANCE or elsewhere > TOLERANCE
-        if loud and math.isfinite(most):  # what arrives too loudly somewhere is no dead channel
+        # What moves elsewhere is the error of one direction: `elsewhere` is the largest of hundreds of its kind.
+        if elsewhere <= TOLERANCE and 1 + TOLERANCE + elsewhere < most < math.inf:
+            outcome = "broken"
+            text = (
+                "An injected gradient moves the release by more than C: clipping does not hold, or inject bypasses it."
+            )
+            if worst.least > most - TOLERANCE:  # those of norm C as well, which nothing has to clip
+                text = (
+                    "Every injected gradient moves the release by more than C: clipping does not hold, or released() "
+                    "is not the noisy sum over expected_batch_size."
+                )
+        elif loud and math.isfinite(most):  # what arrives too loudly somewhere is no dead channel
             outcome, text = (
                 "not earned",
-                "An injected gradient moves the release by more than C: clipping does not hold.",
+                "An injected gradient moves the release by more than C, or along other directions: clipping does not "
+                "hold, or equal steps differ by more than the gradient.",
             )
         elif most < -DEAD:
             outcome, text = (
@@ -140,6 +156,25 @@ def noise_control(noise: NoiseLevel, spare: int) -> Control:
     return control("noise level", outcome, measured, "an interval that holds 1", text)
 
 
+def records_control(records: Records, sigma: float, noise: NoiseLevel | None) -> list[Control]:
+    """The control "records"; none where the interval holds 1 and is too wide to say anything.
+
+    noise: of the spare directions, by whose upper limit the interval is widened where it lies above the claim.
+    """
+    seen = records.arrival(sigma, 1.0 if noise is None else noise.upper(ERROR))
+    if seen is None or not (seen.deviates or seen.known):
+        return []
+    outcome, text = "earned", "Records arrive once, clipped as the claim says."
+    if seen.deviates:
+        outcome = "not earned"
+        text = (
+            f"Records arrive as {seen.estimate:.3g} times what gradient() clipped to C says: clipping or counting of "
+            "records is not as claimed, or gradient() is not what is trained."
+        )
+    measured = f"{seen.low:.3f} to {seen.high:.3f} times the predicted sum, {seen.steps} batches"
+    return [control("records", outcome, measured, f"1, known to {RECORDS_WIDEST:g}", text)]
+
+
 def steps_control(empty: Floats) -> list[Control]:
     """The control "independent steps"; none for a single step. empty: (T, K), what the spare directions show."""
     seen = dependence(empty)
@@ -165,9 +200,22 @@ def law_control(places: PlacedNoise) -> list[Control]:
     return [control("law of the noise", outcome, seen.seen, f"within {KURTOSIS:g} or {ERRORS:g} standard errors", text)]
 
 
+def finite_check(found: str) -> Check:
+    """The failed check of a game with a release that can't be read."""
+    return Check(
+        name="finite releases",
+        status="fail",
+        measured=found,
+        allowed="finite numbers in every release",
+        explanation=f"A release can't be read: {found}. No noise, and nothing else, can be measured in it.",
+    )
+
+
 def as_check(control: Control) -> Check:
-    """A control as a check of the game's validity: a dead channel makes the game invalid."""
-    status = {"earned": "pass", "not earned": "not applicable", "failed": "fail"}[control.outcome]
+    """A control as a check of the game's validity: a dead channel makes the game invalid. One that is broken speaks of
+    the training (dpaudit.verdict), not of the game."""
+    found = {"earned": "pass", "not earned": "not applicable", "failed": "fail", "broken": "not applicable"}
+    status = found[control.outcome]
     return Check(
         name=control.name,
         status=status,  # type: ignore[arg-type]

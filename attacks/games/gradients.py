@@ -31,6 +31,7 @@ from dpaudit.errors import rejected
 from dpaudit.evidence.channel import Channel
 from dpaudit.evidence.game import SPARE
 from dpaudit.evidence.places import PlacedNoise
+from dpaudit.evidence.records import Records
 from dpaudit.randomness import Key
 from trainers.gradients import Gradient
 
@@ -52,7 +53,8 @@ class GradientGame:
 
     known: whether `observe` is told what the other records contributed. final: nothing is seen of the steps;
     `see_final` scores the sum of all updates. epoch: t of random allocation; None: Poisson sampling. beside: controls
-    of whoever plays it.
+    of whoever plays it. unreadable: the first release with a number that is not finite, in words; nothing is read of it
+    and of what follows.
     """
 
     count: int
@@ -70,6 +72,8 @@ class GradientGame:
     liveness: list[controls.Liveness] = field(init=False, default_factory=list)
     beside: list[Control] = field(init=False, default_factory=list)
     places: PlacedNoise | None = field(init=False, default=None)
+    records: Records = field(init=False, default_factory=Records)
+    unreadable: str | None = field(init=False, default=None)
     _seen: list[npt.NDArray[np.float32]] = field(init=False, default_factory=list)
     _empty: list[npt.NDArray[np.float32]] = field(init=False, default_factory=list)
     vectors: Directions | None = field(init=False, default=None)
@@ -132,6 +136,7 @@ class GradientGame:
 
     def see_final(self, start: Mapping[str, torch.Tensor], end: Mapping[str, torch.Tensor]) -> None:
         """Scores from the first and the last weights alone: an update goes against the gradient."""
+        self._finite("the final update", {name: start[name] - end[name].detach() for name in start})
         moved = torch.cat([(start[name] - end[name].detach()).flatten().float().cpu() for name in sorted(start)])
         self._last = self._products(moved)[: self.count]
 
@@ -160,6 +165,8 @@ class GradientGame:
         known: clipped sum of the records. taken: the inserted canaries in this step. without: the release of the same
         step and noise without them. absent: blocks that this step did not release, for which `noisy` holds stand-ins.
         """
+        if not self._finite(f"step {step}", noisy):
+            return
         if without is not None and len(taken) and len(self.liveness) < controls.LIVE_STEPS:
             there = without()
             moved = self.project({name: noisy[name] - there[name] for name in noisy})
@@ -169,26 +176,53 @@ class GradientGame:
         size = self.expected_batch_size
         left = _joined({name: noisy[name] - known[name] / size for name in noisy})
         shown = self._along(left)
-        self._place(noisy, left, taken, absent)
+        assert self.vectors is not None
+        held = self.vectors.total(torch.from_numpy(self.inserted[taken]))
+        self._place(noisy, left, held, absent)
+        if self.exact:
+            self._compare(known, left, held, absent)
         self._seen.append(shown[: self.count].astype(np.float32))
         self._empty.append((shown[self.count :] / self.noise_multiplier).astype(np.float32))
         self.arrived.add(shown[: self.count][self.inserted[taken]])
 
-    def _place(self, noisy: Gradient, left: torch.Tensor, taken: npt.NDArray[np.intp], absent: Collection[str]) -> None:
-        """The kept coordinates of one step, over sigma C. What the canaries put in is known and taken out; each is
-        clipped to C along a unit vector."""
+    def _finite(self, where: str, release: Gradient) -> bool:
+        """Whether every release so far, and this one, holds finite numbers alone."""
+        for name in sorted(release) if self.unreadable is None else ():
+            bad = release[name].numel() - int(torch.isfinite(release[name]).sum())
+            if bad:
+                self.unreadable = (
+                    f"{where}: {bad:,} of {release[name].numel():,} numbers in block {name} are not finite"
+                )
+                break
+        return self.unreadable is None
+
+    def _compare(self, known: Gradient, left: torch.Tensor, held: torch.Tensor, absent: Collection[str]) -> None:
+        """What one step shows beyond records and canaries, along the sum of its records; blocks not released say
+        nothing."""
+        covariance = variance = 0.0
+        names = sorted(known)
+        sizes = [known[name].numel() for name in names]
+        for name, beyond, canaries in zip(names, torch.split(left, sizes), torch.split(held, sizes), strict=True):
+            if name not in absent:
+                mine = known[name].flatten().cpu().double() / self.max_grad_norm
+                shown = beyond.double() * (self.expected_batch_size / self.max_grad_norm) - canaries
+                covariance += float(shown @ mine)
+                variance += float(mine @ mine)
+        self.records.add(covariance, variance)
+
+    def _place(self, noisy: Gradient, left: torch.Tensor, held: torch.Tensor, absent: Collection[str]) -> None:
+        """The kept coordinates of one step, over sigma C. held: what its canaries put in, over C; each is clipped to C
+        along a unit vector."""
         if self.places is None:
             blocks = [(name, noisy[name].numel()) for name in sorted(noisy) if noisy[name].numel()]
             self.places = PlacedNoise(blocks, self.key.generator(purpose="coordinates looked at"))
         kept = torch.from_numpy(self.places.kept)
         whole = len(kept) == len(left)
         unit = self.expected_batch_size / (self.max_grad_norm * self.noise_multiplier)
-        assert self.vectors is not None
-        held = self.vectors.total(torch.from_numpy(self.inserted[taken]))[kept]
         released = _joined(noisy)
         shown, total = (left, released) if whole else (left[kept], released[kept])
         self.places.add(
-            shown.double().numpy() * unit - held.double().numpy() / self.noise_multiplier,
+            shown.double().numpy() * unit - held[kept].double().numpy() / self.noise_multiplier,
             total.double().numpy() * unit,
             absent,
         )

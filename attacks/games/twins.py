@@ -118,8 +118,9 @@ def play_white_box(
         )
         if final:
             game.see_final(initial_adapter(model, key), model.adapter_parameters())
-        frame = game.frame()[["id", "kind", "member"]].assign(score=game.scores())
-        atomic.write_frame(run.scores, frame, mode=0o600)
+        if game.unreadable is None:
+            frame = game.frame()[["id", "kind", "member"]].assign(score=game.scores())
+            atomic.write_frame(run.scores, frame, mode=0o600)
     return read_game(game, claim, confidence=confidence, alpha=alpha, coins_sha256=digest), claim
 
 

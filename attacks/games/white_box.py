@@ -10,7 +10,7 @@ import numpy.typing as npt
 from attacks.canaries import ALL
 from attacks.games import controls
 from attacks.games.gradients import SIGMA_REDUCTION, GradientGame
-from attacks.games.played import Played
+from attacks.games.played import Played, sound
 from attacks.games.reading import claim_tests, one_run_bound
 from dpaudit import accounting
 from dpaudit.analysis.claim import claimed_event, describe_alternative, sigma_sentence
@@ -45,8 +45,11 @@ def read_game(
 ) -> Played:
     """The finished game as evidence: tests with fixed shares, bounds, controls, and the power that they earned.
 
-    A white-box game whose injected gradients do not arrive is invalid: it could not have seen anything.
+    A white-box game whose injected gradients do not arrive is invalid: it could not have seen anything. So is one whose
+    releases hold numbers that are not finite.
     """
+    if game.unreadable is not None:
+        return Played(sound([controls.finite_check(game.unreadable)]), coins_sha256=coins_sha256, coins="gradients")
     rng = game.key.generator(purpose="gradient evidence")
     found = controls.judge_liveness(game.liveness, game.arrived, game.noise_multiplier)
     empty = game.empty()
@@ -54,6 +57,8 @@ def read_game(
     if noise is not None:
         found.append(controls.noise_control(noise, game.spare))
         found += controls.steps_control(empty)
+    if game.exact:
+        found += controls.records_control(game.records, game.noise_multiplier, noise)
     if game.places is not None and game.known:
         found += controls.law_control(game.places)
     found += game.beside

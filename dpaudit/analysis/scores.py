@@ -23,10 +23,12 @@ from dpaudit.bounds import bayes, mahloujifar, order_statistic, roc, selection, 
 from dpaudit.bounds.clopper_pearson import Counts
 from dpaudit.bounds.ranks import rank_p
 from dpaudit.documents import Assumes, Check, Claim, Control, GameDocument, ScoresDocument, Test, Validity
+from dpaudit.errors import UsageError
 from dpaudit.evidence import calibrate
 
 Coins = Literal["independent", "half", "unknown"]
 SIGN_LEVEL = 0.001  # one-sided, for "members score lower than chance allows"; a guard outside the error budget
+NOT_OF_RUNS = "the control speaks of the one-run test and is not used for independent runs"
 COIN_LEVEL = 1e-6  # two-sided, for "so many heads from fair coins": a broken coin misses it by far
 
 
@@ -60,8 +62,11 @@ def analyse(
     """Everything that this file allows. Tests never choose guesses or thresholds by looking without paying for it.
 
     control: scores of the same kind from a game with a known leak. Without it no power is stated, because nothing shows
-    that these scores carry any signal.
+    that these scores carry any signal. Its power is that of the one-run tests; UsageError where only tests of
+    independent runs are made.
     """
+    if control is not None and options.independent_runs and options.coins != "independent":
+        raise UsageError(control_without_coins("--control", "--independent-runs", "--coins independent"))
     rng = np.random.default_rng(options.seed)
     checks = validity_checks(table, options, features, rng)
     validity = Validity(sound=all(check.status != "fail" for check in checks), checks=tuple(checks))
@@ -76,6 +81,11 @@ def analyse(
         tests, controls, alternative = with_power(
             tests, table, control, options.claim, alpha=options.alpha, seed=options.seed
         )
+        if options.independent_runs:
+            tests = [
+                test.model_copy(update={"control": f"{test.control}; {NOT_OF_RUNS}"}) if verdict.counts(test) else test
+                for test in tests
+            ]
     game = GameDocument(
         game="scores",
         alternative=alternative,
@@ -103,6 +113,14 @@ def analyse(
         controls=controls,
         # An unsound game may print no number about the model.
         scores=(roc.summarise(options.name, table.scores, table.members),) if validity.sound else (),
+    )
+
+
+def control_without_coins(control: str, runs: str, coins: str) -> str:
+    """Why a control can't be used, with the names of the options as they were typed."""
+    return (
+        f"{control}: can't be used with {runs} without {coins}: the power that a control earns is that of the one-run "
+        "tests, which need such coins; tests of independent runs have none"
     )
 
 

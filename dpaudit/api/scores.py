@@ -10,7 +10,7 @@ import pandas as pd
 
 from dpaudit import extras, verdict
 from dpaudit.analysis import tables
-from dpaudit.analysis.scores import Coins, Options, analyse
+from dpaudit.analysis.scores import Coins, Options, analyse, control_without_coins
 from dpaudit.analysis.tables import Columns, ScoreTable
 from dpaudit.api import html, plots
 from dpaudit.api.claims import one_of
@@ -203,6 +203,8 @@ class Scores:
             seed=self.seed,
             name=self.name,
         )
+        if control is not None and self.independent_runs and self.coins != "independent":
+            raise UsageError(control_without_coins("control", "independent_runs=True", 'coins="independent"'))
         key = (options, control)
         if key not in self._documents:
             leak = None if control is None else control._table

@@ -94,11 +94,14 @@ class Control(Part):
     """What shows that a game could have seen something.
 
     earned: the channel carries what the power assumes. not earned: no power is stated. failed: the game is invalid.
+    broken: the training contradicts the claim without any chance in it (under frozen noise one unit moves the release
+    by more than C), so the claim is unsupported.
     """
 
     name: Literal[
         "liveness",
         "amplitude",
+        "records",
         "noise level",
         "independent steps",
         "law of the noise",
@@ -107,7 +110,7 @@ class Control(Part):
         "known leak",
         "p-value",
     ]
-    outcome: Literal["earned", "not earned", "failed"]
+    outcome: Literal["earned", "not earned", "failed", "broken"]
     measured: str
     allowed: str
     explanation: str

@@ -75,7 +75,10 @@ class Deployment(Part):
 
     name: str
     data_product: str
-    releasable: bool
+    releasable: bool | None = Field(
+        description="As the claim document says (null: there is none); false where the verdict is refuted, unsupported "
+        "or invalid."
+    )
     privacy_loss: PrivacyLoss
     implementation: Implementation
     ledger: tuple[LedgerEntry, ...]
@@ -106,6 +109,12 @@ def disclosure(page: Page) -> DisclosureDocument:
     return DisclosureDocument(written_by=f"dpaudit {__version__}", deployments=tuple(made))
 
 
+def _releasable(run: RunReport) -> bool | None:
+    if run.verdict in ("refuted", "unsupported", "invalid"):
+        return False
+    return run.claim_document.releasable if run.claim_document is not None else None
+
+
 def _deployment(run: RunReport, claim: Claim) -> Deployment:
     tuning = [row.status for row in run.ledger if row.stage == "tuning"]
     test = run.headline
@@ -113,7 +122,7 @@ def _deployment(run: RunReport, claim: Claim) -> Deployment:
     return Deployment(
         name=run.name,
         data_product=claim.release,
-        releasable=run.claim_document.releasable if run.claim_document is not None else True,
+        releasable=_releasable(run),
         privacy_loss=PrivacyLoss(
             epsilon=claim.epsilon,
             delta=claim.delta,

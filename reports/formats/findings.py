@@ -1,10 +1,10 @@
 """Everything on a page that can pass or fail, as one flat list that all formats share.
 
 A finding is `pass`, `fail` (a gate should stop), `warn` (a person should look) or `skip` (not made, or can't say). What
-counts as failing follows the verdicts: a refuted, unsupported or invalid claim, a failed check, a private path that is
-UNACCOUNTED beside a claim, and a planted bug that slipped through. Of the tests the judge alone says which refutes
-(dpaudit.verdict); one that refutes nothing passes where it had earned power, and is not decided elsewhere. An
-inconclusive audit is a warning: nothing was tested, and the exit code for it is 0 unless `--strict`.
+counts as failing follows the verdicts: a refuted, unsupported or invalid claim, a failed check, a broken control or a
+private path that is UNACCOUNTED beside a claim, and a planted bug that slipped through. Of the tests the judge alone
+says which refutes (dpaudit.verdict); one that refutes nothing passes where it had earned power, and is not decided
+elsewhere. An inconclusive audit is a warning: nothing was tested, and the exit code for it is 0 unless `--strict`.
 """
 
 import math
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from dpaudit.documents import Check, CheckDocument, Test
-from dpaudit.verdict import exceeds, powerful
+from dpaudit.verdict import broken, exceeds, powerful
 from reports import prose
 from reports.embedded import Change
 from reports.inputs import RunReport
@@ -48,6 +48,7 @@ RULES: dict[str, str] = {
     "claim": "The claimed privacy guarantee against the audit's evidence",
     "claim-test": "A statistical test of the claim itself",
     "bound": "The headline lower bound on eps beside the claimed eps; it informs and refutes nothing by itself",
+    "control": "What an injected gradient or known records show does not contradict the claim",
     "documents": "The documents of a run fit each other",
     "game": "The game is sound: coins, records and guesses",
     "token-path": "One record's tokens do not reach another record",
@@ -95,6 +96,10 @@ def _run(run: RunReport) -> Iterator[Finding]:
             if test.decides and not test.estimate and test.refutes is not None
         )
         yield from _bound(run)
+        for control in broken(run.audit.controls):
+            text = f"broken: measured {clean(control.measured, 400)}; allowed {clean(control.allowed, 400)}"
+            outcome = "fail" if run.claim is not None else "warn"
+            yield finding("control", clean(control.name, 120), outcome, text, clean(control.explanation, 600))
         fusion = run.audit.fusion.checks if run.audit.fusion is not None else ()
         contract = run.audit.contract.checks if run.audit.contract is not None else ()
         groups = (("game", run.audit.validity.checks), ("token-path", fusion), ("step-contract", contract))

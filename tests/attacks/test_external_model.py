@@ -136,16 +136,25 @@ def test_coins_that_a_classifier_can_guess_are_invalid(trained: Path, tmp_path: 
     assert document.verdict == "invalid" and not document.tests and not document.scores
 
 
-def test_one_picture_under_two_ids_is_invalid(trained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("equal", [False, True])
+def test_one_picture_under_two_ids_is_invalid(equal: bool, trained: Path, tmp_path: Path) -> None:
     units = random_units(COUNT - 1, seed=3)
     twice = (*units, Unit("again", units[0].pictures))
     records = write_records(tmp_path / "r.parquet", twice)
     members = np.arange(COUNT) % 2 == 0
+    members[-1] = members[0] == equal
     said: list[str] = []
     document = audit_model(
         options(trained, records=records, coins=write_coins(tmp_path / "c.csv", twice, members)), log=said.append
     )
     assert document.verdict == "invalid" and not document.tests
+    (check,) = [item for item in document.validity.checks if item.name == "pictures differ"]
+    counted = (
+        "0 with different coins and 1 with equal ones" if equal else "1 with different coins and 0 with equal ones"
+    )
+    assert check.measured == f"1 pair of ids holds the same picture, {counted}"
+    assert ("is in and out at the same time" in check.explanation) != equal
+    assert ("is a group" in check.explanation) == equal
     assert said == ["warning: ids 'u0' and 'again' hold the same picture"]
     assert shared_pictures({unit.id: unit for unit in units}) == []
 

@@ -17,6 +17,7 @@ from attacks.external import runs
 from attacks.external.folder import loaded_code
 from attacks.external.options import TrainerOptions
 from attacks.external.trainer import audit_trainer
+from dpaudit.cli import app
 from dpaudit.documents import AuditDocument, LedgerDocument, Test
 from dpaudit.errors import InvalidGame, UsageError
 from dpaudit.randomness import Key
@@ -80,6 +81,23 @@ def test_runs_refute_missing_noise_and_merge_as_e_values(tmp_path: Path) -> None
     evidence = next(test for test in document.tests if test.bound == "e-process")
     assert evidence.decides and evidence.p_value is not None and evidence.p_value < 0.01
     assert {test.bound for test in document.tests} >= {"clopper-pearson", "gdp", "e-process"}
+
+
+@pytest.mark.parametrize("name, code", [("SomeScoresLost", 0), ("AllScoresLost", 3)])
+def test_scores_that_are_not_finite_are_counted(
+    name: str, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = f"tests.attacks.white_box_faults:{name}"
+    words = ["--canaries", "--count", "60", "--seed", "1", "--alpha", "1e-6", "--out", str(tmp_path / "a"), "--json"]
+    assert app.run(["audit-trainer", target, *words]) == code
+    document = json.loads(capsys.readouterr().out)
+    (check,) = [item for item in document["validity"]["checks"] if item["name"] == "finite scores"]
+    count = int(check["measured"].split()[0])
+    assert check["measured"] == f"{count} of 60 scores after training are not finite"
+    if code:
+        assert (document["verdict"], check["status"], count) == ("invalid", "fail", 60) and not document["tests"]
+    else:
+        assert (document["verdict"], check["status"]) == ("inconclusive", "not applicable") and 5 < count < 40
 
 
 def test_an_eps_below_what_the_mechanism_costs_is_unsupported(tmp_path: Path) -> None:

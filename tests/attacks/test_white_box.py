@@ -140,8 +140,13 @@ def test_directions_are_unit_vectors_and_meet_as_they_say(
         (-1.0, 1.0, 0.0, "failed"),  # a turned sign
         (0.4, 1.0, 0.0, "failed"),
         (0.9, 1.0, 0.0, "not earned"),
-        (1.0, 100.0, 0.0, "not earned"),
+        (1.0, 100.0, 0.0, "broken"),
+        (1.0, 1.05, 0.0, "broken"),
+        (0.0, 2.0, 0.0, "broken"),  # that another one is dead takes nothing back
+        (1.0, 1.03, 0.02, "not earned"),  # rounding of the release, as it shows along the others
+        (1.0, 100.0, 0.3, "not earned"),  # equal steps that differ
         (1.0, 1.0, 0.3, "not earned"),
+        (1.0, float("inf"), 0.0, "failed"),
         (float("nan"), 1.0, 0.0, "failed"),
     ],
 )

@@ -336,3 +336,102 @@ class Lies(Toy):
         rows = [-self.records[index] for index in indices] + injected
         clean = sum((row / max(1.0, float(row.norm())) for row in rows), torch.zeros_like(before))
         self.w = before - clean / 5.0
+
+
+class UnclippedBesideLarge(Unclipped):
+    """Records so large that the noise can't be seen beside them: nothing of chance is left to refute with."""
+
+    def __init__(self, records: Sequence[Tensor] | None = None, **options: Any) -> None:
+        super().__init__([30 * one for one in Toy(seed=0).records] if records is None else records, **options)
+
+
+class HalvesClipped(Toy):
+    """Each half of a gradient is clipped to C by itself: a unit moves the sum by up to sqrt 2 C."""
+
+    def step(self, indices: Sequence[int]) -> None:
+        rows = [-self.records[index] for index in indices] + self.injected
+        half = len(self.w) // 2
+        clipped = [
+            torch.cat([part / max(1.0, float(part.norm())) for part in (row[:half], row[half:])]) for row in rows
+        ]
+        self.clip, self.records, kept = False, [-one for one in clipped], self.records
+        self.injected = []
+        super().step(range(len(clipped)))
+        self.records = kept
+
+
+class UnclippedNotFrozen(Unclipped):
+    """Its noise does not follow noise_seed."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{**options, "noise_seed": None})
+
+
+class UnclippedShifted(Unclipped):
+    """What is injected moves the stream of the noise on: equal steps differ by more than the gradient."""
+
+    def inject(self, gradient: Mapping[str, Tensor]) -> None:
+        self.noise_rng.normal(size=7)
+        super().inject(gradient)
+
+
+class Alike(Toy):
+    """Records that pull the same way, as those of a real training do; each counts `weight` times."""
+
+    weight = 1.0
+
+    def __init__(self, records: Sequence[Tensor] | None = None, **options: Any) -> None:
+        own = [3 * torch.ones_like(one) + one for one in Toy(seed=0).records]
+        super().__init__(own if records is None else records, **options)
+
+    def step(self, indices: Sequence[int]) -> None:
+        once = sum((-one / max(1.0, float(one.norm())) for one in (self.records[i] for i in indices)), torch.zeros(()))
+        super().step(indices)
+        more = (self.weight - 1) * once / 5.0
+        self.last, self.w = self.last + more, self.w - more
+
+
+class HalfMore(Alike):
+    weight = 1.5
+
+
+class Twice(Alike):
+    weight = 2.0
+
+
+class Thrice(Alike):
+    weight = 3.0
+
+
+class WithoutRecords(Alike):
+    weight = 0.0
+
+
+class AlikeMoreNoise(Alike):
+    """Half as much noise again."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{"noise": 1.5, **options})
+
+
+class NotFinite(TwoBlocks):
+    """From the sixth step on one number of the head is NaN in what is released."""
+
+    def released(self) -> Mapping[str, Tensor | None]:
+        shown = super().released()
+        if self.done > 5:
+            shown["head"][3] = float("nan")  # type: ignore[index]
+        return shown
+
+
+class SomeScoresLost(Toy):
+    """Every third candidate scores NaN after training."""
+
+    def score(self, record: Tensor) -> float:
+        value = super().score(record)
+        return float("nan") if self.done and round(1e6 * float(record[0])) % 3 == 0 else value
+
+
+class AllScoresLost(Toy):
+    def score(self, record: Tensor) -> float:
+        return float("nan") if self.done else super().score(record)

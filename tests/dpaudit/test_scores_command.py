@@ -97,6 +97,18 @@ def test_independent_coins_and_a_claim(tmp_path: Path) -> None:
     assert plain.returncode == 3 and "inconclusive" in plain.stdout
 
 
+def test_a_control_is_for_one_run_tests(tmp_path: Path) -> None:
+    """Beside independent runs alone it would be read and never used."""
+    flags = ["--delta", "1e-5", "--claim-sigma", "1", "--claim-rate", "1", "--claim-steps", "1", "--independent-runs"]
+    file, leak = write(tmp_path / "a.csv", 1.0), write(tmp_path / "b.csv", 2.0)
+    refused = run(file, *flags, "--control", leak)
+    assert refused.returncode == 2 and not refused.stdout and refused.stderr.count("\n") == 1
+    assert "--control: can't be used with --independent-runs without --coins independent: the power" in refused.stderr
+    both = run(file, *flags, "--coins", "independent", "--control", leak)
+    assert both.returncode == 0, both.stderr
+    assert "not refuted" in both.stdout and "is not used for independent runs" in both.stdout
+
+
 @pytest.mark.parametrize(
     "kind", ["noise", "zero", "rounded", "two values", "turned", "turned and weak", "turned ranks"]
 )

@@ -113,6 +113,24 @@ def test_precedence(
         assert ("clipping" in " ".join(reasons)) == (BROKEN in checks)
 
 
+@pytest.mark.parametrize("test, expected", [(QUIET, "unsupported"), (None, "unsupported"), (REFUTING, "refuted")])
+def test_a_broken_control_leaves_the_claim_unsupported(test: Test | None, expected: Verdict) -> None:
+    found = Control(name="liveness", outcome="broken", measured="100 C", allowed="1 C", explanation="No clipping.")
+    game = a_game(*([test] if test else []), controls=(found,))
+    got, reasons = verdict.decide(claim=CLAIM, alpha=ALPHA, games=[game])
+    assert got == expected
+    assert "Control broken: liveness: measured 100 C, allowed 1 C: No clipping." in reasons
+    assert verdict.decide(claim=None, alpha=ALPHA, games=[game])[0] == "no claim"
+    unsound = game.model_copy(update={"validity": Validity(sound=False, checks=(BEAT,))})
+    assert verdict.decide(claim=CLAIM, alpha=ALPHA, games=[unsound])[0] == "invalid"
+
+
+def test_a_bound_above_the_claim_asks_for_what_every_game_can_give() -> None:
+    bound = a_test(e_value=None, p_value=None, epsilon_lower=9.0, ceiling=20.0, assumes="none")
+    _, reasons = verdict.decide(claim=CLAIM, alpha=ALPHA, games=[a_game(bound)])
+    assert reasons[0].endswith("more evidence is needed, a game with fresh coins or more records.")
+
+
 @pytest.mark.parametrize(
     "test, expected",
     [

@@ -25,6 +25,7 @@ from tests.reports.fixtures import (
     canary_game,
     check_document,
     claim_test,
+    white_box_game,
     write_audit,
     write_run,
     write_three,
@@ -274,6 +275,17 @@ def test_the_disclosure_states_what_is_known_and_lists_what_is_missing(tmp_path:
     again = formats.DisclosureDocument.model_validate_json(document.to_json())
     assert again == document
     jsonschema.Draft202012Validator(formats.DisclosureDocument.json_schema()).validate(json.loads(document.to_json()))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_nothing_refuted_or_unstated_is_called_releasable(whole: bool, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", "dp-sgd", with_benchmark=False)
+    for e_value, verdict, expected in ((0.5, "not refuted", True if whole else None), (1e9, "refuted", False)):
+        write_audit(run, "dp-sgd", [white_box_game(e_value=e_value, number=1)])
+        alone = tmp_path / "audit.json"  # without claim.json beside it
+        alone.write_bytes((run / "release" / "audit.json").read_bytes())
+        (found,) = formats.disclosure(load_page([run if whole else alone])).deployments
+        assert (found.evidence.verdict, found.releasable) == (verdict, expected)
 
 
 def test_the_command_writes_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,6 +126,9 @@ def test_power_takes_a_control() -> None:
     assert honest.test(**one, control=weak).verdict == "inconclusive"  # a control that shows nothing earns nothing
     with pytest.raises(UsageError, match="control"):
         honest.test(**one, control=(scores, member))  # type: ignore[arg-type]
+    runs = dpaudit.Scores(scores, member, independent_runs=True)
+    with pytest.raises(UsageError, match=r'control: can\'t be used with independent_runs=True without coins="indep'):
+        runs.test(**one, control=leak)
 
 
 def test_without_a_word_on_the_coins_nothing_is_bounded() -> None:
