@@ -6,12 +6,13 @@ The problem: 1,150 pictures of handwriting, "Which digit is this?", and the refe
 half of them without privacy. For the others the model is wrapped as a classifier (`AnswerModel`: picture in, logits of
 the answer's token out), because that is what they take.
 
-Cost: each tool trains one target and its references in its own way, in a process of its own, in turns, on one thread a
-process: `member_twin` and `train_references` here; LeakPro's `LeakPro.run_audit` with the attacks lira and rmia (the
-user writes the training loop; ours is eight lines of torch); privacy_meter's `train_models`, `get_model_signals` and
-`audit_models`. Equal numbers of units, batch size, steps and AdamW. privacy_meter trains models in pairs, so 16
-references make 18 models there. CPU time of the process and of its children, imports included, and per model. Rows
-"tokens" give the others what we compute for ourselves: the frozen tower's tokens in place of the pictures.
+Cost: each tool trains one target and its references in its own way, in a process of its own, on one thread a process.
+Ours takes all cores and runs alone; the two others take one and run side by side. Here it is `member_twin` and
+`train_references`; in LeakPro `LeakPro.run_audit` with the attacks lira and rmia (the user writes the training loop;
+ours is eight lines of torch); in privacy_meter `train_models`, `get_model_signals` and `audit_models`. Equal numbers of
+units, batch size, steps and AdamW. privacy_meter trains models in pairs, so 16 references make 18 models there. CPU
+time of the process and of its children, imports included, and per model. Rows "tokens" give the others what we compute
+for ourselves: the frozen tower's tokens in place of the pictures.
 
 Power: nine complementary pairs of models. Each of the 18 is a target, with the 16 of the other pairs as references, and
 all three tools get the same logits, members and population: LeakPro's `AttackLiRA` and `AttackRMIA`, privacy_meter's
@@ -29,11 +30,11 @@ import json
 import logging
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,21 +59,36 @@ RESULTS = Path(__file__).parent / "results" / "membership_peers.json"
 EPOCHS, REFERENCES = 20, 16
 
 
-def measured(side: str, data: Path, options: argparse.Namespace, *, tokens: bool) -> dict[str, Any]:
-    """One side in a process of its own: its figures, CPU seconds and wall seconds."""
-    with tempfile.TemporaryDirectory() as name:
+def measured(side: str, data: Path, options: argparse.Namespace, *, tokens: bool = False) -> dict[str, Any]:
+    """One side in a process of its own: its figures, CPU seconds with those of its children, and wall seconds."""
+    with tempfile.TemporaryDirectory() as name, tempfile.TemporaryFile("w+") as said:
         call = [sys.executable, __file__, "--side", side, "--data", str(data), "--folder", name, "--epochs",
                 str(options.epochs), "--references", str(options.references), "--leakpro", str(options.leakpro),
                 "--privacy-meter", str(options.privacy_meter), *(["--tokens"] if tokens else [])]  # fmt: skip
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-        done = subprocess.run(call, env=os.environ | threads, stdout=subprocess.PIPE, text=True, check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    row = json.loads(done.stdout.splitlines()[-1])
-    wall = round(time.perf_counter() - began, 1)
-    return {"side": side, "input": "tokens" if tokens else "pictures", **row, "cpu": round(cpu, 1), "wall": wall,
-            "cpu_per_model": round(cpu / row["models"], 2)}  # fmt: skip
+        began = time.perf_counter()
+        child = subprocess.Popen(call, env=os.environ | threads, stdout=said)
+        _, status, used = os.wait4(child.pid, 0)
+        wall = round(time.perf_counter() - began, 1)
+        if status:
+            raise RuntimeError(f"{side} ended with status {os.waitstatus_to_exitcode(status)}")
+        said.seek(0)
+        row = json.loads(said.read().splitlines()[-1])
+    cpu = used.ru_utime + used.ru_stime
+    found = {"side": side, "input": "tokens" if tokens else "pictures", **row, "cpu": round(cpu, 1), "wall": wall,
+             "cpu_per_model": round(cpu / row["models"], 2)}  # fmt: skip
+    print(json.dumps(found), flush=True)
+    return found
+
+
+def cost(data: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Ours alone, since it takes all cores; of the others, which take one, two side by side."""
+    rows = [measured("dpaudit", data, options)]
+    for given in options.inputs:
+        others = [side for side in SIDES if side != "dpaudit"]
+        with ThreadPoolExecutor(len(others)) as pool:
+            rows += pool.map(lambda side, given=given: measured(side, data, options, tokens=given == "tokens"), others)
+    return rows
 
 
 def pairs(data: Path, epochs: int, count: int) -> tuple[Floats, Floats, Bools, npt.NDArray[np.int64]]:
@@ -222,6 +238,7 @@ def main() -> None:
     parser.add_argument("--references", type=int, default=REFERENCES)
     parser.add_argument("--parts", nargs="+", default=["cost", "power"], choices=["cost", "power"])
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--inputs", nargs="+", default=["pictures", "tokens"], choices=["pictures", "tokens"])
     parser.add_argument("--side", choices=sorted(SIDES), help=argparse.SUPPRESS)
     parser.add_argument("--tokens", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
@@ -241,19 +258,12 @@ def main() -> None:
         about = {"epochs": options.epochs, "batch": BATCH, "references": options.references,
                  "machine": f"{os.cpu_count()} cores, {platform.machine()}, one thread a process"}  # fmt: skip
         if "cost" in options.parts:
-            sides = [
-                ("dpaudit", False),
-                *((side, given) for given in (False, True) for side in SIDES if side != "dpaudit"),
-            ]
-            rows = []
-            for side, tokens in sides:
-                rows.append(measured(side, data, options, tokens=tokens))
-                print(json.dumps(rows[-1]), flush=True)
-            result["cost"] = {**about, "rows": rows}
+            result["cost"] = {**about, "rows": cost(data, options)}
         if "power" in options.parts:
             torch.set_num_threads(1)
-            result["power"] = {**about, "rows": power(data, options)}
-            for row in result["power"]["rows"]:
+            rows = power(data, options)
+            result.setdefault("power", {})[str(options.epochs)] = {**about, "rows": rows}
+            for row in rows:
                 print({key: value for key, value in row.items() if key != "each"}, flush=True)
         atomic.write_text(options.out, json.dumps(result, indent=1) + "\n")
 
