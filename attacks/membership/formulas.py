@@ -147,12 +147,22 @@ def rmia(
     (p(x) / pbar(x)) / (p(z) / pbar(z)) >= gamma.
 
     population: losses of z under the target (n,) and under the references (k, n), none of which was trained on z.
+
+    The share is a step function of p(x) / pbar(x) and takes n + 1 values, so the records that beat all of a small
+    population would tie, just where low false positive rates are read. Records with equal shares are ordered by the
+    ratio itself: the score is (share n + f) / (n + 1), with f in [0, 1) growing with the ratio between two steps.
     """
     _checked(target, references, inside)
     ratio = -target - log_reference_probability(references, inside, offline_a=offline_a)
-    other = population_ratio(population, offline_a=offline_a)
-    limit = np.sort(other) + np.log(gamma)
-    return np.searchsorted(limit, ratio, side="right") / max(1, other.size)
+    limit = np.sort(population_ratio(population, offline_a=offline_a)) + np.log(gamma)
+    if not limit.size:
+        return np.zeros_like(ratio)
+    beaten = np.searchsorted(limit, ratio, side="right")
+    below, above = limit[np.maximum(beaten - 1, 0)], limit[np.minimum(beaten, limit.size - 1)]
+    over, under = np.maximum(ratio - below, 0.0), np.maximum(above - ratio, 0.0)
+    sizes = np.where(beaten == 0, 1.0, over) + np.where(beaten == limit.size, 1.0, under)
+    within = np.where(beaten == 0, 1.0, over) / sizes  # last step: over / (over + 1); first: 1 / (1 + under)
+    return np.asarray((beaten + np.minimum(within, np.nextafter(1.0, 0.0))) / (limit.size + 1), dtype=np.float64)
 
 
 def population_ratio(population: tuple[Floats, Floats], *, offline_a: float | None = None) -> Floats:

@@ -91,9 +91,21 @@ def test_rmia_is_the_share_of_pairwise_ratios(gamma: float, a: float | None) -> 
         beaten = [
             ratio / (math.exp(-z_target[z]) / mean_probability(z_losses[:, z], nobody)) >= gamma for z in range(40)
         ]
-        expected.append(sum(beaten) / 40)
+        expected.append(sum(beaten))
     ours = formulas.rmia(target, losses, inside, (z_target, z_losses), gamma=gamma, offline_a=a)
-    np.testing.assert_allclose(ours, expected)
+    np.testing.assert_array_equal(np.floor(41 * ours + 1e-12), expected)
+
+
+def test_rmia_orders_records_that_beat_equally_many_by_their_ratio() -> None:
+    """With a population of one, or all of it beaten, the order is that of the ratio: no ties at the top."""
+    target, losses, inside = game(10, 25)
+    ratio = -target - formulas.log_reference_probability(losses, inside)
+    for n, gain in ((1, 0.0), (40, 0.0), (40, 50.0), (40, -50.0)):
+        z = np.random.default_rng(n).gamma(3.0, 0.4, size=(10, n))
+        ours = formulas.rmia(target, losses, inside, (z[0] + gain, z))
+        assert np.array_equal(np.argsort(ours, kind="stable"), np.argsort(ratio, kind="stable"))
+        assert ((ours >= 0) & (ours < 1)).all()
+    assert (formulas.rmia(target, losses, inside, (np.empty(0), np.empty((10, 0)))) == 0).all()
 
 
 def test_informia_is_a_bayes_factor_and_a_divergence_in_bits() -> None:
