@@ -51,10 +51,11 @@ Bools = npt.NDArray[np.bool_]
 class GradientGame:
     """`count` directions with independent fair coins: orthonormal, single coordinates, or random unit vectors.
 
-    known: whether `observe` is told what the other records contributed. final: nothing is seen of the steps;
-    `see_final` scores the sum of all updates. epoch: t of random allocation; None: Poisson sampling. beside: controls
-    of whoever plays it. unreadable: the first release with a number that is not finite, in words; nothing is read of it
-    and of what follows.
+    known: whether `observe` is told what the other records contributed. predicted: whether it is the auditor's own
+    prediction, so that a comparison shows how records are clipped and counted; a sum that the training computed itself
+    shows nothing of it. final: nothing is seen of the steps; `see_final` scores the sum of all updates. epoch: t of
+    random allocation; None: Poisson sampling. beside: controls of whoever plays it. unreadable: the first release with
+    a number that is not finite, in words; nothing is read of it and of what follows.
     """
 
     count: int
@@ -67,6 +68,7 @@ class GradientGame:
     final: bool = False
     known: bool = True
     epoch: int | None = None
+    predicted: bool = True
     members: Bools = field(init=False)
     arrived: controls.Arrived = field(init=False)
     liveness: list[controls.Liveness] = field(init=False, default_factory=list)
@@ -179,7 +181,7 @@ class GradientGame:
         assert self.vectors is not None
         held = self.vectors.total(torch.from_numpy(self.inserted[taken]))
         self._place(noisy, left, held, absent)
-        if self.exact:
+        if self.exact and self.predicted:
             self._compare(known, left, held, absent)
         self._seen.append(shown[: self.count].astype(np.float32))
         self._empty.append((shown[self.count :] / self.noise_multiplier).astype(np.float32))

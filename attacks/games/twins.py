@@ -103,6 +103,7 @@ def play_white_box(
             directions=directions,
             final=final,
             epoch=claim.epoch_steps,
+            predicted=False,
         )
         digest = save_coins(run.coins, game.frame(), game.plan)
         inserted = Inserted(count, (), digest, f"They are gradients along {WORDS[directions]} directions, not records.")

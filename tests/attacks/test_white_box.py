@@ -208,6 +208,7 @@ def test_a_correct_run_is_not_refuted_and_less_noise_is(
         assert 0 < float(within.epsilon_lower or 0) <= float(within.ceiling or 0)
         earned = {control.name: control.outcome for control in part.controls}
         assert earned["liveness"] == "earned"
+        assert "records" not in earned, "their sum is the trainer's own: it agrees with itself"
         assert (earned["noise level"] == "earned") == (scale == 1.0)
         assert (tests[0].power is not None) == (scale == 1.0)
     for large in ("", ", large"):
