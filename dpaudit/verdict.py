@@ -12,15 +12,14 @@ while the claim holds. A correct claim is thus refuted with probability at most 
 and when the auditor stops.
 
 Bounds. The bounds of the k-th game hold jointly with confidence 1 - (1 - confidence) / 2^k (`confidence_of`), so the
-bounds of all games hold jointly with the confidence of the document, however many games are played. Bounds are
-informative only. They never refute a claim, because their confidence is far below 1 - alpha.
+bounds of all games hold jointly with the confidence of the document, however many games are played. They inform and
+never refute a claim: their confidence is far below 1 - alpha.
 
-An audit can refute a claim; it can never prove privacy. The verdict "not refuted" requires a test whose power was
-earned by a control.
+An audit can refute a claim; it can never prove privacy. "not refuted" requires a test whose power a control earned.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dpaudit.documents import (
@@ -29,7 +28,6 @@ from dpaudit.documents import (
     AuditDocument,
     Check,
     Claim,
-    Control,
     GameDocument,
     GameEntry,
     LedgerRow,
@@ -47,8 +45,7 @@ HEADLINE = ("none", "claimed-mechanism")  # what a headline bound may assume
 UNDER_TEST = "trainer under test"  # RunInfo.method of training code that dpaudit did not write
 UNSEEN = (
     "Not looked at: the update rule, the accounting, the independence of the sampler's draws, saved states, how single "
-    "records are clipped (gradient canaries go through inject). dpaudit check, or dpaudit audit-trainer without naming "
-    "a game, looks at them."
+    "records are clipped (gradient canaries go through inject). dpaudit check, or audit-trainer with no game, does."
 )
 MISSING_CLAIM = "missing claim"  # the row of a run without the claim that its configuration or its games name
 
@@ -158,8 +155,8 @@ def decide(
     Precedence: invalid > refuted > unsupported > inconclusive > not refuted. Without a claim the verdict is "no claim"
     (or "invalid"), unless the ledger has the row MISSING_CLAIM.
 
-    ledger: the rows of the *training*; a row that is UNACCOUNTED makes the claim unsupported. checks: the checks of the
-    step contract. A control of a game that is broken makes it unsupported as well.
+    ledger: the rows of the *training*; UNACCOUNTED, like a broken control, makes the claim unsupported. checks: of the
+    step contract.
     """
     unsound = [check for game in games for check in game.validity.checks if check.status == "fail"]
     if unsound or any(not game.validity.sound for game in games):
@@ -168,7 +165,7 @@ def decide(
     if claim is None and all(row.path != MISSING_CLAIM for row in ledger):
         return "no claim", ("The run makes no privacy claim, so there is none to refute.",)
     found = evidence(games)
-    gaps = _gaps(ledger, checks, broken(control for game in games for control in game.controls))
+    gaps = _gaps(ledger, checks, games)
     if refutes(found.best, alpha):
         return "refuted", (*_refutation(found, games, alpha), *gaps)
     if gaps or claim is None:
@@ -235,22 +232,15 @@ def _power_of_ten(log: float) -> str:
     return f"{math.exp(log):,.0f}" if log < 14 else f"10^{log / math.log(10):.0f}"
 
 
-def broken(controls: Iterable[Control]) -> tuple[Control, ...]:
-    """The controls that contradict the claim's proof: the training does not do what it assumes."""
-    return tuple(control for control in controls if control.outcome == "broken")
-
-
-def _gaps(ledger: Sequence[LedgerRow], checks: Sequence[Check], controls: Sequence[Control]) -> tuple[str, ...]:
+def _gaps(ledger: Sequence[LedgerRow], checks: Sequence[Check], games: Sequence[GameDocument]) -> tuple[str, ...]:
     rows = [f"UNACCOUNTED: {row.path}: {row.explanation}" for row in ledger if row.status == "UNACCOUNTED"]
     failed = [
         f"Contract check failed: {check.name}: measured {check.measured}, allowed {check.allowed}."
         for check in checks
         if check.status == "fail" and check.waived is None
     ]
-    shown = [
-        f"Control broken: {control.name}: measured {control.measured}, allowed {control.allowed}: {control.explanation}"
-        for control in controls
-    ]
+    found = [c for game in games for c in game.controls if c.broken]
+    shown = [f"Control broken: {c.name}: measured {c.measured}, allowed {c.allowed}: {c.explanation}" for c in found]
     return tuple(dict.fromkeys((*rows, *shown, *failed)))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dpaudit.documents import ABOUT, WITHOUT_COINS, AuditDocument, Claim, GameDocument, GameEntry, ScoreSummary, Test
-from dpaudit.verdict import broken, marked
+from dpaudit.verdict import marked
 from reports.inputs import RunReport
 from reports.text import clean, number, percent
 
@@ -165,7 +165,7 @@ def _first_fault(run: RunReport) -> str:
     assert run.audit is not None
     failed = [(check.name, check.explanation) for check in run.audit.validity.checks if check.status == "fail"]
     failed += [(row.path, row.explanation) for row in run.ledger if row.status == "UNACCOUNTED"]
-    failed += [(f"control {item.name}", item.explanation) for item in broken(run.audit.controls)]
+    failed += [(f"control {item.name}", item.explanation) for item in run.audit.controls if item.broken]
     made = run.audit.contract.checks if run.audit.contract is not None else ()
     failed += [(check.name, check.measured) for check in made if check.status == "fail" and check.waived is None]
     if not failed:

@@ -127,7 +127,10 @@ def _verdict_of_fields(said: AuditDocument, tests: Sequence[Test]) -> Verdict:
     if verdict.refutes(_log_evidence(said, tests), said.alpha):
         return "refuted"
     checks = said.contract.checks if said.contract is not None else ()
-    gaps = [*(row for row in said.ledger if row.status == "UNACCOUNTED"), *verdict.broken(said.controls)]
+    gaps = [
+        *(row for row in said.ledger if row.status == "UNACCOUNTED"),
+        *(item for item in said.controls if item.broken),
+    ]
     # The contract shown is the latest: an earlier one may have failed.
     if gaps or any(c.status == "fail" and c.waived is None for c in checks) or said.verdict == "unsupported":
         return "unsupported"

@@ -115,6 +115,11 @@ class Control(Part):
     allowed: str
     explanation: str
 
+    @property
+    def broken(self) -> bool:
+        """Whether it contradicts the claim's proof: the training does not do what that assumes."""
+        return self.outcome == "broken"
+
 
 class Validity(Part):
     """Whether the game is sound at all."""

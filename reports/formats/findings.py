@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from dpaudit.documents import Check, CheckDocument, Test
-from dpaudit.verdict import broken, exceeds, powerful
+from dpaudit.verdict import exceeds, powerful
 from reports import prose
 from reports.embedded import Change
 from reports.inputs import RunReport
@@ -96,7 +96,7 @@ def _run(run: RunReport) -> Iterator[Finding]:
             if test.decides and not test.estimate and test.refutes is not None
         )
         yield from _bound(run)
-        for control in broken(run.audit.controls):
+        for control in (item for item in run.audit.controls if item.broken):
             text = f"broken: measured {clean(control.measured, 400)}; allowed {clean(control.allowed, 400)}"
             outcome = "fail" if run.claim is not None else "warn"
             yield finding("control", clean(control.name, 120), outcome, text, clean(control.explanation, 600))
