@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from dpaudit import atomic, temporary
 from dpaudit.errors import DpauditError, EnvironmentFailure, of_code, rejected
+from dpaudit.forks import Fork, ForkServer
 
 JsonObject = dict[str, Any]
 JobFunction = Callable[[JsonObject], JsonObject]
@@ -90,44 +91,39 @@ class _Job:
     """A job that runs: its process, its folder, its log, and when it began."""
 
     index: int
-    process: "subprocess.Popen[bytes]"
+    process: Fork
     folder: Path
     log: Path
     began: float = field(default_factory=time.monotonic)
-
-    def tell(self, kind: signal.Signals) -> None:
-        """Send a signal to it and all that it started: it leads a group of its own."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, kind)
 
 
 def _end(jobs: Sequence[_Job]) -> None:
     """Ask jobs to stop, give them a moment, then end what is left of them."""
     for job in jobs:
-        job.tell(signal.SIGTERM)
+        job.process.tell(signal.SIGTERM)
     deadline = time.monotonic() + GRACE
     for job in jobs:
         with contextlib.suppress(subprocess.TimeoutExpired):
             job.process.wait(timeout=max(0.0, deadline - time.monotonic()))
-        job.tell(signal.SIGKILL)
+        job.process.tell(signal.SIGKILL)
         job.process.wait()
-        if job.process.stdin is not None:
-            job.process.stdin.close()
 
 
 @dataclass(frozen=True)
 class LocalExecutor:
-    """Each job in a fresh process of this machine, `processes` at a time, each with `threads_per_process` threads.
+    """Each job in a process of its own on this machine, `processes` at a time, each with `threads_per_process` threads.
 
-    A fresh process costs the imports of its function, and buys that nothing leaks from one job into the next: no
-    generator state, no memory, no patched library. Jobs start in the order of their payloads, so the longest belong
-    first. logs: folder for `job-INDEX.log`; without one a log lives only as long as its job, and its last line is the
-    error. A job ends by itself when the process that started it is gone, also by kill -9.
+    Nothing leaks from one job into the next: no generator state, no memory, no patched library. modules: what jobs
+    import anyway; imported once where that is safe, in a process of which jobs are copies (dpaudit.forks). Jobs start
+    in the order of their payloads, so the longest belong first. logs: folder for `job-INDEX.log`; without one a log
+    lives only as long as its job, and its last line is the error. A job ends by itself when the process that started it
+    is gone, also by kill -9.
     """
 
     processes: int = PROCESSES
     threads_per_process: int = 1
     logs: Path | None = None
+    modules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("processes", "threads_per_process"):
@@ -143,14 +139,17 @@ class LocalExecutor:
     ) -> Iterator[Outcome]:
         """See Executor.run."""
         texts = [json.dumps({"function": function, "payload": dict(payload)}) for payload in payloads]
+        if not texts:
+            return
         running: list[_Job] = []
-        with temporary.folder("jobs") as name:
+        server = ForkServer(self.modules, job_environment(self.threads_per_process))
+        with temporary.folder("jobs") as name, server:
             try:
                 waiting = iter(enumerate(texts))
                 while True:
                     while len(running) < self.processes and (following := next(waiting, None)) is not None:
                         index, text = following
-                        running.append(self._start(name, index, text))
+                        running.append(self._start(server, name, index, text))
                         if started is not None:
                             started(index)
                     if not running:
@@ -164,7 +163,7 @@ class LocalExecutor:
             finally:
                 _end(running)
 
-    def _start(self, place: Path, index: int, text: str) -> _Job:
+    def _start(self, server: ForkServer, place: Path, index: int, text: str) -> _Job:
         folder = place / str(index)
         folder.mkdir()
         (folder / "job.json").write_text(text, encoding="utf-8")
@@ -174,25 +173,18 @@ class LocalExecutor:
         try:
             with os.fdopen(atomic.open_own(log, os.O_WRONLY | os.O_CREAT), "wb") as sink:
                 os.ftruncate(sink.fileno(), 0)  # of an earlier job of that number
-                process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "dpaudit.worker", str(folder)],
-                    env=_environment(self.threads_per_process),
-                    stdin=subprocess.PIPE,  # nothing is sent: its end tells the job that this process is gone
-                    stdout=sink,
-                    stderr=sink,
-                    process_group=0,  # Ctrl-C on a terminal reaches this process, which ends its jobs in order
-                )
         except OSError as error:
-            if error.filename == str(log):
-                raise atomic.failure(log, error) from error
-            raise EnvironmentFailure(f"a job can't be started: {error.strerror or error}") from error
-        return _Job(index, process, folder, log)
+            raise atomic.failure(log, error) from error
+        typed = json.loads(os.environ.get(ARGUMENTS, "null"))  # where a job of Ray starts this one
+        argv = sys.argv[1:] if typed is None else typed
+        job = server.start("dpaudit.worker:work", str(folder), argv=argv, stdout=log, stderr=log)
+        return _Job(index, job, folder, log)
 
 
-def _environment(threads: int) -> dict[str, str]:
-    """The environment of a job: its number of threads, the user's command line, and this very copy of dpaudit."""
+def job_environment(threads: int) -> dict[str, str]:
+    """The environment of a job: its number of threads, and this very copy of dpaudit."""
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-    environment.setdefault(ARGUMENTS, json.dumps(sys.argv[1:]))  # set already where a job of Ray starts its process
+    environment.pop(ARGUMENTS, None)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"):
         environment[name] = str(threads)
     root = Path(__file__).resolve().parents[1]
@@ -203,20 +195,18 @@ def _environment(threads: int) -> dict[str, str]:
 
 def _outcome(job: _Job, *, keep_log: bool) -> Outcome:
     """Read what an ended job left behind."""
-    if job.process.stdin is not None:
-        job.process.stdin.close()
     seconds = time.monotonic() - job.began
     log = job.log if keep_log else None
     try:
         answer = json.loads((job.folder / "result.json").read_text(encoding="utf-8"))
         return Outcome(job.index, answer["result"], answer["error"], seconds, log, answer["code"])
     except (OSError, json.JSONDecodeError, KeyError):  # it was ended before it could say anything
-        kind = EnvironmentFailure if job.process.returncode < 0 else DpauditError  # a signal: no memory, or somebody
+        kind = EnvironmentFailure if job.process.wait() < 0 else DpauditError  # a signal: no memory, or somebody
         return Outcome(job.index, None, _why(job), seconds, log, kind.exit_code)
 
 
 def _why(job: _Job) -> str:
-    code = job.process.returncode
+    code = job.process.wait()
     how = f"was ended by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
     lines = [line.strip() for line in job.log.read_text("utf-8", errors="replace").splitlines() if line.strip()]
     return f"its process {how}" + (f": {lines[-1][:300]}" if lines and code >= 0 else "")

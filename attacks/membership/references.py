@@ -30,6 +30,7 @@ from attacks.membership.stacked import Shared, Trial, best_stack, losses_under, 
 from dpaudit import atomic, untrusted
 from dpaudit.errors import DpauditError
 from dpaudit.executors import Executor, LocalExecutor
+from dpaudit.forks import TRAINING
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
 
@@ -124,7 +125,7 @@ def train_references(
     shares = [missing[worker::workers] for worker in range(workers)]
     log(f"{len(missing)} reference models in {workers} processes")
     watch = _Watch(run, count, len(missing), log, decided)
-    runner = executor or LocalExecutor(processes=workers, threads_per_process=1)
+    runner = executor or LocalExecutor(processes=workers, threads_per_process=1, modules=TRAINING)
     payloads = [
         {"run": str(run.path.resolve()), "trials": share, "worker": worker} for worker, share in enumerate(shares)
     ]

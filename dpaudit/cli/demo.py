@@ -1,9 +1,7 @@
 """`dpaudit demo`: train three ways, attack, benchmark and report, on the embedded handwriting."""
 
-import os
 import shlex
-import subprocess
-import sys
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +12,8 @@ import typer
 from dpaudit import extras
 from dpaudit.cli import console
 from dpaudit.errors import DpauditError
+from dpaudit.executors import job_environment
+from dpaudit.forks import TRAINING, Fork, ForkServer
 
 CANARIES = 300
 WHITE_BOX_RUN = "dual-priv"
@@ -49,12 +49,13 @@ def command(
     began = time.monotonic()
     runs = {name: out / "runs" / name for name in RUNS}
     console.log(f"dpaudit demo: three fine-tunings with {canaries} canary candidates each, then audit and benchmark")
-    _together([[_training(name, runs[name], canaries, seed), _audit(name, runs[name])] for name in START])
     paths = [str(path) for path in runs.values()]
-    _together([[["benchmark", *paths]]])
     report = out / "report.html"
     title = "dpaudit demo: three ways to fine-tune on handwriting"
-    _together([[["report", *paths, "-o", str(report), "--title", title]]])
+    with ForkServer(TRAINING, job_environment(1)) as server:
+        _together(server, [[_training(name, runs[name], canaries, seed), _audit(name, runs[name])] for name in START])
+        _together(server, [[["benchmark", *paths]]])
+        _together(server, [[["report", *paths, "-o", str(report), "--title", title]]])
     _summary([Path(path) for path in paths])
     console.say("")
     console.say(console.LIMIT_SENTENCE)
@@ -81,20 +82,18 @@ def _rank(chain: Sequence[list[str]]) -> int:
     return 0 if chain[0][0] == "train" else 1 if "--white-box" in chain[0] else 2
 
 
-def _together(chains: Sequence[Sequence[list[str]]]) -> None:
+def _together(server: ForkServer, chains: Sequence[Sequence[list[str]]]) -> None:
     """Run chains of dpaudit commands, at most AT_ONCE side by side; stops all when one fails or on Ctrl-C."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     waiting = [list(chain) for chain in chains]
-    running: list[tuple[list[list[str]], subprocess.Popen[bytes]]] = []
+    running: list[tuple[list[list[str]], Fork]] = []
     try:
         while waiting or running:
             while waiting and len(running) < AT_ONCE:
                 chain = waiting.pop(0)
                 arguments = chain[0]
                 console.log(f"$ {shlex.join(['dpaudit', *arguments])}")
-                full = [sys.executable, "-m", "dpaudit", *arguments]
-                running.append((chain, subprocess.Popen(full, env=environment, stdout=subprocess.DEVNULL)))
-            time.sleep(0.05)
+                running.append((chain, server.start("dpaudit.cli.app:run", arguments, argv=arguments)))
+            server.listen(1.0)
             for entry in list(running):
                 chain, process = entry
                 code = process.poll()
@@ -108,7 +107,7 @@ def _together(chains: Sequence[Sequence[list[str]]]) -> None:
                     waiting.sort(key=_rank)
     finally:
         for _, process in running:
-            process.terminate()
+            process.tell(signal.SIGTERM)
         for _, process in running:
             process.wait()
 

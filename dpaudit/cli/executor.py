@@ -41,6 +41,7 @@ def choose(name: str, processes: int | None, threads: int, address: str | None, 
     processes: trainings side by side; None: PROCESSES here, and on Ray as many as the cluster has room for.
     """
     from dpaudit.executors import PROCESSES, LocalExecutor
+    from dpaudit.forks import TRAINING
 
     if processes is not None and processes < 1:
         raise rejected("--processes", processes, "a whole number of at least 1")
@@ -48,7 +49,7 @@ def choose(name: str, processes: int | None, threads: int, address: str | None, 
         for flag, value in (("--address", address), ("--gpus-per-trial", gpus)):
             if value is not None:
                 raise UsageError(f"{flag}: only with --executor ray")
-        local = LocalExecutor(PROCESSES if processes is None else processes, threads)
+        local = LocalExecutor(PROCESSES if processes is None else processes, threads, modules=TRAINING)
         return Chosen(lambda logs: replace(local, logs=logs), local.processes, nullcontext())
     if name != "ray":
         raise rejected("--executor", name, "local or ray")

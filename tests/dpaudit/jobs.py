@@ -69,3 +69,10 @@ class InProcess:
         for index in reversed(range(len(payloads))):
             result = load_function(function)(json.loads(json.dumps(payloads[index])))
             yield Outcome(index, json.loads(json.dumps(result)), None, 0.0)
+
+
+IMPORTED_BY = os.getpid()
+
+
+def imported(payload: dict[str, Any]) -> dict[str, Any]:
+    return {"by": IMPORTED_BY, "pid": os.getpid()}

@@ -7,11 +7,12 @@ from dpaudit.cli.executor import LANES, choose
 from dpaudit.errors import UsageError
 from dpaudit.executors import PROCESSES, LocalExecutor
 from dpaudit.executors_ray import RayExecutor
+from dpaudit.forks import TRAINING
 
 
 def test_what_is_asked_is_made() -> None:
     here = choose("local", None, 2, None, None)
-    assert here.make(None) == LocalExecutor(PROCESSES, 2) and here.lanes == PROCESSES
+    assert here.make(None) == LocalExecutor(PROCESSES, 2, modules=TRAINING) and here.lanes == PROCESSES
     far = choose("ray", None, 1, "head:6379", 0.25)
     assert far.make(None) == RayExecutor("head:6379", gpus_per_trial=0.25) and far.lanes == LANES
 
