@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dpaudit import __version__, extras, untrusted
-from dpaudit.documents import Check, DoctorDocument, EnvironmentDocument
+from dpaudit.documents import Check, DoctorDocument, EnvironmentDocument, GradientPathName
 
 # What results depend on; versions of the rest don't matter to a reader.
 REPORTED = (
@@ -79,8 +79,13 @@ def _cut(argument: str) -> str:
     return field + equals + ",".join(public_path(piece) or "" for piece in value.split(","))
 
 
-def describe(device: str = "cpu", arguments: Sequence[str] | None = None) -> EnvironmentDocument:
-    """The environment document of this machine. device: where the model ran; arguments: of the command line."""
+def describe(
+    device: str = "cpu",
+    arguments: Sequence[str] | None = None,
+    gradient_paths: Sequence[GradientPathName] | None = None,
+) -> EnvironmentDocument:
+    """The environment document of this machine. device: where the model ran; arguments: of the command line;
+    gradient_paths: those of the training, None where that is not known."""
     return EnvironmentDocument(
         dpaudit=__version__,
         python=platform.python_version(),
@@ -88,6 +93,7 @@ def describe(device: str = "cpu", arguments: Sequence[str] | None = None) -> Env
         device=device,
         packages=versions(),
         command=public_command(arguments) if arguments is not None else None,
+        gradient_paths=None if gradient_paths is None else tuple(gradient_paths),
     )
 
 

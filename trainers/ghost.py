@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpaudit.documents import GradientPathName
 from dpaudit.errors import DpauditError
 from trainers.gradients import ClipRule, Gradient, UnitSum, clip_factors, unit_losses, zeros
 from trainers.inputs import Rows
@@ -36,6 +37,7 @@ Visit = Callable[[str, Tensor, Tensor], None]
 class Ghost:
     """Norms and clipped sum in two backward passes through one graph. `rows` must hold the rows of whole units."""
 
+    kind: GradientPathName = "ghost"
     checkpointing: Checkpointing = "non-reentrant"
 
     def __init__(

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from dpaudit.documents import GradientPathName
 from dpaudit.errors import DpauditError, rejected
 from trainers.inputs import Rows
 from trainers.vlm import Checkpointing, VisionLanguageModel
@@ -115,6 +116,11 @@ class GradientPath(Protocol):
     """One way to a sum of clipped per-unit gradients."""
 
     @property
+    def kind(self) -> GradientPathName:
+        """As in `training.gradient-path`."""
+        ...
+
+    @property
     def checkpointing(self) -> Checkpointing:
         """The kind of gradient checkpointing that works with it; none where none does."""
         ...
@@ -152,6 +158,7 @@ def choose_checkpointing(wanted: str, path: GradientPath) -> Checkpointing:
 class MicroBatch:
     """One unit at a time. `rows` must hold the rows of whole units."""
 
+    kind: GradientPathName = "micro-batch"
     checkpointing: Checkpointing = "non-reentrant"
 
     def __init__(
@@ -188,6 +195,7 @@ class MicroBatch:
 class Hooks:
     """Per-row gradients by Opacus' hooks, added up per unit, then clipped."""
 
+    kind: GradientPathName = "hooks"
     checkpointing: Checkpointing = "reentrant"
 
     def __init__(
@@ -217,6 +225,7 @@ class Hooks:
 class Plain:
     """The plain sum, no clipping: training without privacy. `max_grad_norm` is not used."""
 
+    kind: GradientPathName = "plain"
     checkpointing: Checkpointing = "non-reentrant"
 
     def __init__(self, model: VisionLanguageModel, parameters: Mapping[str, nn.Parameter]) -> None:

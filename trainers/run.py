@@ -20,6 +20,7 @@ from torch import nn
 from dpaudit import atomic
 from dpaudit import config as configuration
 from dpaudit.config import ModelConfig, RunConfig
+from dpaudit.documents import EnvironmentDocument, GradientPathName
 from dpaudit.environment import describe
 from dpaudit.errors import DpauditError, UsageError, rejected
 from dpaudit.ledger import Ledger
@@ -107,6 +108,8 @@ def train(
     if injection is not None:
         trainer.injected = injection.rows(sum(parameter.numel() for parameter in trainer.parameters.values()))
     named = config.model_copy(update={"reducer": model.reducer_config})
+    if group.first:
+        _describe(run, trainer, resume)  # before a ledger exists: no step is made that it does not cover
     ledger = _open_ledger(named, run, dataset, plan, inserted, resume) if group.first else None
     if group.first and not resume:
         key.save(run.noise_key, bound)  # after its ledger: a key that lies alone has lost one
@@ -239,9 +242,21 @@ def _release(run: RunFolder, trainer: Trainer) -> None:
         if file.is_file() and file.suffix in (".safetensors", ".json"):
             atomic.write_bytes(run.model / file.name, file.read_bytes())
     shutil.rmtree(temporary, ignore_errors=True)
-    ranks = f" on {trainer.group.size} ranks" if trainer.group.size > 1 else ""
-    run.write(describe(f"{trainer.model.device}{ranks}", sys.argv[1:]))
     run.finish_model()
+
+
+def _describe(run: RunFolder, trainer: Trainer, resume: bool) -> None:
+    """Write the environment of this process, with the gradient paths of all processes of this training.
+
+    They stay unknown where an earlier process did not record its own.
+    """
+    mine: tuple[GradientPathName, ...] = () if trainer.zeroth is not None else (trainer.path.kind,)
+    paths: tuple[GradientPathName, ...] | None = mine
+    if resume:
+        before = EnvironmentDocument.read(run.environment).gradient_paths if run.environment.exists() else None
+        paths = None if before is None else tuple(dict.fromkeys((*before, *mine)))
+    ranks = f" on {trainer.group.size} ranks" if trainer.group.size > 1 else ""
+    run.write(describe(f"{trainer.model.device}{ranks}", sys.argv[1:], paths))
 
 
 def config_sha256(run: RunFolder) -> str:

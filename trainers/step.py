@@ -258,7 +258,8 @@ def gradient_path(
 
     `auto` is one adapter a row on a CPU where `trainers.rows` computes the model, otherwise Opacus' hooks; ghost norms
     where a gradient a row needs far too much memory. A function of configuration, model, kind of device and data alone,
-    so that a resumed run takes the same path. Raises UsageError for a path that does not compute this model.
+    so that a run that is resumed on the same kind of device takes the same path; `release/environment.json` says which.
+    Raises UsageError for a path that does not compute this model.
     """
     kind = config.training.gradient_path
     if sharded and kind in ("ghost", "rows"):  # FSDP drops a layer's weights after the first backward pass

@@ -1,10 +1,11 @@
 """The fusion-path audit of a finished run, on its own model, reducer, data and key."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+from torch import nn
 
 from attacks.fusion import published, reconstruction, release, verdicts
 from attacks.fusion.blocks import audit_blocks
@@ -19,6 +20,7 @@ from dpaudit.documents import (
     Carried,
     Check,
     ClaimDocument,
+    EnvironmentDocument,
     FusionAudit,
     LedgerDocument,
     MaskLeak,
@@ -31,6 +33,7 @@ from dpaudit.runs import RunFolder
 from trainers import data
 from trainers.augmentation import augmented
 from trainers.fusion import TokenRelease, release_of
+from trainers.gradients import GradientPath, Hooks, Plain
 from trainers.inputs import UnitInputs
 from trainers.plan import make_plan
 from trainers.records import Dataset, Unit
@@ -64,9 +67,41 @@ def path_of(run: RunFolder, units: Sequence[Unit], device: str = "cpu") -> Token
         key=key,
         fusion_std=0.0 if config.reducer.noise == "none" else ANY_STD,
         max_grad_norm=math.inf if config.method == "non-private" else config.privacy.max_grad_norm,
-        gradient=gradient_path(config, model, parameters, encode(units)) if config.method != "non-private" else None,
+        gradients=gradient_paths(run, config, model, parameters, encode(units)),
         encode=encode,
     )
+
+
+def gradient_paths(
+    run: RunFolder,
+    config: RunConfig,
+    model: VisionLanguageModel,
+    parameters: Mapping[str, nn.Parameter],
+    inputs: UnitInputs,
+) -> tuple[GradientPath, ...]:
+    """What the steps of a run computed their sums by, as its release records it; a machine may not choose it anew.
+
+    An earlier dpaudit recorded nothing: there, what `auto` means here, and Opacus' hooks, which it meant then.
+    Without privacy nothing is clipped, and hooks stand for the plain sum, which has no gradient of a unit. UsageError
+    for a recorded path that does not compute this model here.
+    """
+    recorded = EnvironmentDocument.read(run.environment).gradient_paths if run.environment.exists() else None
+    chosen = config.training.gradient_path
+    if config.method == "dp-zo":  # moves the weights by losses alone; gradients show more than these
+        names: tuple[str, ...] = ("hooks",)
+    elif recorded:
+        names = tuple("hooks" if name == "plain" else name for name in recorded)
+    else:
+        names = ("auto", "hooks") if chosen == "auto" else (chosen,)
+    # Two paths may want two kinds of checkpointing, which changes memory and no gradient.
+    update = {"gradient_checkpointing": "none"} if len(names) > 1 else {}
+    found: dict[str, GradientPath] = {}
+    for name in names:
+        training = config.training.model_copy(update={**update, "gradient_path": name})
+        way = gradient_path(config.model_copy(update={"training": training}), model, parameters, inputs)
+        way = Hooks(model, parameters) if isinstance(way, Plain) else way
+        found[way.kind] = way
+    return tuple(found.values())
 
 
 def audit_fusion(

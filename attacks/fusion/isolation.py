@@ -262,8 +262,9 @@ def audit_isolation(path: TokenPath, units: Sequence[Unit], *, seed: int = 0) ->
     searched = search_partner(path, units, start, rng=rng)
     ties = [index for index, unit in enumerate(units) if tied(path, unit)]
     note = f"; {len(ties)} of {len(units)} records at a tie left out" if ties else ""
+    ways = f"; gradients by {' and by '.join(way.kind for way in path.gradients)}"
     results = [
-        _check(REPLAY, replayed, exact),
+        _check(REPLAY, replayed, exact, ways),
         _check("isolation under a searched partner", searched, exact),
     ]
     for name, found in reshaped(path, units, ties, rng=rng).items():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dpaudit.randomness import Key
 from trainers.ghost import Ghost
-from trainers.gradients import ClipRule, Gradient, GradientPath, Hooks, MicroBatch, UnitSum
+from trainers.gradients import ClipRule, Gradient, GradientPath, Hooks, MicroBatch
 from trainers.inputs import Rows, UnitInputs
 from trainers.prompts import IGNORE
 from trainers.records import Picture, Unit
@@ -58,7 +58,8 @@ class Traced(Reduced):
 class TokenPath:
     """The parts of a training step from pictures to noise.
 
-    gradient: the run's own way to a clipped sum. fusion_std: any positive number where fusion noise is on (only its
+    gradient: the run's own way to a clipped sum; others: further ways that steps of the run took, or may have taken.
+    fusion_std: any positive number where fusion noise is on (only its
     independence is at stake). encode: units to model inputs; `noise`: (key, step) to the gradient noise of that step at
     standard deviation 1.
     """
@@ -71,6 +72,12 @@ class TokenPath:
     noise: Callable[[Key, int], Gradient]
     fusion_std: float = 0.0
     max_grad_norm: float = 1.0
+    others: tuple[GradientPath, ...] = ()
+
+    @property
+    def gradients(self) -> tuple[GradientPath, ...]:
+        """All ways to a clipped sum that are looked at."""
+        return (self.gradient, *self.others)
 
     @classmethod
     def of(
@@ -81,31 +88,30 @@ class TokenPath:
         key: Key,
         fusion_std: float,
         max_grad_norm: float = 1.0,
-        gradient: GradientPath | None = None,
+        gradients: Sequence[GradientPath] = (),
         encode: Callable[[Sequence[Unit]], UnitInputs] | None = None,
     ) -> "TokenPath":
-        """The trainer's own path at the model's present parameters."""
+        """The trainer's own path at the model's present parameters. gradients: Opacus' hooks where none is named."""
         from trainers.noise import noise_like
+
+        first, *others = gradients or (Hooks(model, parameters),)
 
         return cls(
             model,
             parameters,
             key,
-            gradient or Hooks(model, parameters),
+            first,
             encode or (lambda units: UnitInputs(model, units)),
             lambda secret, step: noise_like(secret, parameters, step=step, std=1.0),
             fusion_std,
             max_grad_norm,
+            tuple(others),
         )
 
     def rows(self, units: Sequence[Unit], *, noisy: bool = True, step: int = STEP, key: Key | None = None) -> Rows:
         """Model inputs of a batch, with the fusion noise of `step` or without."""
         std = self.fusion_std if noisy else 0.0
         return self.encode(units).select(range(len(units)), key=key or self.key, step=step, fusion_std=std)
-
-    def clipped_sum(self, units: Sequence[Unit], max_grad_norm: float | None = None) -> UnitSum:
-        """The step's clipped sum over exactly these units."""
-        return self.gradient(self.rows(units), max_grad_norm or self.max_grad_norm)
 
     def visual(self, pictures: Sequence[Picture]) -> VisualTokens:
         """What the encoder says of some pictures, in one batch."""
@@ -126,8 +132,9 @@ def watch(path: TokenPath, units: Sequence[Unit], *, noisy: bool = True, nudge: 
     with torch.no_grad():
         logits = path.model.logits(rows.tokens, rows.packed)
     asked = rows.owner[(rows.packed.targets != IGNORE).nonzero()[:, 0]]  # the unit of every predicted token
-    gradients, losses = per_unit(path, rows)
-    flat = torch.cat([value.flatten(1) for value in gradients.values()], dim=1)
+    ways = [per_unit(path, rows, way) for way in path.gradients]
+    flat = torch.cat([value.flatten(1) for gradients, _ in ways for value in gradients.values()], dim=1)
+    losses = torch.stack([losses for _, losses in ways], dim=1)
 
     def of_pictures(name: str, unit: int) -> Tensor:
         return torch.cat([by_picture[place][name].flatten() for place, who in enumerate(owner) if who == unit])
@@ -168,16 +175,16 @@ def _look(path: TokenPath, pictures: Sequence[Picture]) -> list[dict[str, Tensor
     return seen
 
 
-def per_unit(path: TokenPath, rows: Rows) -> tuple[Gradient, Tensor]:
-    """(U, ...) gradients before clipping and (U,) losses, one unit at a time where the run's own path does so."""
-    if isinstance(path.gradient, MicroBatch):
-        parts = [path.gradient(rows.unit(unit), UNCLIPPED) for unit in range(rows.units)]
+def per_unit(path: TokenPath, rows: Rows, gradient: GradientPath) -> tuple[Gradient, Tensor]:
+    """(U, ...) gradients before clipping and (U,) losses, one unit at a time where that gradient path does so."""
+    if isinstance(gradient, MicroBatch):
+        parts = [gradient(rows.unit(unit), UNCLIPPED) for unit in range(rows.units)]
         losses = torch.cat([part.losses for part in parts])
-    elif isinstance(path.gradient, Ghost):  # sums of the whole batch in which one unit alone counts
+    elif isinstance(gradient, Ghost):  # sums of the whole batch in which one unit alone counts
         parts = [Ghost(path.model, path.parameters, _one(unit))(rows, 1.0) for unit in range(rows.units)]
         losses = parts[0].losses
-    elif isinstance(path.gradient, AdapterRows):
-        return path.gradient.per_unit(rows)
+    elif isinstance(gradient, AdapterRows | Hooks):
+        return gradient.per_unit(rows)
     else:
         return Hooks(path.model, path.parameters).per_unit(rows)
     return {name: torch.stack([part.gradient[name] for part in parts]) for name in path.parameters}, losses

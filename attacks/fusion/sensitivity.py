@@ -15,7 +15,7 @@ import torch
 from attacks.fusion.path import TokenPath, per_unit
 from attacks.fusion.standins import adversarial_pictures, longer, replacements
 from dpaudit.documents import Relation, Sensitivity
-from trainers.gradients import Gradient
+from trainers.gradients import Gradient, GradientPath
 from trainers.inputs import Rows
 from trainers.prompts import IGNORE
 from trainers.records import Unit
@@ -47,13 +47,15 @@ def zeroed(rows: Rows, unit: int) -> Rows:
     return replace(rows, packed=replace(rows.packed, targets=targets, weights=weights))
 
 
-def moves(path: TokenPath, units: Sequence[Unit], max_grad_norm: float, *, seed: int = 0) -> Iterator[Move]:
-    """Every comparison at one clip norm."""
+def moves(
+    path: TokenPath, gradient: GradientPath, units: Sequence[Unit], max_grad_norm: float, *, seed: int = 0
+) -> Iterator[Move]:
+    """Every comparison of one way to the sum at one clip norm."""
     rng = np.random.default_rng(seed)
     adversarial = adversarial_pictures(path.model, units[0].pictures[0].pixels, rng=rng, rounds=4)
 
     def total(chosen: Sequence[Unit]) -> Gradient:
-        return path.clipped_sum(chosen, max_grad_norm).gradient
+        return gradient(path.rows(chosen), max_grad_norm).gradient
 
     for place in range(min(CHANGED, len(units))):
         unit, others = units[place], [*units[:place], *units[place + 1 :]]
@@ -66,7 +68,7 @@ def moves(path: TokenPath, units: Sequence[Unit], max_grad_norm: float, *, seed:
             after = total(batch) if stand_in is not unit else before
             yield Move("add-remove", difference(after, without) / max_grad_norm, how)
             rows = path.rows(batch)
-            masked = path.gradient(zeroed(rows, place), max_grad_norm).gradient
+            masked = gradient(zeroed(rows, place), max_grad_norm).gradient
             yield Move("zero-out", difference(after, masked) / max_grad_norm, how)
             if stand_in is not unit:
                 yield Move("replace", difference(after, before) / max_grad_norm, how)
@@ -76,7 +78,7 @@ def audit_sensitivity(path: TokenPath, units: Sequence[Unit], *, seed: int = 0) 
     """One row for each relation and clip norm; nothing for a path that does not clip."""
     if not np.isfinite(path.max_grad_norm) or len(units) < 2:
         return ()
-    gradients, _ = per_unit(path, path.rows(units))
+    gradients, _ = per_unit(path, path.rows(units), path.gradient)
     norms = torch.stack([value.flatten(1).double().square().sum(dim=1) for value in gradients.values()]).sum(dim=0)
     median = float(norms.sqrt().median())
     clips = [path.max_grad_norm]
@@ -84,7 +86,7 @@ def audit_sensitivity(path: TokenPath, units: Sequence[Unit], *, seed: int = 0) 
         clips.append(median)
     rows = []
     for clip in clips:
-        found = list(moves(path, units, clip, seed=seed))
+        found = [move for way in path.gradients for move in moves(path, way, units, clip, seed=seed)]
         for relation, bound in BOUNDS.items():
             mine = [move for move in found if move.relation == relation]
             worst = max(mine, key=lambda move: move.size)

@@ -48,6 +48,7 @@ from dpaudit.documents.environment import (
     DoctorDocument,
     EnvironmentDocument,
     FeaturesDocument,
+    GradientPathName,
 )
 from dpaudit.documents.games import (
     Assumes,
@@ -122,6 +123,7 @@ __all__ = [
     "GameDocument",
     "GameEntry",
     "Gap",
+    "GradientPathName",
     "KeyDocument",
     "Leak",
     "LeakStage",

@@ -7,6 +7,8 @@ from pydantic import Field
 from dpaudit.documents.base import Document
 from dpaudit.documents.games import Check
 
+GradientPathName = Literal["hooks", "ghost", "micro-batch", "rows", "plain"]
+
 
 class EnvironmentDocument(Document):
     """`release/environment.json`."""
@@ -18,6 +20,12 @@ class EnvironmentDocument(Document):
     device: str
     packages: dict[str, str]
     command: str | None = None
+    gradient_paths: tuple[GradientPathName, ...] | None = Field(
+        default=None,
+        description="How steps of this training computed their sum of gradients, which `training.gradient-path=auto` "
+        "decides by the machine: more than one where it was resumed on another kind of machine, none for method dp-zo. "
+        "Null: not recorded (an earlier dpaudit).",
+    )
 
 
 class DoctorDocument(Document):

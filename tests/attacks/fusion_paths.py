@@ -35,5 +35,5 @@ def token_path(
         parameters,
         key=Key.from_seed(0),
         fusion_std=fusion_std if reducer.name == "visionzip" else 0.0,
-        gradient=gradient(model, parameters) if gradient else None,
+        gradients=[gradient(model, parameters)] if gradient else (),
     )

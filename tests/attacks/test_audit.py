@@ -18,6 +18,7 @@ from PIL import Image
 
 from attacks.audit import audit
 from attacks.canaries import ALL, Plan
+from attacks.fusion.audit import path_of
 from attacks.games.canaries import summaries
 from attacks.games.reading import bound_tests, claim_tests
 from attacks.games.twins import canary_twin
@@ -28,7 +29,7 @@ from dpaudit import accounting, verdict
 from dpaudit.bounds import steinke
 from dpaudit.cli.app import run as command_line
 from dpaudit.config import resolve
-from dpaudit.documents import AuditDocument, Claim, FusionAudit
+from dpaudit.documents import AuditDocument, Claim, EnvironmentDocument, FusionAudit, GradientPathName
 from dpaudit.errors import UsageError
 from dpaudit.runs import RunFolder
 from tests.tiny import random_units
@@ -184,6 +185,26 @@ def typed(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
         return Outcome(code, *capfd.readouterr())
 
     return run_it
+
+
+@pytest.mark.parametrize(
+    ("recorded", "looked_at"),
+    [
+        (("rows",), ("rows",)),
+        (("hooks",), ("hooks",)),  # of a training on a GPU
+        (("hooks", "rows"), ("hooks", "rows")),  # resumed on another machine
+        (None, ("rows", "hooks")),  # an earlier dpaudit: what `auto` is here, and what it was before
+        ((), ("rows", "hooks")),  # edited: a method with gradients has a path
+        (("plain",), ("hooks",)),
+    ],
+)
+def test_the_token_path_is_looked_at_as_the_training_took_it(
+    run: Path, recorded: tuple[GradientPathName, ...] | None, looked_at: tuple[str, ...]
+) -> None:
+    folder = RunFolder(run)
+    folder.write(EnvironmentDocument.read(folder.environment).model_copy(update={"gradient_paths": recorded}))
+    path = path_of(folder, random_units(2, seed=3))
+    assert tuple(way.kind for way in path.gradients) == looked_at
 
 
 def test_the_installed_command_prints_one_document_and_leaves_it_in_the_release(run: Path) -> None:

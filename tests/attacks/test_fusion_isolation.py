@@ -21,7 +21,8 @@ from dpaudit.errors import UsageError
 from tests.attacks.fusion_paths import VISIONZIP, token_path
 from tests.tiny import random_units, save_tiny_llava
 from trainers.ghost import Ghost
-from trainers.gradients import MicroBatch
+from trainers.gradients import Gradient, Hooks, MicroBatch
+from trainers.inputs import Rows
 from trainers.records import Unit
 
 STAGED = [plant for plant in PLANTS if plant.stage is not None]
@@ -161,10 +162,27 @@ def test_one_unit_can_not_be_audited(tiny: Path, units: Sequence[Unit]) -> None:
         audit_isolation(token_path(tiny), units[:1])
 
 
+class MeansShared(Hooks):
+    """Hooks whose gradients hold a part of the batch's mean."""
+
+    def per_unit(self, rows: Rows) -> tuple[Gradient, torch.Tensor]:
+        gradients, losses = super().per_unit(rows)
+        return {name: value + 0.01 * value.mean(dim=0) for name, value in gradients.items()}, losses
+
+
+def test_every_gradient_path_of_the_training_is_looked_at(tiny: Path, units: Sequence[Unit]) -> None:
+    path = token_path(tiny, gradient=MicroBatch)
+    both = replace(path, others=(Hooks(path.model, path.parameters),))
+    fine = audit_isolation(both, units)
+    assert fine.passed and fine.checks[0].measured.endswith("gradients by micro-batch and by hooks")
+    shared = audit_isolation(replace(path, others=(MeansShared(path.model, path.parameters),)), units)
+    assert shared.leak is not None and (shared.leak.stage, shared.leak.observable) == ("loss", "gradient")
+
+
 def test_a_path_without_isolation_differs_in_the_sum_too(tiny: Path, units: Sequence[Unit]) -> None:
     """The audit watches what training adds up: the clipped sum of the path moves by the units' own gradients alone."""
     path: TokenPath = token_path(tiny)
-    whole = path.clipped_sum(units, 1e30).gradient
-    parts = [path.clipped_sum([unit], 1e30).gradient for unit in units]
+    whole = path.gradient(path.rows(units), 1e30).gradient
+    parts = [path.gradient(path.rows([unit]), 1e30).gradient for unit in units]
     for name, value in whole.items():
         torch.testing.assert_close(value, sum(part[name] for part in parts), rtol=1e-3, atol=1e-3)

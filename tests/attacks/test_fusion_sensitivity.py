@@ -1,6 +1,7 @@
 """Empirical sensitivity: within the bound on the correct path, beyond it where records share something."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from dpaudit.documents import Sensitivity
 from tests.attacks.fusion_paths import token_path
 from tests.tiny import random_units, save_tiny_llava
 from trainers.ghost import Ghost
-from trainers.gradients import MicroBatch
+from trainers.gradients import MicroBatch, UnitSum
+from trainers.inputs import Rows
 from trainers.records import Unit
 
 
@@ -45,6 +47,21 @@ def test_the_bound_holds_and_is_reached_where_everything_is_clipped(tiny: Path, 
         assert audit_sensitivity(token_path(tiny, gradient=kind), units[:2])[0].holds
 
 
+class HalfClipped(MicroBatch):
+    """Clips to twice the norm that it is asked for."""
+
+    def __call__(self, rows: Rows, max_grad_norm: float) -> UnitSum:
+        return super().__call__(rows, 2 * max_grad_norm)
+
+
+def test_a_second_way_to_the_sum_is_held_to_the_same_bound(tiny: Path, units: Sequence[Unit]) -> None:
+    path = token_path(tiny)
+    rows = audit_sensitivity(replace(path, others=(HalfClipped(path.model, path.parameters),)), units)
+    assert worst(rows)["add-remove"] == pytest.approx(2.0, abs=1e-3)
+    fine = audit_sensitivity(replace(path, others=(MicroBatch(path.model, path.parameters),)), units)
+    assert all(row.holds for row in fine) and fine[0].comparisons == rows[0].comparisons
+
+
 @pytest.mark.parametrize("name", ["token-mean", "batch-merged"])
 def test_shared_stages_exceed_it(tiny: Path, units: Sequence[Unit], name: str) -> None:
     rows = audit_sensitivity(plant(name).apply(token_path(tiny)), units)
@@ -60,6 +77,6 @@ def test_nothing_is_said_without_clipping(tiny: Path, units: Sequence[Unit]) -> 
 def test_a_zeroed_unit_adds_nothing_and_leaves_the_others(tiny: Path, units: Sequence[Unit]) -> None:
     path = token_path(tiny)
     masked = path.gradient(zeroed(path.rows(units), 1), 1.0).gradient
-    others = path.clipped_sum([units[0], *units[2:]], 1.0).gradient
+    others = path.gradient(path.rows([units[0], *units[2:]]), 1.0).gradient
     size = difference(others, {name: torch.zeros_like(value) for name, value in others.items()})
     assert difference(masked, others) < 1e-4 * size

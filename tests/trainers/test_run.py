@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,11 +18,12 @@ from scipy.stats import binom, chi2, kstest
 from attacks.training import resume_run, start_run
 from dpaudit import accounting, atomic
 from dpaudit.config import ReducerConfig, read_yaml, resolve
-from dpaudit.documents import ClaimDocument, LedgerDocument
+from dpaudit.documents import ClaimDocument, EnvironmentDocument, LedgerDocument
 from dpaudit.errors import UsageError
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
 from tests.tiny import random_units
+from trainers import run as run_module
 from trainers.plan import fusion_std, make_plan
 from trainers.records import Dataset
 from trainers.run import load_model, read_config
@@ -139,6 +141,7 @@ def test_a_run_of_every_method_from_start_to_reload(tiny: Path, tmp_path: Path, 
     if claim.claim is not None:
         assert ledger.spent is not None and ledger.spent.steps_started == 4
         assert float(ledger.spent.epsilon or 0) <= 8
+    assert EnvironmentDocument.read(run.environment).gradient_paths == ("rows",)
     paths = {row.path: row.status for row in ledger.rows}
     assert paths["gradients"] == ("UNACCOUNTED" if method == "non-private" else "accounted")
     marked = "not for release" in next(row.explanation for row in ledger.rows if row.path == "gradients")
@@ -191,6 +194,34 @@ def test_kill_in_the_middle_then_resume_equals_an_uninterrupted_run(tiny: Path, 
     one, two = (load_file(folder / "release/model/adapter_model.safetensors") for folder in (whole, killed))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_the_release_names_every_gradient_path_of_the_training(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: bool
+) -> None:
+    """Begun where `auto` means hooks, ended where it means rows; unknown where the first process did not record it."""
+    step = run_module._one_step
+
+    def stopped(*arguments: Any) -> None:
+        step(*arguments)
+        if arguments[3] == 2:
+            raise KeyboardInterrupt
+
+    config = resolve({}, settings(tiny, "training.checkpoint-every=1"))
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr("trainers.step._rows", lambda *_: None)
+        elsewhere.setattr(run_module, "_one_step", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            start_run(config, tmp_path / "run", dataset=small())
+    run = RunFolder(tmp_path / "run")
+    first = EnvironmentDocument.read(run.environment)
+    assert first.gradient_paths == ("hooks",)
+    if not recorded:
+        run.write(first.model_copy(update={"gradient_paths": None}))
+    resume_run(run.path, dataset=small())
+    expected = ("hooks", "rows") if recorded else None
+    assert EnvironmentDocument.read(run.environment).gradient_paths == expected
 
 
 def test_resume_of_a_finished_run_changes_nothing(tiny: Path, tmp_path: Path) -> None:
