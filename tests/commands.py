@@ -1,13 +1,20 @@
-"""The installed command, many times: one process imports what it needs and forks for every command line."""
+"""The installed command, many times: a process imports what it needs, and every command line is a copy of it."""
 
+import atexit
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dpaudit.forks import Fork, ForkServer
 
 
 @dataclass(frozen=True)
@@ -29,37 +36,116 @@ class Done:
         return lines[0]
 
 
+@functools.cache
+def server() -> "ForkServer":
+    """One for all tests of this process, whose copies stay off the network."""
+    from dpaudit.forks import ForkServer
+
+    found = ForkServer((*_modules(), "tests.commands"), _environment())
+    atexit.register(found.close)
+    return found
+
+
+def _modules() -> tuple[str, ...]:
+    from dpaudit.forks import TRAINING
+
+    return ("dpaudit.cli.train", *TRAINING)
+
+
+def _environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
+    from dpaudit.executors import job_environment
+
+    root = str(Path(__file__).parents[1])
+    return {**job_environment(1), "HF_HUB_OFFLINE": "1", "PYTHONPATH": root, **(more or {})}
+
+
+def begin(arguments: Sequence[str], *, stdout: Path, stderr: Path, cwd: Path | None = None) -> "Fork":
+    """`dpaudit ARGUMENTS...` in a process of its own that writes into two files; killed with Fork.tell."""
+    for place in (stdout, stderr):
+        place.write_bytes(b"")
+    words = [str(word) for word in arguments]
+    return server().start("tests.commands:entry", argv=words, stdout=stdout, stderr=stderr, folder=cwd or Path.cwd())
+
+
 def run_all(
     commands: Sequence[Sequence[str]],
     *,
     cwd: Path,
     env: Mapping[str, str] | None = None,
-    models: Sequence[Path] = (),
     timeout: float = 1200,
     python: Path | None = None,
 ) -> list[Done]:
     """Each of `commands` (the words behind `dpaudit`) in a process of its own, in folder `cwd`, one after the other.
 
-    models: checkpoints that are opened once before, so that what libraries load for them counts once. python: that of
-    another environment, whose dpaudit is run instead of the one of this checkout.
+    env: settings that libraries read when they are imported. python: that of another environment, whose dpaudit is run
+    instead of the one of this checkout.
     """
-    told = json.dumps([[list(command) for command in commands], [str(folder) for folder in models]])
-    root = str(Path(__file__).parents[1])
-    words = [sys.executable, "-m", "tests.commands"] if python is None else [str(python), "-P", __file__]
+    if python is not None:
+        return _elsewhere(commands, cwd, env or {}, timeout, python)
+    if env is None:
+        return [_one(server(), list(command), cwd, timeout) for command in commands]
+    from dpaudit.forks import ForkServer
+
+    with ForkServer((*_modules(), "tests.commands"), _environment(env)) as own:
+        return [_one(own, list(command), cwd, timeout) for command in commands]
+
+
+def run(*arguments: object, cwd: Path | None = None, timeout: float = 1200) -> Done:
+    """One command."""
+    return run_all([[str(word) for word in arguments]], cwd=cwd or Path.cwd(), timeout=timeout)[0]
+
+
+def _one(owner: "ForkServer", arguments: list[str], cwd: Path, timeout: float) -> Done:
+    with tempfile.TemporaryDirectory() as place:
+        out, err = Path(place, "out"), Path(place, "err")
+        for name in (out, err):
+            name.write_bytes(b"")
+        began = time.perf_counter()
+        job = owner.start("tests.commands:entry", argv=arguments, stdout=out, stderr=err, folder=cwd)
+        code = job.wait(timeout)
+        return Done(code, out.read_text(), err.read_text(), time.perf_counter() - began)
+
+
+def entry() -> None:
+    """What `pip` puts into the script `dpaudit`."""
+    from importlib.metadata import entry_points
+
+    next(iter(entry_points(group="console_scripts", name="dpaudit"))).load()()
+
+
+def _elsewhere(
+    commands: Sequence[Sequence[str]], cwd: Path, env: Mapping[str, str], timeout: float, python: Path
+) -> list[Done]:
     done = subprocess.run(
-        words,
-        input=told,
+        [str(python), "-P", __file__],
+        input=json.dumps([list(command) for command in commands]),
         capture_output=True,
         text=True,
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root if python is None else "", **(env or {})},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", **env},
         timeout=timeout,
     )
     assert done.returncode == 0, done.stderr
     return [Done(**item) for item in json.loads(done.stdout)]
 
 
-def _one(arguments: list[str], place: Path) -> dict[str, object]:
+def _main() -> None:
+    """In the other environment, which has no module of these tests: the core alone, or all."""
+    import importlib.util
+
+    if importlib.util.find_spec("torch") is None:
+        import dp_accounting  # noqa: F401
+        import pandas  # noqa: F401
+        import scipy.stats  # noqa: F401
+    else:
+        import attacks.training  # noqa: F401
+        import dpaudit.cli.train  # noqa: F401
+    with tempfile.TemporaryDirectory() as place:
+        found = [_forked(arguments, Path(place)) for arguments in json.loads(sys.stdin.read())]
+    sys.stdout.write(json.dumps(found))
+
+
+def _forked(arguments: list[str], place: Path) -> dict[str, object]:
     names = [place / "out", place / "err"]
     began = time.perf_counter()
     child = os.fork()
@@ -69,7 +155,7 @@ def _one(arguments: list[str], place: Path) -> dict[str, object]:
         code: object = 70
         try:
             sys.argv = ["dpaudit", *arguments]
-            _entry()()
+            entry()
             code = 0
         except SystemExit as left:
             code = left.code or 0
@@ -84,34 +170,6 @@ def _one(arguments: list[str], place: Path) -> dict[str, object]:
     stdout, stderr = (name.read_text() for name in names)
     seconds = time.perf_counter() - began
     return {"code": os.waitstatus_to_exitcode(status), "stdout": stdout, "stderr": stderr, "seconds": seconds}
-
-
-def _entry() -> "object":
-    """What `pip` puts into the script `dpaudit`."""
-    from importlib.metadata import entry_points
-
-    return next(iter(entry_points(group="console_scripts", name="dpaudit"))).load()
-
-
-def _main() -> None:
-    import importlib.util
-    import tempfile
-
-    commands, models = json.loads(sys.stdin.read())
-    if importlib.util.find_spec("torch") is None:  # the core alone
-        import dp_accounting  # noqa: F401
-        import pandas  # noqa: F401
-        import scipy.stats  # noqa: F401
-    else:
-        import attacks.training  # noqa: F401  what most commands import, once for all
-        import dpaudit.cli.train  # noqa: F401
-        from trainers.opened import open_checkpoint
-
-        for folder in models:
-            open_checkpoint(folder)
-    with tempfile.TemporaryDirectory() as place:
-        found = [_one(arguments, Path(place)) for arguments in commands]
-    sys.stdout.write(json.dumps(found))
 
 
 if __name__ == "__main__":

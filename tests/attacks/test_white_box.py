@@ -1,8 +1,6 @@
 """The white-box game: exact law of what is seen, controls, claims tested on real (tiny) runs, audits that add up."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +23,9 @@ from dpaudit.documents import AuditDocument, GameDocument, Test
 from dpaudit.errors import UsageError
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
+from tests import commands
 from tests.tiny import save_tiny_llava
 
-DPAUDIT = Path(sys.executable).parent / "dpaudit"
 COUNT = 400
 
 
@@ -227,15 +225,15 @@ def test_what_is_seen_of_candidates_left_out_is_pure_noise(tiny: Path, tmp_path:
 
 def test_audits_add_up_and_lose_nothing(tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The whole command: white box, then canaries, then again; what was found stays, and what was taken out is
-    noticed. The first audit is a process of its own; the others save the seconds of its imports."""
+    noticed. The first audit is a process of its own."""
     run = start_run(config(tiny, "planted.noise-scale=0.5"), tmp_path / "run")
 
     def command(*flags: str) -> tuple[int, dict[str, Any], str]:
         count = [] if "--fusion" in flags else ["--count", "30"]
         words = ["audit", str(run.path), *count, "--json", *flags]
         if not run.audit.exists():
-            done = subprocess.run([str(DPAUDIT), *words], capture_output=True, text=True, timeout=300)
-            return done.returncode, json.loads(done.stdout) if done.stdout else {}, done.stderr
+            done = commands.run(*words)
+            return done.code, json.loads(done.stdout) if done.stdout else {}, done.stderr
         capfd.readouterr()
         code = command_line(words)
         stdout, stderr = capfd.readouterr()

@@ -5,8 +5,6 @@ import hashlib
 import html
 import json
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from reports.embedded import ReportDocument
 from reports.html import SIZE_LIMIT, SIZE_WANTED, render
 from reports.inputs import Gallery, load_runs
 from reports.subjects import load_page
+from tests import commands
 from tests.reports.fixtures import (
     audit,
     canary_game,
@@ -32,7 +31,6 @@ from tests.reports.fixtures import (
 )
 from tests.reports.hostile import HOSTILE, write_hostile_run
 
-DPAUDIT = Path(sys.executable).parent / "dpaudit"
 VOID = {"meta", "link", "img", "br"}
 
 
@@ -283,13 +281,8 @@ def test_impossible_scores_are_refused(tmp_path: Path, change: dict[str, object]
 def test_command_line(tmp_path: Path) -> None:
     paths = write_three(tmp_path / "runs")
     out = tmp_path / "out.html"
-    done = subprocess.run(
-        [str(DPAUDIT), "report", *map(str, paths), "-o", str(out), "--title", "Ours & theirs", "--json"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = commands.run("report", *paths, "-o", out, "--title", "Ours & theirs", "--json")
+    assert done.code == 0, done.stderr
     document = ReportDocument.model_validate_json(done.stdout)
     assert document.bytes == out.stat().st_size and document.sha256 == hashlib.sha256(out.read_bytes()).hexdigest()
     assert [(run.verdict, run.epsilon_lower) for run in document.runs] == [
@@ -304,8 +297,8 @@ def test_command_line(tmp_path: Path) -> None:
         ([str(paths[0]), str(paths[0] / "release")], "given twice"),
         ([], "Missing argument"),
     ):
-        failed = subprocess.run([str(DPAUDIT), "report", *arguments], capture_output=True, text=True, check=False)
-        assert failed.returncode == 2 and words in failed.stderr and len(failed.stderr.strip().splitlines()) == 1
+        failed = commands.run("report", *arguments)
+        assert failed.code == 2 and words in failed.line
 
 
 def test_release_alone_is_enough(tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 import io
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,10 +14,10 @@ from attacks.training import start_run
 from dpaudit.config import resolve
 from dpaudit.errors import UsageError
 from dpaudit.runs import RunFolder
+from tests import commands
 from tests.tiny import random_units
 from trainers.records import Dataset
 
-DPAUDIT = Path(sys.executable).parent / "dpaudit"
 DATA = Dataset("random", "image (with all its questions)", random_units(24), random_units(4, seed=9, prefix="t"))
 FAST = ["seed=1", "training.batch-size=8", "training.steps=2", "model.lora.rank=2", "model.device=cpu"]
 
@@ -190,13 +188,6 @@ def test_after_a_stop_the_same_folder_takes_the_mended_run(tiny: Path, tmp_path:
     ids=["value", "size", "together", "file"],
 )
 def test_the_command_ends_with_code_2_and_one_line(tmp_path: Path, arguments: list[str], start: str) -> None:
-    done = subprocess.run(
-        [str(DPAUDIT), "train", *arguments, "model.device=cpu", "--out", str(tmp_path / "run")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith(f"dpaudit: {start}") and done.stderr.count("\n") == 1, done.stderr
+    done = commands.run("train", *arguments, "model.device=cpu", "--out", tmp_path / "run", cwd=tmp_path)
+    assert done.code == 2 and done.line.startswith(f"dpaudit: {start}")
     assert not RunFolder(tmp_path / "run").finished

@@ -3,8 +3,6 @@
 import json
 import math
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from dpaudit.documents import ClaimDocument, EnvironmentDocument, LedgerDocument
 from dpaudit.errors import UsageError
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
+from tests import commands
 from tests.tiny import random_units
 from trainers import run as run_module
 from trainers.plan import fusion_std, make_plan
@@ -31,7 +30,6 @@ from trainers.sampling import poisson_batch
 from trainers.step import Trainer
 from trainers.vlm import VisionLanguageModel
 
-DPAUDIT = Path(sys.executable).parent / "dpaudit"
 FAST = ["training.batch-size=8", "training.steps=4", "model.lora.rank=2", "model.device=cpu"]
 
 
@@ -162,32 +160,31 @@ def test_fusion_noise_std_is_what_the_option_says(tiny: Path) -> None:
         assert fusion_std(config, plan) == pytest.approx(plan.noise_multiplier * 0.3 * factor)
 
 
-def train_command(tiny: Path, out: Path) -> list[str]:
+def train_words(tiny: Path, out: Path) -> list[str]:
     extra = ["method=dual-priv", "reducer.keep=4", "reducer.fuse=3", "data.limit=60", "training.steps=24"]
     return [
-        str(DPAUDIT), "train", *settings(tiny, *extra, "training.checkpoint-every=5"), "--canaries", "12",
+        "train", *settings(tiny, *extra, "training.checkpoint-every=5"), "--canaries", "12",
         "--out", str(out),
     ]  # fmt: skip
 
 
 def test_kill_in_the_middle_then_resume_equals_an_uninterrupted_run(tiny: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(train_command(tiny, whole), check=True, capture_output=True, timeout=300)
-    process = subprocess.Popen(train_command(tiny, killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert commands.run(*train_words(tiny, whole)).code == 0
+    process = commands.begin(train_words(tiny, killed), stdout=tmp_path / "out", stderr=tmp_path / "err")
     metrics = killed / "private" / "metrics.jsonl"
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and process.poll() is None:
         if metrics.exists() and metrics.read_text().count("\n") >= 8:
             break
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
+    process.tell(signal.SIGKILL)
     process.wait()
     assert not RunFolder(killed).finished, "the kill came too late to test anything"
     spent = LedgerDocument.read(RunFolder(killed).ledger).spent
     assert spent is not None and spent.steps_started >= 8
-    done = subprocess.run(
-        [str(DPAUDIT), "train", "--resume", str(killed), "--json"], check=True, capture_output=True, timeout=300
-    )
+    done = commands.run("train", "--resume", killed, "--json")
+    assert done.code == 0, done.stderr
     assert json.loads(done.stdout)["claim"]["steps"] == 24
     assert RunFolder(killed).ledger.read_bytes() == RunFolder(whole).ledger.read_bytes()
     assert RunFolder(killed).coins.read_bytes() == RunFolder(whole).coins.read_bytes()
