@@ -36,11 +36,15 @@ class Done:
         return lines[0]
 
 
+_AT_FIRST: dict[str, str] = {}  # the environment that the server was started in
+
+
 @functools.cache
 def server() -> "ForkServer":
     """One for all tests of this process, whose copies stay off the network."""
     from dpaudit.forks import ForkServer
 
+    _AT_FIRST.update(os.environ)
     found = ForkServer((*_modules(), "tests.commands"), _environment())
     atexit.register(found.close)
     return found
@@ -64,7 +68,15 @@ def begin(arguments: Sequence[str], *, stdout: Path, stderr: Path, cwd: Path | N
     for place in (stdout, stderr):
         place.write_bytes(b"")
     words = [str(word) for word in arguments]
-    return server().start("tests.commands:entry", argv=words, stdout=stdout, stderr=stderr, folder=cwd or Path.cwd())
+    owner, streams = server(), {"stdout": stdout, "stderr": stderr}
+    return owner.start(
+        "tests.commands:entry", argv=words, **streams, folder=cwd or Path.cwd(), environment=_since_the_server()
+    )
+
+
+def _since_the_server() -> dict[str, str]:
+    """What a test has put into the environment."""
+    return {name: value for name, value in os.environ.items() if _AT_FIRST.get(name) != value}
 
 
 def run_all(
@@ -83,11 +95,12 @@ def run_all(
     if python is not None:
         return _elsewhere(commands, cwd, env or {}, timeout, python)
     if env is None:
-        return [_one(server(), list(command), cwd, timeout) for command in commands]
+        owner = server()
+        return [_one(owner, list(command), cwd, timeout, _since_the_server()) for command in commands]
     from dpaudit.forks import ForkServer
 
     with ForkServer((*_modules(), "tests.commands"), _environment(env)) as own:
-        return [_one(own, list(command), cwd, timeout) for command in commands]
+        return [_one(own, list(command), cwd, timeout, {}) for command in commands]
 
 
 def run(*arguments: object, cwd: Path | None = None, timeout: float = 1200) -> Done:
@@ -95,13 +108,14 @@ def run(*arguments: object, cwd: Path | None = None, timeout: float = 1200) -> D
     return run_all([[str(word) for word in arguments]], cwd=cwd or Path.cwd(), timeout=timeout)[0]
 
 
-def _one(owner: "ForkServer", arguments: list[str], cwd: Path, timeout: float) -> Done:
+def _one(owner: "ForkServer", arguments: list[str], cwd: Path, timeout: float, environment: Mapping[str, str]) -> Done:
     with tempfile.TemporaryDirectory() as place:
         out, err = Path(place, "out"), Path(place, "err")
         for name in (out, err):
             name.write_bytes(b"")
         began = time.perf_counter()
-        job = owner.start("tests.commands:entry", argv=arguments, stdout=out, stderr=err, folder=cwd)
+        streams = {"stdout": out, "stderr": err}
+        job = owner.start("tests.commands:entry", argv=arguments, **streams, folder=cwd, environment=environment)
         code = job.wait(timeout)
         return Done(code, out.read_text(), err.read_text(), time.perf_counter() - began)
 

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -23,11 +25,11 @@ from reports.benchmark import benchmark_many
 from reports.heldout import export
 from reports.process import worker_environment
 from reports.worker import TASK
+from tests import commands
 from tests.tiny import save_tiny_llava
 from trainers.records import Dataset, Picture, Question, Unit
 from trainers.run import load_model
 
-DPAUDIT = Path(sys.executable).parent / "dpaudit"
 PICTURES = 12
 KINDS = ("digit", "parity")
 Rigged = tuple[RunFolder, dict[tuple[int, str], bool], float]  # run, which questions it gets right, base model's share
@@ -108,14 +110,9 @@ def test_scores_are_the_rigged_ones(rigged: Rigged) -> None:
 
 def test_command_line_agrees_and_the_batch_size_changes_nothing(rigged: Rigged, tmp_path: Path) -> None:
     run, right, _ = rigged
-    done = subprocess.run(
-        [str(DPAUDIT), "benchmark", str(run.path), "--no-base", "--batch-size", "64", "--limit", "9", "--json"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    words = ["benchmark", run.path, "--no-base", "--batch-size", "64", "--limit", "9", "--json"]
+    done = commands.run(*words, cwd=tmp_path)
+    assert done.code == 0, done.stderr
     document = BenchmarkDocument.model_validate_json(done.stdout)
     metric = document.tasks[TASK]["exact_match/parity"]
     assert metric.n == 9 and document.base is None
@@ -133,21 +130,19 @@ def test_command_line_agrees_and_the_batch_size_changes_nothing(rigged: Rigged, 
 )
 def test_bad_input_is_one_line(rigged: Rigged, arguments: list[str], code: int, words: str) -> None:
     run, _, _ = rigged
-    done = subprocess.run(
-        [str(DPAUDIT), "benchmark", str(run.path), *arguments], capture_output=True, text=True, check=False
-    )
+    done = commands.run("benchmark", run.path, *arguments)
     lines = [line for line in done.stderr.splitlines() if line.startswith("dpaudit: ")]
-    assert done.returncode == code and len(lines) == 1 and words in lines[0] and "Traceback" not in done.stderr
+    assert done.code == code and len(lines) == 1 and words in lines[0] and "Traceback" not in done.stderr
 
 
-def test_a_killed_benchmark_leaves_no_worker_and_the_next_one_cleans_up(rigged: Rigged) -> None:
+def test_a_killed_benchmark_leaves_no_worker_and_the_next_one_cleans_up(rigged: Rigged, tmp_path: Path) -> None:
     run, right, _ = rigged
-    arguments = [str(DPAUDIT), "benchmark", str(run.path), "--no-base"]
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    arguments = ["benchmark", str(run.path), "--no-base"]
+    process = commands.begin(arguments, stdout=tmp_path / "out", stderr=tmp_path / "err")
     deadline = time.monotonic() + 60
     while not (specs := list(run.private.glob("benchmark-*/worker-0/benchmark.log"))) and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.kill()
+    os.kill(process.pid, signal.SIGKILL)  # alone, not what it started
     process.wait()
     place = str(specs[0].parent)
 

@@ -33,11 +33,11 @@ from dpaudit.runs import RunFolder
 from reports.benchmark import benchmark
 from reports.heldout import export, write_questions
 from reports.process import worker_environment
+from tests import commands
 from tests.tiny import save_tiny_llava
 from trainers.data import load
 from trainers.run import load_model
 
-DPAUDIT = Path(sys.executable).parent / "dpaudit"
 PICTURES = 8
 SHORT = "\nAnswer the question using a single word or phrase."
 # Annotators (of ten) who say what the model says -> soft accuracy, by hand. With k of them, each of the k has k - 1
@@ -356,10 +356,8 @@ def test_a_question_without_a_picture_and_an_unknown_task_are_one_line(run: RunF
     columns = {"question": ["which?"], "choices": [["a", "b"]], "answer": [0], "hint": [""]}
     image = pa.array([None], type=pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
     pq.write_table(pa.table({**columns, "image": image}), tmp_path / "x.parquet")
-    arguments = [str(DPAUDIT), "benchmark", str(run.path), "--no-base", "--device", "cpu"]
-    done = subprocess.run(
-        [*arguments, "--data", f"scienceqa_img={tmp_path / 'x.parquet'}"], capture_output=True, text=True, check=False
-    )
+    data = f"scienceqa_img={tmp_path / 'x.parquet'}"
+    done = commands.run("benchmark", run.path, "--no-base", "--device", "cpu", "--data", data)
     lines = [line for line in done.stderr.splitlines() if line.startswith("dpaudit: ")]
-    assert done.returncode == 2 and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.code == 2 and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
     assert "got '0 pictures'; accepted: 1 to 16 pictures a question" in lines[0]

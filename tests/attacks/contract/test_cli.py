@@ -15,6 +15,7 @@ from dpaudit.cli import app
 from dpaudit.cli.check import exit_code
 from dpaudit.documents import Check, CheckDocument
 from dpaudit.errors import UsageError
+from tests import commands
 
 DPAUDIT = Path(sys.executable).parent / "dpaudit"
 TRAINER = """
@@ -127,7 +128,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(folder: Path, *arguments: str, module: bool = False) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *arguments: str, module: bool | None = None) -> subprocess.CompletedProcess[str]:
+    """module: `python -m dpaudit`, or the installed script; None: a copy of a process that has our packages already."""
+    if module is None:
+        done = commands.run(*arguments, cwd=folder, timeout=120)
+        return subprocess.CompletedProcess(arguments, done.code, done.stdout, done.stderr)
     start = [sys.executable, "-m", "dpaudit"] if module else [str(DPAUDIT)]
     return subprocess.run([*start, *arguments], cwd=folder, capture_output=True, text=True, timeout=120)
 
@@ -142,7 +147,7 @@ def test_a_correct_trainer_passes_beside_packages_of_our_names(folder: Path, mod
 
 
 def test_a_package_of_the_users_that_is_named_like_ours_is_tried_too(folder: Path) -> None:
-    done = run(folder, "check", "trainers.mine:factory")
+    done = run(folder, "check", "trainers.mine:factory", module=False)
     assert done.returncode == 2 and "import trainers.mine: raised SystemExit" in done.stderr, done.stderr
 
 

@@ -1,8 +1,6 @@
 """A trainer whose epsilon() takes longer than the time limit is judged in everything else."""
 
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +13,11 @@ from attacks.contract.influence import OUTSIDE
 from attacks.contract.noise import LEVEL
 from attacks.contract.resume import RESUME_EPSILON
 from dpaudit.documents import CheckDocument
+from tests import commands
 from trainers.adapters.compact import Compact, Record
 
 LIMIT = 1.0
 LINE = "epsilon(1e-05): did not return within 1 s (--time-limit)"
-DPAUDIT = Path(sys.executable).parent / "dpaudit"
 
 
 class Slow(Compact):
@@ -137,9 +135,9 @@ class Half(Correct):
 )
 def test_the_command(tmp_path: Path, name: str, options: list[str], code: int, verdict: str) -> None:
     (tmp_path / "slow_of_mine.py").write_text(MINE)
-    command = [str(DPAUDIT), "check", f"slow_of_mine:{name}", "--time-limit", "3", "--json", *options]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
-    assert done.returncode == code, done.stderr
+    words = ["check", f"slow_of_mine:{name}", "--time-limit", "3", "--json", *options]
+    done = commands.run(*words, cwd=tmp_path, timeout=200)
+    assert done.code == code, done.stderr
     document = json.loads(done.stdout)
     assert document["verdict"] == verdict and document["problem"] is None
     lacking = {check["name"]: check["measured"] for check in document["checks"] if check["status"] == "not applicable"}
