@@ -6,12 +6,9 @@ job must not lose it writes itself (a run folder, a file by atomic rename), so t
 started again, may run it once more.
 """
 
-import contextlib
 import importlib
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +18,7 @@ from typing import Any, Protocol
 
 from dpaudit import atomic, temporary
 from dpaudit.errors import DpauditError, EnvironmentFailure, of_code, rejected
-from dpaudit.forks import Fork, ForkServer
+from dpaudit.forks import Fork, ForkServer, end, how
 
 JsonObject = dict[str, Any]
 JobFunction = Callable[[JsonObject], JsonObject]
@@ -29,7 +26,6 @@ JobFunction = Callable[[JsonObject], JsonObject]
 ARGUMENTS = "DPAUDIT_ARGUMENTS"  # what the user typed: a job writes it into its run, and not its own command line
 PROCESSES = 2
 POLL = 0.05  # seconds
-GRACE = 5.0  # seconds between asking a job to stop and ending it
 
 
 @dataclass(frozen=True)
@@ -97,18 +93,6 @@ class _Job:
     began: float = field(default_factory=time.monotonic)
 
 
-def _end(jobs: Sequence[_Job]) -> None:
-    """Ask jobs to stop, give them a moment, then end what is left of them."""
-    for job in jobs:
-        job.process.tell(signal.SIGTERM)
-    deadline = time.monotonic() + GRACE
-    for job in jobs:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            job.process.wait(timeout=max(0.0, deadline - time.monotonic()))
-        job.process.tell(signal.SIGKILL)
-        job.process.wait()
-
-
 @dataclass(frozen=True)
 class LocalExecutor:
     """Each job in a process of its own on this machine, `processes` at a time, each with `threads_per_process` threads.
@@ -161,7 +145,7 @@ class LocalExecutor:
                     if not ended:
                         time.sleep(POLL)
             finally:
-                _end(running)
+                end([job.process for job in running])
 
     def _start(self, server: ForkServer, place: Path, index: int, text: str) -> _Job:
         folder = place / str(index)
@@ -207,13 +191,5 @@ def _outcome(job: _Job, *, keep_log: bool) -> Outcome:
 
 def _why(job: _Job) -> str:
     code = job.process.wait()
-    how = f"was ended by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
     lines = [line.strip() for line in job.log.read_text("utf-8", errors="replace").splitlines() if line.strip()]
-    return f"its process {how}" + (f": {lines[-1][:300]}" if lines and code >= 0 else "")
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
+    return f"its process {how(code)}" + (f": {lines[-1][:300]}" if lines and code >= 0 else "")

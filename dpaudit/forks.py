@@ -55,9 +55,12 @@ def ahead(modules: Sequence[str]) -> tuple[str, ...]:
     return tuple(modules) if safe else ()
 
 
+GRACE = 5.0  # seconds between asking a copy to stop and ending it
+
+
 @dataclass
 class Fork:
-    """A copy that runs, or ran: it leads a process group of its own. returncode: as that of subprocess.Popen."""
+    """A copy that runs, or ran. returncode: as that of subprocess.Popen."""
 
     server: "ForkServer"
     number: int
@@ -82,16 +85,24 @@ class Fork:
         return code
 
     def tell(self, kind: signal.Signals) -> None:
-        """Send a signal to it and all that it started."""
+        """Send a signal to it, and to all that it started where it leads a process group of its own."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, kind)
+            (os.killpg if self.server.apart else os.kill)(self.pid, kind)
 
 
 class ForkServer:
     """Starts copies of a process that has imported `modules`. Closing it ends the copies that still run."""
 
-    def __init__(self, modules: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> None:
-        """environment: of the server and of its copies. Raises EnvironmentFailure where no process can be started."""
+    def __init__(
+        self, modules: Sequence[str] = (), environment: Mapping[str, str] | None = None, *, apart: bool = True
+    ) -> None:
+        """environment: of the server and of its copies. apart: whether each copy leads a process group of its own.
+
+        Ctrl-C on a terminal reaches only this process then, which ends its jobs in order. Copies that write to the
+        terminal belong in its foreground group (apart=False): a terminal may stop any other. Raises EnvironmentFailure
+        where no process can be started.
+        """
+        self.apart = apart
         self.ended: dict[int, int] = {}
         self._started: dict[int, int] = {}  # process ids
         self._heard, self._count = b"", 0
@@ -101,7 +112,7 @@ class ForkServer:
                 env=None if environment is None else dict(environment),
                 stdin=subprocess.PIPE,  # its end tells the server, and that its copies, that this process is gone
                 stdout=subprocess.PIPE,
-                process_group=0,  # Ctrl-C on a terminal reaches this process, which ends its jobs in order
+                process_group=0 if apart else None,
             )
         except OSError as error:
             raise EnvironmentFailure(f"a job can't be started: {error.strerror or error}") from error
@@ -141,6 +152,7 @@ class ForkServer:
             "stderr": None if stderr is None else str(stderr),
             "folder": None if folder is None else str(folder),
             "environment": dict(environment or {}),
+            "apart": self.apart,
         }
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # `listen` finds out
@@ -176,3 +188,26 @@ class ForkServer:
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
         self._process.wait()
+
+
+def end(forks: Sequence[Fork]) -> None:
+    """Ask copies to stop, give them a moment, then end what is left of them."""
+    for fork in forks:
+        fork.tell(signal.SIGTERM)
+        fork.tell(signal.SIGCONT)  # one that is stopped would not notice
+    deadline = time.monotonic() + GRACE
+    for fork in forks:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            fork.wait(timeout=max(0.0, deadline - time.monotonic()))
+        fork.tell(signal.SIGKILL)
+        fork.wait()
+
+
+def how(code: int) -> str:
+    """How a process with this exit code ended: 'was ended by SIGKILL', 'ended with exit code 2'."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        return f"was ended by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was ended by signal {-code}"

@@ -22,6 +22,8 @@ from dpaudit import atomic, printable
 from dpaudit.errors import DpauditError
 from dpaudit.executors import load_function
 
+DEFECT = 70  # exit code of a copy whose function raised: Python's own, 1, is a verdict
+
 
 def serve(modules: Sequence[str]) -> NoReturn:
     """Copy this process for every request until standard input ends."""
@@ -38,6 +40,7 @@ def serve(modules: Sequence[str]) -> NoReturn:
     for end in (woken, wake):
         os.set_blocking(end, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the copies, and ends this process through its parent
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     running: dict[int, int] = {}
     rest = b""
@@ -55,8 +58,9 @@ def serve(modules: Sequence[str]) -> NoReturn:
                     for own in (requests, reports, null, woken, wake, held):
                         os.close(own)
                     _become(request, alive)
-                with contextlib.suppress(OSError):  # the copy does so as well: whoever comes first
-                    os.setpgid(pid, pid)
+                if request["apart"]:
+                    with contextlib.suppress(OSError):  # the copy does so as well: whoever comes first
+                        os.setpgid(pid, pid)
                 running[pid] = request["number"]
                 os.write(reports, f"started {request['number']} {pid}\n".encode())
         if woken in ready:
@@ -97,12 +101,14 @@ def _ended() -> list[tuple[int, int]]:
 
 def _become(request: dict[str, Any], alive: int) -> NoReturn:
     """In the copy: be the process of one job."""
-    code = 1
+    code = DEFECT
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        with contextlib.suppress(OSError):
-            os.setpgid(0, 0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if request["apart"]:
+            with contextlib.suppress(OSError):
+                os.setpgid(0, 0)
         threading.Thread(target=_end_with_server, args=(alive,), daemon=True).start()
         for stream, descriptor in (("stdout", 1), ("stderr", 2)):
             if request[stream] is not None:
@@ -121,7 +127,7 @@ def _become(request: dict[str, Any], alive: int) -> NoReturn:
     except BaseException:
         traceback.print_exc()
     for said in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             said.flush()
     os._exit(code)  # tearing down torch takes a second, and nothing is left to do
 

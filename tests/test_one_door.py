@@ -44,7 +44,6 @@ READERS = {
 }  # fmt: skip
 IMPORTED = {
     ("dpaudit/environment.py", "subprocess"): "asks git and the driver for versions",
-    ("dpaudit/executors.py", "subprocess"): "for its TimeoutExpired",
     ("dpaudit/forks.py", "subprocess"): "starts our own worker",
     ("trainers/data/hub.py", "subprocess"): "starts the child that downloads",
     ("trainers/limited.py", "subprocess"): "starts the child with limits, which opens no file",
@@ -71,6 +70,7 @@ OUTSIDE = {
     ("dpaudit/atomic.py", "os.open"): "what is being written, or its folder",
     ("dpaudit/atomic.py", "temporary.open"): "what is being written",
     ("dpaudit/cli/app.py", "os.open"): "/dev/null",
+    ("dpaudit/cli/app.py", "os.fdopen"): "/dev/null",
     ("dpaudit/cli/external.py", "yaml.safe_load"): "an argument as typed",
     ("dpaudit/environment.py", "Path('/proc/meminfo').read_text"): "the kernel's",
     ("dpaudit/environment.py", "Path('/sys/fs/cgroup/memory.max').read_text"): "the kernel's",

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from dpaudit.documents import GradientPathName
@@ -71,6 +72,7 @@ class _Shared(torch.autograd.Function):
         return x @ merged.T
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
         (given,) = above
         x, merged, a, b = ctx.saved_tensors

@@ -27,6 +27,7 @@ from dpaudit.documents import (
     ReleaseAudit,
     ReleasePair,
 )
+from dpaudit.errors import UsageError
 from dpaudit.ledger import Ledger
 from dpaudit.randomness import Key
 from dpaudit.runs import RunFolder
@@ -79,20 +80,23 @@ def gradient_paths(
     parameters: Mapping[str, nn.Parameter],
     inputs: UnitInputs,
 ) -> tuple[GradientPath, ...]:
-    """What the steps of a run computed their sums by, as its release records it; a machine may not choose it anew.
+    """What the configuration means here, and what the steps of the run computed their sums by, as its release records.
 
-    An earlier dpaudit recorded nothing: there, what `auto` means here, and Opacus' hooks, which it meant then.
+    The record can name more than the configuration, which leaves `auto` to the machine; it can't take anything away.
+    An earlier dpaudit recorded nothing: there, Opacus' hooks are looked at as well, which `auto` meant then.
     Without privacy nothing is clipped, and hooks stand for the plain sum, which has no gradient of a unit. UsageError
-    for a recorded path that does not compute this model here.
+    for a recorded path that this method has not, or that does not compute this model.
     """
     recorded = EnvironmentDocument.read(run.environment).gradient_paths if run.environment.exists() else None
     chosen = config.training.gradient_path
     if config.method == "dp-zo":  # moves the weights by losses alone; gradients show more than these
         names: tuple[str, ...] = ("hooks",)
-    elif recorded:
-        names = tuple("hooks" if name == "plain" else name for name in recorded)
+    elif recorded and "plain" in recorded and config.method != "non-private":
+        accepted = f"a path that clips, for method {config.method}"
+        raise UsageError(f"{run.environment}: gradient_paths: got plain; accepted: {accepted}")
     else:
-        names = ("auto", "hooks") if chosen == "auto" else (chosen,)
+        before = ("hooks",) if chosen == "auto" else ()
+        names = tuple(dict.fromkeys((chosen, *(recorded or before))))
     # Two paths may want two kinds of checkpointing, which changes memory and no gradient.
     update = {"gradient_checkpointing": "none"} if len(names) > 1 else {}
     found: dict[str, GradientPath] = {}

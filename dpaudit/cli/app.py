@@ -154,6 +154,32 @@ def _reader_gone() -> int:
     return console.ENVIRONMENT
 
 
+def _open_streams() -> None:
+    """A standard stream that the shell has closed leads nowhere, instead of into the next file that is opened."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
+
+
+def _delivered(code: int) -> int:
+    """`code`, or that of the environment where standard output could not be written (a full disk, a reader that left).
+
+    What can't be written is dropped here, since Python's own last flush would end with a code of its own.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1 if stream is sys.stdout else 2)
+            code = console.ENVIRONMENT if stream is sys.stdout else code
+    return code
+
+
 def main() -> None:
     """Console entry point."""
-    sys.exit(supervised.run(run) if supervised.wanted(sys.argv[1:]) else run())
+    _open_streams()
+    sys.exit(_delivered(supervised.run(run) if supervised.wanted(sys.argv[1:]) else run()))

@@ -1,5 +1,6 @@
 """What every command shares: one JSON document on stdout, everything else on stderr, exit codes, gates."""
 
+import contextlib
 import math
 import sys
 from pathlib import Path
@@ -37,8 +38,12 @@ def _write(text: str) -> None:
 
 
 def log(text: str) -> None:
-    """A line for the person who watches, on stderr: one line, whatever the text holds (dpaudit.printable)."""
-    stderr.print(printable.line(text), markup=False, soft_wrap=True)
+    """A line for the person who watches, on stderr: one line, whatever the text holds (dpaudit.printable).
+
+    Lost where stderr can't be written: the exit code says the same, and it must not become Python's own.
+    """
+    with contextlib.suppress(OSError):
+        stderr.print(printable.line(text), markup=False, soft_wrap=True)
 
 
 def emit(document: "Document") -> None:

@@ -1,7 +1,6 @@
 """`dpaudit demo`: train three ways, attack, benchmark and report, on the embedded handwriting."""
 
 import shlex
-import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +10,9 @@ import typer
 
 from dpaudit import extras
 from dpaudit.cli import console
-from dpaudit.errors import DpauditError
+from dpaudit.errors import DpauditError, EnvironmentFailure
 from dpaudit.executors import job_environment
-from dpaudit.forks import TRAINING, Fork, ForkServer
+from dpaudit.forks import TRAINING, Fork, ForkServer, end, how
 
 CANARIES = 300
 WHITE_BOX_RUN = "dual-priv"
@@ -52,7 +51,7 @@ def command(
     paths = [str(path) for path in runs.values()]
     report = out / "report.html"
     title = "dpaudit demo: three ways to fine-tune on handwriting"
-    with ForkServer(TRAINING, job_environment(1)) as server:
+    with ForkServer(TRAINING, job_environment(1), apart=False) as server:
         _together(server, [[_training(name, runs[name], canaries, seed), _audit(name, runs[name])] for name in START])
         _together(server, [[["benchmark", *paths]]])
         _together(server, [[["report", *paths, "-o", str(report), "--title", title]]])
@@ -101,15 +100,13 @@ def _together(server: ForkServer, chains: Sequence[Sequence[list[str]]]) -> None
                     continue
                 running.remove(entry)
                 if code not in ACCEPTED.get(chain[0][0], (0,)):
-                    raise DpauditError(f"demo: {shlex.join(['dpaudit', *chain[0]])} ended with exit code {code}")
+                    kind = EnvironmentFailure if code < 0 else DpauditError
+                    raise kind(f"demo: {shlex.join(['dpaudit', *chain[0]])} {how(code)}")
                 if chain[1:]:
                     waiting.append(chain[1:])
                     waiting.sort(key=_rank)
     finally:
-        for _, process in running:
-            process.tell(signal.SIGTERM)
-        for _, process in running:
-            process.wait()
+        end([process for _, process in running])
 
 
 def _summary(paths: Sequence[Path]) -> None:

@@ -22,6 +22,7 @@ class EnvironmentDocument(Document):
     command: str | None = None
     gradient_paths: tuple[GradientPathName, ...] | None = Field(
         default=None,
+        max_length=5,
         description="How steps of this training computed their sum of gradients, which `training.gradient-path=auto` "
         "decides by the machine: more than one where it was resumed on another kind of machine, none for method dp-zo. "
         "Null: not recorded (an earlier dpaudit).",

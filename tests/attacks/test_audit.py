@@ -191,11 +191,10 @@ def typed(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     ("recorded", "looked_at"),
     [
         (("rows",), ("rows",)),
-        (("hooks",), ("hooks",)),  # of a training on a GPU
-        (("hooks", "rows"), ("hooks", "rows")),  # resumed on another machine
+        (("hooks",), ("rows", "hooks")),  # of a training on a GPU, or edited: what `auto` is here stays
+        (("ghost", "rows"), ("rows", "ghost")),  # resumed on another machine
         (None, ("rows", "hooks")),  # an earlier dpaudit: what `auto` is here, and what it was before
         ((), ("rows", "hooks")),  # edited: a method with gradients has a path
-        (("plain",), ("hooks",)),
     ],
 )
 def test_the_token_path_is_looked_at_as_the_training_took_it(
@@ -205,6 +204,13 @@ def test_the_token_path_is_looked_at_as_the_training_took_it(
     folder.write(EnvironmentDocument.read(folder.environment).model_copy(update={"gradient_paths": recorded}))
     path = path_of(folder, random_units(2, seed=3))
     assert tuple(way.kind for way in path.gradients) == looked_at
+
+
+def test_a_recorded_path_that_clips_nothing_is_refused(run: Path) -> None:
+    folder = RunFolder(run)
+    folder.write(EnvironmentDocument.read(folder.environment).model_copy(update={"gradient_paths": ("plain",)}))
+    with pytest.raises(UsageError, match="gradient_paths: got plain; accepted: a path that clips, for method dp-sgd"):
+        path_of(folder, random_units(2, seed=3))
 
 
 def test_the_installed_command_prints_one_document_and_leaves_it_in_the_release(run: Path) -> None:

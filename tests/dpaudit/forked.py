@@ -17,7 +17,8 @@ def write(out: str) -> int:
     """Into the file `out`: who imported this module, who runs it, and what is random."""
     STATE.append(1)
     drawn = [random.random(), float(np.random.random()), os.urandom(8).hex()]
-    Path(out).write_text(repr([IMPORTED_BY, os.getpid(), len(STATE), drawn, sys.argv[1:], os.environ.get("ADDED")]))
+    about = [IMPORTED_BY, os.getpid(), len(STATE), drawn, sys.argv[1:], os.environ.get("ADDED"), os.getpgrp()]
+    Path(out).write_text(repr(about))
     print("said on standard output")
     sys.stderr.write(f"in {Path.cwd()}\n")
     return 7

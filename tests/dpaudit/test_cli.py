@@ -175,3 +175,21 @@ def test_run_in_process(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_document_kind_is_unique() -> None:
     assert len({document.named() for document in DOCUMENTS}) == len(DOCUMENTS)
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("audit no-such-run 2>/dev/full", 2),  # it was 1, which means refuted
+        ("audit no-such-run 2>&-", 2),
+        ("audit no-such-run 2>&- >&- <&-", 2),
+        ("bound steinke --canaries 100 --guesses 50 --correct 40 >/dev/full", 4),
+        ("bound steinke --canaries 100 --guesses 50 --correct 40 --json >/dev/full 2>&1", 4),
+        ("--help >/dev/full", 4),
+        ("--version >&-", 0),
+    ],
+)
+def test_streams_that_can_not_be_written_choose_no_verdict(tmp_path: Path, line: str, code: int) -> None:
+    done = subprocess.run(["bash", "-c", f"exec {DPAUDIT} {line}"], cwd=tmp_path, capture_output=True, timeout=120)
+    assert done.returncode == code, done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -69,7 +69,7 @@ def test_a_failure_is_the_outcome_of_that_job_alone(tmp_path: Path) -> None:
     outcomes = {o.index: o for o in executor.run(f"{JOBS}:mixed", [{"kind": kind} for kind in kinds])}
     errors = [outcomes[index].error for index in range(len(kinds))]
     assert errors[0] == "field: got 1; accepted: 2"
-    assert errors[1] == "its process ended with exit code 1: ZeroDivisionError: division by nothing"
+    assert errors[1] == "its process ended with exit code 70: ZeroDivisionError: division by nothing"
     assert errors[2] == "its process was ended by SIGKILL"
     assert errors[3] is not None and errors[3].startswith("its process ended with exit code 7")
     assert errors[4] is not None and "JSON" in errors[4]

@@ -61,8 +61,21 @@ def test_a_copy_has_its_own_streams_folder_arguments_and_environment(tmp_path: P
         options: dict[str, Any] = {"stdout": log, "stderr": errors, "folder": tmp_path, "argv": ["a", "b c"]}
         found = written(server, tmp_path / "out", environment={"ADDED": "yes"}, **options)
         assert written(server, tmp_path / "out")[5] is None
-    assert found[4:] == [["a", "b c"], "yes"]
+    assert found[4:6] == [["a", "b c"], "yes"]
     assert log.read_text() == "before\nsaid on standard output\n" and errors.read_text() == f"in {tmp_path}\n"
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_copies_lead_groups_of_their_own_or_stay_in_that_of_the_terminal(tmp_path: Path, apart: bool) -> None:
+    """A terminal stops what writes to it from another group than the foreground's (stty tostop)."""
+    with ForkServer((), HERE, apart=apart) as server:
+        found = written(server, tmp_path / "out")
+        assert found[6] == (found[1] if apart else os.getpgrp())
+        stays = [server.start(f"{MODULE}:stay", str(tmp_path / f"stays {index}")) for index in range(2)]
+        stays[0].tell(signal.SIGSTOP)
+        began = time.monotonic()
+        forks.end(stays)
+        assert [fork.poll() for fork in stays] == [-signal.SIGTERM] * 2 and time.monotonic() - began < forks.GRACE
 
 
 def test_exit_codes_are_those_of_a_process(tmp_path: Path) -> None:
@@ -71,7 +84,7 @@ def test_exit_codes_are_those_of_a_process(tmp_path: Path) -> None:
     with ForkServer(["no.such.module"], HERE) as server:
         codes = [server.start(f"{MODULE}:stop", code, stderr=errors).wait(60) for code in (0, 5, None, "text")]
         assert codes == [0, 5, 0, 1]
-        assert server.start(f"{MODULE}:fail", stderr=errors).wait(60) == 1
+        assert server.start(f"{MODULE}:fail", stderr=errors).wait(60) == 70
         assert "ZeroDivisionError: division by nothing" in errors.read_text()
         stays = server.start(f"{MODULE}:stay", str(tmp_path / "stays"))
         assert stays.poll() is None
