@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -35,6 +36,8 @@ def serve(modules: Sequence[str]) -> NoReturn:
         os.dup2(requests, 0)
         os.dup2(reports, 1)
         os.execv(sys.executable, [sys.executable, "-P", "-m", "dpaudit.worker"])
+    # Python 3.12 counts jemalloc's thread (see `_threads`) and warns at every fork.
+    warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
     woken, wake = os.pipe()
     alive, held = os.pipe()
     for end in (woken, wake):
