@@ -332,7 +332,8 @@ class Listener:
         """The hub is at this server, and so is every proxy."""
         url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy"), url)
-        return {**os.environ, **proxies, "HF_ENDPOINT": url, "HF_HOME": str(home), "NO_PROXY": "", "no_proxy": ""}
+        settings = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "NO_PROXY": "", "no_proxy": ""}
+        return {**os.environ, **proxies, **settings}  # `make` would keep the tests off any hub
 
 
 RUN_CASES: dict[str, tuple[Damage, str]] = {

@@ -171,7 +171,7 @@ BROKEN: dict[str, Any] = {
     "a picture elsewhere": {"image": f"../{MARK}.png"},
     "a missing file": {"image": f"{MARK}.png"},
     "bytes that are no base64": {"image": {"bytes": f"{MARK}!", "path": None}},
-    "a list for an answer": {"answer": [MARK]},
+    "an object for an answer": {"answer": {MARK: MARK}},
     "an object for a patient": {"patient": {MARK: MARK}},
     "a fraction for a patient": {"patient": 0.5},
     "half a surrogate pair": {"question": f"{MARK}\ud800"},
