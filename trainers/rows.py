@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from dpaudit.documents import GradientPathName
@@ -55,32 +54,6 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat([-second, first], -1) * sin
-
-
-class _Shared(torch.autograd.Function):
-    """A linear layer under one adapter in all rows: forward as merged weights, backward a gradient a row.
-
-    x (R, T, in), a (R, r, in) and b (R, out, r) with equal rows. Automatic differentiation of the two thin products
-    would take six of them; this takes four.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, frozen: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        merged = frozen + (b[0] * scale) @ a[0]
-        ctx.save_for_backward(x, merged, a[0], b[0])
-        ctx.scale = scale
-        return x @ merged.T
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
-        (given,) = above
-        x, merged, a, b = ctx.saved_tensors
-        wants_x, _, wants_a, wants_b, _ = ctx.needs_input_grad
-        into = given @ merged if wants_x else None
-        by_a = (given @ (b * ctx.scale)).mT @ x if wants_a else None
-        by_b = given.mT @ (x @ (a.T * ctx.scale)) if wants_b else None
-        return into, None, by_a, by_b, None
 
 
 class RowModel:
@@ -166,17 +139,13 @@ class RowModel:
         return embedded.embeds, cos.unsqueeze(1), sin.unsqueeze(1), embedded.mask, embedded.head
 
     def _linear(self, index: int, name: str, x: Tensor, adapters: Adapters) -> Tensor:
-        frozen = self.layers[index].weights[name]
+        out = x @ self.layers[index].weights[name].T
         path = f"{self.prefix}layers.{index}.{_MODULES[name]}"
         a = adapters.get(f"{path}.lora_A.weight")
         if a is None:
-            return x @ frozen.T
+            return out
         b = adapters[f"{path}.lora_B.weight"]
-        if a.dim() == 2:  # one for all rows: a product of full width is faster than two thin ones
-            return x @ (frozen + (b * self.scale) @ a).T
-        if a.stride(0) == 0 == b.stride(0):  # one for all rows, whose gradients are wanted row by row
-            return _Shared.apply(x, frozen, a, b, self.scale)  # type: ignore[no-any-return, no-untyped-call]
-        return x @ frozen.T + (x @ a.mT) @ (b.mT * self.scale)
+        return out + (x @ a.transpose(1, 2)) @ (b.transpose(1, 2) * self.scale)
 
     def _attend(
         self, index: int, layer: _Layer, adapters: Adapters, x: Tensor, where: tuple[Tensor, ...], at: Tensor | None
@@ -292,7 +261,8 @@ class AdapterRows:
     def __call__(self, rows: Rows, max_grad_norm: float) -> UnitSum:
         if self.clip is not None:
             return clipped_sum(*self.per_unit(rows), self.clip, max_grad_norm)
-        losses = self._losses(rows, self.parameters)
+        shared = {name: value.expand(rows.packed.rows, *value.shape) for name, value in self.parameters.items()}
+        losses = self._losses(rows, shared)
         values = torch.autograd.grad(losses.sum(), list(self.parameters.values()))
         gradient = {name: value.float() for name, value in zip(self.parameters, values, strict=True)}
         units = self._unit_losses(losses, rows)
@@ -304,12 +274,7 @@ class AdapterRows:
 
     def _losses(self, rows: Rows, trained: Mapping[str, Tensor]) -> Tensor:
         """(R,) losses, each times its share of its unit."""
-        one_a_row = any(value.dim() == 3 for value in trained.values())
-        rest = {
-            name: self._spread(value, rows) if one_a_row else value.detach()
-            for name, value in self.adapter.items()
-            if name not in trained
-        }
+        rest = {name: self._spread(value, rows) for name, value in self.adapter.items() if name not in trained}
         return self.rows.losses(rows, {**rest, **trained}) * rows.weight
 
     @staticmethod

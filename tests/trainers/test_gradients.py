@@ -12,17 +12,7 @@ from dpaudit.errors import DpauditError
 from dpaudit.randomness import Key
 from tests.tiny import random_units
 from trainers.ghost import Ghost
-from trainers.gradients import (
-    Gradient,
-    GradientPath,
-    Hooks,
-    MicroBatch,
-    Plain,
-    add_sums,
-    clip_factors,
-    sum_per_unit,
-    unit_losses,
-)
+from trainers.gradients import GradientPath, Hooks, MicroBatch, Plain, add_sums, clip_factors, sum_per_unit, unit_losses
 from trainers.inputs import Rows, UnitInputs
 from trainers.rows import AdapterRows
 from trainers.vlm import VisionLanguageModel
@@ -145,18 +135,14 @@ def test_chunks_and_padding_change_nothing(tiny: Path) -> None:
         torch.testing.assert_close(parts.gradient[name], whole.gradient[name], rtol=1e-4, atol=1e-6)
 
 
-def apart(one: Gradient, two: Gradient) -> float:
-    """The largest distance of a parameter's gradients, relative to their size."""
-    return max(float((one[name] - value).norm() / value.norm()) for name, value in two.items())
-
-
 def test_plain_is_the_sum_of_unclipped_gradients(tiny: Path) -> None:
     model, parameters, inputs = prepare(tiny, REDUCERS[0], pictures=2)
     rows = all_rows(inputs)
     unclipped = MicroBatch(model, parameters)(rows, 1e9)
     for plain in (Plain(model, parameters), adapter_rows(model, parameters, inputs, private=False)):
         found = plain(rows, 1.0)
-        assert apart(found.gradient, unclipped.gradient) < 1e-5
+        for name in parameters:
+            torch.testing.assert_close(found.gradient[name], unclipped.gradient[name], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found.losses, unclipped.losses, rtol=1e-5, atol=1e-6)
 
 
@@ -169,7 +155,8 @@ def test_rows_train_a_part_of_the_adapter_at_the_values_of_the_rest(tiny: Path, 
     oracle = (MicroBatch(model, parameters) if private else Plain(model, parameters)).over(some)
     expected = oracle(rows, 0.5 if private else 1.0)
     assert set(found.gradient) == set(some)
-    assert apart(found.gradient, expected.gradient) < 1e-5
+    for name in some:
+        torch.testing.assert_close(found.gradient[name], expected.gradient[name], rtol=1e-4, atol=1e-6)
 
 
 def test_rows_follow_the_adapter_as_it_is_trained(tiny: Path) -> None:
