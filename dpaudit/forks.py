@@ -182,7 +182,8 @@ class ForkServer:
             (self._started if word == b"started" else self.ended)[int(which)] = int(value)
 
     def close(self) -> None:
-        """End the server and every copy that still runs."""
+        """End the server, which may still be importing, and every copy that still runs."""
+        self._process.kill()
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 with contextlib.suppress(BrokenPipeError):

@@ -80,7 +80,7 @@ def _import(modules: Sequence[str], null: int) -> None:
     spoken = os.dup(2)
     os.dup2(null, 2)
     for name in modules:
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception, SystemExit):
             importlib.import_module(name)
     sys.stderr.flush()
     os.dup2(spoken, 2)

@@ -59,9 +59,8 @@ class TokenPath:
     """The parts of a training step from pictures to noise.
 
     gradient: the run's own way to a clipped sum; others: further ways that steps of the run took, or may have taken.
-    fusion_std: any positive number where fusion noise is on (only its
-    independence is at stake). encode: units to model inputs; `noise`: (key, step) to the gradient noise of that step at
-    standard deviation 1.
+    fusion_std: any positive number where fusion noise is on (only its independence is at stake). encode: units to model
+    inputs; `noise`: (key, step) to the gradient noise of that step at standard deviation 1.
     """
 
     model: VisionLanguageModel
@@ -95,7 +94,6 @@ class TokenPath:
         from trainers.noise import noise_like
 
         first, *others = gradients or (Hooks(model, parameters),)
-
         return cls(
             model,
             parameters,

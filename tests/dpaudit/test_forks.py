@@ -110,6 +110,16 @@ def test_copies_end_with_a_server_that_is_killed(tmp_path: Path) -> None:
             server.start(f"{MODULE}:stay", str(place))
 
 
+def test_a_server_that_still_imports_is_not_waited_for(tmp_path: Path) -> None:
+    """As when somebody presses Ctrl-C in the first seconds."""
+    (tmp_path / "slow_to_import.py").write_text("import time; time.sleep(60)")
+    path = os.pathsep.join([str(tmp_path), HERE["PYTHONPATH"]])
+    began = time.monotonic()
+    with ForkServer(["slow_to_import"], {**HERE, "PYTHONPATH": path}):
+        time.sleep(0.5)
+    assert time.monotonic() - began < 20
+
+
 def test_an_executor_imports_its_modules_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(HERE["PYTHONPATH"])
     jobs = "tests.dpaudit.jobs:imported"
