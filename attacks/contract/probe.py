@@ -318,6 +318,11 @@ class _Types(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.coarsest = 0.0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: hiding this mode from torch.compile would import all of it, which takes seconds in every process."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor) and result.dtype in (torch.float16, torch.bfloat16) and result.numel() > 1:

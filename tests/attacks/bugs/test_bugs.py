@@ -1,12 +1,11 @@
 """Planted bugs are caught by the check that is meant for them; correct trainers are not, and the game agrees."""
 
+import functools
 import inspect
-from types import ModuleType
 
 import pytest
 from scipy.stats import binom
 
-from attacks import contract
 from attacks.bugs import (
     accounting,
     alternating,
@@ -33,6 +32,7 @@ from attacks.bugs.table import BUGS, bug
 from attacks.contract import check_names
 from attacks.contract.influence import Bench
 from attacks.contract.probe import Probe
+from tests.contract import one
 from trainers.adapters import compact, zeroth_order
 from trainers.adapters.compact import Compact
 
@@ -86,31 +86,23 @@ EXPECTED = {
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_planted_bug_is_caught_by_its_check(name: str) -> None:
     row = bug(name)
-    bench = Bench(Probe(row.factory, target=row.target))
-    found = {check.name: check.status for check in module_of(EXPECTED[name]).checks(bench)}
-    assert found[EXPECTED[name]] == "fail"
+    assert one(row.factory, EXPECTED[name], target=row.target).status == "fail"
 
 
-def module_of(check: str) -> ModuleType:
-    """The module of the contract that makes a check."""
-    made_by = {contract.independence: contract.noise}  # which has the draws that both look at
-    named = [
-        made_by.get(module, module)
-        for module in (*contract.MODULES, contract.independence)
-        if check in [value for key, value in vars(module).items() if f"{key}_WHY" in vars(module)]
-    ]
-    assert len(named) == 1
-    return named[0]
+@functools.cache
+def found(name: str) -> BugRow:
+    """By the whole contract, in this process."""
+    return run_bug(bug(name), game=False)
 
 
 def test_a_row_says_which_checks_found_it() -> None:
-    row = run_bug(bug("batch-mean-clipped"), game=False)
+    row = found("batch-mean-clipped")
     assert "clipping per unit" in row.contract and row.verdict == "fail"
     assert row.caught and row.why_not is None
 
 
 def test_every_other_check_has_a_bug_that_only_it_was_made_for() -> None:
-    """The others have their faults in tests/attacks/contract (test_contract.py, test_training.py)."""
+    """The others have their faults in tests/attacks/contract."""
     elsewhere = {
         "moves along the public line",
         "equal parameters, equal release",
@@ -126,7 +118,7 @@ def test_every_other_check_has_a_bug_that_only_it_was_made_for() -> None:
 
 @pytest.mark.parametrize("name", [row.name for row in BUGS if row.out_of_reach])
 def test_what_is_out_of_reach_is_reported_as_missed(name: str) -> None:
-    row = run_bug(bug(name), game=False)
+    row = found(name)
     assert not row.caught and row.why_not
 
 
@@ -156,7 +148,7 @@ def test_the_table_holds_every_planted_class_once_with_a_source() -> None:
 
 
 def test_document_counts_what_was_caught() -> None:
-    rows = [run_bug(bug(name), game=False) for name in ("no-noise", "weak-generator")]
+    rows = [found(name) for name in ("batch-mean-clipped", "weak-generator")]
     result = document(rows)
     assert (result.caught, result.caught_by_contract, len(result.bugs)) == (1, 1, 2)
     assert type(result).model_validate_json(result.to_json()) == result
