@@ -28,6 +28,12 @@ def one(factory: Callable[..., Any], check: str, *, seed: int = 0, target: str |
     return next(found for found in made if found.name == check)
 
 
+def all_but(factory: Callable[..., Any], *modules: ModuleType) -> dict[str, Check]:
+    """Every check of a factory but those of `modules`, by name."""
+    bench = Bench(Probe(factory))
+    return {found.name: found for module in contract.MODULES if module not in modules for found in module.checks(bench)}
+
+
 def by_name(document: CheckDocument) -> dict[str, Check]:
     """The checks of a document."""
     return {item.name: item for item in document.checks}

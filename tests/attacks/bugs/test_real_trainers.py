@@ -19,6 +19,19 @@ def test_dual_priv_keeps_the_contract() -> None:
         assert status[name] == "pass"
 
 
+def test_zeroth_order_keeps_the_contract() -> None:
+    document = check(vlm.dp_zo)
+    assert document.verdict == "pass", [item for item in document.checks if item.status == "fail"]
+    status = {item.name: item.status for item in document.checks}
+    for name in ("influence of one unit", "noise level", "moves along the public line", "eps reported", "empty batch"):
+        assert status[name] == "pass"
+
+
+def test_blocks_chosen_ahead_of_a_step_keep_the_contract() -> None:
+    document = check(vlm.previous)
+    assert document.verdict == "pass", [item for item in document.checks if item.status == "fail"]
+
+
 def test_a_hugging_face_trainer_keeps_the_contract() -> None:
     document = check(foreign.hugging_face)
     assert document.verdict == "pass", [item for item in document.checks if item.status == "fail"]

@@ -122,23 +122,15 @@ from trainers.adapters.compact import Compact
 class Correct(Compact):
     def epsilon(self, delta):
         time.sleep(60)
-
-class Half(Correct):
-    def noise_std(self):
-        return 0.5 * super().noise_std()
 """
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "code", "verdict"),
-    [("Correct", ["--strict"], 3, "inconclusive"), ("Half", [], 1, "fail")],
-)
-def test_the_command(tmp_path: Path, name: str, options: list[str], code: int, verdict: str) -> None:
+def test_the_command(tmp_path: Path) -> None:
     (tmp_path / "slow_of_mine.py").write_text(MINE)
-    words = ["check", f"slow_of_mine:{name}", "--time-limit", "3", "--json", *options]
+    words = ["check", "slow_of_mine:Correct", "--time-limit", "3", "--json", "--strict"]
     done = commands.run(*words, cwd=tmp_path, timeout=200)
-    assert done.code == code, done.stderr
+    assert done.code == 3, done.stderr
     document = json.loads(done.stdout)
-    assert document["verdict"] == verdict and document["problem"] is None
+    assert document["verdict"] == "inconclusive" and document["problem"] is None
     lacking = {check["name"]: check["measured"] for check in document["checks"] if check["status"] == "not applicable"}
     assert "epsilon(1e-05): did not return within 3 s (--time-limit)" in lacking["eps reported"]
