@@ -3,8 +3,6 @@
 import io
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +30,9 @@ from dpaudit.config import resolve
 from dpaudit.documents import AuditDocument, Claim, EnvironmentDocument, FusionAudit, GradientPathName
 from dpaudit.errors import UsageError
 from dpaudit.runs import RunFolder
+from tests import commands
 from tests.tiny import random_units
 
-DPAUDIT = Path(sys.executable).parent / "dpaudit"
 KINDS = ("mislabelled", "noise", "new-token")
 
 
@@ -214,9 +212,8 @@ def test_a_recorded_path_that_clips_nothing_is_refused(run: Path) -> None:
 
 
 def test_the_installed_command_prints_one_document_and_leaves_it_in_the_release(run: Path) -> None:
-    arguments = [DPAUDIT, "audit", run, "--json", "--confidence", "0.9"]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    done = commands.run("audit", run, "--json", "--confidence", "0.9", timeout=300)
+    assert done.code == 0, done.stderr
     document = AuditDocument.model_validate_json(done.stdout)
     assert document.to_json() == done.stdout == (run / "release" / "audit.json").read_text()
     assert document.verdict == "inconclusive"

@@ -55,10 +55,10 @@ class HalfClipped(MicroBatch):
 
 
 def test_a_second_way_to_the_sum_is_held_to_the_same_bound(tiny: Path, units: Sequence[Unit]) -> None:
-    path = token_path(tiny)
-    rows = audit_sensitivity(replace(path, others=(HalfClipped(path.model, path.parameters),)), units)
+    path, few = token_path(tiny), units[:2]
+    rows = audit_sensitivity(replace(path, others=(HalfClipped(path.model, path.parameters),)), few)
     assert worst(rows)["add-remove"] == pytest.approx(2.0, abs=1e-3)
-    fine = audit_sensitivity(replace(path, others=(MicroBatch(path.model, path.parameters),)), units)
+    fine = audit_sensitivity(replace(path, others=(MicroBatch(path.model, path.parameters),)), few)
     assert all(row.holds for row in fine) and fine[0].comparisons == rows[0].comparisons
 
 
