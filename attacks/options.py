@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 
 from dpaudit import config as configuration
-from dpaudit import folders
-from dpaudit.bounds import validate
+from dpaudit import folders, validate
 from dpaudit.config import RunConfig
 from dpaudit.errors import UsageError, rejected
 from dpaudit.runs import RunFolder

@@ -9,7 +9,8 @@ For each (sigma, q, T, delta, relation):
   lattice, no convolution, no truncation of the losses. Both sums converge geometrically; aliasing of the outer one only
   raises delta. `exact_error` is the relative error of delta that cutting the integral may cause, and the eps of the row
   is taken at delta raised and lowered by it.
-- the Gaussian's closed form where q = 1, one step's closed form where T = 1;
+- the Gaussian's closed form where q = 1, one step's closed form where T = 1; the integral's doubles are right to about
+  1e-7, so where it is above the closed form without any sampling, which no sampling exceeds, that is the exact one;
 - RDP (dp-accounting) where it says something, and PRV (Opacus) in every eighth row of at most 10,000 steps;
 - `mpmath`: every 50th row's contour integral again in 40 digits.
 
@@ -200,8 +201,9 @@ def exact(sigma: float, rate: float, steps: int, delta: float, relation: str) ->
     if steps == 1:
         return one_step(sigma, rate, delta, relation), 0.0, "closed form of one step"
     orders = ("replace",) if relation == "replace" else ("remove", "add")
-    found = [Contour(sigma, rate, steps, order).epsilon(delta) for order in orders]
-    return (*max(found), "contour integral")
+    value, error = max(Contour(sigma, rate, steps, order).epsilon(delta) for order in orders)
+    full = accounting.gaussian_epsilon(moved * math.sqrt(steps) / sigma, delta)
+    return min(value, full), error, "contour integral" if value < full else "closed form without sampling"
 
 
 def in_digits(sigma: float, rate: float, steps: int, eps: float, direction: str) -> float:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from attacks.options import levels
-from dpaudit.bounds import validate
+from dpaudit import validate
 from dpaudit.errors import UsageError, rejected
 
 AUDITS = ("canaries", "white-box", "contract")

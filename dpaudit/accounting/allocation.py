@@ -47,8 +47,9 @@ import numpy.typing as npt
 from scipy.special import ndtr, ndtri
 
 from dpaudit.accounting.events import Direction, DpSgd
+from dpaudit.accounting.pairs import UNIT, between
 from dpaudit.accounting.schemes import moved
-from dpaudit.accounting.steps import UNIT, Lattice, between
+from dpaudit.accounting.steps import Lattice
 
 Floats = npt.NDArray[np.float64]
 

@@ -18,7 +18,8 @@ Everything that is not exact errs upwards:
 - rounding: with z the computed transform and e a bound on its error (Higham 2002, theorem 24.2, with a constant for
   mixed radices), |z^T - true| <= T e (|z| + e)^(T-1), so no probability is wrong by more than the mean of that over the
   frequencies plus the inverse's own rounding. That much is added to each of them (`Composed.allowance`). Losses are
-  raised by what one step's may be too small, times T.
+  raised by what one step's may be too small, times T. Where hardly any step has a loss that counts, what one of them
+  does is taken from the lattice itself, and the transform gives what is of second order (`_rare`).
 """
 
 import math
@@ -29,12 +30,14 @@ import numpy.typing as npt
 from scipy.fft import irfft, next_fast_len, rfft
 
 from dpaudit.accounting.moments import Parts
-from dpaudit.accounting.steps import UNIT, Lattice
+from dpaudit.accounting.pairs import UNIT
+from dpaudit.accounting.steps import Lattice
 
 Floats = npt.NDArray[np.float64]
 
 # Losses of at most so many grid steps are transformed term by term, in so many terms at most.
 _BULK, _TERMS = 2_000, 4_000_000
+_SMALL = 0.25  # sum of T |z - 1| up to which losses that count are rare
 _FFT = (
     12.0  # units of roundoff per halving in an FFT; Higham's constant for radix 2 is 7, mixed radices differ a little
 )
@@ -76,7 +79,8 @@ def compose(
     size = next_fast_len(max(16, math.ceil((window[1] - low) / grid) + 2), real=True)
     logarithm, log_scale = np.zeros(size // 2 + 1, dtype=np.complex128), 0.0
     factors: list[_Factor] = []
-    relative, infinite, slack = 1e-9, 0.0, 0.0
+    once = np.zeros(size)  # what the sum is where no more than one loss counts, minus a certain 0
+    relative, infinite, slack = 1e-9, 0.0, 0.0  # far more than the roundoff of any single number
     for part in parts:
         single = part.lattice(grid, theta)
         tilted, log_norm, exponent = _tilted(single, theta)
@@ -85,7 +89,9 @@ def compose(
         logarithm += part.times * log_z
         modulus = np.abs(1.0 + change)
         terms = terms + 4.0 * UNIT * modulus * np.minimum(np.abs(log_z), 700.0)
-        factors.append(_Factor(modulus, norm, terms, part.times))
+        factors.append(_Factor(modulus, norm, terms, part.times, change))
+        once += part.times * np.bincount((single.first + np.arange(tilted.size)) % size, tilted, minlength=size)
+        once[0] -= part.times * float(tilted.sum())
         log_scale += part.times * log_norm
         relative += part.times * (single.relative + UNIT * (8.0 + exponent))
         infinite += part.times * single.infinite
@@ -94,6 +100,8 @@ def compose(
     each, together = _rounding(factors, size)
     inverse = _FFT * math.log2(size) * UNIT * float(np.linalg.norm(result))
     each, together = each + inverse, together + math.sqrt(size) * inverse
+    if careful and (rare := _rare(factors, once, logarithm)) is not None and rare[1] < each:
+        result, each, together = rare
     tilted = np.clip(np.roll(result, -first), 0.0, None)
     infinite = min(1.0, infinite + beyond)
     return Composed(grid, first, tilted, theta, log_scale, each, together, relative, infinite, slack)
@@ -117,6 +125,7 @@ class _Factor:
     norm: float
     terms: Floats
     times: int
+    change: npt.NDArray[np.complex128]
 
 
 def _transform(tilted: Floats, first: int, size: int, times: int) -> tuple[npt.NDArray[np.complex128], float, Floats]:
@@ -191,6 +200,34 @@ def _rounding(factors: list[_Factor], size: int) -> tuple[float, float]:
     return each, together
 
 
+def _rare(
+    factors: list[_Factor], once: Floats, logarithm: npt.NDArray[np.complex128]
+) -> tuple[Floats, float, float] | None:
+    """The composed probabilities where hardly any step has a loss that counts, and the bounds of `_rounding`.
+
+    With w = z - 1 the product of all z^T is 1 + sum T w + R. The inverse of 1 + sum T w is known without any transform,
+    and only R goes through one: it is of second order in sum T |w|, and so is its error, since the derivative of R by w
+    is T (product over the others - 1). What is known is right to some units of roundoff of the result, of most of which
+    it is; `Composed.relative` allows for that. None where sum T |w| is not small.
+    """
+    size, linear, moved = once.size, np.zeros_like(logarithm), np.zeros(logarithm.size)
+    for factor in factors:
+        linear += factor.times * factor.change
+        moved += factor.times * (np.abs(factor.change) + factor.norm + factor.terms)
+    if float(moved.max()) > _SMALL:
+        return None
+    # |ln(1 + w)| <= 1.4 |w| for |w| <= 1/2.
+    others = np.expm1(1.4 * moved)
+    result = irfft(np.expm1(logarithm) - linear, size)
+    error = sum(factor.times * (factor.norm + factor.terms) for factor in factors) * others + 16.0 * UNIT * moved
+    inverse = _FFT * math.log2(size) * UNIT * float(np.linalg.norm(result))
+    each = 2.0 * float(error.sum()) / size + inverse
+    together = math.sqrt(2.0) * float(np.linalg.norm(error)) + math.sqrt(size) * inverse
+    result += once
+    result[0] += 1.0
+    return result, each, together
+
+
 def epsilon_of(composed: Composed, delta: float, target: float) -> float:
     """The smallest eps >= 0 whose delta is at most `delta`, with every allowance; inf where there is none.
 
@@ -225,7 +262,8 @@ def _delta_at(losses: Floats, p: Floats, grid: float, target: float) -> tuple[Fl
     With C_j = sum_{k > j} p_k e^(l_j - l_k): delta(l_j) = delta(l_(j+1)) + (e^h - 1) C_j.
     """
     scaled = np.clip(losses - target, -600.0, 600.0)
-    under_q = np.r_[np.cumsum((p * np.exp(-scaled))[::-1])[::-1][1:], 0.0]
-    weight = under_q * np.exp(scaled)
-    at = np.r_[np.cumsum((math.expm1(grid) * weight)[::-1])[::-1]]
+    with np.errstate(over="ignore"):  # inf is more than any budget
+        under_q = np.r_[np.cumsum((p * np.exp(-scaled))[::-1])[::-1][1:], 0.0]
+        weight = under_q * np.exp(scaled)
+        at = np.r_[np.cumsum((math.expm1(grid) * weight)[::-1])[::-1]]
     return at, weight

@@ -1,6 +1,7 @@
 """What an accountant composes, and the numbers that come back."""
 
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -15,6 +16,7 @@ Noise = Literal["gaussian", "laplace"]
 Scheme = Literal["poisson", "fixed", "shuffle", "allocation"]
 
 SMALLEST_DELTA = 1e-30  # a bound on what is tested; nothing in the method ends there
+MOST_STEPS = 10**10  # beyond 1e13 the loss of one step disappears in the rounding of the sum
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,15 @@ class DpSgd:
     epoch: int | None = None
 
     def __post_init__(self) -> None:
+        self._in_python(
+            "noise_multiplier", as_number("noise-multiplier", self.noise_multiplier, "a finite number >= 0")
+        )
+        self._in_python("sample_rate", as_number("sample-rate", self.sample_rate, "a number from 0 to 1"))
+        self._in_python("steps", as_steps("steps", self.steps))
         if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
             raise rejected("noise-multiplier", self.noise_multiplier, "a finite number >= 0")
         if not 0 <= self.sample_rate <= 1:
             raise rejected("sample-rate", self.sample_rate, "a number from 0 to 1")
-        if self.steps != int(self.steps) or self.steps < 0:
-            raise rejected("steps", self.steps, "an integer >= 0")
         if self.relation not in get_args(Relation):
             raise rejected("relation", self.relation, get_args(Relation))
         if self.noise not in get_args(Noise):
@@ -64,12 +69,17 @@ class DpSgd:
         elif self.epoch is not None:
             raise rejected("epoch", self.epoch, "None, but for sampling=allocation")
 
+    def _in_python(self, field: str, value: float) -> None:
+        """Python's own numbers: a float32 of numpy would carry its precision into every later step, and equals the
+        float under whose name results are remembered."""
+        object.__setattr__(self, field, value)
+
     def _check_allocation(self) -> None:
         if self.noise == "laplace":
             raise rejected("sampling", self.sampling, "poisson or shuffle for Laplace noise")
         if self.relation == "replace":
             raise rejected("relation", self.relation, "add-remove or zero-out for sampling=allocation")
-        if self.epoch is not None and not (isinstance(self.epoch, int) and self.epoch >= 1):
+        if self.epoch is not None and not _is_count(self.epoch):
             raise rejected("epoch", self.epoch, "an integer >= 1: the steps of an epoch")
         if self.sample_rate == 0 or (self.epoch is None and not self._whole_epochs()):
             raise rejected("sample-rate", self.sample_rate, "k / t for sampling=allocation: 1 / t, or with epoch = t")
@@ -113,6 +123,16 @@ class PrivacyLosses:
     infinity_mass: float
 
 
+@dataclass(frozen=True)
+class GroupOfUnits(DpSgd):
+    """The same for `units` units of one person under Poisson sampling of each: what they add moves together.
+
+    Only Gaussian noise, add-remove or zero-out (dpaudit.accounting.groups).
+    """
+
+    units: int = 1
+
+
 def trivial(event: DpSgd) -> float | None:
     """eps where nothing has to be computed: 0 when nothing is released, inf without noise."""
     if event.sample_rate == 0 or event.steps == 0:
@@ -138,5 +158,29 @@ def neighbouring(relation: Relation) -> Any:
 
 def check_delta(delta: float) -> None:
     """UsageError unless the accountants can resolve `delta`."""
-    if not SMALLEST_DELTA <= delta < 1:
-        raise rejected("delta", delta, f"a number from {SMALLEST_DELTA:g} to below 1")
+    accepted = f"a number from {SMALLEST_DELTA:g} to below 1"
+    if not SMALLEST_DELTA <= as_number("delta", delta, accepted) < 1:
+        raise rejected("delta", delta, accepted)
+
+
+def as_number(field: str, value: object, accepted: str) -> float:
+    """`value` as a float; UsageError for what is no real number, and for one that no float holds."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            pass
+    raise rejected(field, value, accepted)
+
+
+def as_steps(field: str, value: object) -> int:
+    """`value` as an int from 0 to MOST_STEPS; UsageError for anything else."""
+    accepted = f"an integer >= 0 (at most {MOST_STEPS:,})"
+    number = as_number(field, value, accepted)
+    if not (0 <= number <= MOST_STEPS and number == int(number)):
+        raise rejected(field, value, accepted)
+    return int(number)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1

@@ -14,20 +14,20 @@ delta(0) is the total variation between both worlds.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 
-from dpaudit.accounting.events import SMALLEST_DELTA, DpSgd, trivial
+from dpaudit.accounting.events import SMALLEST_DELTA, DpSgd, GroupOfUnits, check_delta, trivial
 from dpaudit.accounting.gaussian import gaussian_delta, gaussian_epsilon
 from dpaudit.accounting.pld import COARSE, discrete_losses, together
 from dpaudit.accounting.schemes import composed_as, moved
 from dpaudit.accounting.steps import directions
+from dpaudit.validate import count
 
-MOST_NOISE = 1e4
-WIDEST = 30.0  # standard deviations of one step; beyond, the loss distribution of a group says nothing worth its cost
+WIDEST = 30.0  # standard deviations of one step; beyond, a whole distribution of losses says nothing worth its cost
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class GroupLoss:
 @lru_cache(maxsize=256)
 def group_loss(event: DpSgd, units: int, delta: float) -> GroupLoss:
     """eps of `units` units of one person under `event`, an upper bound at `delta` (or at the delta that it names)."""
+    check_delta(delta)
+    units = count("units", units, least=1)
     step = composed_as(event)
     known = trivial(step)
     if known is not None:
@@ -49,30 +51,12 @@ def group_loss(event: DpSgd, units: int, delta: float) -> GroupLoss:
     mu = units * moved(step) / step.noise_multiplier
     if step.noise == "gaussian" and step.sample_rate == 1:
         return GroupLoss(gaussian_epsilon(mu * math.sqrt(step.steps), delta), delta, "mechanism")
-    sampled = step.noise == "gaussian" and step.sampling == "poisson" and step.relation != "replace"
-    if sampled and mu <= WIDEST:
-        return GroupLoss(_sampled(step, units, delta), delta, "mechanism")
+    if units == 1:
+        return GroupLoss(together([step], delta), delta, "mechanism")
+    if step.noise == "gaussian" and step.sampling == "poisson" and step.relation != "replace":
+        group = GroupOfUnits(step.noise_multiplier, step.sample_rate, step.steps, step.relation, units=units)
+        return GroupLoss(together([group], delta, COARSE), delta, "mechanism")
     return _by_lemma(step, units, delta)
-
-
-def _sampled(step: DpSgd, units: int, delta: float) -> float:
-    from dp_accounting.pld import privacy_loss_distribution
-    from scipy.stats import binom
-
-    # Less noise leaks more, so the bound stays one; beyond this the grid of losses has no useful width.
-    step = replace(step, noise_multiplier=min(step.noise_multiplier, MOST_NOISE))
-    rate = step.sample_rate
-    # One unit that moves k C and is there whenever one of the k is: wider than the mixture, so its grid serves.
-    wide = replace(step, noise_multiplier=step.noise_multiplier / units, sample_rate=1 - (1 - rate) ** units)
-    width = 2 * together([wide], 1e-10, COARSE)
-    single = privacy_loss_distribution.from_mixture_gaussian_mechanism(
-        step.noise_multiplier,
-        sensitivities=list(range(units + 1)),
-        sampling_probs=[float(binom.pmf(number, units, rate)) for number in range(units + 1)],
-        value_discretization_interval=min(max(0.01 * units, width / 20_000), max(width / 2_000, 1e-9)),
-    )
-    composed = single if step.steps == 1 else single.self_compose(step.steps)
-    return float(composed.get_epsilon_for_delta(delta))
 
 
 def _by_lemma(step: DpSgd, units: int, delta: float) -> GroupLoss:

@@ -16,7 +16,8 @@ from scipy.optimize import minimize_scalar
 
 from dpaudit.accounting.allocation import epoch_lattice, epoch_points, epoch_rounding
 from dpaudit.accounting.events import Direction, DpSgd
-from dpaudit.accounting.steps import UNIT, Lattice, lattice, points, reach_for
+from dpaudit.accounting.pairs import UNIT
+from dpaudit.accounting.steps import Lattice, lattice, points, reach_for
 
 Floats = npt.NDArray[np.float64]
 
@@ -211,6 +212,29 @@ def _least(parts: Parts, value: Callable[[float], float]) -> float:
         lambda x: value(scale * math.exp(x)), bounds=(-9.0, 9.0), method="bounded", options={"xatol": 1e-3}
     )
     return float(scale * math.exp(found.x))
+
+
+def spread(parts: Parts, theta: float, grid: float, probability: float) -> float:
+    """By how much rounding to the lattice may move the sum tilted by `theta`, but with about at most `probability`.
+
+    Bernstein's inequality: each step's loss moves within one place of the grid and keeps its mean, so that the variance
+    is at most T h^2 / 4, and at most h times the sum of absolute losses.
+    """
+    found, log_p = moments(parts, theta), -math.log(probability)
+    variance = min(found.steps * grid * grid / 4.0, grid * found.bulk)
+    return 2.0 / 3.0 * grid * log_p + math.sqrt(2.0 * variance * log_p)
+
+
+def lattice_top(parts: Parts, grid: float, theta: float, at: float, log_probability: float) -> float:
+    """A loss that the sum on the lattice of `theta` exceeds with probability at most e^log_probability: Markov's
+    inequality for e^(at L), of the lattice's own probabilities."""
+    total = 0.0
+    for part in parts:
+        single = part.lattice(grid, theta)
+        exponents = np.where(single.probabilities > 0, at * single.losses, -np.inf)
+        top = float(exponents.max())
+        total += part.times * (top + math.log(float(single.probabilities @ np.exp(exponents - top))) + single.relative)
+    return (total + 1e-9 - log_probability) / at
 
 
 def grid_of(parts: Parts, theta: float, wished: float, window: tuple[float, float], counts: tuple[int, int]) -> float:

@@ -3,7 +3,8 @@
 Never below the truth: the lattice is pessimistic, the convolution exact in the tail, and truncation and rounding are
 allowed for (dpaudit.accounting.steps and .composition say how). Tight: the lattice is chosen to cost a stated share of
 eps (`FINE`), which takes about sqrt(T) points. Where that would be too many the grid gets coarser. The number is the
-smallest of this bound, Rényi DP's and that of pure privacy; without subsampling it is the Gaussian's closed form.
+smallest of this bound, Rényi DP's, that of pure privacy and the Gaussian's without subsampling; where nothing is
+subsampled, and for a single step, it is a closed form.
 """
 
 import importlib.metadata
@@ -19,21 +20,24 @@ from scipy.special import ndtri
 
 from dpaudit.accounting.allocation import pieces
 from dpaudit.accounting.composition import Composed, compose, epsilon_of
-from dpaudit.accounting.events import Direction, DpSgd, PrivacyLosses, check_delta, trivial
+from dpaudit.accounting.events import Direction, DpSgd, PrivacyLosses, as_steps, check_delta, trivial
 from dpaudit.accounting.gaussian import gaussian_epsilon
 from dpaudit.accounting.moments import (
     LOST,
     Parts,
     chernoff,
     grid_of,
+    lattice_top,
     moments,
     parts_of,
     renyi,
     saddle,
     spacing,
+    spread,
     tilt,
     tilted_range,
 )
+from dpaudit.accounting.one_step import one_step_epsilon
 from dpaudit.accounting.schemes import composed_as, moved
 from dpaudit.accounting.steps import directions, largest_loss
 from dpaudit.documents import EpsilonAt
@@ -75,8 +79,7 @@ def together(events: Sequence[DpSgd], delta: float, tolerance: float = FINE) -> 
 def curve(event: DpSgd, deltas: "npt.ArrayLike") -> tuple[EpsilonAt, ...]:
     """eps at several deltas, as the claim document holds them."""
     return tuple(
-        EpsilonAt(delta=float(delta), epsilon=epsilon(event, float(delta)))
-        for delta in np.atleast_1d(np.asarray(deltas, dtype=np.float64))
+        EpsilonAt(delta=float(delta), epsilon=epsilon(event, delta)) for delta in np.atleast_1d(np.asarray(deltas))
     )
 
 
@@ -88,7 +91,8 @@ def epsilon_after(event: DpSgd, steps: int, delta: float) -> float:
     decreases with `steps`.
     """
     check_delta(delta)
-    if steps <= 0:
+    steps = as_steps("steps", max(steps, 0) if isinstance(steps, int) else steps)
+    if steps == 0:
         return 0.0
     if steps >= event.steps:
         return epsilon(replace(event, steps=steps), delta)
@@ -143,9 +147,11 @@ def _together(events: tuple[DpSgd, ...], delta: float, tolerance: float) -> floa
         return 0.0
     if len(steps) == 1 and steps[0] == (replace(steps[0][0], sample_rate=1.0, noise="gaussian"), 1):
         return gaussian_epsilon(moved(steps[0][0]) / steps[0][0].noise_multiplier, delta)
+    if len(steps) == 1 and steps[0][1] == 1 and (exact := one_step_epsilon(steps[0][0], delta)) < math.inf:
+        return exact
     value = _by_losses(steps, delta, tolerance)
-    if any(event.sampling == "allocation" for event in costly):
-        # With little noise the unit is seen in any case, and the closed form without amplification is smaller.
+    if all(event.noise == "gaussian" for event in costly):
+        # With little noise the unit is seen in any case, and the closed form without amplification may be smaller.
         mu = math.sqrt(sum(_participations(event) * (moved(event) / event.noise_multiplier) ** 2 for event in costly))
         value = min(value, gaussian_epsilon(mu, delta))
     return value
@@ -173,14 +179,19 @@ def _single(event: DpSgd) -> Steps:
 
 
 def _by_losses(steps: Steps, delta: float, tolerance: float) -> float:
-    """The larger eps of both directions; the one that is clearly smaller at a coarse look is not looked at again."""
+    """The larger eps of both directions; the one that is clearly smaller at a coarse look is not looked at again.
+
+    Of the coarse and the fine number the smaller counts: where losses are rare, rounding costs more on a fine grid.
+    """
     orders = sorted({direction for step, _ in steps for direction in directions(step)}, reverse=True)
-    if len(orders) == 1 or tolerance != FINE:
-        return max(_one_direction(steps, direction, delta, tolerance) for direction in orders)
     rough = {direction: _one_direction(steps, direction, delta, COARSE) for direction in orders}
-    first, second = sorted(orders, key=lambda direction: -rough[direction])
-    value = _one_direction(steps, first, delta, tolerance)
-    return value if rough[second] <= value else max(value, _one_direction(steps, second, delta, tolerance))
+    if tolerance != FINE:
+        return max(rough.values())
+    value = 0.0
+    for direction in sorted(orders, key=lambda direction: -rough[direction]):
+        if rough[direction] > value:
+            value = max(value, min(rough[direction], _one_direction(steps, direction, delta, FINE)))
+    return value
 
 
 @lru_cache(maxsize=4096)
@@ -203,7 +214,7 @@ def _one_direction(steps: Steps, direction: Direction, delta: float, tolerance: 
 def _on_lattice(parts: Parts, delta: float, tolerance: float, guess: float, best: float) -> float:
     """eps with the tilts and transforms in turn, cheap ones first, until the allowance for rounding costs little."""
     cut = 0.5 * LOST * delta
-    top = chernoff(parts, math.log(cut))[0]
+    top, at = chernoff(parts, math.log(cut))
     theta, (low, high) = tilt(parts, best, guess)
     window = (min(low, guess), max(high, top, 1e-12))
     deviation = math.sqrt(moments(parts, 0.0).variance)
@@ -216,7 +227,10 @@ def _on_lattice(parts: Parts, delta: float, tolerance: float, guess: float, best
             low, high = tilted_range(parts, tilted, _TAIL)
             window = (min(low, guess), max(high, top))
             grid = max(grid, (window[1] - window[0]) / (2 * _POINTS[tolerance][1]))
-        composed = compose(parts, grid, tilted, window, cut, careful=careful)
+        # Of the lattice, not of the steps: what it rounds beyond an end of the window comes back at the other.
+        moved_by = spread(parts, tilted, grid, _TAIL)
+        ends = window[0] - moved_by, max(window[1] + moved_by, lattice_top(parts, grid, tilted, at, math.log(cut)))
+        composed = compose(parts, grid, tilted, ends, cut, careful=careful)
         value = min(value, epsilon_of(composed, delta, guess))
         if value - epsilon_of(replace(composed, allowance=0.0), delta, guess) <= 0.5 * tolerance * value:
             break
@@ -231,7 +245,9 @@ def _whole(steps: Steps, direction: Direction, tolerance: float) -> Composed:
     guess, theta = saddle(parts, math.log(_TYPICAL))
     wished = spacing(parts, theta, tolerance * max(guess, 1e-3 * math.sqrt(moments(parts, 0.0).variance)))
     grid = grid_of(parts, 0.0, wished, (low, high), _WHOLE_POINTS[tolerance])
-    return compose(parts, grid, 0.0, (low, high), _TAIL)
+    moved_by, at = spread(parts, 0.0, grid, _TAIL), chernoff(parts, math.log(_TAIL))[1]
+    ends = low - moved_by, max(high + moved_by, lattice_top(parts, grid, 0.0, at, math.log(_TAIL)))
+    return compose(parts, grid, 0.0, ends, _TAIL)
 
 
 def _wide(event: DpSgd) -> bool:

@@ -35,7 +35,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import log_ndtr, ndtr
 
-from dpaudit.accounting.events import DpSgd, sensitivity
+from dpaudit.accounting.events import DpSgd, GroupOfUnits, sensitivity
 
 _DEVIATIONS = 10.0  # of the noise beyond which its mass (8e-24) is moved to infinite loss
 
@@ -57,8 +57,10 @@ def composed_as(event: DpSgd) -> DpSgd:
 
 
 def moved(event: DpSgd) -> float:
-    """What one unit can move in one step, in units of C; 2 whatever the relation where another unit gives way."""
-    return 2.0 if event.sampling == "fixed" else sensitivity(event.relation)
+    """What one unit (or a group) can move in one step, in units of C; 2 whatever the relation where another unit gives
+    way."""
+    units = event.units if isinstance(event, GroupOfUnits) else 1
+    return 2.0 if event.sampling == "fixed" else units * sensitivity(event.relation)
 
 
 def fixed_size_delta(sigma: float, rate: float, losses: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from scipy.optimize import brentq
 
-from dpaudit.accounting.events import DpSgd, Noise, Scheme, check_delta
+from dpaudit.accounting.events import DpSgd, Noise, Scheme, as_number, as_steps, check_delta
 from dpaudit.accounting.gaussian import gaussian_epsilon
 from dpaudit.accounting.pld import COARSE, FINE, together
 from dpaudit.accounting.schemes import composed_as, moved
@@ -33,12 +33,15 @@ def noise_multiplier_for(
     Searched on a coarse grid, decided on the final one: the eps of the returned sigma never exceeds the target.
     Raises UsageError for arguments outside their domain, and when `beside` leaves nothing.
     """
+    epsilon = as_number("epsilon", epsilon, "a finite number > 0")
     if not (math.isfinite(epsilon) and epsilon > 0):
         raise rejected("epsilon", epsilon, "a finite number > 0")
     check_delta(delta)
+    accepted = "more than 0 (and a sample rate of at most 1)"
+    steps, sample_rate = as_steps("steps", steps), as_number("sample-rate", sample_rate, accepted)
     if steps < 1 or not 0 < sample_rate <= 1:
         field, value = ("steps", steps) if steps < 1 else ("sample-rate", sample_rate)
-        raise rejected(field, value, "more than 0 (and a sample rate of at most 1)")
+        raise rejected(field, value, accepted)
 
     def spent(sigma: float, tolerance: float) -> float:
         return together([DpSgd(sigma, sample_rate, steps, relation, noise, sampling, epoch), *beside], delta, tolerance)

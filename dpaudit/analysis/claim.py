@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import numpy.typing as npt
 
-from dpaudit.bounds import dp_sgd, order_statistic, pld, validate
+from dpaudit import validate
+from dpaudit.bounds import dp_sgd, order_statistic, pld
 from dpaudit.bounds.guesses import as_members, as_scores, count_correct, rank_guesses
 from dpaudit.bounds.profile import DiscreteProfile, Profile, epsilon_delta
 from dpaudit.documents import Claim, Relation, Test

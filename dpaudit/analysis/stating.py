@@ -2,8 +2,7 @@
 
 from collections.abc import Callable
 
-from dpaudit import accounting
-from dpaudit.bounds import validate
+from dpaudit import accounting, validate
 from dpaudit.bounds.pld import check_dp_sgd
 from dpaudit.documents import Claim
 from dpaudit.errors import UsageError

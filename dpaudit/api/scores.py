@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from dpaudit import extras, verdict
+from dpaudit import extras, validate, verdict
 from dpaudit.analysis import tables
 from dpaudit.analysis.scores import Coins, Options, analyse, control_without_coins
 from dpaudit.analysis.tables import Columns, ScoreTable
@@ -16,7 +16,7 @@ from dpaudit.api import html, plots
 from dpaudit.api.claims import one_of
 from dpaudit.api.curves import Tradeoff, limit_of
 from dpaudit.api.results import Bound, ClaimTest, Estimate
-from dpaudit.bounds import roc, validate
+from dpaudit.bounds import roc
 from dpaudit.documents import Claim, ScoresDocument, ScoreSummary
 from dpaudit.errors import InvalidGame, UsageError, rejected
 

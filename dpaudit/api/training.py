@@ -286,7 +286,7 @@ def _name(factory: object) -> str:
 
 def _claimed(stated: Mapping[str, float | None]) -> dict[str, float | None]:
     """epsilon and delta, validated; delta alone means nothing."""
-    from dpaudit.bounds import validate
+    from dpaudit import validate
 
     epsilon, delta = stated["epsilon"], stated["delta"]
     if epsilon is None and delta is not None:

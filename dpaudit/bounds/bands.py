@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import betainc, betaincinv, gammaln
 
-from dpaudit.bounds import validate
+from dpaudit import validate
 
 Floats = npt.NDArray[np.float64]
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import betainc, betaincinv
 
-from dpaudit.bounds import validate
+from dpaudit import validate
 from dpaudit.bounds.clopper_pearson import Counts
 from dpaudit.bounds.roots import largest_below
 

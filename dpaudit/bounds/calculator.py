@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from dpaudit.bounds import bayes, clopper_pearson, gdp, mahloujifar, steinke, validate
+from dpaudit import validate
+from dpaudit.bounds import bayes, clopper_pearson, gdp, mahloujifar, steinke
 from dpaudit.bounds.clopper_pearson import Counts
 from dpaudit.documents import Assumes, BoundDocument
 from dpaudit.errors import UsageError, rejected

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from scipy.special import betaincinv
 
-from dpaudit.bounds import validate
+from dpaudit import validate
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from dpaudit.bounds import mahloujifar, order_statistic, pld, validate
+from dpaudit import validate
+from dpaudit.bounds import mahloujifar, order_statistic, pld
 from dpaudit.bounds.profile import DiscreteProfile, Profile, epsilon_delta
 from dpaudit.bounds.roots import largest_below
 

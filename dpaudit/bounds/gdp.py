@@ -13,7 +13,7 @@ import math
 
 from scipy.special import log_ndtr, ndtr, ndtri
 
-from dpaudit.bounds import validate
+from dpaudit import validate
 from dpaudit.bounds.clopper_pearson import Counts
 from dpaudit.bounds.roots import largest_below
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dpaudit.bounds import validate
+from dpaudit import validate
 from dpaudit.errors import rejected
 
 Guesses = npt.NDArray[np.int8]

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import betaincinv
 
-from dpaudit.bounds import validate
+from dpaudit import validate
 from dpaudit.bounds.clopper_pearson import upper_rate
 from dpaudit.bounds.roots import largest_below
 from dpaudit.errors import rejected

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import ndtr, ndtri
 
-from dpaudit.bounds import validate
+from dpaudit import validate
 from dpaudit.bounds.gdp import epsilon_from_mu
 from dpaudit.bounds.profile import Profile
 

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import betainc, betaln
 
-from dpaudit.bounds import validate
+from dpaudit import validate
 from dpaudit.bounds.gdp import epsilon_from_mu
 from dpaudit.bounds.profile import GaussianProfile, Profile
 from dpaudit.bounds.roots import largest_below

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from dpaudit.bounds import validate
+from dpaudit import validate
 from dpaudit.bounds.profile import DiscreteProfile, GaussianProfile, Profile
 
 if TYPE_CHECKING:

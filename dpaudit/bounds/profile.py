@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit, ndtr, ndtri
 
-from dpaudit.bounds import validate
+from dpaudit import validate
 from dpaudit.errors import rejected
 
 Floats = npt.NDArray[np.float64]

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import betaincinv, ndtri
 
-from dpaudit.bounds import validate
+from dpaudit import validate
 from dpaudit.bounds.guesses import as_members, as_scores
 from dpaudit.documents import RocPoint, ScoreSummary
 from dpaudit.errors import UsageError

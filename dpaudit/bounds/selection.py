@@ -24,7 +24,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import betainc, ndtri
 
-from dpaudit.bounds import bands, validate
+from dpaudit import validate
+from dpaudit.bounds import bands
 from dpaudit.bounds.clopper_pearson import upper_rate
 from dpaudit.bounds.gdp import epsilon_from_mu
 from dpaudit.bounds.guesses import as_members, as_scores, count_correct, random_order, rank_guesses

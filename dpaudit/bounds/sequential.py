@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from dpaudit.bounds import validate
+from dpaudit import validate
 from dpaudit.errors import rejected
 
 CAUTION = 0.95  # of the largest admissible bet, so that one wrong guess never ends the game

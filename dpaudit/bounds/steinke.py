@@ -20,7 +20,7 @@ from functools import lru_cache
 
 from scipy.special import betainc
 
-from dpaudit.bounds import validate
+from dpaudit import validate
 from dpaudit.bounds.roots import largest_below
 
 

@@ -118,7 +118,7 @@ def command(
     """
     from attacks.external.options import ModelOptions, TrainerOptions
     from attacks.options import Options, prepare
-    from dpaudit.bounds import validate
+    from dpaudit import validate
     from dpaudit.cli import external
     from dpaudit.errors import UsageError
     from dpaudit.online import allow

@@ -53,7 +53,7 @@ def command(
     the base model predicts.
     """
     from attacks.external.options import ModelOptions
-    from dpaudit.bounds import validate
+    from dpaudit import validate
     from dpaudit.cli import external
     from dpaudit.cli.audit import finish, typed
 

@@ -53,7 +53,7 @@ def command(
     trainings. An interrupted audit continues in its folder.
     """
     from attacks.external.options import TrainerOptions
-    from dpaudit.bounds import validate
+    from dpaudit import validate
     from dpaudit.cli import external
     from dpaudit.cli.audit import finish
     from dpaudit.cli.executor import choose

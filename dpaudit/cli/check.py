@@ -109,7 +109,7 @@ def _examine(
     from attacks.contract import Examination
     from attacks.contract.guard import start_watchdog
     from attacks.contract.loading import load_factory, source
-    from dpaudit.bounds import validate
+    from dpaudit import validate
 
     validate.real("--time-limit", time_limit, low=0.0, high=3600.0, open_low=True)
     made = Examination(seed=seed, time_limit=time_limit, allow=allow, target=factory, **stated)
@@ -123,7 +123,7 @@ def _examine(
 
 def _stated(epsilon: float | None, delta: float | None) -> dict[str, float | None]:
     """--epsilon and --delta, validated; the one without the other means nothing."""
-    from dpaudit.bounds import validate
+    from dpaudit import validate
     from dpaudit.errors import rejected
 
     if epsilon is None and delta is not None:

@@ -43,9 +43,9 @@ def command(
     The power is that of an ideal attack, an upper limit for a real one. Fix the number of guesses of the row that you
     use before training; it then needs no correction.
     """
+    from dpaudit import validate
     from dpaudit.analysis import plan
     from dpaudit.analysis.stating import stated_claim
-    from dpaudit.bounds import validate
     from dpaudit.cli import external
 
     needed: dict[str, object] = {"--claim-sigma": claim_sigma, "--claim-rate": claim_rate, "--claim-steps": claim_steps}
@@ -73,7 +73,7 @@ def command(
 
 def parse_sizes(text: str) -> list[int]:
     """'100,1000' as ascending whole numbers."""
-    from dpaudit.bounds import validate
+    from dpaudit import validate
     from dpaudit.errors import rejected
 
     try:

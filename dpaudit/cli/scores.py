@@ -60,10 +60,10 @@ def command(
     A file cannot show how its coins were drawn: --coins independent enables the one-run bounds, --independent-runs
     those for independent runs. --claim-sigma, --claim-rate and --claim-steps test the claimed mechanism itself.
     """
+    from dpaudit import validate
     from dpaudit.analysis.scores import Options, advantage, analyse
     from dpaudit.analysis.stating import stated_claim
     from dpaudit.analysis.tables import Columns, read_features, read_scores
-    from dpaudit.bounds import validate
     from dpaudit.errors import rejected
 
     if fail_above is not None:

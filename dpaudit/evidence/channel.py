@@ -36,7 +36,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dpaudit.bounds import validate
+from dpaudit import validate
 from dpaudit.errors import rejected
 
 Floats = npt.NDArray[np.float64]
