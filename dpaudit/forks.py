@@ -34,7 +34,6 @@ TRAINING = (
     "attacks.membership.references",
     "reports.card",
     "reports.html",
-    "dp_accounting.pld.privacy_loss_distribution",
     "opacus.grad_sample",
     "pandas",
     "peft",
