@@ -40,7 +40,7 @@ def misses(bench: Bench, *, covered: bool) -> Iterator[Miss]:
     probe = bench.probe
     if "inject" not in probe.offered or bench.empty_problem is not None or probe.std == 0:
         return
-    if covered and not bench.training.quick:
+    if covered and not bench.training.quick_batches:
         return
     training = bench.training
     noise = training.noise[:STEPS]

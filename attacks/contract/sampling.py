@@ -49,7 +49,7 @@ def checks(bench: Bench) -> Iterator[Check]:
     if bench.draws is None:
         yield from (skipped(name, bench.probe.lacking["sample"], why) for name, why in named)
         return
-    quick = bench.training.quick
+    quick = bench.training.quick_batches
     playing, empties = ALTERNATED if quick else PLAYED, bench.empty_problem is None
     trained = draw(bench.probe, playing=playing, empties=empties)
     drawn = (

@@ -21,6 +21,7 @@ STEPS = 24
 STAGES = {"in the middle": 12, "late": 24}  # step of a history that is branched; "early" is step 1
 NOISE_STEPS, LONGEST, FAST = 24, 500, 0.004  # steps, steps, seconds of one
 QUICK_TRIES = 20  # steps that are timed; the fastest counts
+FAST_BATCH, BATCH_TRIES = 0.05, 3  # seconds of a batch of the expected size, of which more than a thousand may follow
 FREE = 120  # steps that a quick trainer takes where its claim names fewer, or none
 MOST_HELD = 40_000_000  # numbers of the noise of every step
 LARGEST = 64  # a quick trainer's batch of this size costs little; all are looked at up to REACH x the expected size
@@ -46,7 +47,7 @@ class Training:
         self._enlarge()
         order = np.random.default_rng([probe.seed, 23]).permutation(len(self.records.items))
         self.pool = [int(index) for index in order if index != outside]
-        self.largest = min(len(self.pool), max(self.wanted, LARGEST if varying and self.quick else 6))
+        self.largest = min(len(self.pool), max(self.wanted, LARGEST if varying and self.quick_batches else 6))
         self.longest = longest
 
     def _enlarge(self) -> None:
@@ -84,12 +85,16 @@ class Training:
     @cached_property
     def every_size(self) -> list[list[int]]:
         """A quick trainer's batches of 1, 2, 3, ... up to `largest` units, each with one unit more; none of others."""
-        return [sorted(self.pool[:size]) for size in range(1, self.largest + 1)] if self.quick else []
+        return [sorted(self.pool[:size]) for size in range(1, self.largest + 1)] if self.quick_batches else []
 
     @property
     def looked_at(self) -> str:
         """The sizes of batches in the first step, for a line."""
-        return f"of every size up to {self.largest}" if self.quick else f"of {', '.join(map(str, self.sizes))} units"
+        return (
+            f"of every size up to {self.largest}"
+            if self.quick_batches
+            else f"of {', '.join(map(str, self.sizes))} units"
+        )
 
     @cached_property
     def batches(self) -> list[list[int]]:
@@ -153,6 +158,26 @@ class Training:
                 break
             taken.append(time.process_time() - began)
         return min(taken, default=math.inf) < FAST
+
+    @cached_property
+    def quick_batches(self) -> bool:
+        """Whether batches take so little as well that more than a thousand of them may be watched.
+
+        An empty one may cost nothing where a batch takes seconds. By the clock: an accelerator works while the process
+        waits.
+        """
+        if not self.quick:
+            return False
+        expected = min(len(self.pool), max(1, round(self.probe.claim.expected_batch_size)))
+        subject, taken = self.probe.build(self.records), []
+        for _ in range(BATCH_TRIES):
+            began = time.perf_counter()
+            try:
+                self.probe.watch(subject, sorted(self.pool[:expected]))
+            except MethodFailure:
+                break
+            taken.append(time.perf_counter() - began)
+        return min(taken, default=math.inf) < FAST_BATCH
 
     @property
     def _length(self) -> int:

@@ -1,6 +1,7 @@
 """Faults that start late, need a large batch, exist in production only or leave nothing to compare; and look-alikes."""
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from attacks.contract import (
     noise,
     production,
     resume,
+    sampling,
     units,
     updates,
 )
@@ -503,6 +505,28 @@ def test_few_records_are_repeated_up_to_the_expected_batch() -> None:
 
     training = Bench(Probe(Large)).training
     assert training.sizes[-1] == 192 and len(training.records.items) == 200 and training.reached
+
+
+class SlowUnits(Compact):
+    """An empty step takes no time, a unit takes a hundredth of a second."""
+
+    expected_batch_size, sample_rate = 10.0, 0.25
+    taken = 0
+
+    def step(self, indices: Sequence[int]) -> None:
+        type(self).taken += len(set(indices))
+        time.sleep(0.01 * len(set(indices)))
+        super().step(indices)
+
+
+def test_a_trainer_is_quick_in_empty_steps_and_in_batches_each_for_itself() -> None:
+    quick, slow = Bench(Probe(Compact)).training, Bench(Probe(SlowUnits))
+    assert quick.quick and quick.quick_batches and len(quick.every_size) == quick.largest
+    assert slow.training.quick and not slow.training.quick_batches and slow.training.every_size == []
+    SlowUnits.taken = 0
+    made = next(found for found in sampling.checks(slow) if found.name == sampling.TWICE)
+    assert made.status == "pass" and "after 24 steps 0 of" in made.measured
+    assert 24 * 3 < SlowUnits.taken < 24 * 20
 
 
 def test_the_false_alarms_of_the_whole_contract_add_up() -> None:
