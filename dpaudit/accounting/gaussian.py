@@ -30,5 +30,5 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     found = float(
         brentq(lambda epsilon: gaussian_delta(mu, epsilon) - delta, 0.0, high, xtol=1e-300, rtol=1e-13, maxiter=1000)
     )
-    # The two terms of delta cancel for a small mu: never below the root.
-    return found * (1.0 + 1e-12 + 1e-15 / min(mu, 1.0))
+    # The two terms of delta cancel for a small mu, and at a root near 0: never below it.
+    return found * (1.0 + 1e-12 + 1e-15 / min(mu, 1.0)) + 1e-14 * min(mu, 1.0)

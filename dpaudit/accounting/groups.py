@@ -55,7 +55,7 @@ def group_loss(event: DpSgd, units: int, delta: float) -> GroupLoss:
         return GroupLoss(together([step], delta), delta, "mechanism")
     if step.noise == "gaussian" and step.sampling == "poisson" and step.relation != "replace":
         group = GroupOfUnits(step.noise_multiplier, step.sample_rate, step.steps, step.relation, units=units)
-        return GroupLoss(together([group], delta, COARSE), delta, "mechanism")
+        return GroupLoss(together([group], delta), delta, "mechanism")
     return _by_lemma(step, units, delta)
 
 

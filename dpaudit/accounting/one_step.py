@@ -4,10 +4,11 @@ Poisson batches under add-remove and zero-out: delta_q(ln(1 + q (e^g - 1))) = q 
 alone (Balle, Barthe and Gaboardi 2018, theorem 9); the order "without the unit first" leaks less for every eps >= 0
 (Zhu, Dong and Wang 2022, proposition 30). Subsets of fixed size: the same with twice the distance
 (dpaudit.accounting.schemes).
-Poisson batches under replace: with z where the loss is eps, delta = P(z, inf) - e^eps Q(z, inf).
+Poisson batches under replace, and several units: with z where the loss is eps, delta = P(z, inf) - e^eps Q(z, inf).
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from scipy.optimize import brentq
@@ -15,16 +16,20 @@ from scipy.special import ndtr
 
 from dpaudit.accounting.events import DpSgd, GroupOfUnits
 from dpaudit.accounting.gaussian import gaussian_epsilon
+from dpaudit.accounting.group_step import Group
 from dpaudit.accounting.pairs import UNIT, TwoSided
 from dpaudit.accounting.schemes import moved
 
 _WIDEST = 600.0  # eps whose exponential is a number
+_ROUNDED = 1e-14  # what rounding may take from eps near 0
 
 
 def one_step_epsilon(step: DpSgd, delta: float) -> float:
     """The smallest eps >= 0 of one step, rounded up; inf where there is no closed form, or none that a float holds."""
-    if step.steps != 1 or step.sampling == "allocation" or isinstance(step, GroupOfUnits):
+    if step.steps != 1 or step.sampling == "allocation":
         return math.inf
+    if isinstance(step, GroupOfUnits):
+        return _least(Group(step, 40.0).delta, delta)
     shift, rate = moved(step) / step.noise_multiplier, step.sample_rate
     if step.relation == "replace" and step.sampling != "fixed" and rate < 1:
         return _replaced(step, delta)
@@ -33,7 +38,7 @@ def one_step_epsilon(step: DpSgd, delta: float) -> float:
     own = _laplace(shift, delta / rate) if step.noise == "laplace" else _gaussian(shift, delta / rate)
     if own > _WIDEST:
         return math.inf
-    return math.log1p(rate * math.expm1(own)) * (1.0 + 1e-12)
+    return math.log1p(rate * math.expm1(own)) * (1.0 + 1e-12) + _ROUNDED
 
 
 def _gaussian(shift: float, delta: float) -> float:
@@ -49,20 +54,25 @@ def _replaced(step: DpSgd, delta: float) -> float:
     shift, rate = 0.5 * moved(step) / step.noise_multiplier, step.sample_rate
     pair = TwoSided(shift, rate, 40.0)
 
-    def excess(epsilon: float) -> float:
+    def value(epsilon: float) -> float:
         z = float(pair.outputs(np.array([epsilon]))[0])
         alone, there, opposite = float(ndtr(-z)), float(ndtr(shift - z)), float(ndtr(-shift - z))
         terms = rate * there, rate * math.exp(epsilon) * opposite, (1.0 - rate) * math.expm1(epsilon) * alone
         # Rounded up: each term is right to some units of roundoff, z included.
-        rounding = 64.0 * UNIT * (1.0 + shift * (abs(z) + shift)) * sum(terms)
-        return terms[0] - terms[1] - terms[2] + rounding - delta
+        rounding = 64.0 * UNIT * (1.0 + z * z + shift * (abs(z) + shift)) * sum(terms)
+        return terms[0] - terms[1] - terms[2] + rounding
 
-    if excess(0.0) <= 0:
+    return _least(value, delta)
+
+
+def _least(value: Callable[[float], float], delta: float) -> float:
+    """The smallest eps >= 0 with value(eps) <= delta, which falls; inf where that is beyond what floats hold."""
+    if value(0.0) <= delta:
         return 0.0
     high = 1.0
-    while excess(high) > 0:
+    while value(high) > delta:
         high *= 2.0
         if high > _WIDEST:
             return math.inf
-    found = float(brentq(excess, 0.0, high, xtol=1e-300, rtol=1e-13, maxiter=1000))
-    return found * (1.0 + 1e-12)
+    found = float(brentq(lambda epsilon: value(epsilon) - delta, 0.0, high, xtol=1e-300, rtol=1e-13, maxiter=1000))
+    return found * (1.0 + 1e-12) + _ROUNDED

@@ -20,7 +20,7 @@ from scipy.special import ndtri
 
 from dpaudit.accounting.allocation import pieces
 from dpaudit.accounting.composition import Composed, compose, epsilon_of
-from dpaudit.accounting.events import Direction, DpSgd, PrivacyLosses, as_steps, check_delta, trivial
+from dpaudit.accounting.events import Direction, DpSgd, GroupOfUnits, PrivacyLosses, as_steps, check_delta, trivial
 from dpaudit.accounting.gaussian import gaussian_epsilon
 from dpaudit.accounting.moments import (
     LOST,
@@ -139,22 +139,42 @@ def _together(events: tuple[DpSgd, ...], delta: float, tolerance: float) -> floa
     if any(value == math.inf for value in known):
         return math.inf
     costly = tuple(event for event, value in zip(events, known, strict=True) if value is None)
+    value = _convolved(costly, delta, tolerance)
+    if all(event.noise == "gaussian" for event in costly):
+        # With little noise the unit is seen in any case, and the closed form without amplification may be smaller.
+        mu = math.hypot(
+            *(math.sqrt(_participations(event)) * moved(event) / event.noise_multiplier for event in costly)
+        )
+        return min(value, gaussian_epsilon(mu, delta)) if costly else 0.0
+    pure = tuple(event for event in costly if event.noise == "laplace")
+    if len(pure) < len(costly):
+        # What is purely private adds its own eps and no delta.
+        rest = _together(tuple(event for event in costly if event not in pure), delta, tolerance)
+        own = sum(event.steps * max(largest_loss(event, order) for order in directions(event)) for event in pure)
+        value = min(value, rest + own)
+    return value
+
+
+def _convolved(costly: tuple[DpSgd, ...], delta: float, tolerance: float) -> float:
     if any(_wide(event) for event in costly):
         # Sequential composition, each at its share of delta.
         return sum(_without_lattice(event, delta / len(costly)) for event in costly)
     steps = _steps_of(costly)
-    if not steps:
+    if not steps or (len(costly) == 1 and delta >= _ever_seen(costly[0])):
         return 0.0
     if len(steps) == 1 and steps[0] == (replace(steps[0][0], sample_rate=1.0, noise="gaussian"), 1):
         return gaussian_epsilon(moved(steps[0][0]) / steps[0][0].noise_multiplier, delta)
     if len(steps) == 1 and steps[0][1] == 1 and (exact := one_step_epsilon(steps[0][0], delta)) < math.inf:
         return exact
-    value = _by_losses(steps, delta, tolerance)
-    if all(event.noise == "gaussian" for event in costly):
-        # With little noise the unit is seen in any case, and the closed form without amplification may be smaller.
-        mu = math.sqrt(sum(_participations(event) * (moved(event) / event.noise_multiplier) ** 2 for event in costly))
-        value = min(value, gaussian_epsilon(mu, delta))
-    return value
+    return _by_losses(steps, delta, tolerance)
+
+
+def _ever_seen(event: DpSgd) -> float:
+    """The probability that a unit is in any batch at all: no more than that can both worlds differ by."""
+    if event.sampling == "allocation" or event.sample_rate == 1:
+        return 1.0
+    units = event.units if isinstance(event, GroupOfUnits) else 1
+    return -math.expm1(units * event.steps * math.log1p(-event.sample_rate)) * (1.0 + 1e-12)
 
 
 def _participations(event: DpSgd) -> int:

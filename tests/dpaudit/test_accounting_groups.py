@@ -2,10 +2,12 @@
 
 import math
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import pytest
 from dp_accounting.pld import privacy_loss_distribution
+from mpmath import mp
 from scipy.stats import binom, norm
 
 from dpaudit.accounting import (
@@ -92,7 +94,14 @@ def test_many_steps_of_a_group_against_dp_accounting(sigma: float, rate: float, 
         # Nearly nothing is sampled away: the closed form at q = 1, where the mass of a plain FFT is lost in rounding.
         (DpSgd(123.86870197984483, 1 - 1e-12, 2223), 3, 2.236945465934236e-15, 9.3053),
         (DpSgd(19515.80007395587, 1 - 1e-12, 965411), 2, 8.88e-14, 0.68707),
-        # By integrating the mixture in 60 digits.
+        # What 1 - rate, or a weight that is a difference of distribution functions, rounds to nothing.
+        (DpSgd(0.5018521607626505, 0.9999695374869898, 1, "zero-out"), 5, 7.4e-14, 122.5006),
+        (DpSgd(0.7911967669965095, 0.9975255600465334, 1), 10, 6.738588428708383e-08, 145.592),
+        # More units than are ever together in a batch: direct convolution, and integration in 60 digits.
+        (DpSgd(213.77366690318874, 0.0014347306751267164, 1000), 200, 3.073e-13, 0.27564),
+        (DpSgd(20.0, 1e-3, 1), 300, 1e-17, 0.14223),
+        (DpSgd(0.8520491333344777, 1.2167804019359774e-06, 1, "zero-out"), 20, 2.5573110930631462e-05, 0.0),
+        (DpSgd(0.41511673086863016, 1.222612749150456e-06, 1), 50, 1.3656654900923345e-10, 3.89587),
         (DpSgd(0.5884039457217489, 0.008418567642952197, 1), 20, 9.33e-7, 24.84),
     ],
 )
@@ -100,6 +109,42 @@ def test_groups_in_the_tail(event: DpSgd, units: int, delta: float, truth: float
     found = group_loss(event, units, delta)
     assert found.rule == "mechanism" and found.delta == delta
     assert truth * (1 - 1e-4) <= found.epsilon <= 1.005 * truth
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("units", [2, 30, 70, 200])
+@pytest.mark.parametrize(("sigma", "rate"), [(0.5, 0.97), (1.4, 0.0115), (2.0, 0.0002), (30.0, 0.9999)])
+def test_one_step_of_any_group_is_exact(sigma: float, rate: float, units: int) -> None:
+    """Both orders of the mixture in 60 digits: delta holds at the eps returned, and hardly below."""
+    found = group_loss(DpSgd(sigma, rate, 1), units, 1e-9).epsilon
+    mp.dps = 60
+    q, m = mp.mpf(rate), 1 / mp.mpf(sigma)
+    weights = [mp.binomial(units, j) * q**j * (1 - q) ** (units - j) for j in range(units + 1)]
+
+    def tail(z: Any) -> Any:
+        return mp.erfc(z / mp.sqrt(2)) / 2
+
+    def value(eps: float) -> Any:
+        def loss(z: Any) -> Any:
+            return mp.log(mp.fsum(w * mp.exp(j * m * (z - j * m / 2)) for j, w in enumerate(weights)))
+
+        def root(level: Any) -> Any:
+            low, high = mp.mpf(-60), mp.mpf(60) + units * m
+            for _ in range(120):
+                middle = (low + high) / 2
+                low, high = (middle, high) if loss(middle) < level else (low, middle)
+            return low
+
+        z = root(mp.mpf(eps))
+        remove = mp.fsum(w * tail(z - j * m) for j, w in enumerate(weights)) - mp.exp(eps) * tail(z)
+        if -eps <= mp.log(weights[0]):
+            return remove
+        z = root(mp.mpf(-eps))
+        return max(remove, tail(-z) - mp.exp(eps) * mp.fsum(w * tail(j * m - z) for j, w in enumerate(weights)))
+
+    assert value(found) <= 1e-9 * (1 + 1e-12)
+    if units <= 64 and found < 600:  # beyond, a lattice serves
+        assert found < 1e-9 or value(found * (1 - 1e-6)) > 1e-9
 
 
 def test_many_units_are_rounded_up_to_multiples() -> None:

@@ -122,6 +122,19 @@ def test_numbers_of_numpy_are_those_of_python(kind: type[np.floating[Any]]) -> N
     assert needed == accounting.noise_multiplier_for(epsilon=1.0, delta=1e-5, sample_rate=float(rate), steps=999)
 
 
+def test_what_is_purely_private_adds_its_own_eps_and_no_delta() -> None:
+    rare = DpSgd(0.9265767178729599, 4.5142620216637796e-06, 16, sampling="fixed")
+    pure = DpSgd(24.690905996527594, 0.033188426556440234, 2, noise="laplace")
+    own = 2 * math.log1p(pure.sample_rate * math.expm1(1 / pure.noise_multiplier))
+    together = accounting.joint_epsilon([rare, pure], 5.4e-12)
+    assert epsilon(rare, 5.4e-12) <= together <= (epsilon(rare, 5.4e-12) + own) * (1 + 1e-9)
+
+
+def test_a_unit_that_is_hardly_ever_seen_costs_nothing_beyond_that() -> None:
+    seen = -math.expm1(100 * math.log1p(-1e-7))
+    assert epsilon(DpSgd(0.4, 1e-7, 100), 1.01 * seen) == 0.0 < epsilon(DpSgd(0.4, 1e-7, 100), 0.5 * seen)
+
+
 EVENT = DpSgd(1.0, 0.1, 10)
 
 
