@@ -146,7 +146,7 @@ def sampled_and_accounted(tiny: Path, scheme: str, claimed: Scheme | None = None
         return trainer
 
     probe = Probe(build, seed=0, limit=TIME_LIMIT)
-    training = SimpleNamespace(noise=[], quick=False)
+    training = SimpleNamespace(noise=[], quick=False, quick_batches=False)
     known = {"probe": probe, "picks": SimpleNamespace(anchor=0), "empty_problem": None}
     bench = cast("Bench", SimpleNamespace(**known, draws=draw(probe), training=training))
     return {entry.name: entry for entry in (*sampling.checks(bench), epsilon(bench))}
