@@ -1,5 +1,6 @@
-"""Checks of arguments that all bounds share: one clear error for anything outside a bound's domain."""
+"""Checks of numbers that bounds and accountants share: one clear error for anything outside their domain."""
 
+import contextlib
 import math
 import numbers
 
@@ -20,8 +21,10 @@ def real(
     field: str, value: object, *, low: float, high: float, open_low: bool = False, open_high: bool = False
 ) -> float:
     """`value` as a float in the interval; raises UsageError that names `field`. NaN is never accepted."""
-    ok = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    number = float(value) if ok else math.nan  # type: ignore[arg-type]
+    number = math.nan
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # an integer that no float holds
+            number = float(value)
     inside = (low < number if open_low else low <= number) and (number < high if open_high else number <= high)
     if not inside:
         ends = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"

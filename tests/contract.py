@@ -5,7 +5,7 @@ from types import ModuleType
 from typing import Any
 
 from attacks import contract
-from attacks.contract.bench import Bench
+from attacks.contract.bench import NOTHING_STATED, Bench, Stated
 from attacks.contract.probe import Probe
 from dpaudit.documents import Check, CheckDocument
 
@@ -26,6 +26,13 @@ def one(factory: Callable[..., Any], check: str, *, seed: int = 0, target: str |
     """`check` of a factory; target: its name, by which other processes can build it."""
     made = module_of(check).checks(Bench(Probe(factory, seed=seed, target=target)))
     return next(found for found in made if found.name == check)
+
+
+def made(
+    factory: Callable[..., Any], module: Any, stated: Stated = NOTHING_STATED, target: str | None = None
+) -> dict[str, Check]:
+    """The checks of one module, by name."""
+    return {check.name: check for check in module.checks(Bench(Probe(factory, target=target), stated))}
 
 
 def all_but(factory: Callable[..., Any], *modules: ModuleType) -> dict[str, Check]:

@@ -1,7 +1,6 @@
 """What an accountant composes, and the numbers that come back."""
 
 import math
-import numbers
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -10,6 +9,7 @@ import numpy.typing as npt
 
 from dpaudit.documents import Relation
 from dpaudit.errors import rejected
+from dpaudit.validate import count, real
 
 Direction = Literal["remove", "add"]
 Noise = Literal["gaussian", "laplace"]
@@ -43,15 +43,10 @@ class DpSgd:
     epoch: int | None = None
 
     def __post_init__(self) -> None:
-        self._in_python(
-            "noise_multiplier", as_number("noise-multiplier", self.noise_multiplier, "a finite number >= 0")
-        )
-        self._in_python("sample_rate", as_number("sample-rate", self.sample_rate, "a number from 0 to 1"))
-        self._in_python("steps", as_steps("steps", self.steps))
-        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
-            raise rejected("noise-multiplier", self.noise_multiplier, "a finite number >= 0")
-        if not 0 <= self.sample_rate <= 1:
-            raise rejected("sample-rate", self.sample_rate, "a number from 0 to 1")
+        noise = real("noise-multiplier", self.noise_multiplier, low=0, high=math.inf, open_high=True)
+        self._in_python("noise_multiplier", noise)
+        self._in_python("sample_rate", real("sample-rate", self.sample_rate, low=0, high=1))
+        self._in_python("steps", as_steps(self.steps))
         if self.relation not in get_args(Relation):
             raise rejected("relation", self.relation, get_args(Relation))
         if self.noise not in get_args(Noise):
@@ -79,8 +74,8 @@ class DpSgd:
             raise rejected("sampling", self.sampling, "poisson or shuffle for Laplace noise")
         if self.relation == "replace":
             raise rejected("relation", self.relation, "add-remove or zero-out for sampling=allocation")
-        if self.epoch is not None and not _is_count(self.epoch):
-            raise rejected("epoch", self.epoch, "an integer >= 1: the steps of an epoch")
+        if self.epoch is not None:
+            count("epoch", self.epoch, least=1)
         if self.sample_rate == 0 or (self.epoch is None and not self._whole_epochs()):
             raise rejected("sample-rate", self.sample_rate, "k / t for sampling=allocation: 1 / t, or with epoch = t")
         share = self.sample_rate * self.epoch_steps
@@ -158,29 +153,9 @@ def neighbouring(relation: Relation) -> Any:
 
 def check_delta(delta: float) -> None:
     """UsageError unless the accountants can resolve `delta`."""
-    accepted = f"a number from {SMALLEST_DELTA:g} to below 1"
-    if not SMALLEST_DELTA <= as_number("delta", delta, accepted) < 1:
-        raise rejected("delta", delta, accepted)
+    real("delta", delta, low=SMALLEST_DELTA, high=1, open_high=True)
 
 
-def as_number(field: str, value: object, accepted: str) -> float:
-    """`value` as a float; UsageError for what is no real number, and for one that no float holds."""
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError:
-            pass
-    raise rejected(field, value, accepted)
-
-
-def as_steps(field: str, value: object) -> int:
-    """`value` as an int from 0 to MOST_STEPS; UsageError for anything else."""
-    accepted = f"an integer >= 0 (at most {MOST_STEPS:,})"
-    number = as_number(field, value, accepted)
-    if not (0 <= number <= MOST_STEPS and number == int(number)):
-        raise rejected(field, value, accepted)
-    return int(number)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
+def as_steps(value: object) -> int:
+    """A number of steps as an int, 0 to MOST_STEPS; a float may hold it."""
+    return count("steps", int(value) if isinstance(value, float) and value.is_integer() else value, most=MOST_STEPS)

@@ -4,6 +4,7 @@
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,8 +30,11 @@ class Masses:
         return (1.0 - rate) * self.base + rate * self.up, (1.0 - rate) * self.base + rate * self.down
 
 
-class Pair:
+class Pair(ABC):
     """Outputs of one step: base noise, and the noise shifted by `shift`; `rate` mixes them."""
+
+    residual = 0.0  # by how much outputs may miss the losses that they were asked for
+    inexact = 0.0  # relative error of the probabilities beyond that of their computation
 
     def __init__(self, shift: float, rate: float, reach: float) -> None:
         self.shift, self.rate, self.reach = shift, rate, reach
@@ -43,27 +47,25 @@ class Pair:
     def ends(self) -> tuple[float, float]:
         return -self.reach, self.reach + self.shift
 
+    @abstractmethod
     def loss(self, z: Floats) -> Floats:
-        raise NotImplementedError
+        """Of outputs (k,), ascending with them."""
 
+    @abstractmethod
     def cells(self, edges: Floats) -> Masses:
         """Probabilities of the cells between edges (k + 1,) of the loss, (k,) each."""
-        raise NotImplementedError
 
+    @abstractmethod
     def nodes(self) -> tuple[Floats, Masses]:
         """Quadrature points in the output, and their weights."""
-        raise NotImplementedError
 
+    @abstractmethod
     def outside(self) -> tuple[float, float]:
         """Probability that the reach leaves out, under P and under Q."""
-        raise NotImplementedError
 
     def steepest(self) -> float:
         """A bound on d loss / d output within the reach."""
         return self.shift
-
-    residual = 0.0  # by how much outputs may miss the losses that they were asked for
-    inexact = 0.0  # relative error of the probabilities beyond that of their computation
 
 
 class Normal(Pair):

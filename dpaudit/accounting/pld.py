@@ -91,7 +91,7 @@ def epsilon_after(event: DpSgd, steps: int, delta: float) -> float:
     decreases with `steps`.
     """
     check_delta(delta)
-    steps = as_steps("steps", max(steps, 0) if isinstance(steps, int) else steps)
+    steps = as_steps(max(steps, 0) if isinstance(steps, int) else steps)
     if steps == 0:
         return 0.0
     if steps >= event.steps:

@@ -5,12 +5,13 @@ from collections.abc import Callable, Sequence
 
 from scipy.optimize import brentq
 
-from dpaudit.accounting.events import DpSgd, Noise, Scheme, as_number, as_steps, check_delta
+from dpaudit.accounting.events import DpSgd, Noise, Scheme, as_steps, check_delta
 from dpaudit.accounting.gaussian import gaussian_epsilon
 from dpaudit.accounting.pld import COARSE, FINE, together
 from dpaudit.accounting.schemes import composed_as, moved
 from dpaudit.documents import Relation
 from dpaudit.errors import rejected
+from dpaudit.validate import real
 
 _LARGEST = 1e9
 _CLOSE = 1e-3  # relative, of the sigma that is returned
@@ -33,15 +34,11 @@ def noise_multiplier_for(
     Searched on a coarse grid, decided on the final one: the eps of the returned sigma never exceeds the target.
     Raises UsageError for arguments outside their domain, and when `beside` leaves nothing.
     """
-    epsilon = as_number("epsilon", epsilon, "a finite number > 0")
-    if not (math.isfinite(epsilon) and epsilon > 0):
-        raise rejected("epsilon", epsilon, "a finite number > 0")
+    epsilon = real("epsilon", epsilon, low=0, high=math.inf, open_low=True, open_high=True)
     check_delta(delta)
-    accepted = "more than 0 (and a sample rate of at most 1)"
-    steps, sample_rate = as_steps("steps", steps), as_number("sample-rate", sample_rate, accepted)
-    if steps < 1 or not 0 < sample_rate <= 1:
-        field, value = ("steps", steps) if steps < 1 else ("sample-rate", sample_rate)
-        raise rejected(field, value, accepted)
+    sample_rate = real("sample-rate", sample_rate, low=0, high=1, open_low=True)
+    if (steps := as_steps(steps)) < 1:
+        raise rejected("steps", steps, "at least 1")
 
     def spent(sigma: float, tolerance: float) -> float:
         return together([DpSgd(sigma, sample_rate, steps, relation, noise, sampling, epoch), *beside], delta, tolerance)
